@@ -1,0 +1,292 @@
+"""The table: for each kind of gate its exact forward and its soft adjoint, in plain torch.
+
+A gate is a map `z -> A(z) z + b(z)` whose `A` the input chooses. Its *pullback* is `v -> A(z)^T v`, with nothing
+differentiated through the choice. Its *soft* pullback replaces a hard `A` by the average of `A(z + tau eps)` over
+Gaussian `eps`, or, where the gate is smooth already, by its own gain at temperature `tau`.
+Formulas: Satkiewicz, Corizzo, Pietron, "Pulling Back the Curtain on Deep Networks", arXiv:2507.22832, and the same two
+principles carried over to the kinds that the paper does not list.
+
+A temperature is a positive number (the soft adjoint) or `FROZEN` (the gate of the forward pass itself, hard where it is
+hard, which makes the network an affine map of its input). Gates are computed in float32 at least.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FROZEN: Literal["frozen"] = "frozen"
+Temperature = float | Literal["frozen"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of gate.
+
+    `forward(*tensors, **args)` is the model's own computation. `adjoint(v, *tensors, tau=..., **args)` maps the cotangent of
+    its output to the cotangent of the one tensor that the signal came through, number `receives`; the other tensors
+    (slopes, scales, queries, keys) steer the gate and receive nothing. `default` is the temperature in `Rules()`.
+    """
+
+    forward: Callable[..., Tensor]
+    adjoint: Callable[..., Tensor | None]
+    default: Temperature
+    receives: int = 0
+    tensors: int = 1
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: a gain with the 8 bits of bfloat16 would be coarser than the softening it stands for."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], default: Temperature, tensors: int = 1) -> Row:
+    """A gate that multiplies: `v -> v * gain(z)`. `gain` takes the tensors (wide), the temperature and the arguments."""
+
+    def adjoint(v: Tensor, z: Tensor, *steering: Tensor | None, tau: Temperature, **args: Any) -> Tensor:
+        return (v * gain(wide(z), *steering, tau=tau, **args)).to(z.dtype)
+
+    return Row(forward, adjoint, default, tensors=tensors)
+
+
+# -- pointwise gates ----------------------------------------------------------------------------------------------------
+
+
+def normal_cdf(t: Tensor) -> Tensor:
+    # By erf, not erfc: a quarter cheaper on CPU, and the tail it rounds away is below 6e-8 of the cotangent in float32.
+    return torch.erf(t * math.sqrt(0.5)).mul_(0.5).add_(0.5)
+
+
+def opening(z: Tensor, tau: Temperature) -> Tensor:
+    """The average of the step `z > 0`. Frozen, the step itself, one half at the kink: the limit as tau -> 0."""
+    return torch.sign(z).add_(1).mul_(0.5) if tau == FROZEN else normal_cdf(z / tau)
+
+
+def cooled(z: Tensor, tau: Temperature) -> Tensor:
+    """The argument of a gain that is smooth already: frozen is tau = 1."""
+    return z if tau == FROZEN else z / tau
+
+
+def leaky(z: Tensor, tau: Temperature, slope: Tensor | float) -> Tensor:
+    return slope + (1 - slope) * opening(z, tau)
+
+
+def prelu_gain(z: Tensor, weight: Tensor, tau: Temperature) -> Tensor:
+    channels = [-1] + [1] * (z.dim() - 2) if weight.numel() > 1 else [1] * z.dim()
+    return leaky(z, tau, weight.to(z.dtype).view(channels))
+
+
+def hardtanh_gain(z: Tensor, tau: Temperature, low: float | None, high: float | None) -> Tensor:
+    above_low = torch.ones_like(z) if low is None else opening(z - low, tau)
+    return above_low if high is None else above_low - opening(z - high, tau)
+
+
+def elu_gain(z: Tensor, tau: Temperature, alpha: float, scale: float, input_scale: float) -> Tensor:
+    # With s = input_scale: E[s e^{s(z + tau eps)}; z + tau eps < 0] = s e^{sz + (s tau)^2 / 2} Phi(-z/tau - s tau), here as
+    # one exponential of a sum because the product is inf * 0 at large z. At |z| = 1e4 both sides have long saturated.
+    z, s = z.clamp(-1e4, 1e4), input_scale
+    if tau == FROZEN:
+        negative = torch.exp(s * z.clamp(max=0)) * opening(-z, FROZEN)
+    else:
+        negative = torch.exp(s * z + (s * tau) ** 2 / 2 + torch.special.log_ndtr(-z / tau - s * tau))
+    return scale * (opening(z, tau) + alpha * s * negative)
+
+
+def gelu_gain(z: Tensor, tau: Temperature, approximate: str = "none") -> Tensor:
+    if tau == FROZEN and approximate == "tanh":  # the forward's own gain, which differs from Phi by up to 5e-4
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return normal_cdf(cooled(z, tau))
+
+
+# -- normalisations: the statistics are constants, so v -> v * gamma / deviation ----------------------------------------
+
+
+def last_axes(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(range(-len(shape), 0))
+
+
+def per_channel(gamma: Tensor | None, rstd: Tensor) -> Tensor:
+    """`rstd` [B, C, 1, ...] times `gamma` [C]."""
+    return rstd if gamma is None else rstd * wide(gamma).view(-1, *[1] * (rstd.dim() - 2))
+
+
+def rstd_over(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
+    return torch.rsqrt(x.var(tuple(axes), correction=0, keepdim=True) + eps)
+
+
+def layer_norm_gain(x, gamma, beta, tau, normalized_shape, eps):
+    rstd = rstd_over(x, last_axes(normalized_shape), eps)
+    return rstd if gamma is None else rstd * wide(gamma)
+
+
+def rms_norm_gain(x, gamma, tau, normalized_shape, eps):
+    rrms = torch.rsqrt(x.square().mean(last_axes(normalized_shape), keepdim=True) + eps)
+    return rrms if gamma is None else rrms * wide(gamma)
+
+
+def group_norm_gain(x, gamma, beta, tau, num_groups, eps):
+    grouped = x.reshape(x.shape[0], num_groups, -1)
+    rstd = rstd_over(grouped, [-1], eps).repeat_interleave(x.shape[1] // num_groups, 1)  # [B, C, 1]
+    return per_channel(gamma, rstd.reshape(*x.shape[:2], *[1] * (x.dim() - 2)))
+
+
+def instance_norm_gain(x, gamma, beta, tau, eps):
+    return per_channel(gamma, rstd_over(x, range(2, x.dim()), eps))
+
+
+def batch_norm_gain(x, gamma, beta, tau, eps):
+    return per_channel(gamma, rstd_over(x, [0, *range(2, x.dim())], eps))
+
+
+def local_response_norm_gain(x, tau, size, alpha, beta, k):
+    squares = F.pad(x.square().movedim(1, -1), (size // 2, (size - 1) // 2))
+    return (k + alpha * squares.unfold(-1, size, 1).mean(-1).movedim(-1, 1)) ** -beta
+
+
+def rms_norm(x, gamma, normalized_shape, eps):
+    return F.rms_norm(x, normalized_shape, gamma, eps)
+
+
+def layer_norm(x, gamma, beta, normalized_shape, eps):
+    return F.layer_norm(x, normalized_shape, gamma, beta, eps)
+
+
+def group_norm(x, gamma, beta, num_groups, eps):
+    return F.group_norm(x, num_groups, gamma, beta, eps)
+
+
+def instance_norm(x, gamma, beta, eps):
+    return F.instance_norm(x, None, None, gamma, beta, True, 0.1, eps)
+
+
+def batch_norm(x, gamma, beta, eps):
+    return F.batch_norm(x, None, None, gamma, beta, True, 0.1, eps)
+
+
+# -- max pooling --------------------------------------------------------------------------------------------------------
+
+
+def max_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
+    return pool(x, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_pool_adjoint(v: Tensor, x: Tensor, tau: Temperature, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
+    """Spread each window's cotangent over the window by `softmax(window / tau)`; frozen, over its maxima equally.
+
+    `x` [..., *spatial], `v` [..., *windows]; kernel, stride, padding and dilation are tuples, one number an axis.
+    A gather without scatter or unfold: with stride s, tap i of window o reads pixel `s o + i dilation`, that is, place
+    `o + j` of phase `a` for `i dilation = s j + a`. Each phase is a strided slice; the phases are interleaved at the end.
+    """
+    y, x_dtype = max_pool(x, kernel, stride, padding, dilation, ceil_mode), x.dtype
+    n, lowest = len(kernel), torch.finfo(wide(x).dtype).min
+    windows, spatial = v.shape[-n:], x.shape[-n:]
+    reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(windows, stride, dilation, kernel)]
+    places = [-(-max(r, p + m) // s) for r, p, m, s in zip(reach, padding, spatial, stride)]
+    margins = [(p, q * s - p - m) for p, q, s, m in zip(padding, places, stride, spatial)]
+    flat_margins = [side for pair in reversed(margins) for side in pair]
+    # Finite bounds keep inf - inf out of the differences: equal infinities tie, as they do in the forward pass.
+    padded = F.pad(wide(x), flat_margins, value=-math.inf).clamp(lowest, -lowest)
+    y = wide(y).clamp(lowest, -lowest)
+
+    taps = []  # (phase, shift, weight of this tap in each window [..., *windows])
+    for index in itertools.product(*map(range, kernel)):
+        shift, phase = zip(*(divmod(i * d, s) for i, d, s in zip(index, dilation, stride)))
+        seen = padded[(..., *(slice(a + j * s, a + (j + o - 1) * s + 1, s)
+                              for a, j, s, o in zip(phase, shift, stride, windows)))]
+        difference = seen - y
+        weight = (difference >= 0).to(seen.dtype) if tau == FROZEN else torch.exp(difference / tau)
+        taps.append((phase, shift, weight))
+    per_weight = v / sum(weight for _, _, weight in taps)  # the maximum itself weighs 1: never a division by zero
+
+    phases: dict[tuple[int, ...], Tensor] = {}
+    for phase, shift, weight in taps:
+        room = [(j, q - o - j) for j, q, o in zip(shift, places, windows)]
+        share = F.pad(per_weight * weight, [side for pair in reversed(room) for side in pair])
+        phases[phase] = phases[phase] + share if phase in phases else share
+    nothing = torch.zeros_like(next(iter(phases.values())))
+    spread = torch.stack([phases.get(phase, nothing) for phase in itertools.product(*map(range, stride))], -1)
+    lead = v.dim() - n
+    spread = spread.reshape(*spread.shape[:-1], *stride)  # [..., *places, *stride] -> [..., place, stride, place, stride, ...]
+    order = [*range(lead), *(axis for i in range(n) for axis in (lead + i, lead + n + i))]
+    spread = spread.permute(order).reshape(*v.shape[:lead], *(q * s for q, s in zip(places, stride)))
+    return spread[(..., *(slice(p, p + m) for p, m in zip(padding, spatial)))].to(x_dtype)
+
+
+# -- attention: through the values only ---------------------------------------------------------------------------------
+
+
+def attention(q, k, value, mask, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    # The mask goes in as given: detached, another CPU kernel would be chosen and the last bits would differ.
+    return F.scaled_dot_product_attention(q, k, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attention_adjoint(v, q, k, value, mask, tau, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    """`softmax((q k^T scale + mask) / tau)^T v`: q [..., Hq, N, D], k and value [..., Hk, M, D], v [..., Hq, N, Dv]."""
+    groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    keys = k.repeat_interleave(groups, -3) if groups > 1 else k
+    scores = (wide(q) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ wide(keys).mT
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + wide(mask)
+    received = tempered_softmax(scores, tau).mT @ wide(v)
+    if groups > 1:
+        received = received.reshape(*k.shape[:-2], groups, *received.shape[-2:]).sum(-3)
+    return received.sum_to_size(value.shape).to(value.dtype)
+
+
+def tempered_softmax(scores: Tensor, tau: Temperature, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """`softmax(scores / tau)` over `dim`; a slice that is -inf throughout gives 0, and masks of finfo.min may not overflow."""
+    scores = wide(scores if dtype is None else scores.to(dtype))
+    lowest = torch.finfo(scores.dtype).min
+    alive = scores.amax(dim, keepdim=True) > -math.inf
+    return torch.softmax(cooled(scores, tau).clamp(lowest, -lowest), dim) * alive
+
+
+def softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.softmax(scores, dim, dtype=dtype)
+
+
+def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
+    """Attention weights that are written out are constants: what they multiply gets the signal, the scores none."""
+
+
+def mix(weights: Tensor, soft_weights: Tensor, value: Tensor) -> Tensor:
+    return weights @ value
+
+
+def mix_adjoint(v: Tensor, weights: Tensor, soft_weights: Tensor, value: Tensor, tau: Temperature) -> Tensor:
+    return (soft_weights.mT @ v.to(soft_weights.dtype)).sum_to_size(value.shape).to(value.dtype)
+
+
+# -- the table ----------------------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Row] = {
+    "relu": gain_row(F.relu, opening, 0.6),
+    "leaky_relu": gain_row(F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 0.6),
+    "prelu": gain_row(F.prelu, prelu_gain, 0.6),
+    "hardtanh": gain_row(lambda z, low, high: torch.clamp(z, low, high), hardtanh_gain, 0.6),
+    "elu": gain_row(lambda z, alpha, scale, input_scale: torch.ops.aten.elu(z, alpha, scale, input_scale), elu_gain, 0.6),
+    "gelu": gain_row(lambda z, approximate="none": F.gelu(z, approximate=approximate), gelu_gain, 1.0),
+    "silu": gain_row(F.silu, lambda z, tau: torch.sigmoid(cooled(z, tau)), 1.6),
+    "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
+    "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
+    "max_pool": Row(max_pool, max_pool_adjoint, 0.3),
+    "layer_norm": gain_row(layer_norm, layer_norm_gain, FROZEN, 3),
+    "rms_norm": gain_row(rms_norm, rms_norm_gain, FROZEN),
+    "group_norm": gain_row(group_norm, group_norm_gain, FROZEN),
+    "instance_norm": gain_row(instance_norm, instance_norm_gain, FROZEN),
+    "batch_norm": gain_row(batch_norm, batch_norm_gain, FROZEN),
+    "local_response_norm": gain_row(F.local_response_norm, local_response_norm_gain, FROZEN),
+    "attention": Row(attention, attention_adjoint, 1.0, receives=2, tensors=4),
+    "softmax": Row(softmax, nothing, 1.0),
+    "mix": Row(mix, mix_adjoint, 1.0, receives=2, tensors=3),
+}

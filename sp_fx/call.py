@@ -1,0 +1,90 @@
+"""One call of an explainer: its inputs, which of them are explained, and how they are cut and repeated along the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .targets import Target
+
+
+def usable(x: Any) -> Tensor:
+    """The input as autograd can use it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected a tensor, or a tuple of tensors, as inputs; got {type(x).__name__}")
+    if x.is_complex():
+        raise TypeError(f"cannot explain a complex input ({x.dtype}): pass its real and imaginary parts")
+    if x.dim() == 0:
+        raise ValueError("an input needs a batch axis, got a tensor of no axes")
+    return x.clone() if x.is_inference() else x
+
+
+@dataclass
+class Call:
+    """`values` are the positional arguments, of which the first `inputs` are inputs; floating inputs are explained."""
+
+    values: list[Any]
+    inputs: int
+    kwargs: dict[str, Any]
+    target: Target
+
+    def __post_init__(self) -> None:
+        given = self.values[: self.inputs]
+        if not given:
+            raise ValueError("expected at least one input, got an empty tuple")
+        if not self.explained:
+            raise TypeError(f"nothing to explain: the inputs are {', '.join(str(x.dtype) for x in given)}; expected a floating tensor "
+                            "(token ids are explained at their embeddings)")
+        batches = {x.shape[0] for x in self.explained}
+        if len(batches) > 1:
+            raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")
+
+    @property
+    def explained(self) -> list[Tensor]:
+        return [x for x in self.values[: self.inputs] if x.is_floating_point()]
+
+    @property
+    def batch(self) -> int:
+        return self.explained[0].shape[0]
+
+    @property
+    def targets_each(self) -> int | None:
+        """T for targets [B, T], else None."""
+        t = self.target
+        many = isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch
+        return t.shape[1] if many else None
+
+    def at(self, points: list[Tensor]) -> list[Any]:
+        """The positional arguments with `points` in place of the explained inputs."""
+        rest = iter(points)
+        return [next(rest) if i < self.inputs and x.is_floating_point() else x for i, x in enumerate(self.values)]
+
+    def pieces(self, batch_size: int | None) -> Iterator[Call]:
+        """The call cut along the batch."""
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, or None, got {batch_size!r}")
+        if batch_size is None or batch_size >= self.batch:
+            yield self
+            return
+        for start in range(0, self.batch, batch_size):
+            yield self.mapped(lambda t, cut=slice(start, start + batch_size): t[cut])
+
+    def repeated(self, times: int) -> Call:
+        """Each sample `times` times in a row, one for each of its targets."""
+        flat = replace(self, target=None).mapped(lambda t: t.repeat_interleave(times, 0))
+        return replace(flat, target=self.target.reshape(-1))  # type: ignore[union-attr]
+
+    def mapped(self, change: Callable[[Any], Any]) -> Call:
+        """`change` applied to whatever has the batch on axis 0."""
+
+        def each(value: Any) -> Any:
+            has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
+            return change(value) if has_batch else value
+
+        target = change(self.target) if isinstance(self.target, list) else each(self.target)
+        kwargs = {name: each(value) for name, value in self.kwargs.items()}
+        return replace(self, values=[each(v) for v in self.values], kwargs=kwargs, target=target)

@@ -1,0 +1,95 @@
+"""Dual-path ops: the forward of a gate exactly, its backward by the table of adjoints.
+
+One function, `dual_path(kind, *tensors, tau=..., **args)`, for every kind and every way that PyTorch differentiates:
+
+- eager autograd, `torch.func` and `torch.compile` go through one `autograd.Function` in the form that all three take
+  (`setup_context`, a generated vmap rule, and a forward of plain aten ops, which Inductor fuses with its neighbours);
+- `torch.fx` records a call of `dual_path` itself, since a traced `Function` leaves only its forward behind;
+- `torch.export` records the op `sp_fx::dual_path`, which keeps its adjoint in an exported graph for the same reason.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .adjoints import TABLE, Temperature
+
+
+class DualPath(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(kind: str, tau: Temperature, args: tuple[tuple[str, Any], ...], *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
+        return TABLE[kind].forward(*tensors, **dict(args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.kind, ctx.tau, ctx.args, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor):  # type: ignore[override]
+        grads = pullback(ctx.kind, ctx.tau, ctx.args, v, ctx.saved_tensors)
+        return None, None, None, *grads
+
+
+def pullback(kind: str, tau: Temperature, args: tuple, v: Tensor, tensors: Any) -> list[Tensor | None]:
+    grads: list[Tensor | None] = [None] * len(tensors)
+    grads[TABLE[kind].receives] = TABLE[kind].adjoint(v, *tensors, tau=tau, **dict(args))
+    return grads
+
+
+def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, **args: Any) -> Tensor:
+    """The forward of gate `kind` on `tensors`, differentiated by its adjoint at temperature `tau`.
+
+    `kind` is a key of `adjoints.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them).
+    """
+    if has_torch_function(tensors):
+        return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, **args)
+    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+        padded = (*tensors, None, None, None)[:4]
+        return torch.ops.sp_fx.dual_path(*padded, repr((kind, tau, tuple(args.items()))))
+    return DualPath.apply(kind, tau, tuple(args.items()), *distinct(tensors))
+
+
+def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Dynamo refuses one tensor in two places of a `Function`; self-attention without projections has it in three."""
+    seen: list[Tensor | None] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return seen
+
+
+@torch.library.custom_op(
+    "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, str gate) -> Tensor"
+)
+def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, gate: str) -> Tensor:
+    kind, tau, args = ast.literal_eval(gate)
+    return TABLE[kind].forward(*used(kind, (a, b, c, d)), **dict(args))
+
+
+exported.register_fake(exported._init_fn)
+
+
+def used(kind: str, padded: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """The tensors of a kind, without the padding of the exported op."""
+    return padded[: TABLE[kind].tensors]
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.gate = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _exported_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+    kind, tau, args = ast.literal_eval(ctx.gate)
+    grads = pullback(kind, tau, args, v, used(kind, ctx.saved_tensors))
+    return (*grads, None, None, None)[:4] + (None,)
+
+
+exported.register_autograd(_exported_backward, setup_context=_keep)

@@ -1,0 +1,272 @@
+"""The explainer: a model's outputs with a soft way back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .ascent import Ascent, Bounds, Clip
+from .call import Call, usable
+from .capture import capture
+from .rewrite import Report, rewrite
+from .rules import Rules
+from .targets import Target, only_output, resolve, seed
+
+Inputs = Tensor | tuple[Tensor, ...]
+
+
+def transform(model: nn.Module, *, rules: Rules | None = None, strict: bool = False) -> Explainer:
+    """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer.
+
+    The explainer is in eval mode and shares the storage of the weights: updating them in place (an optimiser step,
+    `load_state_dict`) updates it too, while replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled,
+    DataParallel and DistributedDataParallel models are unwrapped. Tracing patches PyTorch while it lasts: transform one model
+    at a time; explainers may be used by any number of threads.
+
+    Args:
+        model: any module that `torch.fx` can trace.
+        rules: the temperatures; `Rules()` where None.
+        strict: raise where a call that gates, or may, has no rule, instead of warning.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, has no Python source (TorchScript), or is an explainer already.
+        CaptureError: the model cannot be traced.
+        NotRewrittenError: with `strict`, calls that gate have no rule.
+        ValueError: `rules` has an override that fits no gate.
+
+    Warns:
+        UserWarning: calls that gate, or may, were not rewritten; or there is nothing to rewrite at all.
+    """
+    if isinstance(model, Explainer):
+        raise TypeError("got an Explainer: transform the model it was made from, with the rules you want")
+    with torch.inference_mode(False):
+        clone, graph = capture(model)
+        rules = Rules() if rules is None else rules
+        report = Report(type(model).__name__, rules, rewrite(clone, graph, rules))
+        left = report.of("NOT REWRITTEN")
+        if left and strict:
+            raise NotRewrittenError("\n".join([f"{len(left)} calls that gate, or may, have no rule:", *map(str, left)]))
+        if left:
+            listed = "; ".join(f"{site.op} at {site.place} ({site.reason})" for site in left[:3])
+            warnings.warn(
+                f"{len(left)} calls of {report.model} were NOT REWRITTEN and keep their plain derivative: {listed}"
+                f"{'; ...' if len(left) > 3 else ''}. report() lists them all",
+                stacklevel=2,
+            )
+        elif not report.of("rewritten"):
+            warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
+        return Explainer(clone, graph, report)
+
+
+class NotRewrittenError(ValueError):
+    """Strict mode found calls that gate, or may, and have no rule."""
+
+
+class Explainer(fx.GraphModule):
+    """A module equal to the model it was made from, whose autograd is the soft adjoint. Made by `transform`.
+
+    Submodules keep the model's names and can be hooked: leaves as they are, containers and gates as identities through which
+    their outputs pass.
+
+    Every method takes `inputs`, a tensor or a tuple of tensors with the batch on axis 0 (any rank, at least one floating), and
+    returns maps of their shapes and dtypes: a tensor for a tensor, a tuple for a tuple, with None for integer tensors, which
+    are passed on but not explained. They work under `no_grad` and `inference_mode`, and keep no graph alive. Common arguments:
+
+        target: None for the predicted class; an int; an integer tensor [B]; an integer tensor [B, T] for T maps of each sample,
+            [B, T, ...]; a tuple of indices into an output with several axes; a floating tensor shaped like the output, the
+            direction itself; a callable from the output to what is to be explained. Axes of the output that an index leaves
+            over are summed.
+        forward_kwargs: keyword arguments of the model.
+        batch_size: the most samples to run at once; inputs, targets and keyword tensors with the batch on axis 0 are cut.
+
+    and common errors:
+
+        TypeError: an input that is no tensor; nothing floating to explain; a target of an unknown form.
+        ValueError: no input; NaN in an input; an input on another device than the model; a target that does not fit.
+        IndexError: a target index that the output does not have.
+    """
+
+    def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report) -> None:
+        super().__init__(modules, graph, "Explainer")
+        self._report = report
+        self.training = False
+
+    # -- explanations
+
+    def pullback(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        *,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        chunk: int | None = None,
+    ) -> Any:
+        """The soft pullback of the target direction: one forward and one backward, also for targets [B, T].
+
+        `chunk` is the most of the T targets to pull back at once.
+        """
+
+        def run(call: Call) -> list[Tensor]:
+            return self._pull(call, call.explained, chunk)
+
+        return self._explain(run, inputs, target, forward_kwargs, batch_size, many=True)
+
+    def double_pullback(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        *,
+        step: float = 2.0,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> Any:
+        """The pullback at `x + step * pullback(x)`; with target None, of the class predicted at `x`."""
+
+        def run(call: Call) -> list[Tensor]:
+            first = self._pull(call, call.explained)
+            return self._pull(call, [x.detach() + step * v for x, v in zip(call.explained, first)])
+
+        return self._explain(run, inputs, target, forward_kwargs, batch_size)
+
+    def ascend(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        *,
+        steps: int = 5,
+        step_size: float | None = None,
+        bounds: Bounds | None = None,
+        radius: float | None = None,
+        clip: Clip = "every",
+        return_path: bool = False,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> Any:
+        """Pullback ascent: where `steps` normalised steps along the pullback lead, minus where they started.
+
+        With target None the class predicted at the start is kept; another class makes it a counterfactual.
+
+        Args:
+            steps: at least 1.
+            step_size: L2 length of a step over a whole sample; None is 20 * sqrt(numel / 150528), for inputs in [-1, 1].
+            bounds: (low, high), numbers or tensors that broadcast to an input: the box to stay in.
+            radius: the radius of the L2 ball round the input to stay in.
+            clip: when `bounds` apply: after "every" step, after the "last", or "never".
+            return_path: return (map, path), where path has all iterates, [steps + 1, B, ...], the input first.
+        """
+        rule = Ascent(steps, step_size, bounds, radius, clip)
+
+        def run(call: Call) -> list[Tensor]:
+            path = rule.path(call.explained, lambda x: self._pull(call, x))
+            if return_path:
+                return [torch.stack(iterates) for iterates in zip(*path)]
+            return [end - start for start, end in zip(path[0], path[-1])]
+
+        if not return_path:
+            return self._explain(run, inputs, target, forward_kwargs, batch_size)
+        path = self._explain(run, inputs, target, forward_kwargs, batch_size, batch_axis=1)
+        if isinstance(path, Tensor):
+            return path[-1] - path[0], path
+        return tuple(None if p is None else p[-1] - p[0] for p in path), path
+
+    def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
+        """The soft pullback under the calling convention of Captum's attribution methods.
+
+        Raises:
+            AssertionError: `target` is None and the model has more than one output for each sample.
+        """
+        extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+        if isinstance(target, Tensor) and target.numel() == 1:
+            target = int(target)
+        return self._explain(
+            lambda call: self._pull(call, call.explained),
+            inputs,
+            only_output if target is None else target,
+            extra=() if additional_forward_args is None else extra,
+            many=True,
+        )
+
+    def report(self) -> Report:
+        """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable."""
+        return self._report
+
+    # -- how they run
+
+    def _explain(
+        self,
+        run: Callable[[Call], list[Tensor]],
+        inputs: Inputs,
+        target: Target,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+        *,
+        extra: tuple[Any, ...] = (),
+        many: bool = False,
+        batch_axis: int = 0,
+    ) -> Any:
+        """Check the inputs, `run` a piece at a time, and put the maps together. `many`: whether `run` takes targets [B, T]."""
+        positional = inputs if isinstance(inputs, tuple) else (inputs,)
+        with torch.inference_mode(False), torch.enable_grad():
+            call = Call([*map(usable, positional), *extra], len(positional), dict(forward_kwargs or {}), target)
+            self._check(call)
+            times = None if many else call.targets_each
+            if times is not None:
+                call = call.repeated(times)
+            pieces = [run(piece) for piece in call.pieces(batch_size)]
+            maps = [torch.cat(parts, batch_axis) for parts in zip(*pieces)]
+        if times is not None:
+            maps = [m.unflatten(batch_axis, (m.shape[batch_axis] // times, times)) for m in maps]
+        if not isinstance(inputs, tuple):
+            return maps[0]
+        found = iter(maps)
+        return tuple(next(found) if x.is_floating_point() else None for x in inputs)
+
+    def _pull(self, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:
+        """The pullbacks at `points`, which stand in for the explained inputs; fixes the call's target if it was open."""
+        leaves = [x.detach().requires_grad_() for x in points]
+        output = self(*call.at(leaves), **call.kwargs)
+        if call.target is None:
+            call.target = resolve(output, None)
+        y, u = seed(output, call.target)
+        if not y.requires_grad:
+            raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")
+        if u.dim() == y.dim():
+            grads = torch.autograd.grad(y, leaves, u, allow_unused=True)
+            return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
+        parts = u.split(chunk or u.shape[0])
+        many = [torch.autograd.grad(y, leaves, part, is_grads_batched=True, allow_unused=True, retain_graph=i + 1 < len(parts))
+                for i, part in enumerate(parts)]  # fmt: skip
+        return [torch.zeros_like(x).unsqueeze(1).repeat(1, u.shape[0], *[1] * (x.dim() - 1)) if g[0] is None
+                else torch.cat(g).transpose(0, 1) for x, g in zip(leaves, zip(*many))]  # fmt: skip
+
+    def _check(self, call: Call) -> None:
+        devices = {t.device for t in (*self.parameters(), *self.buffers())}
+        for x in call.values[: call.inputs]:
+            if x.is_floating_point() and bool(torch.isnan(x).any()):
+                raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
+            if devices and x.device not in devices:
+                raise ValueError(f"the input is on {x.device} and the model on {', '.join(map(str, devices))}: move one of them")
+
+    # -- what a module is asked to do
+
+    def train(self, mode: bool = True) -> Explainer:
+        """Changes nothing: the explainer was captured in eval mode. Warns where `mode` is True."""
+        if mode:
+            warnings.warn("an Explainer was captured in eval mode and stays in it: train() changes nothing", stacklevel=2)
+        return self
+
+    def __reduce__(self) -> tuple:
+        return Explainer._restored, (fx.GraphModule(self, self.graph), self._report)
+
+    def __deepcopy__(self, memo: dict) -> Explainer:
+        return Explainer._restored(copy.deepcopy(fx.GraphModule(self, self.graph), memo), self._report)
+
+    @staticmethod
+    def _restored(module: fx.GraphModule, report: Report) -> Explainer:
+        return Explainer(module, module.graph, report)

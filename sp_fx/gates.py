@@ -1,0 +1,231 @@
+"""Which nodes of a graph are gates: every call form of an op, read into one `Gate`.
+
+Modules need no entry of their own: capture traces into `torch.nn`'s gating modules, so that they appear as the functions
+they call, and a subclass is read by what it computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A call that is a gate: its kind (a row of the table), the tensors and the arguments in the table's form."""
+
+    kind: str
+    tensors: tuple[Any, ...]
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A call that gates, or may, and has no rule: why."""
+
+    reason: str
+
+
+READERS: dict[Any, Callable[..., Gate | Unread]] = {}
+
+
+def reads(*targets: Any) -> Callable:
+    """Register a reader with the signature of the ops it reads. A name stands for the method, and for its in-place twin."""
+
+    def register(reader: Callable) -> Callable:
+        for target in targets:
+            READERS[target] = reader
+            if isinstance(target, str):
+                READERS[target + "_"] = reader
+        return reader
+
+    return register
+
+
+# -- pointwise ----------------------------------------------------------------------------------------------------------
+
+
+@reads(F.relu, F.relu_, torch.relu, torch.relu_, "relu", aten.relu, aten.relu_)
+def relu(input, inplace=False):
+    return Gate("relu", (input,))
+
+
+@reads(F.leaky_relu, F.leaky_relu_, aten.leaky_relu, aten.leaky_relu_)
+def leaky_relu(input, negative_slope=0.01, inplace=False):
+    return Gate("leaky_relu", (input,), {"negative_slope": negative_slope})
+
+
+@reads(F.rrelu, F.rrelu_, torch.rrelu, torch.rrelu_, aten.rrelu, aten.rrelu_)
+def rrelu(input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
+    if training:
+        return Unread("rrelu draws random slopes: training=True in the call")
+    return Gate("leaky_relu", (input,), {"negative_slope": (lower + upper) / 2})
+
+
+@reads(F.prelu, torch.prelu, "prelu", aten.prelu)
+def prelu(input, weight):
+    return Gate("prelu", (input, weight))
+
+
+@reads(F.relu6, aten.relu6, aten.relu6_)
+def relu6(input, inplace=False):
+    return Gate("hardtanh", (input,), {"low": 0.0, "high": 6.0})
+
+
+@reads(F.hardtanh, F.hardtanh_, aten.hardtanh, aten.hardtanh_)
+def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    return Gate("hardtanh", (input,), {"low": min_val, "high": max_val})
+
+
+@reads(torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clip", aten.clamp, aten.clamp_)
+def clamp(input, min=None, max=None):
+    if not all(bound is None or isinstance(bound, int | float) for bound in (min, max)):
+        return Unread("clamp with computed bounds")
+    return Gate("hardtanh", (input,), {"low": min, "high": max})
+
+
+@reads("clamp_min", torch.clamp_min, torch.clamp_min_, aten.clamp_min, aten.clamp_min_)
+def clamp_min(input, min):
+    return clamp(input, min)
+
+
+@reads("clamp_max", torch.clamp_max, torch.clamp_max_, aten.clamp_max, aten.clamp_max_)
+def clamp_max(input, max):
+    return clamp(input, None, max)
+
+
+@reads(F.elu, F.elu_)
+def elu(input, alpha=1.0, inplace=False):
+    return Gate("elu", (input,), {"alpha": alpha, "scale": 1.0, "input_scale": 1.0})
+
+
+@reads(aten.elu, aten.elu_)
+def aten_elu(input, alpha=1.0, scale=1.0, input_scale=1.0):
+    return Gate("elu", (input,), {"alpha": alpha, "scale": scale, "input_scale": input_scale})
+
+
+@reads(F.selu, F.selu_, torch.selu, torch.selu_, aten.selu, aten.selu_)
+def selu(input, inplace=False):
+    # The constants of Klambauer et al., "Self-Normalizing Neural Networks", arXiv:1706.02515, as PyTorch rounds them.
+    return Gate("elu", (input,), {"alpha": 1.6732632423543772, "scale": 1.0507009873554805, "input_scale": 1.0})
+
+
+@reads(F.celu, F.celu_, torch.celu, torch.celu_, aten.celu, aten.celu_)
+def celu(input, alpha=1.0, inplace=False):
+    return Gate("elu", (input,), {"alpha": alpha, "scale": 1.0, "input_scale": 1 / alpha})
+
+
+@reads(F.gelu, aten.gelu, aten.gelu_)
+def gelu(input, approximate="none"):
+    return Gate("gelu", (input,), {"approximate": approximate})
+
+
+@reads(F.silu, aten.silu, aten.silu_)
+def silu(input, inplace=False):
+    return Gate("silu", (input,))
+
+
+@reads(F.hardswish, aten.hardswish, aten.hardswish_)
+def hardswish(input, inplace=False):
+    return Gate("hardswish", (input,))
+
+
+@reads(F.mish, aten.mish, aten.mish_)
+def mish(input, inplace=False):
+    return Gate("mish", (input,))
+
+
+# -- max pooling --------------------------------------------------------------------------------------------------------
+
+
+def per_axis(value: Any, axes: int) -> tuple[int, ...]:
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * axes if len(values) == 1 else values
+
+
+def max_pool(axes: int) -> Callable[..., Gate | Unread]:
+    def read(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+        if return_indices:
+            return Unread("max pooling that returns its indices")
+        return Gate("max_pool", (input,), {
+            "kernel": per_axis(kernel_size, axes),
+            "stride": per_axis(kernel_size if stride in (None, []) else stride, axes),
+            "padding": per_axis(padding, axes),
+            "dilation": per_axis(dilation, axes),
+            "ceil_mode": ceil_mode,
+        })
+
+    return read
+
+
+reads(F.max_pool1d, torch.max_pool1d, aten.max_pool1d)(max_pool(1))
+reads(F.max_pool2d, torch.max_pool2d, aten.max_pool2d)(max_pool(2))
+reads(F.max_pool3d, torch.max_pool3d, aten.max_pool3d)(max_pool(3))
+
+
+# -- normalisations -----------------------------------------------------------------------------------------------------
+
+
+@reads(F.layer_norm, torch.layer_norm, aten.layer_norm)
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):
+    return Gate("layer_norm", (input, weight, bias), {"normalized_shape": normalized_shape, "eps": eps})
+
+
+@reads(F.rms_norm, torch.rms_norm, aten.rms_norm)
+def rms_norm(input, normalized_shape, weight=None, eps=None):
+    return Gate("rms_norm", (input, weight), {"normalized_shape": normalized_shape, "eps": eps})
+
+
+@reads(F.group_norm)
+def group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+    return Gate("group_norm", (input, weight, bias), {"num_groups": num_groups, "eps": eps})
+
+
+@reads(torch.group_norm, aten.group_norm)
+def aten_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_enabled=True):
+    return group_norm(input, num_groups, weight, bias, eps)
+
+
+@reads(F.instance_norm)
+def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
+    if not use_input_stats:
+        return None  # affine
+    if running_mean is not None:
+        return Unread("instance_norm that updates its running statistics")
+    return Gate("instance_norm", (input, weight, bias), {"eps": eps})
+
+
+@reads(F.batch_norm)
+def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
+    if not training:
+        return None  # affine
+    if running_mean is not None:
+        return Unread("batch_norm that updates its running statistics")
+    return Gate("batch_norm", (input, weight, bias), {"eps": eps})
+
+
+@reads(F.local_response_norm)
+def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0):
+    return Gate("local_response_norm", (input,), {"size": size, "alpha": alpha, "beta": beta, "k": k})
+
+
+# -- attention ----------------------------------------------------------------------------------------------------------
+
+
+@reads(F.scaled_dot_product_attention, aten.scaled_dot_product_attention)
+def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    if dropout_p != 0:
+        return Unread(f"attention with dropout_p={dropout_p!r} in the call, also in eval mode")
+    return Gate("attention", (query, key, value, attn_mask), {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa})
+
+
+SOFTMAX = {F.softmax, torch.softmax, "softmax", aten.softmax, aten._softmax}
+PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__", aten.matmul, aten.bmm}

@@ -1,0 +1,348 @@
+"""The graph pass: every gating call becomes a dual-path call, and a report says so, place by place.
+
+Requires: a graph from `capture`, over modules in eval mode. Ensures: the same outputs, bit for bit; every gate that has a rule
+and a temperature is a call of `dual_path` (or `multihead_attention`); no rewritten gate works in place, and nothing writes
+over what one has saved; the graph lints; each gating call of the model, rewritten or not, has one `Site` in the report.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .adjoints import FROZEN, Temperature, tempered_softmax
+from .dual import dual_path
+from .gates import PRODUCTS, READERS, SOFTMAX, Gate, Unread
+from .multihead import multihead_attention
+from .rules import KINDS, Rules
+
+Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One gating call: the op, its place (module path, `#2` for its second call there), and what became of it."""
+
+    place: str
+    op: str
+    kind: str
+    status: Status
+    temperature: Temperature | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of every gating call of a model, in the order of the forward pass. Printable."""
+
+    model: str
+    rules: Rules
+    sites: tuple[Site, ...]
+
+    def of(self, status: Status) -> list[Site]:
+        return [site for site in self.sites if site.status == status]
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{len(self.of(s))} {s}" for s in ("rewritten", "kept", "NOT REWRITTEN"))  # type: ignore[arg-type]
+        rows = [("place", "op", "gate", "temperature", "")]
+        for site in self.sites:
+            tau = "" if site.temperature is None else str(site.temperature)
+            note = site.reason if site.status == "rewritten" else f"{site.status}: {site.reason}"
+            rows.append((site.place, site.op, site.kind, tau, note))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip() for row in rows]
+        return "\n".join([f"{self.model} with {self.rules}: {counts}", *lines])
+
+
+# -- reading a node -----------------------------------------------------------------------------------------------------
+
+# Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
+AFFINE_MODULES = (
+    *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.Embedding, nn.EmbeddingBag, nn.Fold, nn.Unfold, nn.Upsample),
+    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
+    *(nn.modules.dropout._DropoutNd, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd),
+    *(nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd, nn.modules.pooling._AvgPoolNd),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+)
+PIECEWISE = frozenset(
+    """abs absolute max min amax amin maximum minimum fmax fmin aminmax topk kthvalue sort msort median nanmedian quantile mode
+    cummax cummin sign threshold hardshrink softshrink adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d""".split()
+)
+SMOOTH = frozenset(
+    """sigmoid tanh softplus softsign logsigmoid hardsigmoid tanhshrink exp expm1 log log1p sin cos erf atan log_softmax
+    logsumexp softmin""".split()
+)
+PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul glu bilinear".split())
+QUOTIENT = frozenset("truediv div divide true_divide itruediv normalize".split())
+VIEW = frozenset(
+    """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
+    expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
+    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split()
+)
+IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
+
+
+def name_of(node: fx.Node) -> str:
+    """An op's plain name: `relu` for `F.relu`, `torch.relu_`, `Tensor.relu_` and `aten.relu_.default`."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+    if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
+        name = next((n for n in dir(F) if getattr(F, n) is target), name)
+    return name.strip("_")
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the call writes over its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+
+
+SHAPES = frozenset("shape dtype device ndim size dim numel stride len is_floating_point get_device".split())
+
+
+def rewrite(modules: nn.Module, graph: fx.Graph, rules: Rules) -> tuple[Site, ...]:
+    """Rewrite `graph`, whose modules live in `modules`, in place; returns its sites in the order of the forward pass.
+
+    Raises:
+        ValueError: an override of `rules` that fits no gate.
+    """
+    run = Pass(modules, graph, rules)
+    for node in list(graph.nodes):
+        run.visit(node)
+    run.protect()
+    rules.check_overrides(site.place for site in run.sites if site.kind in KINDS)
+    graph.lint()
+    return tuple(run.sites)
+
+
+class Pass:
+    """One run over one graph."""
+
+    def __init__(self, modules: nn.Module, graph: fx.Graph, rules: Rules) -> None:
+        self.modules, self.graph, self.rules = modules, graph, rules
+        self.sites: list[Site] = []
+        self.calls: Counter[str] = Counter()
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.varying: set[fx.Node] = set()  # what depends on the values of the input, not on its shape
+        for node in graph.nodes:
+            name = node.args[1] if node.target is getattr else name_of(node)
+            if node.op == "placeholder" or (name not in SHAPES and any(n in self.varying for n in node.all_input_nodes)):
+                self.varying.add(node)
+
+    # -- facts about nodes
+
+    def module(self, node: fx.Node) -> nn.Module:
+        return self.modules.get_submodule(str(node.target))
+
+    def passes(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and "forward" in self.module(node).__dict__
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether the output may share the storage of the first input."""
+        if node.op == "call_module":
+            keepers = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+            return self.passes(node) or isinstance(self.module(node), keepers)
+        return node.op in ("call_function", "call_method") and (name_of(node) in VIEW or writes(node))
+
+    def owner(self, node: fx.Node) -> fx.Node:
+        """The node whose storage `node` may share."""
+        while self.is_view(node) and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return node
+
+    def place(self, node: fx.Node) -> str:
+        """A module's path for its own call; for a function called in a module, the path and the function's name."""
+        path, module = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
+        if node.op == "call_module":
+            place = str(node.target)
+        elif module is not None and module.__module__.startswith("torch.nn.") and not issubclass(module, nn.Sequential):
+            place = path
+        else:
+            place = f"{path}.{name_of(node)}".lstrip(".")
+        self.calls[place] += 1
+        return place if self.calls[place] == 1 else f"{place}#{self.calls[place]}"
+
+    # -- the pass
+
+    def visit(self, node: fx.Node) -> None:
+        if node not in self.varying or node.op not in ("call_module", "call_function", "call_method") or self.passes(node):
+            return
+        if node.op == "call_module":
+            self.visit_leaf(node, self.module(node))
+            return
+        target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+        if target in SOFTMAX:
+            self.visit_softmax(node)
+        elif target in READERS:
+            self.visit_gate(node, READERS[target])
+        elif (name := name_of(node)) in PIECEWISE:
+            self.list(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
+        elif name in SMOOTH:
+            self.list(node, "kept", "smooth, no gate")
+        elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
+            self.list(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+        elif node.op == "call_function" and not known(target):
+            self.list(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates")
+
+    def list(self, node: fx.Node, status: Status, reason: str, kind: str = "", tau: Temperature | None = None) -> None:
+        op = type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
+        self.sites.append(Site(self.place(node), op, kind, status, tau, reason))
+
+    def visit_leaf(self, node: fx.Node, leaf: nn.Module) -> None:
+        if isinstance(leaf, nn.MultiheadAttention):
+            tau = self.temperature(node, "attention")
+            if tau is not None:
+                self.replace_multihead(node, leaf, tau)
+        elif not isinstance(leaf, AFFINE_MODULES):
+            self.list(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
+
+    def temperature(self, node: fx.Node, kind: str) -> Temperature | None:
+        """The rules' temperature for the gate at `node`, which gets its line in the report."""
+        place = self.place(node)
+        tau = self.rules.temperature(kind, place)
+        op = type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
+        status: Status = "kept" if tau is None else "rewritten"
+        self.sites.append(Site(place, op, kind, status, tau, "plain derivative, by the rules" if tau is None else ""))
+        return tau
+
+    def visit_gate(self, node: fx.Node, reader: Any) -> None:
+        try:
+            gate = reader(*node.args, **{k: v for k, v in node.kwargs.items() if not k.startswith("_")})
+        except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
+            gate = Unread(f"its arguments are not constants of the graph: {error}")
+        if isinstance(gate, Unread):
+            self.list(node, "NOT REWRITTEN", gate.reason)
+        elif gate is not None:
+            tau = self.temperature(node, gate.kind)
+            if tau is not None:
+                self.replace(node, gate, tau)
+
+    def replace(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
+        source = node.all_input_nodes[0]
+        later = [user for n in self.graph.nodes if self.owner(n) is self.owner(source) for user in n.users
+                 if user is not node and self.position.get(user, -1) > self.position[node]] if writes(node) else []  # fmt: skip
+        redirected = all(source in user.all_input_nodes for user in later) and not self.is_view(source)
+        with self.graph.inserting_before(node):
+            if later and not redirected:  # views of what was written over are read afterwards: they must see it
+                copy = self.graph.call_method("clone", (source,))
+                gate = Gate(gate.kind, tuple(copy if t is source else t for t in gate.tensors), gate.args)
+            soft = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {"tau": tau, **gate.args})
+            result = self.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
+        soft.meta.update(node.meta)
+        node.replace_all_uses_with(result)
+        for user in later if redirected else []:
+            user.replace_input_with(source, result)
+        self.graph.erase_node(node)
+
+    def replace_multihead(self, node: fx.Node, leaf: nn.MultiheadAttention, tau: Temperature) -> None:
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
+        with self.graph.inserting_before(node):
+            weights = {name: getattr(leaf, name) for name in names}
+            weights |= {"out_proj.weight": leaf.out_proj.weight, "out_proj.bias": leaf.out_proj.bias}
+            held = {n: w if w is None else self.graph.get_attr(f"{node.target}.{n}") for n, w in weights.items()}
+            order = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+            given = {**dict(zip(order, node.args)), **node.kwargs}
+            soft = self.graph.call_function(multihead_attention, tuple(given.pop(n) for n in order[:3]), {
+                "weights": held, "num_heads": leaf.num_heads, "tau": tau, "batch_first": leaf.batch_first,
+                "add_zero_attn": leaf.add_zero_attn, **given,
+            })  # fmt: skip
+        soft.meta.update(node.meta)
+        node.replace_all_uses_with(soft)
+        self.graph.erase_node(node)
+
+    # -- attention written out: softmax(scores) @ values
+
+    def visit_softmax(self, node: fx.Node) -> None:
+        products = list(self.products(node))
+        if not products:
+            self.list(node, "kept", "a softmax that multiplies no values")
+            return
+        tau = self.temperature(node, "attention")
+        if tau is None:
+            return
+        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        dtype = node.kwargs.get("dtype")
+        if dim is None:
+            self.sites[-1] = Site(**{**vars(self.sites[-1]), "status": "NOT REWRITTEN", "reason": "softmax without a dim"})
+            return
+        scores = node.args[0] if node.args else node.kwargs["input"]
+        with self.graph.inserting_before(node):
+            hard = self.graph.call_function(dual_path, ("softmax", scores), {"tau": tau, "dim": dim, "dtype": dtype})
+        hard.meta.update(node.meta)
+        node.replace_all_uses_with(hard)
+        self.graph.erase_node(node)
+        if tau in (1, FROZEN):
+            return
+        for product in products:
+            weights = product.args[0]
+            if product.target not in PRODUCTS or not isinstance(weights, fx.Node) or self.carried(weights) is not hard:
+                self.sites[-1] = Site(**{**vars(self.sites[-1]), "temperature": 1.0,
+                                         "reason": f"weights frozen at temperature 1: {name_of(product)} is not weights @ values"})
+                continue
+            with self.graph.inserting_before(product):
+                soft = self.graph.call_function(tempered_softmax, (scores,), {"tau": tau, "dim": dim, "dtype": dtype})
+                mixed = self.graph.call_function(dual_path, ("mix", weights, soft, product.args[1]), {"tau": tau})
+            mixed.meta.update(product.meta)
+            product.replace_all_uses_with(mixed)
+            self.graph.erase_node(product)
+
+    def products(self, weights: fx.Node) -> Iterator[fx.Node]:
+        """The matrix products of `weights`, or of views of them, with something that depends on the input."""
+        for user in weights.users:
+            if self.is_view(user):
+                yield from self.products(user)
+            elif name_of(user) in MATRIX_PRODUCT and any(n in self.varying for n in user.all_input_nodes if n is not weights):
+                yield user
+
+    def carried(self, node: fx.Node) -> fx.Node:
+        """Back through calls that change nothing in eval mode."""
+        while self.passes(node) or name_of(node) in CARRIERS or isinstance(self.leaf(node), nn.Dropout | nn.Identity):
+            node = node.all_input_nodes[0]
+        return node
+
+    def leaf(self, node: fx.Node) -> nn.Module | None:
+        return self.module(node) if node.op == "call_module" else None
+
+    # -- storage
+
+    def protect(self) -> None:
+        """Copies where an in-place call would write over what a dual-path call has saved, or over the caller's input."""
+        keepers: list[fx.Node] = []
+        for node in list(self.graph.nodes):
+            if node.target in (dual_path, multihead_attention):
+                keepers.append(node)
+            if not writes(node) or not node.all_input_nodes:
+                continue
+            owner = self.owner(node.all_input_nodes[0])
+            if owner.op == "placeholder":
+                with self.graph.inserting_after(owner):
+                    copy = self.graph.call_method("clone", (owner,))
+                owner.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
+                owner = copy
+            for keeper in keepers:
+                for kept in keeper.all_input_nodes:
+                    if kept.op != "get_attr" and self.owner(kept) is owner:
+                        with self.graph.inserting_before(keeper):
+                            keeper.replace_input_with(kept, self.graph.call_method("clone", (kept,)))
+
+
+MATRIX_PRODUCT = frozenset("matmul bmm mm einsum baddbmm".split())
+CARRIERS = frozenset("dropout to type_as float contiguous detach".split())
+
+
+def known(target: Any) -> bool:
+    """Whether a function is one of torch's or Python's own, whose derivative torch knows."""
+    module = getattr(target, "__module__", None) or type(target).__module__
+    return module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "sp_fx", "_VariableFunctionsClass")
