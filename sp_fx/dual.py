@@ -30,7 +30,7 @@ class DualPath(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.kind, ctx.tau, ctx.args, *tensors = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *kept_output(ctx.kind, output))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor):  # type: ignore[override]
@@ -38,9 +38,15 @@ class DualPath(torch.autograd.Function):
         return None, None, None, *grads
 
 
-def pullback(kind: str, tau: Temperature, args: tuple, v: Tensor, tensors: Any) -> list[Tensor | None]:
-    grads: list[Tensor | None] = [None] * len(tensors)
-    grads[TABLE[kind].receives] = TABLE[kind].adjoint(v, *tensors, tau=tau, **dict(args))
+def kept_output(kind: str, output: Tensor) -> tuple[Tensor, ...]:
+    return (output,) if TABLE[kind].sees_output else ()
+
+
+def pullback(kind: str, tau: Temperature, args: tuple, v: Tensor, saved: Any) -> list[Tensor | None]:
+    """The cotangent of each tensor of a gate, from that of its output and what `setup_context` saved."""
+    row = TABLE[kind]
+    grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
+    grads[row.receives] = row.adjoint(v, *saved, tau=tau, **dict(args))
     return grads
 
 
@@ -69,27 +75,20 @@ def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, str gate) -> Tensor"
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, gate: str) -> Tensor:
-    kind, tau, args = ast.literal_eval(gate)
-    return TABLE[kind].forward(*used(kind, (a, b, c, d)), **dict(args))
-
-
-exported.register_fake(exported._init_fn)
-
-
-def used(kind: str, padded: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """The tensors of a kind, without the padding of the exported op."""
-    return padded[: TABLE[kind].tensors]
+    kind, _, args = ast.literal_eval(gate)
+    return TABLE[kind].forward(*(a, b, c, d)[: TABLE[kind].tensors], **dict(args))
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *tensors, ctx.gate = inputs
-    ctx.save_for_backward(*tensors)
+    *padded, ctx.gate = inputs
+    kind, _, _ = ast.literal_eval(ctx.gate)
+    ctx.save_for_backward(*padded[: TABLE[kind].tensors], *kept_output(kind, output))
 
 
 def _exported_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    kind, tau, args = ast.literal_eval(ctx.gate)
-    grads = pullback(kind, tau, args, v, used(kind, ctx.saved_tensors))
+    grads = pullback(*ast.literal_eval(ctx.gate), v, ctx.saved_tensors)
     return (*grads, None, None, None)[:4] + (None,)
 
 
+exported.register_fake(exported._init_fn)
 exported.register_autograd(_exported_backward, setup_context=_keep)

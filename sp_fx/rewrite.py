@@ -162,6 +162,13 @@ class Pass:
             node = node.all_input_nodes[0]
         return node
 
+    def later_readers(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
+        """What comes after `node` and reads the storage of `source`, other than through the result of `node`."""
+        sharers = [self.owner(source)]
+        for sharer in sharers:
+            sharers += [n for n in sharer.users if n is not node and self.is_view(n) and n.all_input_nodes[0] is sharer]
+        return [user for n in sharers for user in n.users if self.position.get(user, -1) > self.position[node]]
+
     def place(self, node: fx.Node) -> str:
         """A module's path for its own call; for a function called in a module, the path and the function's name."""
         path, module = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
@@ -231,8 +238,7 @@ class Pass:
 
     def replace(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
         source = node.all_input_nodes[0]
-        later = [user for n in self.graph.nodes if self.owner(n) is self.owner(source) for user in n.users
-                 if user is not node and self.position.get(user, -1) > self.position[node]] if writes(node) else []  # fmt: skip
+        later = self.later_readers(source, node) if writes(node) else []
         redirected = all(source in user.all_input_nodes for user in later) and not self.is_view(source)
         with self.graph.inserting_before(node):
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
