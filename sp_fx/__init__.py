@@ -5,6 +5,6 @@ from .explainer import Explainer, NotRewrittenError, transform
 from .pixels import pixel_space
 from .rewrite import Report, Site
 from .rules import Rules
+from .version import __version__
 
-__all__ = ["CaptureError", "Explainer", "NotRewrittenError", "Report", "Rules", "Site", "pixel_space", "transform"]
-__version__ = "0.1.0"
+__all__ = ["CaptureError", "Explainer", "NotRewrittenError", "Report", "Rules", "Site", "__version__", "pixel_space", "transform"]

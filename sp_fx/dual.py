@@ -11,56 +11,68 @@ One function, `dual_path(kind, *tensors, tau=..., **args)`, for every kind and e
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints import TABLE, Temperature
+from .adjoints import TABLE, Temperature, deviation
+
+
+GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 
 
 class DualPath(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(kind: str, tau: Temperature, args: tuple[tuple[str, Any], ...], *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        return TABLE[kind].forward(*tensors, **dict(args))
+    def forward(gate: GateSpec, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
+        return hard(gate, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.kind, ctx.tau, ctx.args, *tensors = inputs
-        ctx.save_for_backward(*tensors, *kept_output(ctx.kind, output))
+        ctx.gate, *tensors = inputs
+        ctx.save_for_backward(*tensors, *kept_output(ctx.gate, output))
 
     @staticmethod
     def backward(ctx: Any, v: Tensor):  # type: ignore[override]
-        grads = pullback(ctx.kind, ctx.tau, ctx.args, v, ctx.saved_tensors)
-        return None, None, None, *grads
+        return None, *pullback(ctx.gate, v, ctx.saved_tensors)
 
 
-def kept_output(kind: str, output: Tensor) -> tuple[Tensor, ...]:
-    return (output,) if TABLE[kind].sees_output else ()
+def hard(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
+    kind, _, _, args = gate
+    return TABLE[kind].forward(*tensors, **dict(args))
 
 
-def pullback(kind: str, tau: Temperature, args: tuple, v: Tensor, saved: Any) -> list[Tensor | None]:
+def kept_output(gate: GateSpec, output: Tensor) -> tuple[Tensor, ...]:
+    return (output,) if TABLE[gate[0]].sees_output else ()
+
+
+def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
     """The cotangent of each tensor of a gate, from that of its output and what `setup_context` saved."""
+    kind, tau, scale, args = gate
     row = TABLE[kind]
+    fitted = tau * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, arg-type]
     grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
-    grads[row.receives] = row.adjoint(v, *saved, tau=tau, **dict(args))
+    grads[row.receives] = row.adjoint(v, *saved, tau=fitted, **dict(args))
     return grads
 
 
-def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, **args: Any) -> Tensor:
+def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", **args: Any) -> Tensor:
     """The forward of gate `kind` on `tensors`, differentiated by its adjoint at temperature `tau`.
 
-    `kind` is a key of `adjoints.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them).
+    `kind` is a key of `adjoints.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). With scale
+    "sample" the temperature is in units of each sample's standard deviation, measured on the way back.
     """
     if has_torch_function(tensors):
-        return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, **args)
+        return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **args)
+    gate = (kind, tau, scale, tuple(args.items()))
     if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
         padded = (*tensors, None, None, None)[:4]
-        return torch.ops.sp_fx.dual_path(*padded, repr((kind, tau, tuple(args.items()))))
-    return DualPath.apply(kind, tau, tuple(args.items()), *distinct(tensors))
+        return torch.ops.sp_fx.dual_path(*padded, repr(gate))
+    return DualPath.apply(gate, *distinct(tensors))
 
 
 def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -75,18 +87,18 @@ def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, str gate) -> Tensor"
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, gate: str) -> Tensor:
-    kind, _, args = ast.literal_eval(gate)
-    return TABLE[kind].forward(*(a, b, c, d)[: TABLE[kind].tensors], **dict(args))
+    spec = ast.literal_eval(gate)
+    return hard(spec, (a, b, c, d)[: TABLE[spec[0]].tensors])
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    *padded, ctx.gate = inputs
-    kind, _, _ = ast.literal_eval(ctx.gate)
-    ctx.save_for_backward(*padded[: TABLE[kind].tensors], *kept_output(kind, output))
+    *padded, gate = inputs
+    ctx.gate = ast.literal_eval(gate)
+    ctx.save_for_backward(*padded[: TABLE[ctx.gate[0]].tensors], *kept_output(ctx.gate, output))
 
 
 def _exported_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-    grads = pullback(*ast.literal_eval(ctx.gate), v, ctx.saved_tensors)
+    grads = pullback(ctx.gate, v, ctx.saved_tensors)
     return (*grads, None, None, None)[:4] + (None,)
 
 

@@ -36,6 +36,7 @@ class Site:
     status: Status
     temperature: Temperature | None = None
     reason: str = ""
+    scale: str = "absolute"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Report:
         counts = ", ".join(f"{len(self.of(s))} {s}" for s in ("rewritten", "kept", "NOT REWRITTEN"))  # type: ignore[arg-type]
         rows = [("place", "op", "gate", "temperature", "")]
         for site in self.sites:
-            tau = "" if site.temperature is None else str(site.temperature)
+            tau = "" if site.temperature is None else f"{site.temperature}{' x scale' if site.scale == 'sample' else ''}"
             note = site.reason if site.status == "rewritten" else f"{site.status}: {site.reason}"
             rows.append((site.place, site.op, site.kind, tau, note))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
@@ -221,7 +222,8 @@ class Pass:
         tau = self.rules.temperature(kind, place)
         op = type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
         status: Status = "kept" if tau is None else "rewritten"
-        self.sites.append(Site(place, op, kind, status, tau, "plain derivative, by the rules" if tau is None else ""))
+        reason = "plain derivative, by the rules" if tau is None else ""
+        self.sites.append(Site(place, op, kind, status, tau, reason, self.rules.scale_of(kind, tau)))
         return tau
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
@@ -244,7 +246,8 @@ class Pass:
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
                 copy = self.graph.call_method("clone", (source,))
                 gate = Gate(gate.kind, tuple(copy if t is source else t for t in gate.tensors), gate.args)
-            soft = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {"tau": tau, **gate.args})
+            fit = {"scale": "sample"} if self.rules.scale_of(gate.kind, tau) == "sample" else {}
+            soft = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {"tau": tau, **fit, **gate.args})
             result = self.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
         soft.meta.update(node.meta)
         node.replace_all_uses_with(result)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from types import MappingProxyType
+from typing import Literal
 
 from .adjoints import FROZEN, TABLE, Temperature
 
@@ -20,6 +21,11 @@ class Rules:
     Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), `"frozen"` (the gate
     of the forward pass itself, kept constant) or `None` (the op's plain derivative). Normalisations have no temperature:
     `"frozen"` (their statistics are constants) or `None`.
+
+    `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
+    and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
+    `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all axes but
+    the first.
 
     `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
     from kinds to temperatures. A number passes over normalisations. The last pattern that fits wins; one that fits no gate
@@ -48,11 +54,14 @@ class Rules:
     instance_norm: Temperature | None = FROZEN
     batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
     local_response_norm: Temperature | None = FROZEN
+    scale: Literal["absolute", "sample"] = "sample"
     overrides: Mapping[str, Temperature | None | Mapping[str, Temperature | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
             _check(f"Rules({kind}=...)", kind, getattr(self, kind))
+        if self.scale not in ("absolute", "sample"):
+            raise ValueError(f"scale is 'absolute' or 'sample', got {self.scale!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
                 if kind not in KINDS:
@@ -61,17 +70,18 @@ class Rules:
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
     def __reduce__(self):  # a mappingproxy does not pickle
-        return _restore, ({**{kind: getattr(self, kind) for kind in KINDS}, "overrides": dict(self.overrides)},)
+        return _restore, ({**{kind: getattr(self, kind) for kind in KINDS}, "scale": self.scale, "overrides": dict(self.overrides)},)
 
     @classmethod
     def paper(cls) -> Rules:
         """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
-        return cls(leaky_relu=None, prelu=None, hardtanh=None, elu=None, hardswish=None, mish=None, local_response_norm=None)
+        beyond = ("leaky_relu", "prelu", "hardtanh", "elu", "hardswish", "mish", "local_response_norm")
+        return cls(scale="absolute", **dict.fromkeys(beyond))
 
     @classmethod
     def frozen(cls) -> Rules:
         """Every gate as the forward pass set it: the network as the affine map of its input that it acts as, `W(x) x + b(x)`."""
-        return cls(**{kind: FROZEN for kind in KINDS})
+        return cls(**dict.fromkeys(KINDS, FROZEN))
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
         """The temperature of the gate of `kind` at `place`."""
@@ -84,6 +94,10 @@ class Rules:
                     tau = override
         return tau
 
+    def scale_of(self, kind: str, tau: Temperature | None) -> str:
+        """What `tau`, a temperature of `kind`, is measured in."""
+        return self.scale if TABLE[kind].homogeneous and isinstance(tau, float | int) else "absolute"
+
     def check_overrides(self, places: Iterable[str]) -> None:
         """Raise ValueError if a pattern fits none of `places`."""
         known = sorted(set(places))
@@ -93,7 +107,8 @@ class Rules:
 
     def __str__(self) -> str:
         default = Rules()
-        changed = [f"{kind}={getattr(self, kind)!r}" for kind in KINDS if getattr(self, kind) != getattr(default, kind)]
+        names = (*KINDS, "scale")
+        changed = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(default, name)]
         if self.overrides:
             changed.append(f"overrides={dict(self.overrides)!r}")
         return f"Rules({', '.join(changed)})"
