@@ -16,8 +16,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .adjoints import FROZEN, Temperature, tempered_softmax
+from .capture import passes
 from .dual import dual_path
 from .gates import PRODUCTS, READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
@@ -72,6 +74,13 @@ AFFINE_MODULES = (
     *(nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd, nn.modules.pooling._AvgPoolNd),
     *(nn.modules.pooling._AdaptiveAvgPoolNd,),
 )
+CONV = ("conv", ("weight", "bias"), ("stride", "padding", "dilation", "groups"))
+NORM = ("affine_norm", ("running_mean", "running_var", "weight", "bias"), ("eps",))
+AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NORM),
+    nn.Linear: ("linear", ("weight", "bias"), ()),
+}
 PIECEWISE = frozenset(
     """abs absolute max min amax amin maximum minimum fmax fmin aminmax topk kthvalue sort msort median nanmedian quantile mode
     cummax cummin sign threshold hardshrink softshrink adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
@@ -213,6 +222,8 @@ class Pass:
             tau = self.temperature(node, "attention")
             if tau is not None:
                 self.replace_multihead(node, leaf, tau)
+        elif type(leaf) in AFFINE_ROWS and not leaf._buffers.get("running_mean", 0) is None and not is_parametrized(leaf):
+            self.replace_affine(node, leaf)
         elif not isinstance(leaf, AFFINE_MODULES):
             self.list(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
 
@@ -254,6 +265,19 @@ class Pass:
         for user in later if redirected else []:
             user.replace_input_with(source, result)
         self.graph.erase_node(node)
+
+    def replace_affine(self, node: fx.Node, leaf: Any) -> None:
+        """An affine leaf as its row of the table; the leaf stays as an identity that can be hooked."""
+        kind, names, args = AFFINE_ROWS[type(leaf)]
+        if kind == "conv" and (leaf.padding_mode != "zeros" or isinstance(leaf.padding, str)):
+            return
+        with self.graph.inserting_before(node):
+            held = [None if getattr(leaf, n) is None else self.graph.get_attr(f"{node.target}.{n}") for n in names]
+            soft = self.graph.call_function(dual_path, (kind, *node.args, *node.kwargs.values(), *held),
+                                            {"tau": FROZEN, **{arg: getattr(leaf, arg) for arg in args}})  # fmt: skip
+        soft.meta.update(node.meta)
+        node.args, node.kwargs = (soft,), {}
+        leaf.__dict__["forward"] = passes
 
     def replace_multihead(self, node: fx.Node, leaf: nn.MultiheadAttention, tau: Temperature) -> None:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")
