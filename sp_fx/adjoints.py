@@ -76,9 +76,9 @@ def at_once() -> bool:
 def deviation(z: Tensor) -> Tensor:
     """The standard deviation of each sample over its own axes, [B, 1, ...]: the scale of a pre-activation.
 
-    Biased; at least the smallest float, so that a constant sample has a hard gate; 1 where it is not finite.
+    Biased; at least 1e-30, so that a constant sample has a hard gate; 1 where it is not finite.
     """
-    flat = wide(z).reshape(z.shape[0], -1)
+    flat = wide(z)[:, None].flatten(1)
     mean, root = flat.mean(1), math.sqrt(max(flat.shape[1], 1))
     # By norms: torch.var takes 353 ms on CPU over ResNet-50's gates at batch 4. From the moments, 5 ms, unless the mean is so
     # large that their difference cancels; from the centred values, 16 ms.
@@ -86,7 +86,7 @@ def deviation(z: Tensor) -> Tensor:
     spread = (square * square - mean * mean).clamp_min(0).sqrt()
     if not at_once() or not bool((spread > 0.1 * square).all()):
         spread = torch.linalg.vector_norm(flat - mean[:, None], dim=1) / root
-    spread = torch.where(spread.isfinite(), spread, 1.0).clamp_min(torch.finfo(flat.dtype).tiny)
+    spread = torch.where(spread.isfinite(), spread, 1.0).clamp_min(1e-30)
     return spread.view(-1, *[1] * (z.dim() - 1))
 
 
@@ -94,13 +94,13 @@ def normal_cdf(z: Tensor, tau: float | Tensor = 1.0) -> Tensor:
     """`Phi(z / tau)`."""
     if z.dtype == torch.float32 and z.device.type == "cpu" and at_once():
         # As gelu(t) / t: PyTorch's GELU costs a quarter of its erf on CPU (25 against 42 ms over ResNet-50's gates at batch 4),
-        # and the ratio is within 3e-7 of Phi. The offset keeps 0 / 0 out and the upper bound inf / inf. The lower bound leaves a
-        # closed gate open by 2e-8, since gains of 1e-38 make denormals, over which convolutions crawl: 5.5 s instead of 0.1 s
-        # for one pullback of a SqueezeNet with pre-activations in the hundreds.
-        if isinstance(tau, Tensor) and tau.numel() > 1:
+        # and the ratio is within 3e-7 of Phi. The offset keeps 0 / 0 out, the bounds inf / inf. Gains below 2^-24 are 0: products
+        # of them are denormal, and convolutions over denormals crawl (5.5 s instead of 0.1 s for one pullback of a SqueezeNet
+        # with pre-activations in the hundreds).
+        if isinstance(tau, Tensor) and tau.numel() != 1:
             z, tau = z / tau, 1.0
-        t = torch.add(torch.full((), 1e-30), z, alpha=1 / float(tau)).clamp_(-5.5, 38)
-        return F.gelu(t).div_(t)
+        t = torch.add(torch.full((), 1e-30), z, alpha=1 / float(tau)).clamp_(-38, 38)
+        return F.threshold_(F.gelu(t).div_(t), 2.0**-24, 0.0)
     return torch.erf(z * (math.sqrt(0.5) / tau)).mul_(0.5).add_(0.5)  # erf, not erfc: Inductor vectorises it, ONNX has it
 
 
@@ -128,7 +128,7 @@ def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) ->
     return above_low if high is None else above_low - opening(z - high, tau)
 
 
-def elu_gain(z: Tensor, tau: Tau, alpha: float, scale: float, input_scale: float) -> Tensor:
+def elu_gain(z: Tensor, tau: Tau, alpha: float, output_scale: float, input_scale: float) -> Tensor:
     # With s = input_scale: E[s e^{s(z + tau eps)}; z + tau eps < 0] = s e^{sz + (s tau)^2 / 2} Phi(-z/tau - s tau), here as
     # one exponential of a sum because the product is inf * 0 at large z. At |z| = 1e4 both sides have long saturated.
     z, s = z.clamp(-1e4, 1e4), input_scale
@@ -136,7 +136,11 @@ def elu_gain(z: Tensor, tau: Tau, alpha: float, scale: float, input_scale: float
         negative = torch.exp(s * z.clamp(max=0)) * opening(-z, FROZEN)
     else:
         negative = torch.exp(s * z + (s * tau) ** 2 / 2 + torch.special.log_ndtr(-z / tau - s * tau))
-    return scale * (opening(z, tau) + alpha * s * negative)
+    return output_scale * (opening(z, tau) + alpha * s * negative)
+
+
+def elu(z: Tensor, alpha: float, output_scale: float, input_scale: float) -> Tensor:
+    return torch.ops.aten.elu(z, alpha, output_scale, input_scale)
 
 
 def gelu_gain(z: Tensor, tau: Tau, approximate: str = "none") -> Tensor:
@@ -158,7 +162,8 @@ def per_channel(gamma: Tensor | None, rstd: Tensor) -> Tensor:
 
 
 def rstd_over(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:
-    return torch.rsqrt(x.var(tuple(axes), correction=0, keepdim=True) + eps)
+    axes = tuple(axes)
+    return torch.rsqrt((x - x.mean(axes, keepdim=True)).square().mean(axes, keepdim=True) + eps)  # torch.var is slow on CPU
 
 
 def layer_norm_gain(x, gamma, beta, tau, normalized_shape, eps):
@@ -173,7 +178,7 @@ def rms_norm_gain(x, gamma, tau, normalized_shape, eps):
 
 
 def group_norm_gain(x, gamma, beta, tau, num_groups, eps):
-    grouped = x.reshape(x.shape[0], num_groups, -1)
+    grouped = x.reshape(x.shape[0], num_groups, x.shape[1] // num_groups, *x.shape[2:]).flatten(2)
     rstd = rstd_over(grouped, [-1], eps).repeat_interleave(x.shape[1] // num_groups, 1)  # [B, C, 1]
     return per_channel(gamma, rstd.reshape(*x.shape[:2], *[1] * (x.dim() - 2)))
 
@@ -270,16 +275,16 @@ def flat(margins: list[tuple[int, int]]) -> list[int]:
 # -- attention: through the values only ---------------------------------------------------------------------------------
 
 
-def attention(q, k, value, mask, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+def attention(q, k, value, mask, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
     # The mask goes in as given: detached, another CPU kernel would be chosen and the last bits would differ.
-    return F.scaled_dot_product_attention(q, k, value, mask, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return F.scaled_dot_product_attention(q, k, value, mask, 0.0, is_causal, scale=score_scale, enable_gqa=enable_gqa)
 
 
-def attention_adjoint(v, q, k, value, mask, tau, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+def attention_adjoint(v, q, k, value, mask, tau, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
     """`softmax((q k^T scale + mask) / tau)^T v`: q [..., Hq, N, D], k and value [..., Hk, M, D], v [..., Hq, N, Dv]."""
     groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1
     keys = k.repeat_interleave(groups, -3) if groups > 1 else k
-    scores = (wide(q) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ wide(keys).mT
+    scores = (wide(q) * (1 / math.sqrt(q.shape[-1]) if score_scale is None else score_scale)) @ wide(keys).mT
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -306,12 +311,14 @@ def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
     """Attention weights that are written out are constants: what they multiply gets the signal, the scores none."""
 
 
-def mix(weights: Tensor, soft_weights: Tensor, value: Tensor) -> Tensor:
+def mix(weights: Tensor, soft_weights: Tensor | None, value: Tensor) -> Tensor:
     return weights @ value
 
 
-def mix_adjoint(v: Tensor, weights: Tensor, soft_weights: Tensor, value: Tensor, tau: Tau) -> Tensor:
-    return (soft_weights.mT @ v.to(soft_weights.dtype)).sum_to_size(value.shape).to(value.dtype)
+def mix_adjoint(v: Tensor, weights: Tensor, soft_weights: Tensor | None, value: Tensor, tau: Tau) -> Tensor:
+    """Through the values by `soft_weights`; by `weights` themselves where None, a row that was masked throughout giving 0."""
+    soft = torch.nan_to_num(weights, nan=0.0) if soft_weights is None else soft_weights
+    return (soft.mT @ v.to(soft.dtype)).sum_to_size(value.shape).to(value.dtype)
 
 
 # -- affine maps: exact, and here only to keep less for the way back than autograd does, which saves their inputs ---------
@@ -351,7 +358,7 @@ TABLE: dict[str, Row] = {
     "leaky_relu": gain_row(F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 0.6, homogeneous=True),
     "prelu": gain_row(F.prelu, prelu_gain, 0.6, tensors=2, homogeneous=True),
     "hardtanh": gain_row(lambda z, low, high: torch.clamp(z, low, high), hardtanh_gain, 0.6),
-    "elu": gain_row(lambda z, alpha, scale, input_scale: torch.ops.aten.elu(z, alpha, scale, input_scale), elu_gain, 0.6),
+    "elu": gain_row(elu, elu_gain, 0.6),
     "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
     "silu": gain_row(F.silu, lambda z, tau: torch.sigmoid(cooled(z, tau)), 1.6),
     "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),

@@ -8,6 +8,7 @@ weights (an optimiser step, `load_state_dict`) reaches the clone.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -45,7 +46,11 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     clone = EvalClone()(model)
     tracer = PlaceTracer()
     try:
-        graph = tracer.trace(clone)
+        settings = defaults(clone)
+        graph = tracer.trace(clone, concrete_args=settings)
+        for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
+            if name in settings:
+                node.target = name  # fx numbers the arguments that it fixes
         inline_wrapped(graph)
     except Exception as error:
         raise CaptureError(
@@ -55,6 +60,14 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     return clone, graph
+
+
+def defaults(module: nn.Module) -> dict[str, Any]:
+    """The arguments of a forward that are settings unless a caller says otherwise: the trace follows their defaults, since
+    `if mask is not None` is true of every proxy. Another value is refused when the graph runs."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    plain = (bool, int, float, str, type(None))
+    return {p.name: p.default for p in parameters if isinstance(p.default, plain) and p.default is not p.empty}
 
 
 def passes(x: Any) -> Any:

@@ -43,7 +43,8 @@ class DualPath(torch.autograd.Function):
 
 def hard(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
     kind, _, _, args = gate
-    return TABLE[kind].forward(*tensors, **dict(args))
+    output = TABLE[kind].forward(*tensors, **dict(args))
+    return output.view_as(output) if output is tensors[0] else output  # some ops return an empty input itself
 
 
 def kept(gate: GateSpec, tensors: Sequence[Tensor | None], output: Tensor) -> list[Tensor | None]:
@@ -94,7 +95,7 @@ def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str =
     if has_torch_function(tensors):
         return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **args)
     gate = (kind, tau, scale, tuple(args.items()))
-    if torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling():
+    if torch.compiler._is_exporting_flag:  # is_exporting() itself is true of every compilation in torch 2.11's Dynamo
         padded = (*tensors, None, None, None, None)[:5]
         return torch.ops.sp_fx.dual_path(*padded, repr(gate))
     return DualPath.apply(gate, *distinct(tensors))

@@ -104,23 +104,23 @@ def clamp_max(input, max):
 
 @reads(F.elu, F.elu_)
 def elu(input, alpha=1.0, inplace=False):
-    return Gate("elu", (input,), {"alpha": alpha, "scale": 1.0, "input_scale": 1.0})
+    return Gate("elu", (input,), {"alpha": alpha, "output_scale": 1.0, "input_scale": 1.0})
 
 
 @reads(aten.elu, aten.elu_)
 def aten_elu(input, alpha=1.0, scale=1.0, input_scale=1.0):
-    return Gate("elu", (input,), {"alpha": alpha, "scale": scale, "input_scale": input_scale})
+    return Gate("elu", (input,), {"alpha": alpha, "output_scale": scale, "input_scale": input_scale})
 
 
 @reads(F.selu, F.selu_, torch.selu, torch.selu_, aten.selu, aten.selu_)
 def selu(input, inplace=False):
     # The constants of Klambauer et al., "Self-Normalizing Neural Networks", arXiv:1706.02515, as PyTorch rounds them.
-    return Gate("elu", (input,), {"alpha": 1.6732632423543772, "scale": 1.0507009873554805, "input_scale": 1.0})
+    return Gate("elu", (input,), {"alpha": 1.6732632423543772, "output_scale": 1.0507009873554805, "input_scale": 1.0})
 
 
 @reads(F.celu, F.celu_, torch.celu, torch.celu_, aten.celu, aten.celu_)
 def celu(input, alpha=1.0, inplace=False):
-    return Gate("elu", (input,), {"alpha": alpha, "scale": 1.0, "input_scale": 1 / alpha})
+    return Gate("elu", (input,), {"alpha": alpha, "output_scale": 1.0, "input_scale": 1 / alpha})
 
 
 @reads(F.gelu, aten.gelu, aten.gelu_)
@@ -224,7 +224,7 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0):
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if dropout_p != 0:
         return Unread(f"attention with dropout_p={dropout_p!r} in the call, also in eval mode")
-    return Gate("attention", (query, key, value, attn_mask), {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa})
+    return Gate("attention", (query, key, value, attn_mask), {"is_causal": is_causal, "score_scale": scale, "enable_gqa": enable_gqa})
 
 
 SOFTMAX = {F.softmax, torch.softmax, "softmax", aten.softmax, aten._softmax}

@@ -67,8 +67,8 @@ def multihead_attention(
         scaled = q * math.sqrt(1.0 / q.shape[-1])
         scores = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
         attended = torch.softmax(scores, -1)
-        soft = attended if tau in (1, FROZEN) else tempered_softmax(scores, tau)
-        mixed = dual_path("mix", attended.detach(), soft.detach(), v, tau=tau).transpose(0, 1).reshape(length * batch, width)
+        soft = None if tau in (1, FROZEN) else tempered_softmax(scores, tau).detach()
+        mixed = dual_path("mix", attended.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
         averaged = attended.view(batch, num_heads, length, k.shape[1])
         averaged = averaged.mean(1) if average_attn_weights else averaged
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -308,7 +308,7 @@ class Pass:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
         dtype = node.kwargs.get("dtype")
         if dim is None:
-            self.sites[-1] = Site(**{**vars(self.sites[-1]), "status": "NOT REWRITTEN", "reason": "softmax without a dim"})
+            self.amend(status="NOT REWRITTEN", reason="softmax without a dim")
             return
         scores = node.args[0] if node.args else node.kwargs["input"]
         with self.graph.inserting_before(node):
@@ -316,20 +316,24 @@ class Pass:
         hard.meta.update(node.meta)
         node.replace_all_uses_with(hard)
         self.graph.erase_node(node)
-        if tau in (1, FROZEN):
-            return
         for product in products:
-            weights = product.args[0]
-            if product.target not in PRODUCTS or not isinstance(weights, fx.Node) or self.carried(weights) is not hard:
-                self.sites[-1] = Site(**{**vars(self.sites[-1]), "temperature": 1.0,
-                                         "reason": f"weights frozen at temperature 1: {name_of(product)} is not weights @ values"})
-                continue
+            weights, *values = product.args
+            mixes = product.target in PRODUCTS and isinstance(weights, fx.Node) and self.carried(weights) is hard
             with self.graph.inserting_before(product):
-                soft = self.graph.call_function(tempered_softmax, (scores,), {"tau": tau, "dim": dim, "dtype": dtype})
-                mixed = self.graph.call_function(dual_path, ("mix", weights, soft, product.args[1]), {"tau": tau})
+                if not mixes and tau not in (1, FROZEN):
+                    self.amend(temperature=1.0, reason=f"at temperature 1, since {name_of(product)} is not weights @ values")
+                if not mixes:
+                    continue
+                soft = None
+                if tau not in (1, FROZEN):
+                    soft = self.graph.call_function(tempered_softmax, (scores,), {"tau": tau, "dim": dim, "dtype": dtype})
+                mixed = self.graph.call_function(dual_path, ("mix", weights, soft, *values), {"tau": tau})
             mixed.meta.update(product.meta)
             product.replace_all_uses_with(mixed)
             self.graph.erase_node(product)
+
+    def amend(self, **changes: Any) -> None:
+        self.sites[-1] = replace(self.sites[-1], **changes)
 
     def products(self, weights: fx.Node) -> Iterator[fx.Node]:
         """The matrix products of `weights`, or of views of them, with something that depends on the input."""

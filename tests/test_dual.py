@@ -1,0 +1,177 @@
+"""Dual-path ops under every way that PyTorch differentiates and captures.
+
+The reference is eager autograd through the same network, which test_oracle.py and test_golden.py tie to the formulas."""
+
+import copy
+
+import pytest
+import torch
+from helpers import relative
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from sp_fx.adjoints import TABLE
+from sp_fx.dual import dual_path
+
+
+POOL = dict(kernel=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), ceil_mode=False)
+W = torch.linspace(0.5, 1.5, 4)
+KINDS = {
+    "relu": lambda x: dual_path("relu", x, tau=0.6),
+    "relu, sample scale": lambda x: dual_path("relu", x, tau=0.6, scale="sample"),
+    "leaky_relu": lambda x: dual_path("leaky_relu", x, tau=0.6, negative_slope=0.1),
+    "prelu": lambda x: dual_path("prelu", x, W[:3].to(x.dtype), tau=0.6),
+    "hardtanh": lambda x: dual_path("hardtanh", x, tau=0.6, low=-0.5, high=1.0),
+    "elu": lambda x: dual_path("elu", x, tau=0.6, alpha=1.0, output_scale=1.0, input_scale=1.0),
+    "gelu": lambda x: dual_path("gelu", x, tau=1.0, approximate="none"),
+    "silu": lambda x: dual_path("silu", x, tau=1.6),
+    "hardswish": lambda x: dual_path("hardswish", x, tau=1.6),
+    "mish": lambda x: dual_path("mish", x, tau=1.6),
+    "max_pool": lambda x: dual_path("max_pool", x, tau=0.3, **POOL),
+    "max_pool, sample scale": lambda x: dual_path("max_pool", x, tau=0.3, scale="sample", **POOL),
+    "layer_norm": lambda x: dual_path("layer_norm", x, W.to(x.dtype), None, tau="frozen", normalized_shape=(4,), eps=1e-5),
+    "rms_norm": lambda x: dual_path("rms_norm", x, W.to(x.dtype), tau="frozen", normalized_shape=(4,), eps=1e-5),
+    "group_norm": lambda x: dual_path("group_norm", x, None, None, tau="frozen", num_groups=1, eps=1e-5),
+    "instance_norm": lambda x: dual_path("instance_norm", x, None, None, tau="frozen", eps=1e-5),
+    "local_response_norm": lambda x: dual_path("local_response_norm", x, tau="frozen", size=2, alpha=0.1, beta=0.75, k=1.0),
+    "attention": lambda x: dual_path("attention", x, x * 2, x.sin(), None, tau=0.7),
+    "attention, one tensor": lambda x: dual_path("attention", x, x, x, None, tau=1.0),
+    "linear": lambda x: dual_path("linear", x, torch.outer(W, W).to(x.dtype), None, tau="frozen"),
+    "conv": lambda x: dual_path("conv", x, torch.ones(2, 3, 2, 2, dtype=x.dtype), None, tau="frozen", stride=(1, 2),
+                                padding=(1, 0), dilation=(1, 1), groups=1),
+    "affine_norm": lambda x: dual_path("affine_norm", x, W[:3].to(x.dtype), W[:3].to(x.dtype), None, None, tau="frozen", eps=1e-5),
+}  # fmt: skip
+
+
+class Net(nn.Module):
+    """Any op, between two smooth ones, as five numbers a sample."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op = op
+
+    def forward(self, x):
+        y = self.op(x * 1.5).flatten(1)
+        return torch.stack([(y * (k + 1)).sin().mean(1) for k in range(5)], 1)
+
+
+def grad(f, x, u):
+    x = x.detach().clone().requires_grad_()
+    return torch.autograd.grad(f(x), x, u)[0]
+
+
+def exported(net, x, u, decompose=False, strict=False):
+    program = torch.export.export(net, (x,), strict=strict)
+    return grad((program.run_decompositions() if decompose else program).module(), x, u)
+
+
+def vjp(net, x, u):
+    return torch.func.vjp(net, x)[1](u)[0]
+
+
+WAYS = {
+    "vjp": vjp,
+    "vmap over cotangents": lambda n, x, u: torch.func.vmap(torch.func.vjp(n, x)[1])(torch.stack([u, 2 * u]))[0][0],
+    "vmap over inputs": lambda n, x, u: torch.func.vmap(lambda a, b: vjp(n, a[None], b[None])[0])(x, u),
+    "batched grads": lambda n, x, u: (lambda x: torch.autograd.grad(n(x), x, torch.stack([u, u]), is_grads_batched=True)[0][1])(
+        x.clone().requires_grad_()
+    ),
+    "make_fx": lambda n, x, u: make_fx(lambda x, u: vjp(n, x, u))(x, u)(x, u),
+    "make_fx, symbolic": lambda n, x, u: make_fx(lambda x, u: vjp(n, x, u), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, u)(
+        x, u
+    ),
+    "make_fx, then export": lambda n, x, u: torch.export.export(make_fx(lambda x, u: vjp(n, x, u))(x, u), (x, u)).module()(x, u),
+    "fx trace": lambda n, x, u: grad(torch.fx.symbolic_trace(n), x, u),
+    "second fx trace": lambda n, x, u: grad(torch.fx.symbolic_trace(torch.fx.symbolic_trace(n)), x, u),
+    "deep copy": lambda n, x, u: grad(copy.deepcopy(torch.fx.symbolic_trace(n)), x, u),
+    "export": lambda n, x, u: exported(n, x, u),
+    "export, decomposed": lambda n, x, u: exported(n, x, u, decompose=True),
+    "strict export": lambda n, x, u: exported(n, x, u, strict=True),
+}
+
+
+@pytest.fixture
+def point():
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 3, 6, 4, generator=g, dtype=torch.float64), torch.randn(2, 5, generator=g, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_way_gives_the_soft_adjoint(kind, way, point):
+    x, u = point
+    net = Net(KINDS[kind])
+    assert relative(WAYS[way](net, x, u), grad(net, x, u)) <= 1e-12  # the same formulas in float64
+
+
+def test_every_row_of_the_table_is_in_the_matrix():
+    shown = {kind.split(",")[0] for kind in KINDS}
+    assert set(TABLE) - shown == {"softmax", "mix", "batch_norm"}  # not sample by sample, or no signal: tested in test_oracle
+
+
+class All(nn.Module):
+    """Every kind in one network, so that one compilation covers them."""
+
+    def __init__(self):
+        super().__init__()
+        self.nets = nn.ModuleList(Net(op) for op in KINDS.values())
+
+    def forward(self, x):
+        return sum(net(x) for net in self.nets)
+
+
+@pytest.mark.parametrize("way", ["backward of the compiled forward", "compiled vjp"])
+def test_compiled_whole(way, point):
+    x, u = point
+    net = All()
+    if way == "compiled vjp":
+        found = torch.compile(lambda x, u: vjp(net, x, u), fullgraph=True)(x, u)
+    else:
+        found = grad(torch.compile(net, fullgraph=True), x, u)
+    assert relative(found, grad(net, x, u)) <= 1e-10  # Inductor reorders float64 sums
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)])
+def test_precision_of_each_dtype_against_float64(kind, dtype, tolerance, point):
+    """Float32: rounding over a few dozen terms, and Phi to 3e-7. The half types round every input and output: 2^-8 and 2^-11."""
+    if kind == "local_response_norm" and dtype != torch.float32:
+        pytest.skip("torch has no local_response_norm of the half types on CPU")
+    x = point[0].to(dtype)
+    op = KINDS[kind]
+    u = op(x).detach().double().cos()
+    soft = torch.autograd.grad(op(y := x.clone().requires_grad_()), y, u.to(dtype))[0]
+    exact = torch.autograd.grad(op(y := x.double().requires_grad_()), y, u)[0]
+    assert soft.dtype == dtype
+    assert relative(soft.double(), exact) <= tolerance
+
+
+def test_large_inputs_in_pieces_equal_small_ones():
+    """Above 2^19 elements a gate runs a few samples at a time; each sample must get what it gets alone."""
+    x = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    v = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(1))
+    for op in (KINDS["relu, sample scale"], KINDS["gelu"], KINDS["prelu"], KINDS["max_pool, sample scale"]):
+        whole = torch.autograd.grad((y := op(z := x.clone().requires_grad_())), z, v[..., : y.shape[-2], : y.shape[-1]])[0]
+        for i in range(5):
+            alone = torch.autograd.grad((y := op(z := x[i : i + 1].clone().requires_grad_())), z, v[i : i + 1, :, : y.shape[-2], : y.shape[-1]])[0]
+            assert relative(whole[i : i + 1], alone) <= 1e-6  # the same arithmetic, except the scale's two formulas
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "attention" not in k])
+def test_empty_batches(kind):
+    x = torch.randn(0, 3, 6, 4, requires_grad=True)
+    y = KINDS[kind](x)
+    assert torch.autograd.grad(y, x, torch.zeros_like(y))[0].shape == x.shape
+
+
+def test_an_adjoint_can_be_differentiated_again():
+    z = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda z: dual_path("gelu", z, tau=1.0, approximate="none"), z)
+
+
+def test_nothing_is_saved_of_the_inputs_of_affine_maps():
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        dual_path("linear", torch.randn(64, 4, requires_grad=True), torch.randn(3, 4), None, tau="frozen")
+    assert max(t.untyped_storage().nbytes() for t in kept) <= 3 * 4 * 4
