@@ -108,7 +108,7 @@ class EvalClone:
             clone.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
             clone.__dict__["_parameters"] = {name: self.tensor(p) for name, p in module._parameters.items()}
             clone.__dict__["_buffers"] = {name: self.tensor(b) for name, b in module._buffers.items()}
-            clone.__dict__["_modules"] = {name: m and self(m) for name, m in module._modules.items()}
+            clone.__dict__["_modules"] = {name: None if m is None else self(m) for name, m in module._modules.items()}
         return self.clones[id(module)]
 
     def tensor(self, tensor: Tensor | None) -> Tensor | None:

@@ -248,10 +248,10 @@ class Explainer(fx.GraphModule):
     def _check(self, call: Call) -> None:
         devices = {t.device for t in (*self.parameters(), *self.buffers())}
         for x in call.values[: call.inputs]:
-            if x.is_floating_point() and bool(torch.isnan(x).any()):
-                raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
             if devices and x.device not in devices:
                 raise ValueError(f"the input is on {x.device} and the model on {', '.join(map(str, devices))}: move one of them")
+            if x.is_floating_point() and bool(torch.isnan(x).any()):
+                raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
 
     # -- what a module is asked to do
 
@@ -266,6 +266,9 @@ class Explainer(fx.GraphModule):
 
     def __deepcopy__(self, memo: dict) -> Explainer:
         return Explainer._restored(copy.deepcopy(fx.GraphModule(self, self.graph), memo), self._report)
+
+    def __copy__(self) -> Explainer:
+        return Explainer._restored(fx.GraphModule(self, copy.deepcopy(self.graph)), self._report)
 
     @staticmethod
     def _restored(module: fx.GraphModule, report: Report) -> Explainer:

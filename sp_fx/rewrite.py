@@ -131,6 +131,8 @@ def rewrite(modules: nn.Module, graph: fx.Graph, rules: Rules) -> tuple[Site, ..
     run = Pass(modules, graph, rules)
     for node in list(graph.nodes):
         run.visit(node)
+    for leaf in run.opened:
+        leaf.__dict__["forward"] = passes
     run.protect()
     rules.check_overrides(site.place for site in run.sites if site.kind in KINDS)
     graph.lint()
@@ -144,6 +146,7 @@ class Pass:
         self.modules, self.graph, self.rules = modules, graph, rules
         self.sites: list[Site] = []
         self.calls: Counter[str] = Counter()
+        self.opened: list[nn.Module] = []  # leaves whose calls are written out, and which are identities once all of them are
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.varying: set[fx.Node] = set()  # what depends on the values of the input, not on its shape
         for node in graph.nodes:
@@ -277,7 +280,7 @@ class Pass:
                                             {"tau": FROZEN, **{arg: getattr(leaf, arg) for arg in args}})  # fmt: skip
         soft.meta.update(node.meta)
         node.args, node.kwargs = (soft,), {}
-        leaf.__dict__["forward"] = passes
+        self.opened.append(leaf)
 
     def replace_multihead(self, node: fx.Node, leaf: nn.MultiheadAttention, tau: Temperature) -> None:
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "in_proj_bias", "bias_k", "bias_v")

@@ -1,0 +1,257 @@
+"""The model goes in and comes out as it was; the graph sees every call site."""
+
+import copy
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative
+from torch import nn
+
+import sp_fx
+from sp_fx.capture import EvalClone
+
+
+class Shared(nn.Module):
+    """One in-place ReLU module for three calls, a functional one, a method, a dropout, and a BatchNorm in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        x = self.act(self.conv(x))
+        x = F.relu(self.conv(x), inplace=True) + self.act(self.conv(x))
+        return self.head(self.body(x).relu().mean((2, 3)))
+
+
+def state(model):
+    return {
+        "classes": [type(m) for m in model.modules()],
+        "modes": [m.training for m in model.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+        "dicts": [sorted(m.__dict__) for m in model.modules()],
+        "flags": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad for p in model.parameters()],
+        "values": [t.clone() for t in model.state_dict().values()],
+        "ids": [id(t) for t in (*model.parameters(), *model.buffers())],
+    }
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.pop("values"), b.pop("values"))) and a == b
+
+
+def test_the_model_is_not_touched_by_anything():
+    torch.manual_seed(0)
+    model = Shared().train()
+    fired = []
+    for m in model.modules():
+        m.register_forward_hook(lambda *_: fired.append(1))
+    model.head.weight.requires_grad_(False)
+    before = state(model)
+    explainer = sp_fx.transform(model)
+    x = torch.randn(2, 3, 8, 8)
+    explainer.pullback(x, 1)
+    explainer.ascend(x, 1, steps=2)
+    with pytest.raises(IndexError):
+        explainer.pullback(x, 99)
+    with pytest.raises(RuntimeError):
+        explainer.pullback(torch.randn(2, 7, 8, 8), 1)
+    with pytest.warns(UserWarning, match="eval mode"):
+        explainer.train()
+    explainer.half().requires_grad_(False).double()
+    explainer.conv.weight.data.add_(1)
+    assert same(before, state(model)) and not fired
+    assert explainer.conv.weight.dtype == torch.float64 and model.conv.weight.dtype == torch.float32
+
+
+def test_failures_of_transform_leave_the_model_alone():
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            x = self.act(x)
+            return x if x.sum() > 0 else -x
+
+    model = Branches().train()
+    before = state(model)
+    with pytest.raises(sp_fx.CaptureError, match=r"test_capture.py:\d+, in forward"):
+        sp_fx.transform(model)
+    assert same(before, state(model))
+
+
+def test_weights_are_shared_and_in_place_updates_arrive():
+    model = Shared().eval()
+    explainer = sp_fx.transform(model)
+    assert explainer.conv.weight.data_ptr() == model.conv.weight.data_ptr()
+    assert explainer.conv.weight is not model.conv.weight
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        model.conv.weight.mul_(2)
+    assert torch.equal(explainer(x), model(x))
+    model.load_state_dict({k: torch.rand_like(v.float()).to(v.dtype) for k, v in model.state_dict().items()})
+    assert torch.equal(explainer(x), model(x))
+    replaced = model.double()
+    assert explainer(x).dtype == torch.float32 and replaced.conv.weight.dtype == torch.float64
+
+
+def test_call_sites_each_have_a_line():
+    report = sp_fx.transform(Shared()).report()
+    assert [s.place for s in report.of("rewritten")] == ["act", "act#2", "relu", "act#3", "body.2", "relu#2"]
+    assert not report.of("NOT REWRITTEN")
+
+
+def test_train_mode_does_not_reach_the_graph():
+    model = Shared().train()
+    explainer = sp_fx.transform(model)
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(explainer(x), copy.deepcopy(model).eval()(x))
+    assert torch.equal(explainer(x), explainer(x))  # no dropout
+    assert explainer.eval() is explainer and not explainer.training
+
+
+def test_modules_keep_their_names_and_can_be_hooked():
+    model = Shared().eval()
+    explainer = sp_fx.transform(model)
+    x, seen, expected = torch.randn(2, 3, 8, 8), {}, {}
+    for name in ("conv", "bn", "act", "body", "body.0", "body.2", "head"):
+        explainer.get_submodule(name).register_forward_hook(lambda m, a, y, n=name: seen.setdefault(n, []).append(y.clone()))
+        model.get_submodule(name).register_forward_hook(lambda m, a, y, n=name: expected.setdefault(n, []).append(y.clone()))
+    explainer(x), model(x)
+    assert seen.keys() == expected.keys()
+    for name in seen:
+        assert all(torch.equal(a, b) for a, b in zip(seen[name], expected[name], strict=True)), name
+    assert isinstance(explainer.body, nn.Sequential) and explainer.body[0] is explainer.get_submodule("body.0")
+    assert dict(explainer.named_parameters()).keys() == dict(model.named_parameters()).keys()
+
+
+def test_compiled_and_parallel_models_are_unwrapped():
+    model = Shared().eval()
+    x = torch.randn(1, 3, 8, 8)
+    for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
+        assert torch.equal(sp_fx.transform(wrapped)(x), model(x))
+    inner = nn.Sequential(torch.compile(model), nn.ReLU())
+    assert sp_fx.transform(inner).report().sites[0].place == "0.act"
+
+
+def test_arguments_with_defaults_are_settings():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x, mask=None, gate=True):
+            x = x if mask is None else x * mask
+            return self.head(x.relu() if gate else x)
+
+    explainer = sp_fx.transform(Masked())
+    x = torch.randn(3, 4)
+    assert explainer.pullback(x, 0, forward_kwargs={"mask": None, "gate": True}).shape == x.shape
+    with pytest.raises(AssertionError, match="gate has been specialized to have value True"):
+        explainer(x, gate=False)
+
+
+def test_clones_keep_structure_and_references():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+            self.b.weight = self.a.weight
+            self.again = self.a
+            self.steps = [self.a, self.b]
+            self.by_name = {"b": self.b}
+            self.call = self.step
+            self.bound = functools.partial(self.step, 1)
+
+        def step(self, i, x):
+            return self.steps[i](x)
+
+    model = Tied()
+    clone = EvalClone()(model)
+    assert clone.b.weight is clone.a.weight and clone.again is clone.a
+    assert clone.steps == [clone.a, clone.b] and clone.by_name["b"] is clone.b
+    assert clone.call.__self__ is clone and clone.bound.func.__self__ is clone
+    assert not set(map(id, model.modules())) & set(map(id, clone.modules()))
+
+
+@torch.fx.wrap
+def traceable(x, slope):
+    return F.leaky_relu(x, slope) if slope else x
+
+
+@torch.fx.wrap
+def opaque(x):
+    return x.relu() if x.shape[0] > 1 else x.relu()
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.head = function, nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(traceable(x, 0.3) if self.function == "traceable" else opaque(x))
+
+
+def test_wrapped_functions_are_opened_where_they_trace():
+    x = torch.randn(2, 4)
+    model = Calls("traceable")
+    explainer = sp_fx.transform(model)
+    assert [s.kind for s in explainer.report().of("rewritten")] == ["leaky_relu"]
+    assert torch.equal(explainer(x), model(x))
+
+
+def test_wrapped_functions_that_do_not_trace_are_listed():
+    model = Calls("opaque")
+    with pytest.warns(UserWarning, match="NOT REWRITTEN.*opaque"):
+        explainer = sp_fx.transform(model)
+    assert [s.op for s in explainer.report().of("NOT REWRITTEN")] == ["opaque"]
+    with pytest.raises(sp_fx.NotRewrittenError, match="opaque"):
+        sp_fx.transform(model, strict=True)
+
+
+def test_leaves_that_may_hide_gates_are_listed():
+    with pytest.warns(UserWarning, match="TransformerEncoderLayer"):
+        explainer = sp_fx.transform(nn.Sequential(nn.TransformerEncoderLayer(8, 2, batch_first=True), nn.ReLU()))
+    assert [s.place for s in explainer.report().of("NOT REWRITTEN")] == ["0"]
+
+
+@pytest.mark.parametrize("bad", [3, "resnet50", torch.relu, None])
+def test_what_is_no_module_is_refused(bad):
+    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+        sp_fx.transform(bad)
+
+
+def test_models_without_source_and_explainers_are_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripting is deprecated
+        scripted = torch.jit.script(nn.ReLU())
+    with pytest.raises(TypeError, match="no Python source"):
+        sp_fx.transform(scripted)
+    with pytest.raises(TypeError, match="got an Explainer"):
+        sp_fx.transform(sp_fx.transform(nn.ReLU()))
+    with pytest.raises(TypeError, match="lazy"):
+        sp_fx.transform(nn.Sequential(nn.LazyLinear(3), nn.ReLU()))
+
+
+def test_a_model_without_gates_says_so():
+    with pytest.warns(UserWarning, match="no gate to rewrite: its pullback will be the plain gradient"):
+        sp_fx.transform(nn.Linear(3, 2))
+
+
+def test_parametrised_and_normed_weights():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+    x = torch.randn(3, 4)
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(x), model(x))
+    frozen = sp_fx.transform(model, rules=sp_fx.Rules.frozen()).pullback(x, 1)
+    y = x.clone().requires_grad_()
+    assert relative(frozen, torch.autograd.grad(model(y)[:, 1].sum(), y)[0]) <= 1e-6

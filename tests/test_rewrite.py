@@ -1,0 +1,165 @@
+"""What the pass makes of each call: gates, what keeps its derivative, what works in place."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import relative
+from torch import nn
+
+import sp_fx
+
+
+def net(function):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    return Net()
+
+
+def explain(function, **options):
+    return sp_fx.transform(net(function), **options)
+
+
+
+RELUS = [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x + 0, inplace=True), lambda x: (x + 0).relu_(),
+         lambda x: torch.relu_(x + 0), lambda x: F.relu_(x + 0), torch.ops.aten.relu.default, torch.ops.aten.relu,
+         nn.ReLU(), nn.ReLU(inplace=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", range(len(RELUS)))
+def test_every_call_form_is_one_gate(form):
+    explainer = explain(RELUS[form])
+    assert [s.kind for s in explainer.report().sites] == ["relu"]
+    x = torch.randn(2, 5)
+    given = x.clone()
+    assert torch.equal(explainer(x), x.relu()) and torch.equal(x, given)
+
+
+def test_subclasses_are_read_by_what_they_compute():
+    class Doubled(nn.ReLU):
+        def forward(self, x):
+            return F.silu(x) * 2
+
+    assert [s.kind for s in sp_fx.transform(Doubled()).report().of("rewritten")] == ["silu"]
+
+
+# In-place calls whose effect is seen elsewhere: reference by what PyTorch computes.
+
+
+def residual_after(x):
+    y = x * 2
+    z = F.relu(y, inplace=True)
+    return z + y  # y was written over
+
+
+def view_before(x):
+    y = x * 2
+    row = y.view(-1)
+    F.relu(row, inplace=True)
+    return y * 3  # seen through the other view
+
+
+def written_after(x):
+    y = x * 2
+    z = F.gelu(y)
+    y += 1  # the gate has saved y
+    return z * y
+
+
+def unused_result(x):
+    y = x * 2
+    F.relu_(y)
+    return y - 1
+
+
+def on_the_input(x):
+    x.relu_()
+    return x * 2
+
+
+def slice_of_a_tensor(x):
+    y = x * 2
+    y[:, :2].relu_()
+    return y
+
+
+@pytest.mark.filterwarnings("ignore:Net has no gate to rewrite")
+@pytest.mark.parametrize("f", [residual_after, view_before, written_after, unused_result, on_the_input, slice_of_a_tensor])
+def test_in_place_calls_mean_what_they_meant(f):
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    given = x.clone()
+    rules = {name: sp_fx.Rules(gelu=None, relu=tau) for name, tau in [("plain", None), ("frozen", "frozen")]}
+    reference = x.clone().requires_grad_()
+    expected = f(reference * 1.0)
+    grad = torch.autograd.grad(expected.sum(), reference)[0] if f is not written_after else None
+    for each in [sp_fx.Rules()] if f is written_after else rules.values():
+        explainer = explain(f, rules=each)
+        assert torch.equal(explainer(x), expected) and torch.equal(x, given)
+        found = explainer.pullback(x, lambda y: y.sum())
+        if grad is not None:
+            assert relative(found, grad) <= 1e-12  # away from the kink, hard gates are the derivative
+    assert torch.equal(x, given)
+
+
+LISTED = {torch.abs: "abs", lambda x: x.amax(1, keepdim=True) * x: "amax", lambda x: F.hardshrink(x): "hardshrink"}
+
+
+@pytest.mark.parametrize("f", LISTED)
+def test_gates_without_a_rule_are_visible(f):
+    with pytest.warns(UserWarning, match="NOT REWRITTEN"):
+        report = explain(f).report()
+    assert LISTED[f] in [s.op for s in report.of("NOT REWRITTEN")] and "NOT REWRITTEN" in str(report)
+    with pytest.raises(sp_fx.NotRewrittenError, match=LISTED[f]):
+        explain(f, strict=True)
+
+
+KEPT = {
+    lambda x: torch.tanh(x).relu(): ("tanh", "smooth"),
+    lambda x: (x * x.sigmoid()).relu(): ("mul", "product rule"),
+    lambda x: (x / x.norm(dim=1, keepdim=True)).relu(): ("truediv", "quotient rule"),
+    lambda x: x.relu().softmax(-1): ("softmax", "multiplies no values"),
+}
+
+
+@pytest.mark.parametrize("f", KEPT)
+def test_what_keeps_its_derivative_says_why(f):
+    op, reason = KEPT[f]
+    site = next(s for s in explain(f).report().of("kept") if s.op == op)
+    assert reason in site.reason
+
+
+def test_shapes_and_constants_are_no_gates():
+    weight = torch.randn(4, 4)
+    report = explain(lambda x: (x.relu() @ weight * 2).view(x.shape[0] * 2, x.shape[1] // 2)).report()
+    assert [s.kind for s in report.sites] == ["relu"]
+
+
+def test_rules_by_place():
+    model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.GELU()), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 2))
+    rules = sp_fx.Rules(overrides={"0.*": 2.0, "0.1": {"gelu": None}, "2": None})
+    sites = {s.place: s.temperature for s in sp_fx.transform(model, rules=rules).report().sites}
+    assert sites == {"0.0": 2.0, "0.1": None, "1": 0.6, "2": None}
+    with pytest.raises(ValueError, match=r"layer9.*fits no gate.*0\.0"):
+        sp_fx.transform(model, rules=sp_fx.Rules(overrides={"layer9.*": 1.0}))
+
+
+def test_plain_derivatives_are_plain():
+    model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 2)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="plain gradient"):
+        found = sp_fx.transform(model, rules=sp_fx.Rules(gelu=None, layer_norm=None)).pullback(x, 1)
+    y = x.clone().requires_grad_()
+    assert relative(found, torch.autograd.grad(model(y)[:, 1].sum(), y)[0]) <= 1e-14
+
+
+def test_the_report_reads_as_a_table():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh())
+    lines = str(sp_fx.transform(model).report()).splitlines()
+    assert lines[0] == "Sequential with Rules(): 2 rewritten, 1 kept, 0 NOT REWRITTEN"
+    assert lines[2].split() == ["1", "relu", "relu", "0.6", "x", "scale"]
+    assert "smooth, no gate" in lines[4]
