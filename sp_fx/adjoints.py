@@ -100,7 +100,7 @@ def normal_cdf(z: Tensor, tau: float | Tensor = 1.0) -> Tensor:
         if isinstance(tau, Tensor) and tau.numel() != 1:
             z, tau = z / tau, 1.0
         t = torch.add(torch.full((), 1e-30), z, alpha=1 / float(tau)).clamp_(-38, 38)
-        return F.threshold_(F.gelu(t).div_(t), 2.0**-24, 0.0)
+        return torch.threshold_(F.gelu(t).div_(t), 2.0**-24, 0.0)
     return torch.erf(z * (math.sqrt(0.5) / tau)).mul_(0.5).add_(0.5)  # erf, not erfc: Inductor vectorises it, ONNX has it
 
 
@@ -229,7 +229,7 @@ def max_pool_adjoint(
 ) -> Tensor:
     """Spread each window's cotangent over the window by `softmax(window / tau)`; frozen, over its maxima equally.
 
-    `x` [..., *spatial], its maxima `y` and `v` [..., *windows]; kernel, stride, padding and dilation are tuples, one number an axis.
+    `x` [..., *spatial], its maxima `y` and `v` [..., *windows]; kernel, stride, padding, dilation: a tuple, one number an axis.
     A gather without scatter or unfold: with stride s, tap i of window o reads pixel `s o + i dilation`, that is, place
     `o + j` of phase `a` for `i dilation = s j + a`. Each phase is a strided slice; the phases are interleaved at the end.
     """
@@ -248,7 +248,8 @@ def max_pool_adjoint(
     taps = []  # (phase, shift, weight of this tap in each window [..., *windows])
     for index in itertools.product(*map(range, kernel)):
         shift, phase = zip(*(divmod(i * d, s) for i, d, s in zip(index, dilation, stride)))
-        difference = phases[phase][(..., *(slice(j, j + o) for j, o in zip(shift, windows)))] - y
+        seen: Any = (*phase, ..., *(slice(j, j + o) for j, o in zip(shift, windows)))
+        difference = phases[seen] - y
         weight = (difference >= 0).to(y.dtype) if isinstance(tau, str) else torch.exp((difference * (1 / tau)).clamp_min(-60))
         taps.append((phase, shift, weight))
     per_weight = v / sum(weight for _, _, weight in taps)  # the maximum itself weighs 1: never a division by zero
@@ -263,7 +264,8 @@ def max_pool_adjoint(
     spread = spread.reshape(*stride, *spread.shape[1:])
     interleaved = [axis for i in range(n) for axis in (n + lead + i, i)]  # [..., place, stride, place, stride, ...]
     spread = spread.permute(*range(n, n + lead), *interleaved).reshape(padded.shape)
-    spread = spread[(..., *(slice(p, p + m) for p, m in zip(padding, spatial)))]
+    inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
+    spread = spread[inside]
     return spread.to(x.dtype) if out is None else out.copy_(spread)
 
 

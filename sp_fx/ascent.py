@@ -74,10 +74,10 @@ class Ascent:
 
 def norms(parts: list[Tensor]) -> list[Tensor]:
     """The L2 norm of each sample over all its parts, float32 at least, once for each part in a shape that broadcasts."""
-    peak = torch.stack([part.detach().abs().flatten(1).amax(1).to(torch.promote_types(part.dtype, torch.float32)) for part in parts]).amax(0)
+    wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).flatten(1) for part in parts]
+    peak = torch.stack([torch.linalg.vector_norm(part, math.inf, dim=1) for part in wide]).amax(0)
     peak = torch.where(peak > 0, peak, 1)  # pullbacks of 1e-25 are real, and their squares are 0 in float32
-    scaled = [part.to(peak.dtype) / peak.view(-1, *[1] * (part.dim() - 1)) for part in parts]
-    total = peak * torch.stack([part.flatten(1).square().sum(1) for part in scaled]).sum(0).sqrt()
+    total = peak * torch.stack([(part / peak[:, None]).square().sum(1) for part in wide]).sum(0).sqrt()
     return [total.view(-1, *[1] * (part.dim() - 1)) for part in parts]
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .targets import Target
@@ -37,8 +37,8 @@ class Call:
         if not given:
             raise ValueError("expected at least one input, got an empty tuple")
         if not self.explained:
-            raise TypeError(f"nothing to explain: the inputs are {', '.join(str(x.dtype) for x in given)}; expected a floating tensor "
-                            "(token ids are explained at their embeddings)")
+            dtypes = ", ".join(str(x.dtype) for x in given)
+            raise TypeError(f"nothing to explain: the inputs are {dtypes}; expected a floating one (token ids have no gradient)")
         batches = {x.shape[0] for x in self.explained}
         if len(batches) > 1:
             raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")
@@ -55,8 +55,9 @@ class Call:
     def targets_each(self) -> int | None:
         """T for targets [B, T], else None."""
         t = self.target
-        many = isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch
-        return t.shape[1] if many else None
+        if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch:
+            return t.shape[1]
+        return None
 
     def at(self, points: list[Tensor]) -> list[Any]:
         """The positional arguments with `points` in place of the explained inputs."""
@@ -71,7 +72,7 @@ class Call:
             yield self
             return
         for start in range(0, self.batch, batch_size):
-            yield self.mapped(lambda t, cut=slice(start, start + batch_size): t[cut])
+            yield self.mapped(operator.itemgetter(slice(start, start + batch_size)))
 
     def repeated(self, times: int) -> Call:
         """Each sample `times` times in a row, one for each of its targets."""

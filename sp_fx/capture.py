@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -54,8 +55,8 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
         inline_wrapped(graph)
     except Exception as error:
         raise CaptureError(
-            f"torch.fx cannot trace {type(model).__name__}: {error} ({_blame(error)}). The forward may not branch on tensor "
-            "values or shapes, nor call code that does: wrap such a function with torch.fx.wrap, or transform the part that traces"
+            f"torch.fx cannot trace {type(model).__name__}: {error} ({_blame(error)}). The forward may not branch on the values "
+            "or shapes of tensors: wrap a function that does with torch.fx.wrap, or transform the part that traces"
         ) from error
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
@@ -94,10 +95,10 @@ class EvalClone:
         self.kept: list[Any] = []  # an id is only good while its object lives
 
     def __call__(self, module: nn.Module) -> nn.Module:
-        while isinstance(module, WRAPPERS):
-            module = module._orig_mod if hasattr(module, "_orig_mod") else module.module
+        module = unwrapped(module)
         if isinstance(module, torch.jit.ScriptModule):
-            raise TypeError(f"got a {type(module).__name__}, which has no Python source to trace: pass the module it was scripted from")
+            kind = type(module).__name__
+            raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
         if id(module) not in self.clones:
             clone = type(module).__new__(type(module))
             self.clones[id(module)] = clone
@@ -115,7 +116,7 @@ class EvalClone:
         """The same storage in an object of its own; tied tensors stay tied."""
         if tensor is None:
             return None
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
         if id(tensor) not in self.clones:
             alias = tensor.detach()
@@ -142,10 +143,19 @@ class EvalClone:
         return value
 
 
-WRAPPERS = (torch._dynamo.OptimizedModule, nn.DataParallel, nn.parallel.DistributedDataParallel)
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` and the parallel wrappers return."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # seconds to import, and loaded wherever something was compiled
+    while True:
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
 REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
-
-
 
 
 class PlaceTracer(fx.Tracer):
@@ -176,7 +186,8 @@ def inline_wrapped(graph: fx.Graph) -> None:
         before = set(graph.nodes)
         tracer = fx.proxy.GraphAppendingTracer(graph)
         with graph.inserting_before(node):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: fx.Proxy(n, tracer))
+            proxies: Any = lambda n, tracer=tracer: fx.Proxy(n, tracer)  # noqa: E731
+            args, kwargs = fx.map_arg((node.args, node.kwargs), proxies)
             try:
                 result = node.target(*args, **kwargs)
                 inlined = fx.node.map_aggregate(result, lambda r: r.node if isinstance(r, fx.Proxy) else r)
@@ -193,19 +204,19 @@ def inline_wrapped(graph: fx.Graph) -> None:
                 graph.erase_node(n)
 
 
-def written_out(m: nn.Module) -> Callable[..., Any] | None:
+def written_out(m: Any) -> Callable[..., Any] | None:
     """For norms of torch.nn that take their statistics from the input: their forward without its check of the input's
     rank, which a proxy cannot answer."""
     if getattr(m, "running_mean", None) is not None:
         return None
     if type(m).forward is nn.BatchNorm1d.forward:  # of every rank
-        return lambda x: F.batch_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)  # type: ignore[union-attr]
+        return lambda x: F.batch_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)
     if type(m).forward is nn.InstanceNorm1d.forward:
         rank = next(rank for cls, rank in INSTANCE_NORMS.items() if isinstance(m, cls))
 
         def instance_norm(x: Tensor) -> Tensor:
             torch._assert(x.dim() == rank, f"{type(m).__name__} takes a batch when it is traced: {rank} axes")
-            return F.instance_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)  # type: ignore[arg-type]
+            return F.instance_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)
 
         return instance_norm
     return None

@@ -44,10 +44,10 @@ def parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", parents=[model], help="a picture and a record of why a model saw what it saw")
     explain.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    explain.add_argument("--target", type=target_of, metavar="INDEX|top3", help="a class index, or the N most likely (default: the first)")
+    explain.add_argument("--target", type=target_of, metavar="INDEX|top3", help="a class index, or topN (default: top1)")
     explain.add_argument("--method", choices=METHODS, default="pullback")
     explain.add_argument("--steps", type=positive, default=5, help="of ascend (default: 5)")
-    explain.add_argument("--step-size", type=float, help="of ascend, in L2 over the picture in [-1, 1] (default: 20 at 3x224x224)")
+    explain.add_argument("--step-size", type=float, help="of ascend: L2, pixels in [-1, 1] (default: 20 at 224)")
     explain.add_argument("--out", type=Path, required=True, metavar="DIR")
     explain.set_defaults(run=run_explain)
 
@@ -85,7 +85,8 @@ def run_explain(args: argparse.Namespace) -> int:
     named = load_model(args.model, args.weights, args.input_size)
     explainer = transform(named.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    common = {**named.provenance(), "rules": str(explainer.report().rules), "versions": {"sp_fx": __version__, "torch": torch.__version__}}
+    versions = {"sp_fx": __version__, "torch": torch.__version__}
+    common = {**named.provenance(), "rules": str(explainer.report().rules), "versions": versions}
     failed, taken = 0, set[str]()
     for path in args.images:
         try:
@@ -105,7 +106,9 @@ def run_explain(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def explain_one(explainer: Explainer, pixels: Tensor, labels: Sequence[str] | None, args: argparse.Namespace, out: Path) -> dict[str, Any]:
+def explain_one(
+    explainer: Explainer, pixels: Tensor, labels: Sequence[str] | None, args: argparse.Namespace, out: Path
+) -> dict[str, Any]:
     """Explain one picture [3, H, W], write the figure, and return what the record says of it."""
     from .plot import explanation
 
@@ -132,7 +135,8 @@ def explain_one(explainer: Explainer, pixels: Tensor, labels: Sequence[str] | No
     prediction = [named(index) for index in ranking[:5]]
     titles = [f"{args.method}: {t['label']} ({t['probability']:.2f})" for t in told]
     unit = "change of the pixels, summed over channels" if args.method == "ascend" else "pullback, summed over channels"
-    figure = explanation(pixels, list(maps), titles, f"predicted: {prediction[0]['label']} ({prediction[0]['probability']:.2f})", unit)
+    caption = f"predicted: {prediction[0]['label']} ({prediction[0]['probability']:.2f})"
+    figure = explanation(pixels, list(maps), titles, caption, unit)
     figure.savefig(out)
     return {
         "prediction": prediction,

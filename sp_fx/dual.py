@@ -20,7 +20,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints import TABLE, Temperature, at_once, deviation
 
-
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 
 

@@ -239,11 +239,12 @@ class Explainer(fx.GraphModule):
         if u.dim() == y.dim():
             grads = torch.autograd.grad(y, leaves, u, allow_unused=True)
             return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
-        parts = u.split(chunk or u.shape[0])
-        many = [torch.autograd.grad(y, leaves, part, is_grads_batched=True, allow_unused=True, retain_graph=i + 1 < len(parts))
-                for i, part in enumerate(parts)]  # fmt: skip
-        return [torch.zeros_like(x).unsqueeze(1).repeat(1, u.shape[0], *[1] * (x.dim() - 1)) if g[0] is None
-                else torch.cat(g).transpose(0, 1) for x, g in zip(leaves, zip(*many))]  # fmt: skip
+
+        def back(one: Tensor) -> tuple[Tensor, ...]:
+            grads = torch.autograd.grad(y, leaves, one, retain_graph=True, allow_unused=True)
+            return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
+
+        return list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
 
     def _check(self, call: Call) -> None:
         devices = {t.device for t in (*self.parameters(), *self.buffers())}

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
 
 aten = torch.ops.aten
 
@@ -155,13 +154,17 @@ def max_pool(axes: int) -> Callable[..., Gate | Unread]:
     def read(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
         if return_indices:
             return Unread("max pooling that returns its indices")
-        return Gate("max_pool", (input,), {
-            "kernel": per_axis(kernel_size, axes),
-            "stride": per_axis(kernel_size if stride in (None, []) else stride, axes),
-            "padding": per_axis(padding, axes),
-            "dilation": per_axis(dilation, axes),
-            "ceil_mode": ceil_mode,
-        })
+        return Gate(
+            "max_pool",
+            (input,),
+            {
+                "kernel": per_axis(kernel_size, axes),
+                "stride": per_axis(kernel_size if stride in (None, []) else stride, axes),
+                "padding": per_axis(padding, axes),
+                "dilation": per_axis(dilation, axes),
+                "ceil_mode": ceil_mode,
+            },
+        )
 
     return read
 
@@ -195,7 +198,9 @@ def aten_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_e
 
 
 @reads(F.instance_norm)
-def instance_norm(input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5):
+def instance_norm(
+    input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
+):
     if not use_input_stats:
         return None  # affine
     if running_mean is not None:
@@ -224,7 +229,9 @@ def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0):
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     if dropout_p != 0:
         return Unread(f"attention with dropout_p={dropout_p!r} in the call, also in eval mode")
-    return Gate("attention", (query, key, value, attn_mask), {"is_causal": is_causal, "score_scale": scale, "enable_gqa": enable_gqa})
+    return Gate(
+        "attention", (query, key, value, attn_mask), {"is_causal": is_causal, "score_scale": scale, "enable_gqa": enable_gqa}
+    )
 
 
 SOFTMAX = {F.softmax, torch.softmax, "softmax", aten.softmax, aten._softmax}

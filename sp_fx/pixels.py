@@ -28,7 +28,7 @@ class PixelSpace(nn.Module):
 
 
 def pixel_space(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """`model`, which takes pixels in [0, 1] normalised by `mean` and `std` (one number a channel), as a module of pixels in [-1, 1].
+    """`model`, which takes pixels in [0, 1] normalised by `mean` and `std` (one a channel), as a module of pixels in [-1, 1].
 
     Step sizes and bounds of `ascend` are then those of the paper: 20 in L2 at 3 x 224 x 224, bounds (-1, 1). The model is held,
     not changed or copied.

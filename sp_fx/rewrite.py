@@ -225,7 +225,7 @@ class Pass:
             tau = self.temperature(node, "attention")
             if tau is not None:
                 self.replace_multihead(node, leaf, tau)
-        elif type(leaf) in AFFINE_ROWS and not leaf._buffers.get("running_mean", 0) is None and not is_parametrized(leaf):
+        elif type(leaf) in AFFINE_ROWS and leaf._buffers.get("running_mean", 0) is not None and not is_parametrized(leaf):
             self.replace_affine(node, leaf)
         elif not isinstance(leaf, AFFINE_MODULES):
             self.list(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
@@ -288,7 +288,16 @@ class Pass:
             weights = {name: getattr(leaf, name) for name in names}
             weights |= {"out_proj.weight": leaf.out_proj.weight, "out_proj.bias": leaf.out_proj.bias}
             held = {n: w if w is None else self.graph.get_attr(f"{node.target}.{n}") for n, w in weights.items()}
-            order = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights", "is_causal")
+            order = (
+                "query",
+                "key",
+                "value",
+                "key_padding_mask",
+                "need_weights",
+                "attn_mask",
+                "average_attn_weights",
+                "is_causal",
+            )
             given = {**dict(zip(order, node.args)), **node.kwargs}
             soft = self.graph.call_function(multihead_attention, tuple(given.pop(n) for n in order[:3]), {
                 "weights": held, "num_heads": leaf.num_heads, "tau": tau, "batch_first": leaf.batch_first,
@@ -369,7 +378,8 @@ class Pass:
             if owner.op == "placeholder":
                 with self.graph.inserting_after(owner):
                     copy = self.graph.call_method("clone", (owner,))
-                owner.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)
+                for user in [user for user in owner.users if user is not copy]:
+                    user.replace_input_with(owner, copy)
                 owner = copy
             for keeper in keepers:
                 for kept in keeper.all_input_nodes:

@@ -55,7 +55,7 @@ class Rules:
     batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
     local_response_norm: Temperature | None = FROZEN
     scale: Literal["absolute", "sample"] = "sample"
-    overrides: Mapping[str, Temperature | None | Mapping[str, Temperature | None]] = field(default_factory=dict)
+    overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -70,18 +70,19 @@ class Rules:
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
 
     def __reduce__(self):  # a mappingproxy does not pickle
-        return _restore, ({**{kind: getattr(self, kind) for kind in KINDS}, "scale": self.scale, "overrides": dict(self.overrides)},)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _restore, ({**values, "overrides": dict(self.overrides)},)
 
     @classmethod
     def paper(cls) -> Rules:
         """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
         beyond = ("leaky_relu", "prelu", "hardtanh", "elu", "hardswish", "mish", "local_response_norm")
-        return cls(scale="absolute", **dict.fromkeys(beyond))
+        return cls(scale="absolute", **dict.fromkeys(beyond))  # type: ignore[arg-type]
 
     @classmethod
     def frozen(cls) -> Rules:
         """Every gate as the forward pass set it: the network as the affine map of its input that it acts as, `W(x) x + b(x)`."""
-        return cls(**dict.fromkeys(KINDS, FROZEN))
+        return cls(**dict.fromkeys(KINDS, FROZEN))  # type: ignore[arg-type]
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
         """The temperature of the gate of `kind` at `place`."""
@@ -103,7 +104,8 @@ class Rules:
         known = sorted(set(places))
         for pattern in self.overrides:
             if not any(fnmatchcase(place, pattern) for place in known):
-                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {', '.join(known) or 'none'}")
+                gates = ", ".join(known) or "none"
+                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {gates}")
 
     def __str__(self) -> str:
         default = Rules()
@@ -127,4 +129,5 @@ def _check(where: str, kind: str, tau: object) -> None:
     if kind in NORMS:
         raise ValueError(f"{where}: a normalisation has no temperature: expected 'frozen' or None, got {tau!r}")
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
-        raise ValueError(f"{where}: expected a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative), got {tau!r}")
+        choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
+        raise ValueError(f"{where}: expected {choices}, got {tau!r}")

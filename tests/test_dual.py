@@ -6,13 +6,12 @@ import copy
 
 import pytest
 import torch
-from helpers import relative
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from helpers import relative
 from sp_fx.adjoints import TABLE
 from sp_fx.dual import dual_path
-
 
 POOL = dict(kernel=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), ceil_mode=False)
 W = torch.linspace(0.5, 1.5, 4)
@@ -39,7 +38,7 @@ KINDS = {
     "linear": lambda x: dual_path("linear", x, torch.outer(W, W).to(x.dtype), None, tau="frozen"),
     "conv": lambda x: dual_path("conv", x, torch.ones(2, 3, 2, 2, dtype=x.dtype), None, tau="frozen", stride=(1, 2),
                                 padding=(1, 0), dilation=(1, 1), groups=1),
-    "affine_norm": lambda x: dual_path("affine_norm", x, W[:3].to(x.dtype), W[:3].to(x.dtype), None, None, tau="frozen", eps=1e-5),
+    "affine_norm": lambda x: dual_path("affine_norm", x, *[W[:3].to(x.dtype)] * 2, None, None, tau="frozen", eps=1e-5),
 }  # fmt: skip
 
 
@@ -77,9 +76,9 @@ WAYS = {
         x.clone().requires_grad_()
     ),
     "make_fx": lambda n, x, u: make_fx(lambda x, u: vjp(n, x, u))(x, u)(x, u),
-    "make_fx, symbolic": lambda n, x, u: make_fx(lambda x, u: vjp(n, x, u), tracing_mode="symbolic", _allow_non_fake_inputs=True)(x, u)(
+    "make_fx, symbolic": lambda n, x, u: make_fx(lambda x, u: vjp(n, x, u), tracing_mode="symbolic", _allow_non_fake_inputs=True)(
         x, u
-    ),
+    )(x, u),
     "make_fx, then export": lambda n, x, u: torch.export.export(make_fx(lambda x, u: vjp(n, x, u))(x, u), (x, u)).module()(x, u),
     "fx trace": lambda n, x, u: grad(torch.fx.symbolic_trace(n), x, u),
     "second fx trace": lambda n, x, u: grad(torch.fx.symbolic_trace(torch.fx.symbolic_trace(n)), x, u),
@@ -154,7 +153,9 @@ def test_large_inputs_in_pieces_equal_small_ones():
     for op in (KINDS["relu, sample scale"], KINDS["gelu"], KINDS["prelu"], KINDS["max_pool, sample scale"]):
         whole = torch.autograd.grad((y := op(z := x.clone().requires_grad_())), z, v[..., : y.shape[-2], : y.shape[-1]])[0]
         for i in range(5):
-            alone = torch.autograd.grad((y := op(z := x[i : i + 1].clone().requires_grad_())), z, v[i : i + 1, :, : y.shape[-2], : y.shape[-1]])[0]
+            alone = torch.autograd.grad(
+                (y := op(z := x[i : i + 1].clone().requires_grad_())), z, v[i : i + 1, :, : y.shape[-2], : y.shape[-1]]
+            )[0]
             assert relative(whole[i : i + 1], alone) <= 1e-6  # the same arithmetic, except the scale's two formulas
 
 

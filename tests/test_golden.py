@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers import NETS, golden, relative
 
 import sp_fx
+from helpers import NETS, golden, relative
 
 # 1e-4 where one or two pullbacks separate the numbers, float32 against float32 in another order; 1e-3 after five normalised
 # steps, each of which amplifies that.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import relative
 from torch import nn
 
 import sp_fx
+from helpers import relative
 
 
 def net(function):
@@ -23,7 +23,6 @@ def net(function):
 
 def explain(function, **options):
     return sp_fx.transform(net(function), **options)
-
 
 
 RELUS = [F.relu, torch.relu, lambda x: x.relu(), lambda x: F.relu(x + 0, inplace=True), lambda x: (x + 0).relu_(),

@@ -1,9 +1,9 @@
 import pickle
 
 import pytest
-from sp_fx.adjoints import TABLE
 
 import sp_fx
+from sp_fx.adjoints import TABLE
 from sp_fx.rules import KINDS, NORMS
 
 
@@ -16,7 +16,14 @@ def test_every_kind_of_the_table_has_a_rule_with_its_default():
 
 def test_the_papers_rules():
     rules = sp_fx.Rules.paper()
-    assert (rules.relu, rules.gelu, rules.silu, rules.max_pool, rules.attention, rules.scale) == (0.6, 1.0, 1.6, 0.3, 1.0, "absolute")
+    assert (rules.relu, rules.gelu, rules.silu, rules.max_pool, rules.attention, rules.scale) == (
+        0.6,
+        1.0,
+        1.6,
+        0.3,
+        1.0,
+        "absolute",
+    )
     assert rules.layer_norm == rules.group_norm == rules.rms_norm == rules.instance_norm == "frozen"
     assert rules.elu is None and rules.hardswish is None
 

@@ -1,0 +1,100 @@
+"""Weights on disk: one safetensors file for a network, and a manifest with the hash of each."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .networks import NETWORKS
+from .shapes import KINDS
+
+NAMES: tuple[str, ...] = tuple(NETWORKS)
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def load(name: str, weights: str | PathLike[str] | None = None) -> nn.Module:
+    """A trained network in eval mode: float32 [B, 3, 96, 96] in [-1, 1] to logits float32 [B, 10], ordered as `labels`.
+
+    `name` is one of `NAMES`. `weights` names another safetensors file of the same network; its parameter names and
+    shapes are checked, and for the packaged file its SHA-256 too.
+
+    Raises ValueError for an unknown name or a file that is not what it should be, FileNotFoundError for one not there.
+    """
+    if name not in NETWORKS:
+        close = difflib.get_close_matches(str(name), NAMES, 1, 0.4)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"no network is called {name!r}; {hint}choices: {', '.join(NAMES)}")
+    path = WEIGHTS / f"{name}.safetensors" if weights is None else Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights for {name!r} at {path}")
+    if weights is None:
+        _check_hash(name, path)
+    network = NETWORKS[name]()
+    state = _read(path)
+    _check_state(name, path, state, network.state_dict())
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def save(name: str, network: nn.Module, folder: Path, **facts: object) -> Path:
+    """Write `<name>.safetensors` with `facts` as metadata, and enter its hash and them into the folder's manifest."""
+    from safetensors.torch import save as to_bytes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.safetensors"
+    facts = {"network": name, "labels": list(KINDS), **facts, "torch": torch.__version__}
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    # The format's metadata are strings only.
+    path.write_bytes(to_bytes(state, {key: json.dumps(value) for key, value in facts.items()}))
+    manifest = folder / "manifest.json"
+    entries = json.loads(manifest.read_text()) if manifest.is_file() else {}
+    entries[name] = {"file": path.name, "sha256": _sha256(path), "bytes": path.stat().st_size, **facts}
+    manifest.write_text(json.dumps(dict(sorted(entries.items())), indent=2) + "\n")
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _check_hash(name: str, path: Path) -> None:
+    manifest = path.parent / "manifest.json"
+    if not manifest.is_file():
+        raise FileNotFoundError(f"no manifest of weights at {manifest}")
+    entries = json.loads(manifest.read_text())
+    if name not in entries:
+        raise ValueError(f"{manifest} has no entry for {name!r}; it has: {', '.join(entries)}")
+    expected, got = entries[name]["sha256"], _sha256(path)
+    if got != expected:
+        raise ValueError(f"{path} is not the packaged file: its sha256 is {got}, expected {expected}")
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def _check_state(name: str, path: Path, got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    missing, extra = sorted(expected.keys() - got.keys()), sorted(got.keys() - expected.keys())
+    if missing or extra:
+        raise ValueError(
+            f"{path} does not hold {name!r}: {len(missing)} parameters missing (first: {missing[:3]}), "
+            f"{len(extra)} not expected (first: {extra[:3]}); networks with packaged weights: {', '.join(NAMES)}"
+        )
+    for key, value in expected.items():
+        if got[key].shape != value.shape or got[key].dtype != value.dtype:
+            raise ValueError(
+                f"{path}: {key!r} is {got[key].dtype} {list(got[key].shape)}, "
+                f"expected {value.dtype} {list(value.shape)} for {name!r}"
+            )
