@@ -28,7 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sp-fx: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"sp-fx: {error}; this command needs: pip install 'sp-fx[vision]'", file=sys.stderr)
+        print(
+            f"sp-fx: {error}; this command needs an extra: pip install 'sp-fx[vision]', or 'sp-fx[demo]' for the demo",
+            file=sys.stderr,
+        )
         return 2
 
 
@@ -51,6 +54,11 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--out", type=Path, required=True, metavar="DIR")
     explain.set_defaults(run=run_explain)
 
+    demo = commands.add_parser("demo", help="the shipped networks on drawn scenes, offline")
+    demo.add_argument("--scenes", type=positive, default=3, metavar="N")
+    demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="(default: out)")
+    demo.set_defaults(run=run_demo)
+
     report = commands.add_parser("report", parents=[model], help="every gate of a model and what becomes of it")
     report.set_defaults(run=run_report)
     return top
@@ -69,6 +77,13 @@ def target_of(text: str) -> tuple[str, int]:
     if not digits.isdecimal() or (kind == "top" and int(digits) < 1):
         raise argparse.ArgumentTypeError(f"expected a class index, or topN such as top3; got {text!r}")
     return kind, int(digits)
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    print(f"wrote {run_demo(args.out, args.scenes)}")
+    return 0
 
 
 def run_report(args: argparse.Namespace) -> int:

@@ -112,6 +112,14 @@ def test_malformed_arguments(here, tmp_path, arguments):
     assert stopped.value.code == 2
 
 
+def test_demo(tmp_path, capsys):
+    assert main(["demo", "--scenes", "2", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "residual_cnn: one pullback of 2 scenes" in said and said.count("after 10 steps") == 4
+    with Image.open(tmp_path / "demo.png") as figure:
+        assert min(figure.size) > 500
+
+
 def test_report(capsys):
     assert main(["report", "--model", "resnet18"]) == 0
     said = capsys.readouterr().out

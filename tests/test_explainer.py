@@ -184,7 +184,7 @@ def test_several_inputs_of_which_one_is_integer():
     assert delta[1] is path[1] is None and path[2].shape == (3, 3, 4)
     step = (path[0][1] - x).square().sum(1) + (path[2][1] - w).square().sum(1)  # one step for both inputs together
     assert torch.allclose(step.sqrt(), torch.full((3,), 20 * (8 / 150528) ** 0.5), rtol=1e-5)
-    assert torch.equal(explainer.pullback((x, ids, w), 1, batch_size=2)[0], maps[0])
+    assert relative(explainer.pullback((x, ids, w), 1, batch_size=2)[0], maps[0]) <= 1e-6  # products of other shapes
 
 
 BAD_INPUTS = {
