@@ -45,6 +45,7 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module to transform, got {type(model).__name__}")
     clone = EvalClone()(model)
+    adopt_forward(clone)
     tracer = PlaceTracer()
     try:
         settings = defaults(clone)
@@ -61,6 +62,16 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     return clone, graph
+
+
+def adopt_forward(clone: nn.Module) -> None:
+    """Make a forward that was set on the instance the class's, which is the one that torch.fx traces."""
+    own = clone.__dict__.pop("forward", None)
+    if own is None:
+        return
+    if not isinstance(own, types.MethodType) or own.__self__ is not clone:
+        raise CaptureError(f"the model's forward was replaced by {own!r}, which is not a method of it: subclass it instead")
+    clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": own.__func__, "__module__": type(clone).__module__})
 
 
 def defaults(module: nn.Module) -> dict[str, Any]:
@@ -167,7 +178,8 @@ class PlaceTracer(fx.Tracer):
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, GATING_MODULES) and written_out(m) is None and super().is_leaf_module(m, module_qualified_name)
+        opened = isinstance(m, GATING_MODULES) or written_out(m) is not None or "forward" in m.__dict__
+        return not opened and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = self.path_of_module(m)

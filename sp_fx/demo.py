@@ -17,7 +17,7 @@ COLUMNS = ("scene", "plain gradient", "soft pullback", "pullback ascent", "count
 
 
 def run_demo(out: Path, scenes: int = 3) -> Path:
-    """Explain `scenes` scenes by every network of the zoo; writes `demo.png` into `out`, prints what it found, returns the file."""
+    """Explain `scenes` scenes by every network of the zoo: print what is found, write `demo.png` into `out`, return its path."""
     from matplotlib.figure import Figure
 
     pixels, labels, _ = zoo.draw(SEED, scenes)
@@ -34,7 +34,7 @@ def run_demo(out: Path, scenes: int = 3) -> Path:
         once = time.perf_counter() - started
         ascent = explainer.ascend(pixels, bounds=(-1.0, 1.0))
         changed = explainer.ascend(pixels, wanted, steps=10, bounds=(-1.0, 1.0))
-        after = explainer((pixels + changed)).detach().softmax(1)
+        after = explainer(pixels + changed).detach().softmax(1)
         gradient = class_gradient(model, pixels)
         print(f"{name}: one pullback of {scenes} scenes takes {1e3 * once:.0f} ms")
         for i in range(scenes):

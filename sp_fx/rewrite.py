@@ -160,7 +160,7 @@ class Pass:
         return self.modules.get_submodule(str(node.target))
 
     def passes(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and "forward" in self.module(node).__dict__
+        return node.op == "call_module" and self.module(node).__dict__.get("forward") is passes
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether the output may share the storage of the first input."""

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import types
 import warnings
 
 import pytest
@@ -180,6 +181,20 @@ def test_clones_keep_structure_and_references():
     assert clone.steps == [clone.a, clone.b] and clone.by_name["b"] is clone.b
     assert clone.call.__self__ is clone and clone.bound.func.__self__ is clone
     assert not set(map(id, model.modules())) & set(map(id, clone.modules()))
+
+
+def test_forwards_set_on_instances_are_the_ones_traced():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    model[0].forward = types.MethodType(lambda self, x: F.silu(F.linear(x, self.weight)), model[0])
+    outer = nn.Sequential(model)
+    outer.forward = types.MethodType(lambda self, x: self[0](x) * 2, outer)
+    x = torch.randn(3, 4)
+    explainer = sp_fx.transform(outer)
+    assert torch.equal(explainer(x), outer(x))
+    assert [s.kind for s in explainer.report().of("rewritten")] == ["silu", "relu"]
+    outer.forward = lambda x: x
+    with pytest.raises(sp_fx.CaptureError, match="subclass it instead"):
+        sp_fx.transform(outer)
 
 
 @torch.fx.wrap

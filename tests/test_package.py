@@ -10,9 +10,11 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
+import torch
 
 import sp_fx
 
+README = Path(__file__).parents[1] / "README.md"
 ROOT = Path(sp_fx.__file__).parent
 
 
@@ -52,6 +54,14 @@ def test_import_is_light():
     found = {name.split(".")[0] for name in found.split()}
     assert "sp_fx" in found
     assert not {"torchvision", "timm", "matplotlib", "triton", "PIL", "safetensors", "captum", "sp_fx_kernels"} & found
+
+
+@pytest.mark.skipif(not README.exists(), reason="the README is not beside these tests")
+def test_the_readmes_lines_run():
+    code = README.read_text().split("```python")[1].split("```")[0].replace('weights="DEFAULT"', "weights=None")
+    scope = {"x": torch.rand(1, 3, 64, 64) * 2 - 1}
+    exec(code, scope)
+    assert scope["map"].shape == scope["other"].shape == scope["x"].shape and scope["maps"].shape == (1, 3, 3, 64, 64)
 
 
 def test_the_public_names():
