@@ -7,6 +7,7 @@ over what one has saved; the graph lints; each gating call of the model, rewritt
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
@@ -162,6 +163,9 @@ class Pass:
     def passes(self, node: fx.Node) -> bool:
         return node.op == "call_module" and self.module(node).__dict__.get("forward") is passes
 
+    def op(self, node: fx.Node) -> str:
+        return type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
+
     def is_view(self, node: fx.Node) -> bool:
         """Whether the output may share the storage of the first input."""
         if node.op == "call_module":
@@ -208,17 +212,16 @@ class Pass:
         elif target in READERS:
             self.visit_gate(node, READERS[target])
         elif (name := name_of(node)) in PIECEWISE:
-            self.list(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
+            self.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
         elif name in SMOOTH:
-            self.list(node, "kept", "smooth, no gate")
+            self.note(node, "kept", "smooth, no gate")
         elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
-            self.list(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+            self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
         elif node.op == "call_function" and not known(target):
-            self.list(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates")
+            self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates")
 
-    def list(self, node: fx.Node, status: Status, reason: str, kind: str = "", tau: Temperature | None = None) -> None:
-        op = type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
-        self.sites.append(Site(self.place(node), op, kind, status, tau, reason))
+    def note(self, node: fx.Node, status: Status, reason: str) -> None:
+        self.sites.append(Site(self.place(node), self.op(node), "", status, None, reason))
 
     def visit_leaf(self, node: fx.Node, leaf: nn.Module) -> None:
         if isinstance(leaf, nn.MultiheadAttention):
@@ -228,16 +231,15 @@ class Pass:
         elif type(leaf) in AFFINE_ROWS and leaf._buffers.get("running_mean", 0) is not None and not is_parametrized(leaf):
             self.replace_affine(node, leaf)
         elif not isinstance(leaf, AFFINE_MODULES):
-            self.list(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
+            self.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
 
     def temperature(self, node: fx.Node, kind: str) -> Temperature | None:
         """The rules' temperature for the gate at `node`, which gets its line in the report."""
         place = self.place(node)
         tau = self.rules.temperature(kind, place)
-        op = type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
-        self.sites.append(Site(place, op, kind, status, tau, reason, self.rules.scale_of(kind, tau)))
+        self.sites.append(Site(place, self.op(node), kind, status, tau, reason, self.rules.scale_of(kind, tau)))
         return tau
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
@@ -246,7 +248,7 @@ class Pass:
         except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
             gate = Unread(f"its arguments are not constants of the graph: {error}")
         if isinstance(gate, Unread):
-            self.list(node, "NOT REWRITTEN", gate.reason)
+            self.note(node, "NOT REWRITTEN", gate.reason)
         elif gate is not None:
             tau = self.temperature(node, gate.kind)
             if tau is not None:
@@ -288,18 +290,10 @@ class Pass:
             weights = {name: getattr(leaf, name) for name in names}
             weights |= {"out_proj.weight": leaf.out_proj.weight, "out_proj.bias": leaf.out_proj.bias}
             held = {n: w if w is None else self.graph.get_attr(f"{node.target}.{n}") for n, w in weights.items()}
-            order = (
-                "query",
-                "key",
-                "value",
-                "key_padding_mask",
-                "need_weights",
-                "attn_mask",
-                "average_attn_weights",
-                "is_causal",
-            )
-            given = {**dict(zip(order, node.args)), **node.kwargs}
-            soft = self.graph.call_function(multihead_attention, tuple(given.pop(n) for n in order[:3]), {
+            given = {**dict(zip(inspect.signature(nn.MultiheadAttention.forward).parameters, (None, *node.args))), **node.kwargs}
+            given.pop("self", None)
+            inputs = tuple(given.pop(name) for name in ("query", "key", "value"))
+            soft = self.graph.call_function(multihead_attention, inputs, {
                 "weights": held, "num_heads": leaf.num_heads, "tau": tau, "batch_first": leaf.batch_first,
                 "add_zero_attn": leaf.add_zero_attn, **given,
             })  # fmt: skip
@@ -312,7 +306,7 @@ class Pass:
     def visit_softmax(self, node: fx.Node) -> None:
         products = list(self.products(node))
         if not products:
-            self.list(node, "kept", "a softmax that multiplies no values")
+            self.note(node, "kept", "a softmax that multiplies no values")
             return
         tau = self.temperature(node, "attention")
         if tau is None:
