@@ -143,6 +143,17 @@ def test_compiled_and_parallel_models_are_unwrapped():
     assert sp_fx.transform(inner).report().sites[0].place == "0.act"
 
 
+def test_distributed_models_are_unwrapped(tmp_path):
+    model = Shared().eval()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        x = torch.randn(1, 3, 8, 8)
+        assert torch.equal(sp_fx.transform(wrapped)(x), model(x))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_arguments_with_defaults_are_settings():
     class Masked(nn.Module):
         def __init__(self):
