@@ -6,33 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernel_case import DTYPES, kernels, runs_kernels, triton, unit
 from sp_fx.adjoints import TABLE
 
-triton = pytest.importorskip("triton")
-kernels = pytest.importorskip("sp_fx_kernels")
+pytestmark = runs_kernels
+
 tl = triton.language
-INTERPRETED = triton.knobs.runtime.interpret
-
-pytestmark = pytest.mark.skipif(
-    not (INTERPRETED or torch.cuda.is_available()), reason="Triton kernels run on a GPU or, with TRITON_INTERPRET=1, on CPU"
-)
 FROZEN = "frozen"
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture
-def device():
-    return "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def poisoned():
-    """Uninitialised memory is NaN, so that an element that no program writes shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(1).isnan()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def step(z, tau):
@@ -85,11 +65,6 @@ def draw(shape, dtype, device, seed=0):
     g = torch.Generator().manual_seed(seed)
     z, v = 3 * torch.randn(shape, generator=g), torch.randn(shape, generator=g)
     return v.to(device, dtype), z.to(device, dtype)
-
-
-def unit(dtype):
-    """The relative error of one rounding: half an ulp, or a whole one where the interpreter truncates, as it does to bfloat16."""
-    return torch.finfo(dtype).eps * (1 if INTERPRETED and dtype == torch.bfloat16 else 0.5)
 
 
 def compare(got, v, gain):
