@@ -388,5 +388,7 @@ CARRIERS = frozenset("dropout to type_as float contiguous detach".split())
 
 def known(target: Any) -> bool:
     """Whether a function is one of torch's or Python's own, whose derivative torch knows."""
+    if isinstance(target, torch._ops.OpOverloadPacket):  # anyone's ops live under torch.ops
+        return target._qualified_op_name.split("::")[0] in ("aten", "prims", "sp_fx")
     module = getattr(target, "__module__", None) or type(target).__module__
     return module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "sp_fx", "_VariableFunctionsClass")

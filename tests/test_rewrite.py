@@ -117,6 +117,17 @@ def test_gates_without_a_rule_are_visible(f):
         explain(f, strict=True)
 
 
+@torch.library.custom_op("sp_fx_tests::gated", mutates_args=())
+def gated(x: torch.Tensor) -> torch.Tensor:
+    return x.relu()
+
+
+def test_custom_ops_are_opaque():
+    with pytest.warns(UserWarning, match="gated is opaque"):
+        report = explain(lambda x: torch.ops.sp_fx_tests.gated(x).relu()).report()
+    assert [s.op for s in report.of("NOT REWRITTEN")] == ["gated"]
+
+
 KEPT = {
     lambda x: torch.tanh(x).relu(): ("tanh", "smooth"),
     lambda x: (x * x.sigmoid()).relu(): ("mul", "product rule"),
