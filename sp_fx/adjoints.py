@@ -44,7 +44,6 @@ class Row:
     tensors: int = 1
     sees_output: bool = False  # the adjoint takes the forward's output too, after the tensors
     homogeneous: bool = False  # positively: its hard gate ignores the scale of the input, so its temperature may follow it
-    samplewise: bool = False  # one index of axis 0 does not depend on the others, and the adjoint takes `out`
     forgets: bool = False  # the adjoint needs the shape of the first tensor, not its values
 
 
@@ -56,11 +55,10 @@ def wide(x: Tensor) -> Tensor:
 def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], default: Temperature, **facts: Any) -> Row:
     """A gate that multiplies: `v -> v * gain(z)`. `gain` takes the tensors (wide), the temperature and the arguments."""
 
-    def adjoint(v: Tensor, z: Tensor, *steering: Tensor | None, tau: Tau, out: Tensor | None = None, **args: Any) -> Tensor:
-        opened = gain(wide(z), *steering, tau=tau, **args)
-        return (v * opened).to(z.dtype) if out is None else torch.mul(v, opened, out=out)
+    def adjoint(v: Tensor, z: Tensor, *steering: Tensor | None, tau: Tau, **args: Any) -> Tensor:
+        return (v * gain(wide(z), *steering, tau=tau, **args)).to(z.dtype)
 
-    return Row(forward, adjoint, default, **{"samplewise": True, **facts})
+    return Row(forward, adjoint, default, **facts)
 
 
 # -- pointwise gates ----------------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ def deviation(z: Tensor) -> Tensor:
 def normal_cdf(z: Tensor, tau: float | Tensor = 1.0) -> Tensor:
     """`Phi(z / tau)`."""
     if z.dtype == torch.float32 and z.device.type == "cpu" and at_once():
-        # As gelu(t) / t: a fifth of the time of PyTorch's erf on CPU (48 against 237 ms over ResNet-50's gates at batch 4), and
+        # As gelu(t) / t: a fifth of the time of PyTorch's erf on CPU (48 against 237 ms over ResNet-50's gates, batch 4), and
         # within 3e-7 of Phi. The offset keeps 0 / 0 out, the bounds inf / inf. Gains below 2^-24 are 0, as by erf: a network whose
         # gates are all closed has a zero map, and their products make no denormals.
         if isinstance(tau, Tensor) and tau.numel() != 1:
@@ -226,9 +224,7 @@ def max_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
     return pool(x, kernel, stride, padding, dilation, ceil_mode)
 
 
-def max_pool_adjoint(
-    v: Tensor, x: Tensor, y: Tensor, tau: Tau, kernel, stride, padding, dilation, ceil_mode, out: Tensor | None = None
-) -> Tensor:
+def max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
     """Spread each window's cotangent over the window by `softmax(window / tau)`; frozen, over its maxima equally.
 
     `x` [..., *spatial], its maxima `y` and `v` [..., *windows]; kernel, stride, padding, dilation: a tuple, one number an axis.
@@ -268,7 +264,7 @@ def max_pool_adjoint(
     spread = spread.permute(*range(n, n + lead), *interleaved).reshape(padded.shape)
     inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
     spread = spread[inside]
-    return spread.to(x.dtype) if out is None else out.copy_(spread)
+    return spread.to(x.dtype)
 
 
 def flat(margins: list[tuple[int, int]]) -> list[int]:
@@ -326,7 +322,7 @@ def mix_adjoint(v: Tensor, weights: Tensor, soft_weights: Tensor | None, value: 
 
 
 # -- affine maps: exact, and here only to keep less for the way back than autograd does, which saves their inputs ---------
-# ResNet-50 at batch 4 keeps 260 MiB so (564 without these rows, 425 the model itself); its pullback on CPU takes 0.83 of the time.
+# ResNet-50 at batch 4 keeps 260 MiB so (564 without these rows, 425 the model itself); its pullback takes 0.83 of the time.
 
 
 def linear_adjoint(v: Tensor, like: Tensor, weight: Tensor, bias: Tensor | None, tau: Tau) -> Tensor:
@@ -367,12 +363,12 @@ TABLE: dict[str, Row] = {
     "silu": gain_row(F.silu, lambda z, tau: torch.sigmoid(cooled(z, tau)), 1.6),
     "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
     "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
-    "max_pool": Row(max_pool, max_pool_adjoint, 0.3, sees_output=True, homogeneous=True, samplewise=True),
+    "max_pool": Row(max_pool, max_pool_adjoint, 0.3, sees_output=True, homogeneous=True),
     "layer_norm": gain_row(layer_norm, layer_norm_gain, FROZEN, tensors=3),
     "rms_norm": gain_row(rms_norm, rms_norm_gain, FROZEN, tensors=2),
     "group_norm": gain_row(group_norm, group_norm_gain, FROZEN, tensors=3),
     "instance_norm": gain_row(instance_norm, instance_norm_gain, FROZEN, tensors=3),
-    "batch_norm": gain_row(batch_norm, batch_norm_gain, FROZEN, tensors=3, samplewise=False),
+    "batch_norm": gain_row(batch_norm, batch_norm_gain, FROZEN, tensors=3),
     "local_response_norm": gain_row(F.local_response_norm, local_response_norm_gain, FROZEN),
     "attention": Row(attention, attention_adjoint, 1.0, receives=2, tensors=4),
     "softmax": Row(softmax, nothing, 1.0),

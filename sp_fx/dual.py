@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints import TABLE, Temperature, at_once, deviation
+from .adjoints import TABLE, Temperature, deviation
 
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 
@@ -58,30 +58,14 @@ def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[
     """The cotangent of each tensor of a gate, from that of its output and what `kept` saved."""
     row = TABLE[gate[0]]
     grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
-    run = in_pieces if row.samplewise and v.device.type == "cpu" and v.numel() > PIECE and at_once() else adjoint
-    grads[row.receives] = run(gate, v, saved)
+    grads[row.receives] = adjoint(gate, v, saved)
     return grads
 
 
-def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None], **out: Tensor) -> Tensor | None:
+def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:
     kind, tau, scale, args = gate
     fitted = tau * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, arg-type]
-    return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args), **out)
-
-
-PIECE = 1 << 19  # elements: what a few temporaries of stay in cache
-
-
-def in_pieces(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor:
-    """`adjoint`, a few samples at a time, which bounds the temporaries. No faster: 413 against 414 ms for ResNet-50 at batch 4."""
-    z, *others = saved
-    assert z is not None
-    out, count = torch.empty_like(z), max(1, PIECE // v[:1].numel())
-    for start in range(0, len(z), count):
-        cut = slice(start, start + count)
-        steering = [t[cut] if i == len(others) - 1 and TABLE[gate[0]].sees_output else t for i, t in enumerate(others)]  # type: ignore[index]
-        adjoint(gate, v[cut], [z[cut], *steering], out=out[cut])
-    return out
+    return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args))
 
 
 def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", **args: Any) -> Tensor:

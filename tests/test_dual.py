@@ -146,8 +146,7 @@ def test_precision_of_each_dtype_against_float64(kind, dtype, tolerance, point):
     assert relative(soft.double(), exact) <= tolerance
 
 
-def test_large_inputs_in_pieces_equal_small_ones():
-    """Above 2^19 elements a gate runs a few samples at a time; each sample must get what it gets alone."""
+def test_each_sample_of_a_large_batch_gets_what_it_gets_alone():
     x = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     v = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(1))
     for op in (KINDS["relu, sample scale"], KINDS["gelu"], KINDS["prelu"], KINDS["max_pool, sample scale"]):
