@@ -3,7 +3,7 @@
 from .capture import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
 from .pixels import pixel_space
-from .rewrite import Report, Site
+from .report import Report, Site
 from .rules import Rules
 from .version import __version__
 

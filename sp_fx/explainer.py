@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from .ascent import Ascent, Bounds, Clip
+from .calibrate import calibrated, measure, measured
 from .call import Call, usable
 from .capture import capture
-from .rewrite import Report, rewrite
+from .report import Report
+from .rewrite import rewrite
 from .rules import Rules
 from .targets import Target, only_output, resolve, seed
 
 Inputs = Tensor | tuple[Tensor, ...]
+Batches = Inputs | Iterable[Inputs]
 
 
 def transform(model: nn.Module, *, rules: Rules | None = None, strict: bool = False) -> Explainer:
@@ -192,9 +195,38 @@ class Explainer(fx.GraphModule):
             many=True,
         )
 
-    def report(self) -> Report:
-        """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable."""
-        return self._report
+    def report(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Report:
+        """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable.
+
+        With `batches` (as `calibrate` takes them) also the standard deviation of each pre-activation over them and the
+        temperature in units of it, with a warning beside gates that are effectively hard or effectively open.
+        """
+        return self._report if batches is None else measured(self._report, measure(self, batches, forward_kwargs or {}))
+
+    def calibrate(self, batches: Batches, *, forward_kwargs: Mapping[str, Any] | None = None) -> Explainer:
+        """A new explainer whose temperatures are in units of the scale that each pre-activation has over `batches`.
+
+        One forward over the data, which needs no labels. The scale of a gate is the standard deviation of its pre-activation over
+        all numbers of all samples, a constant from then on: it costs nothing when explaining, does not depend on how the data was
+        cut into batches or where the sample's axis is, and is saved with the rules: `transform(model, rules=new.report().rules)`
+        needs no data. This explainer stays as it is.
+
+        Args:
+            batches: a tensor, a tuple of the model's inputs, or an iterable of such batches.
+            forward_kwargs: keyword arguments of the model, the same for every batch.
+
+        Raises:
+            ValueError: no sample; a batch that the model cannot take; only constant inputs; pre-activations that are not finite.
+            TypeError: a batch that is neither a tensor nor a tuple.
+
+        Warns:
+            UserWarning: gates that are constant over the data, which stay hard, and gates that are never active on it.
+        """
+        spreads = measure(self, batches, forward_kwargs or {})
+        other = copy.copy(self)
+        other._report = calibrated(self._report, other.graph, spreads)
+        other.recompile()
+        return other
 
     # -- how they run
 

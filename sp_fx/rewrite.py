@@ -11,8 +11,8 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,50 +20,13 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .adjoints import FROZEN, Temperature, tempered_softmax
+from .axes import Axis, sample_axis
 from .capture import passes
 from .dual import dual_path
 from .gates import PRODUCTS, READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
+from .report import Site, Status
 from .rules import KINDS, Rules
-
-Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One gating call: the op, its place (module path, `#2` for its second call there), and what became of it."""
-
-    place: str
-    op: str
-    kind: str
-    status: Status
-    temperature: Temperature | None = None
-    reason: str = ""
-    scale: str = "absolute"
-
-
-@dataclass(frozen=True)
-class Report:
-    """What became of every gating call of a model, in the order of the forward pass. Printable."""
-
-    model: str
-    rules: Rules
-    sites: tuple[Site, ...]
-
-    def of(self, status: Status) -> list[Site]:
-        return [site for site in self.sites if site.status == status]
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{len(self.of(s))} {s}" for s in ("rewritten", "kept", "NOT REWRITTEN"))  # type: ignore[arg-type]
-        rows = [("place", "op", "gate", "temperature", "")]
-        for site in self.sites:
-            tau = "" if site.temperature is None else f"{site.temperature}{' x scale' if site.scale == 'sample' else ''}"
-            note = site.reason if site.status == "rewritten" else f"{site.status}: {site.reason}"
-            rows.append((site.place, site.op, site.kind, tau, note))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[4]]).rstrip() for row in rows]
-        return "\n".join([f"{self.model} with {self.rules}: {counts}", *lines])
-
 
 # -- reading a node -----------------------------------------------------------------------------------------------------
 
@@ -135,7 +98,7 @@ def rewrite(modules: nn.Module, graph: fx.Graph, rules: Rules) -> tuple[Site, ..
     for leaf in run.opened:
         leaf.__dict__["forward"] = passes
     run.protect()
-    rules.check_overrides(site.place for site in run.sites if site.kind in KINDS)
+    rules.check_places(site.place for site in run.sites if site.kind in KINDS)
     graph.lint()
     return tuple(run.sites)
 
@@ -150,10 +113,13 @@ class Pass:
         self.opened: list[nn.Module] = []  # leaves whose calls are written out, and which are identities once all of them are
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.varying: set[fx.Node] = set()  # what depends on the values of the input, not on its shape
+        self.axes: dict[fx.Node, Axis] = {}  # where each of them has the sample
         for node in graph.nodes:
             name = node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and any(n in self.varying for n in node.all_input_nodes)):
                 self.varying.add(node)
+                inside = None if self.passes(node) else self.leaf(node)
+                self.axes[node] = sample_axis(node, self.axes, name_of, inside)
 
     # -- facts about nodes
 
@@ -239,8 +205,18 @@ class Pass:
         tau = self.rules.temperature(kind, place)
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
-        self.sites.append(Site(place, self.op(node), kind, status, tau, reason, self.rules.scale_of(kind, tau)))
+        scale = self.rules.scale_of(kind, place, tau)
+        if scale == "sample" and not self.follows_sample(kind, self.axes.get(node)):
+            # Across samples it would let one sample's map depend on the others of its batch.
+            scale, reason = "absolute", "absolute, since axis 0 may not be the sample here: calibrate() measures a scale"
+        self.sites.append(Site(place, self.op(node), kind, status, tau, reason, scale))
         return tau
+
+    @staticmethod
+    def follows_sample(kind: str, axis: Axis) -> bool:
+        """Whether a gate's scale can be taken over each sample: its axis is the first, or can be moved there."""
+        movable = kind in ("relu", "leaky_relu") or (kind, axis) == ("max_pool", 1)
+        return axis in (0, "rows") or (isinstance(axis, int) and movable)
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
         try:
@@ -262,8 +238,14 @@ class Pass:
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
                 copy = self.graph.call_method("clone", (source,))
                 gate = Gate(gate.kind, tuple(copy if t is source else t for t in gate.tensors), gate.args)
-            fit = {"scale": "sample"} if self.rules.scale_of(gate.kind, tau) == "sample" else {}
-            soft = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {"tau": tau, **fit, **gate.args})
+            scale, axis = self.sites[-1].scale, self.axes.get(node)
+            moved = axis if scale == "sample" and axis != "rows" else 0
+            if isinstance(scale, float) and not isinstance(tau, str):
+                tau = tau * scale
+            fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
+            first = self.graph.call_function(torch.movedim, (gate.tensors[0], moved, 0)) if moved else gate.tensors[0]
+            soft = self.graph.call_function(dual_path, (gate.kind, first, *gate.tensors[1:]), {**fit, **gate.args})
+            soft = self.graph.call_function(torch.movedim, (soft, 0, moved)) if moved else soft
             result = self.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
         soft.meta.update(node.meta)
         node.replace_all_uses_with(result)

@@ -24,8 +24,8 @@ class Rules:
 
     `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
     and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
-    `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all axes but
-    the first.
+    `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all its own axes;
+    a mapping from places to numbers above 0 multiplies it by that number, which is what `Explainer.calibrate` measures.
 
     `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
     from kinds to temperatures. A number passes over normalisations. The last pattern that fits wins; one that fits no gate
@@ -34,7 +34,7 @@ class Rules:
     Defaults: arXiv:2507.22832, and for the kinds it does not list those of the nearest kind it does.
 
     Raises:
-        ValueError: a temperature that is not a finite number above 0, `"frozen"` or `None`; an unknown kind.
+        ValueError: a temperature that is not a finite number above 0, `"frozen"` or `None`; an unknown kind; an unknown scale.
     """
 
     relu: Temperature | None = 0.6
@@ -54,14 +54,19 @@ class Rules:
     instance_norm: Temperature | None = FROZEN
     batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
     local_response_norm: Temperature | None = FROZEN
-    scale: Literal["absolute", "sample"] = "sample"
+    scale: Literal["absolute", "sample"] | Mapping[str, float] = "sample"
     overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
             _check(f"Rules({kind}=...)", kind, getattr(self, kind))
-        if self.scale not in ("absolute", "sample"):
-            raise ValueError(f"scale is 'absolute' or 'sample', got {self.scale!r}")
+        if isinstance(self.scale, Mapping):
+            for place, scale in self.scale.items():
+                if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < math.inf):
+                    raise ValueError(f"the scale of {place!r} is a finite number above 0, got {scale!r}")
+            object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
+        elif self.scale not in ("absolute", "sample"):
+            raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
                 if kind not in KINDS:
@@ -71,7 +76,7 @@ class Rules:
 
     def __reduce__(self):  # a mappingproxy does not pickle
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return _restore, ({**values, "overrides": dict(self.overrides)},)
+        return _restore, ({name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()},)
 
     @classmethod
     def paper(cls) -> Rules:
@@ -95,25 +100,44 @@ class Rules:
                     tau = override
         return tau
 
-    def scale_of(self, kind: str, tau: Temperature | None) -> str:
-        """What `tau`, a temperature of `kind`, is measured in."""
-        return self.scale if TABLE[kind].homogeneous and isinstance(tau, float | int) else "absolute"
+    def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
+        """What `tau`, the temperature of the gate of `kind` at `place`, is measured in.
 
-    def check_overrides(self, places: Iterable[str]) -> None:
-        """Raise ValueError if a pattern fits none of `places`."""
+        Raises:
+            ValueError: the scales are measured ones, and this gate's is not among them.
+        """
+        if not (TABLE[kind].homogeneous and isinstance(tau, float | int)):
+            return "absolute"
+        if not isinstance(self.scale, Mapping):
+            return self.scale
+        if place not in self.scale:
+            measured = f"no scale was measured for the {kind} gate at {place!r}, but for {len(self.scale)} others"
+            raise ValueError(f"{measured}: calibrate an explainer of this model")
+        return float(self.scale[place])
+
+    def check_places(self, places: Iterable[str]) -> None:
+        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of `places`."""
         known = sorted(set(places))
+        unknown = [place for place in self.scale if place not in known] if isinstance(self.scale, Mapping) else []
+        if unknown:
+            raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
         for pattern in self.overrides:
             if not any(fnmatchcase(place, pattern) for place in known):
                 gates = ", ".join(known) or "none"
                 raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {gates}")
 
     def __str__(self) -> str:
-        default = Rules()
-        names = (*KINDS, "scale")
-        changed = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != getattr(default, name)]
-        if self.overrides:
-            changed.append(f"overrides={dict(self.overrides)!r}")
-        return f"Rules({', '.join(changed)})"
+        return f"Rules({', '.join(f'{name}={told}' for name, told in self._changed().items())})"
+
+    def brief(self) -> str:
+        """As it prints, measured scales only counted."""
+        measured = {"scale": f"<measured at {len(self.scale)} gates>"} if isinstance(self.scale, Mapping) else {}
+        return f"Rules({', '.join(f'{name}={told}' for name, told in {**self._changed(), **measured}.items())})"
+
+    def _changed(self) -> dict[str, str]:
+        """What differs from the default."""
+        values = {name: (getattr(self, name), getattr(Rules(), name)) for name in (*KINDS, "scale", "overrides")}
+        return {n: repr(dict(v) if isinstance(v, Mapping) else v) for n, (v, default) in values.items() if v != default}
 
 
 KINDS = tuple(f.name for f in fields(Rules) if f.name in TABLE)

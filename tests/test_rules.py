@@ -37,7 +37,7 @@ def test_bad_temperatures(tau):
 def test_bad_rules():
     with pytest.raises(ValueError, match="no temperature"):
         sp_fx.Rules(layer_norm=0.5)
-    with pytest.raises(ValueError, match="'absolute' or 'sample', got 'batch'"):
+    with pytest.raises(ValueError, match="'absolute', 'sample' or a mapping from places to numbers above 0, got 'batch'"):
         sp_fx.Rules(scale="batch")
     with pytest.raises(ValueError, match="kind 'rellu'; the kinds are relu"):
         sp_fx.Rules(overrides={"layer1.*": {"rellu": 1.0}})
