@@ -54,22 +54,31 @@ class Ascent:
 
     def path(self, start: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]]) -> list[list[Tensor]]:
         """All iterates, the start first; `pull` maps inputs to their pullbacks."""
-        length, iterates = self.length(start), [start]
-        for step in range(self.steps):
-            ascended = [x + length * v for x, v in zip(iterates[-1], unit(pull(iterates[-1])))]
-            last = step == self.steps - 1
-            iterates.append(self.project(start, ascended, clamp=self.clip == "every" or (last and self.clip == "last")))
+        iterates = [start]
+        for number in range(1, self.steps + 1):
+            clamp = self.clip == "every" or (self.clip == "last" and number == self.steps)
+            iterates.append(self.step(start, iterates[-1], pull, clamp))
         return iterates
+
+    def step(
+        self, start: list[Tensor], x: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]], clamp: bool
+    ) -> list[Tensor]:
+        """Where one step leads from `x`."""
+        length = self.length(start)
+        return self.project(start, [a + length * v for a, v in zip(x, unit(pull(x)))], clamp)
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
         if self.radius is not None:
             offset = [b - a for a, b in zip(start, x)]
             shrink = [(self.radius / norm).clamp(max=1) for norm in norms(offset)]
             x = [a + (s * d).to(d.dtype) for a, s, d in zip(start, shrink, offset)]
-        if clamp and self.bounds is not None:
-            low, high = self.bounds
-            x = [xi.clamp(torch.as_tensor(low).to(xi), torch.as_tensor(high).to(xi)) for xi in x]
-        return x
+        return self.clamped(x) if clamp else x
+
+    def clamped(self, x: list[Tensor]) -> list[Tensor]:
+        if self.bounds is None:
+            return x
+        low, high = self.bounds
+        return [xi.clamp(torch.as_tensor(low).to(xi), torch.as_tensor(high).to(xi)) for xi in x]
 
 
 def norms(parts: list[Tensor]) -> list[Tensor]:

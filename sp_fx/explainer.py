@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,6 +18,9 @@ from .report import Report
 from .rewrite import rewrite
 from .rules import Rules
 from .targets import Target, only_output, resolve, seed
+
+if TYPE_CHECKING:
+    from .program import Program
 
 Inputs = Tensor | tuple[Tensor, ...]
 Batches = Inputs | Iterable[Inputs]
@@ -194,6 +197,34 @@ class Explainer(fx.GraphModule):
             extra=() if additional_forward_args is None else extra,
             many=True,
         )
+
+    def compile(  # type: ignore[override]  # in place of nn.Module.compile, on purpose
+        self, method: str = "pullback", *, example_inputs: Inputs | None = None, dynamic_batch: bool = True, **method_args: Any
+    ) -> Program:
+        """`method` as one compiled inference graph, `program(inputs, target) -> (outputs, map)`: the model's own outputs and
+        the explanation, by one pass.
+
+        The program is held against this explainer on the example, to 1e-4 in relative L2 for float32 (`program.TOLERANCE`), and
+        refused where it differs. It keeps the weights of this moment: later changes of the model do not reach it.
+
+        Args:
+            method: "pullback", "double_pullback" or "ascend".
+            example_inputs: inputs of the shapes, dtypes and device that the program is for, any values. Required.
+            dynamic_batch: whether it takes any batch size, or the example's alone.
+            method_args: the method's own arguments (`step`; `steps`, `step_size`, `bounds`, `radius`, `clip`), and
+                `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class; or
+                "direction", for programs called with a tensor shaped like the output;
+                `unrolled`: an ascent as one graph of all its steps, instead of a loop round a graph of one step.
+
+        Raises:
+            TypeError, ValueError: an argument that the method does not take, or inputs that a program cannot have.
+            ProgramError: the compiled program differs from this explainer.
+        """
+        from .program import Program
+
+        if example_inputs is None:
+            raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")
+        return Program(self, method, example_inputs, dynamic_batch=dynamic_batch, **method_args)
 
     def report(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Report:
         """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable.

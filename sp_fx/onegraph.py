@@ -1,0 +1,167 @@
+"""One graph: a function that differentiates an explainer, as an inference graph of aten ops with no autograd left.
+
+Requires: a function of tensors whose first axis is the batch. Ensures: a `fx.GraphModule` over the same tensors that returns a
+flat list; every parameter, and whatever depends on parameters alone, is a buffer of it; no op of its own writes in place; no
+`convolution_backward`, no scatter; the batch is a symbol where it was asked to be one; nothing in it is shared with the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
+
+from .capture import passes
+from .decompose import TABLE
+from .dual import dual_path
+
+
+def one_graph(function: Callable[..., Any], module: nn.Module, examples: Sequence[Tensor], dynamic: bool) -> fx.GraphModule:
+    """`function(module, *examples)`, which returns a list of tensors, as a graph of `examples`.
+
+    Raises:
+        ValueError: the batch was to be dynamic, and something in the model fixes it.
+    """
+    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    # Sizes 0 and 1 are special to torch, which would fix them: a batch of one is traced as two.
+    batch: Any = examples[0].shape[0]
+    if dynamic:
+        batch = mode.from_tensor(
+            torch.empty(max(batch, 2)), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC])
+        ).shape[0]
+    with mode:
+        stand_ins = [torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in examples]
+    weights = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in held.items()}
+
+    def run(weights: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
+        return function(lambda *args: torch.func.functional_call(module, weights, args), *inputs)
+
+    with torch.inference_mode(False), torch.no_grad(), mode, enable_python_dispatcher():
+        # The dispatcher in Python, since some of C++ read a symbol as a number.
+        graph = make_fx(run, tracing_mode="real", decomposition_table=TABLE)(weights, *stand_ins)
+        # A second trace, since functionalize has no rule for an autograd.Function.
+        graph = make_fx(torch.func.functionalize(graph), tracing_mode="real")(weights, *stand_ins)
+    if dynamic and batch.node.maybe_as_int() is not None:
+        raise ValueError(
+            f"the model fixes its batch at {batch}, by a shape that is written out or by mixing samples: "
+            "compile it with dynamic_batch=False"
+        )
+    hold(graph, list(held.values()))
+    fold_constants(graph)
+    return graph
+
+
+def hold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
+    """Make the first placeholders buffers with the values `tensors`."""
+    for i, (node, tensor) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), tensors)):
+        put(graph, node, f"weight_{i}", tensor.detach())
+    graph.graph.eliminate_dead_code()
+    graph.graph.set_codegen(fx.graph.CodeGen())  # make_fx's own would still ask for the weights
+    graph.recompile()
+
+
+def put(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
+    """Replace `node` by a buffer."""
+    graph.register_buffer(name, value)
+    with graph.graph.inserting_before(node):
+        new = graph.graph.get_attr(name)
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    graph.graph.erase_node(node)
+
+
+def fold_constants(graph: fx.GraphModule) -> None:
+    """Compute what depends on buffers alone: flipped and folded weights, positions, causal masks."""
+    known: dict[fx.Node, Any] = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            known[node] = operator.attrgetter(node.target)(graph)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+            known[node] = node.target(*args, **kwargs)
+    for i, (node, value) in enumerate(known.items()):
+        if node.op != "get_attr" and isinstance(value, Tensor) and not all(user in known for user in node.users):
+            put(graph, node, f"folded_{i}", value.contiguous())
+    graph.graph.eliminate_dead_code()
+    graph.graph.lint()
+    kept = {node.target for node in graph.graph.find_nodes(op="get_attr")}
+    for name in [name for name in graph._buffers if name not in kept]:
+        del graph._buffers[name]
+    graph.recompile()
+
+
+def folded(explainer: fx.GraphModule) -> fx.GraphModule:
+    """The explainer's graph with every BatchNorm that a convolution feeds folded into it.
+
+    Before capture, because Inductor's own folding does not see through the adjoint, which would scale by it once more on the
+    way back. The explainer's modules are shared, and not touched.
+    """
+    module = fx.GraphModule(explainer, copy.deepcopy(explainer.graph))
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and module.get_submodule(node.target).__dict__.get("forward") is passes:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    for i, node in enumerate(list(module.graph.nodes)):
+        conv = node.args[1] if is_row(node, "affine_norm") else None
+        if is_row(conv, "conv") and len(conv.users) == 1:
+            fold(module, conv, node, f"folded_{i}")
+    for node in list(module.graph.nodes):
+        average_by_mean(module, node)
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+def average_by_mean(module: fx.GraphModule, node: fx.Node) -> None:
+    """Global average pooling as a mean: PyTorch's own restrides channels-last results in place, whose adjoint is a scatter."""
+    size, axes = 0, 0
+    if node.op == "call_module" and isinstance(leaf := module.get_submodule(str(node.target)), _AdaptiveAvgPoolNd):
+        size, axes = leaf.output_size, int(type(leaf).__name__[-2])
+    elif node.target in ADAPTIVE and len(node.args) == 2:
+        size, axes = node.args[1], ADAPTIVE[node.target]
+    if axes and set(size if isinstance(size, Sequence) else [size]) == {1}:
+        with module.graph.inserting_before(node):
+            mean = module.graph.call_method("mean", (node.args[0], tuple(range(-axes, 0)), True))
+        node.replace_all_uses_with(mean)
+        module.graph.erase_node(node)
+
+
+ADAPTIVE: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, F.adaptive_avg_pool3d: 3}
+
+
+def is_row(node: Any, kind: str) -> bool:
+    return isinstance(node, fx.Node) and node.target is dual_path and node.args[0] == kind
+
+
+def fold(module: fx.GraphModule, conv: fx.Node, norm: fx.Node, name: str) -> None:
+    def value(node: Any, default: float) -> Tensor:
+        if node is None:
+            return torch.full((), default, dtype=torch.float64)
+        return operator.attrgetter(node.target)(module).detach().double()
+
+    weight, bias = conv.args[2:4]
+    mean, variance, gamma, beta = norm.args[2:6]
+    eps: Any = norm.kwargs["eps"]
+    dtype = operator.attrgetter(str(weight.target))(module).dtype  # type: ignore[union-attr]
+    gain = torch.rsqrt(value(variance, 1.0) + eps) * value(gamma, 1.0)
+    scaled = value(weight, 1.0)
+    scaled = scaled * gain.view(-1, *[1] * (scaled.dim() - 1))
+    shift = (value(bias, 0.0) - value(mean, 0.0)) * gain + value(beta, 0.0)
+    module.register_buffer(f"{name}_weight", scaled.to(dtype))
+    module.register_buffer(f"{name}_bias", shift.to(dtype))
+    with module.graph.inserting_before(conv):
+        held = [module.graph.get_attr(f"{name}_{part}") for part in ("weight", "bias")]
+    conv.args = (*conv.args[:2], *held)
+    norm.replace_all_uses_with(conv)
+    module.graph.erase_node(norm)
