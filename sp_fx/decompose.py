@@ -5,6 +5,9 @@ No `convolution_backward` (ONNX has none, and Inductor calls out for it), no sca
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,7 +77,8 @@ def by_phases(v: Tensor, spatial, weight: Tensor, stride, padding, groups: int) 
     if held != list(stride):
         y = F.pad(y, [side for s, h in zip(reversed(stride), reversed(held)) for side in (0, s - h, 0, 0)])
     y = y.reshape(y.shape[0], channels, *(q * s for q, s in zip(places, stride)))
-    return y[(..., *(slice(p, p + m) for p, m in zip(padding, spatial)))]
+    inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
+    return y[inside]
 
 
 def slice_backward(v, sizes, dim, start, end, step):
@@ -92,7 +96,7 @@ def select_backward(v, sizes, dim, index):
     return slice_backward(v.unsqueeze(dim), sizes, dim, index, index + 1, 1)
 
 
-TABLE = {
+TABLE: dict[torch._ops.OpOverload, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten.slice_backward.default: slice_backward,
     aten.select_backward.default: select_backward,

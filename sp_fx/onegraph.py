@@ -113,7 +113,7 @@ def folded(explainer: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     for i, node in enumerate(list(module.graph.nodes)):
-        conv = node.args[1] if is_row(node, "affine_norm") else None
+        conv: Any = node.args[1] if is_row(node, "affine_norm") else None
         if is_row(conv, "conv") and len(conv.users) == 1:
             fold(module, conv, node, f"folded_{i}")
     for node in list(module.graph.nodes):
@@ -125,6 +125,7 @@ def folded(explainer: fx.GraphModule) -> fx.GraphModule:
 
 def average_by_mean(module: fx.GraphModule, node: fx.Node) -> None:
     """Global average pooling as a mean: PyTorch's own restrides channels-last results in place, whose adjoint is a scatter."""
+    size: Any
     size, axes = 0, 0
     if node.op == "call_module" and isinstance(leaf := module.get_submodule(str(node.target)), _AdaptiveAvgPoolNd):
         size, axes = leaf.output_size, int(type(leaf).__name__[-2])
@@ -141,7 +142,7 @@ ADAPTIVE: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, 
 
 
 def is_row(node: Any, kind: str) -> bool:
-    return isinstance(node, fx.Node) and node.target is dual_path and node.args[0] == kind
+    return isinstance(node, fx.Node) and node.target is dual_path and bool(node.args[0] == kind)
 
 
 def fold(module: fx.GraphModule, conv: fx.Node, norm: fx.Node, name: str) -> None:

@@ -130,7 +130,7 @@ class Program:
                     outputs = model(*[next(rest) if i in self.explained else x for i, x in enumerate(given)])
                     return primary(outputs), values(outputs)
 
-                y, back, outputs = torch.func.vjp(at, *points, has_aux=True)
+                y, back, outputs = torch.func.vjp(at, *points, has_aux=True)  # type: ignore[misc]
                 first.extend(outputs if not first else [])
                 if self.target == "class":
                     aim = resolved(y, aim)
@@ -271,7 +271,7 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., 
 
     stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     with COMPILING, config.patch(freezing=True), tracing(TracingContext(stand_ins[0].fake_mode)):
-        return compile_fx(graph, stand_ins)
+        return compile_fx(graph, stand_ins)  # type: ignore[return-value]
 
 
 def resolved(y: Tensor, aim: Tensor) -> Tensor:
