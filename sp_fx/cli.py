@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .explainer import Explainer, transform
+from . import records
+from .ascent import Ascent
+from .explainer import transform
+from .images import Picture, Preprocessing
+from .models import load_model, untrained
+from .plot import save
+from .rules import KINDS, Rules
 from .version import __version__
 
-METHODS = ("pullback", "double_pullback", "ascend")
+FORMATS = ("png", "jpg", "webp", "pdf", "svg")
+RULES = {"default": Rules, "paper": Rules.paper, "frozen": Rules.frozen}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,10 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sp-fx: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(
-            f"sp-fx: {error}; this command needs an extra: pip install 'sp-fx[vision]', or 'sp-fx[demo]' for the demo",
-            file=sys.stderr,
-        )
+        hint = "this command needs an extra: pip install 'sp-fx[vision]', or 'sp-fx[demo]' for the shipped networks"
+        print(f"sp-fx: {error}; {hint}", file=sys.stderr)
         return 2
 
 
@@ -41,27 +46,46 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", required=True, metavar="NAME", help="a torchvision classification model, or timm/NAME")
+    model.add_argument("--model", required=True, metavar="NAME", help="a torchvision classification model, timm/NAME or zoo/NAME")
     model.add_argument("--weights", type=Path, metavar="FILE", help="a state dict; without it the published one is downloaded")
     model.add_argument("--input-size", type=positive, metavar="N", help="side of the square crop (default: the model's own)")
+    model.add_argument("--rules", choices=RULES, default="default", help="the temperatures to start from (default: default)")
+    model.add_argument(
+        "--temperature", type=temperature, action="append", default=[], metavar="KIND=T", help="of one kind of gate, as relu=1.0"
+    )
 
     explain = commands.add_parser("explain", parents=[model], help="a picture and a record of why a model saw what it saw")
     explain.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    explain.add_argument("--target", type=target_of, metavar="INDEX|top3", help="a class index, or topN (default: top1)")
-    explain.add_argument("--method", choices=METHODS, default="pullback")
+    explain.add_argument(
+        "--target", action="append", metavar="T", help="a class index or name, or topN; several with commas (default: top1)"
+    )
+    explain.add_argument(
+        "--method",
+        type=methods,
+        action="extend",
+        metavar="M",
+        help=f"{', '.join(records.METHODS)}; several with commas (default: pullback)",
+    )
     explain.add_argument("--steps", type=positive, default=5, help="of ascend (default: 5)")
     explain.add_argument("--step-size", type=float, help="of ascend: L2, pixels in [-1, 1] (default: 20 at 224)")
+    explain.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (default: 8)")
+    explain.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: cpu)")
+    explain.add_argument("--format", choices=FORMATS, default="png", help="of the figures (default: png)")
     explain.add_argument("--out", type=Path, required=True, metavar="DIR")
     explain.set_defaults(run=run_explain)
 
     demo = commands.add_parser("demo", help="the shipped networks on drawn scenes, offline")
     demo.add_argument("--scenes", type=positive, default=3, metavar="N")
+    demo.add_argument("--format", choices=FORMATS, default="png", help="of the picture (default: png)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="(default: out)")
     demo.set_defaults(run=run_demo)
 
     report = commands.add_parser("report", parents=[model], help="every gate of a model and what becomes of it")
     report.set_defaults(run=run_report)
     return top
+
+
+# -- arguments
 
 
 def positive(text: str) -> int:
@@ -71,95 +95,141 @@ def positive(text: str) -> int:
     return value
 
 
-def target_of(text: str) -> tuple[str, int]:
-    """`("top", N)` or `("index", N)`."""
-    kind, digits = ("top", text[3:]) if text.startswith("top") else ("index", text)
-    if not digits.isdecimal() or (kind == "top" and int(digits) < 1):
-        raise argparse.ArgumentTypeError(f"expected a class index, or topN such as top3; got {text!r}")
-    return kind, int(digits)
+def methods(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in records.METHODS:
+            raise argparse.ArgumentTypeError(f"no method is called {name!r}; choices: {', '.join(records.METHODS)}")
+    return names
+
+
+def temperature(text: str) -> tuple[str, float]:
+    kind, _, value = text.partition("=")
+    if kind not in KINDS:
+        raise argparse.ArgumentTypeError(f"no kind of gate is called {kind!r}; choices: {', '.join(KINDS)}")
+    try:
+        return kind, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected KIND=T, such as relu=1.0; got {text!r}") from None
+
+
+def device(text: str) -> torch.device:
+    try:
+        torch.zeros(1, device=text)
+        return torch.device(text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine: {str(error).splitlines()[0]}") from None
+
+
+def rules_of(args: argparse.Namespace) -> Rules:
+    return dataclasses.replace(RULES[args.rules](), **dict(args.temperature))
+
+
+# -- commands
 
 
 def run_demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
-    print(f"wrote {run_demo(args.out, args.scenes)}")
+    print(f"wrote {run_demo(args.out, args.scenes, args.format)}")
     return 0
 
 
 def run_report(args: argparse.Namespace) -> int:
-    from .models import load_model, untrained
-
     named = load_model(args.model, args.weights, args.input_size) if args.weights else untrained(args.model)
-    print(transform(named.model).report())
+    print(transform(named.model, rules=rules_of(args)).report())
     return 0
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    from .models import load_model
-
     named = load_model(args.model, args.weights, args.input_size)
-    explainer = transform(named.model)
+    targets = records.wanted(args.target or ["top1"], named.labels)
+    explainer = transform(named.model.to(args.device), rules=rules_of(args))
+    side = named.preprocessing.crop
+    length = Ascent(args.steps, args.step_size).length([torch.empty(1, 3, side, side)])
+    ascent = {"steps": args.steps, "step_size": length, "bounds": (-1.0, 1.0)}
+    chosen = {name: ascent if name == "ascend" else {} for name in args.method or ["pullback"]}
     args.out.mkdir(parents=True, exist_ok=True)
-    versions = {"sp_fx": __version__, "torch": torch.__version__}
-    common = {**named.provenance(), "rules": str(explainer.report().rules), "versions": versions}
-    failed, taken = 0, set[str]()
-    for path in args.images:
-        try:
-            pixels = named.preprocessing(path)
-        except (OSError, ValueError) as error:  # one damaged file does not stop the others
-            print(f"sp-fx: skipped {path}: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        name = path.stem if path.stem not in taken else f"{path.stem}_{len(taken)}"
-        taken.add(name)
-        record = {"image": path.name, **common, **explain_one(explainer, pixels, named.labels, args, args.out / f"{name}.png")}
-        (args.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        top = record["prediction"][0]
-        print(f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / name}.png")
+    common = {
+        **named.provenance(),
+        "rules": str(explainer.report().rules),
+        "device": str(args.device),
+        "versions": {"sp_fx": __version__, "torch": torch.__version__},
+    }
+    progress, failed, taken = Progress(len(args.images)), 0, set[str]()
+    for batch in batches(args.images, named.preprocessing, args.batch_size):
+        read = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
+        for path, error in batch:
+            if isinstance(error, Exception):  # one damaged file does not stop the others
+                progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
+                failed += 1
+        found = records.explain(explainer, [p for _, p in read], named.labels, targets, chosen, args.device) if read else []
+        for (path, _), (record, figure) in zip(read, found):
+            name = free_name(path.stem, taken)
+            out = args.out / f"{name}.{args.format}"
+            save(figure, out)
+            full = {"image": path.name, "figure": out.name, **common, **record}
+            (args.out / f"{name}.json").write_text(json.dumps(full, indent=2) + "\n")
+            top = record["prediction"][0]
+            progress.say(f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {out}")
+        progress.advance(len(batch))
+    progress.end()
     if failed:
         print(f"sp-fx: {failed} of {len(args.images)} pictures could not be read", file=sys.stderr)
     return 1 if failed else 0
 
 
-def explain_one(
-    explainer: Explainer, pixels: Tensor, labels: Sequence[str] | None, args: argparse.Namespace, out: Path
-) -> dict[str, Any]:
-    """Explain one picture [3, H, W], write the figure, and return what the record says of it."""
-    from .plot import explanation
+def batches(paths: Sequence[Path], preprocessing: Preprocessing, size: int) -> Iterator[list[tuple[Path, Picture | Exception]]]:
+    """The pictures at `paths`, `size` at a time, or what is wrong with them."""
+    for start in range(0, len(paths), size):
+        batch: list[tuple[Path, Picture | Exception]] = []
+        for path in paths[start : start + size]:
+            try:
+                batch.append((path, preprocessing(path)))
+            except (OSError, ValueError) as error:
+                batch.append((path, error))
+        yield batch
 
-    x = pixels[None]
-    with torch.no_grad():
-        probabilities = explainer(x).softmax(-1)[0]
 
-    def named(index: int) -> dict[str, Any]:
-        known = labels is not None and len(labels) == len(probabilities)
-        label = labels[index] if known and labels is not None else f"class {index}"
-        return {"index": index, "label": label, "probability": round(float(probabilities[index]), 6)}
+def free_name(stem: str, taken: set[str]) -> str:
+    """`stem`, or `stem_2`, `stem_3`, ... where pictures of several folders share it."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}_{number}"
+    taken.add(name)
+    return name
 
-    ranking = probabilities.argsort(descending=True).tolist()
-    kind, number = args.target or ("top", 1)
-    targets = ranking[:number] if kind == "top" else [number]
-    options: dict[str, Any] = {}
-    if args.method == "ascend":
-        options = {"steps": args.steps, "step_size": args.step_size, "bounds": (-1.0, 1.0)}
-    started = time.perf_counter()
-    maps = getattr(explainer, args.method)(x, torch.tensor([targets]), **options)[0]
-    seconds = time.perf_counter() - started
 
-    told = [named(index) for index in targets]
-    prediction = [named(index) for index in ranking[:5]]
-    titles = [f"{args.method}: {t['label']} ({t['probability']:.2f})" for t in told]
-    unit = "change of the pixels, summed over channels" if args.method == "ascend" else "pullback, summed over channels"
-    caption = f"predicted: {prediction[0]['label']} ({prediction[0]['probability']:.2f})"
-    figure = explanation(pixels, list(maps), titles, caption, unit)
-    figure.savefig(out)
-    return {
-        "prediction": prediction,
-        "method": {"name": args.method, **options},
-        "targets": [{**t, "map_l2": float(map.norm())} for t, map in zip(told, maps)],
-        "figure": out.name,
-        "seconds": round(seconds, 4),
-    }
+class Progress:
+    """A bar on stderr, where that is a terminal and there are several things to do; lines are printed above it."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.started = total, 0, time.perf_counter()
+        self.shown = total > 1 and sys.stderr.isatty()
+        self._draw()
+
+    def say(self, line: str, file: Any = None) -> None:
+        self._clear()
+        print(line, file=file or sys.stdout, flush=self.shown)
+        self._draw()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        self._draw()
+
+    def end(self) -> None:
+        self._clear()
+
+    def _draw(self) -> None:
+        if self.shown:
+            filled, spent = 30 * self.done // self.total, time.perf_counter() - self.started
+            left = f", {spent / self.done * (self.total - self.done):.0f} s left" if self.done else ""
+            print(f"\r[{'#' * filled:30}] {self.done}/{self.total}{left}\033[K", end="", file=sys.stderr, flush=True)
+
+    def _clear(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,22 @@
-"""Models by name, with the preprocessing they were trained for. Needs the extra `vision`."""
+"""Models by name, with the preprocessing they were trained for. The zoo's need the extra `demo`, others `vision`."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 import urllib.error
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from . import zoo
+from .images import Preprocessing
 from .pixels import pixel_space
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Resize the shorter side to `resize`, crop the centre to `crop`; the network takes [0, 1] normalised by `mean` and `std`."""
-
-    resize: int
-    crop: int
-    interpolation: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, path: str | Path) -> Tensor:
-        """The picture at `path` as pixels in [-1, 1], float32 [3, crop, crop]."""
-        from PIL import Image, ImageOps
-        from torchvision.transforms import InterpolationMode
-        from torchvision.transforms import functional as T
-
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGB")
-        picture = T.resize(picture, self.resize, InterpolationMode(self.interpolation))
-        return T.to_tensor(T.center_crop(picture, self.crop)) * 2 - 1
 
 
 @dataclass(frozen=True)
@@ -53,11 +34,14 @@ class NamedModel:
                 "preprocessing": asdict(self.preprocessing)}  # fmt: skip
 
 
+Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]
+
+
 def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
-    """A torchvision classification model, or `timm/NAME`, in eval mode.
+    """A torchvision classification model, `timm/NAME` or `zoo/NAME` (one that ships with the package), in eval mode.
 
     Args:
-        weights: a state dict (.safetensors, .pt, .pth); None downloads the published one.
+        weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
         input_size: side of the square crop; None is the published one. The picture is resized as published, or, for a crop
             that is larger than that, in the published proportion.
 
@@ -66,33 +50,53 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
         FileNotFoundError: no such weights file.
         RuntimeError: the published weights cannot be downloaded.
     """
-    loader = timm_model if name.startswith("timm/") else torchvision_model
-    try:
-        net, published, labels = loader(name.removeprefix("timm/"), pretrained=weights is None)
-    except (urllib.error.URLError, OSError) as error:
-        raise RuntimeError(f"the weights of {name} could not be downloaded ({error}); pass a file with --weights FILE") from error
-    if weights is not None:
-        fill(net, Path(weights))
+    net: nn.Module
+    labels: tuple[str, ...] | None
+    if name.startswith("zoo/"):
+        net, published, labels = zoo.load(name[4:], weights), ZOO, zoo.labels
+    else:
+        try:
+            net, published, labels = _loader(name)(name.removeprefix("timm/"), weights is None)
+        except (urllib.error.URLError, OSError) as error:
+            raise RuntimeError(
+                f"the weights of {name} could not be downloaded ({error}); pass a file with --weights FILE"
+            ) from error
+        if weights is not None:
+            fill(net, Path(weights))
     crop = input_size or published.crop
     resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
     used = Preprocessing(resize, crop, published.interpolation, published.mean, published.std)
     source = "published" if weights is None else Path(weights).name
-    return NamedModel(name, pixel_space(net.eval(), used.mean, used.std), used, labels, source)
+    return NamedModel(name, _of_pixels(net, used), used, labels, source)
 
 
 def untrained(name: str) -> NamedModel:
-    """The model without its weights: for what depends on its structure alone."""
-    loader = timm_model if name.startswith("timm/") else torchvision_model
-    net, published, labels = loader(name.removeprefix("timm/"), pretrained=False)
-    return NamedModel(name, pixel_space(net.eval(), published.mean, published.std), published, labels, "none")
+    """The model without its weights, for what depends on its structure alone; a zoo network has its own."""
+    if name.startswith("zoo/"):
+        return load_model(name)
+    net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
+    return NamedModel(name, _of_pixels(net, published), published, labels, "none")
 
 
-def torchvision_model(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
+# The zoo's networks take pixels in [-1, 1] as they are.
+ZOO = Preprocessing(96, 96, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _of_pixels(net: nn.Module, used: Preprocessing) -> nn.Module:
+    return net.eval() if used.mean == used.std == ZOO.mean else pixel_space(net.eval(), used.mean, used.std)
+
+
+def _loader(name: str) -> Callable[[str, bool], Loaded]:
+    return timm_model if name.startswith("timm/") else torchvision_model
+
+
+def torchvision_model(name: str, pretrained: bool) -> Loaded:
     from torchvision import models
 
     known = models.list_models(module=models)
     if name not in known:
-        raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. timm's are timm/NAME")
+        others = "timm's are timm/NAME, the shipped ones zoo/NAME"
+        raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. {others}")
     entry = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
     # GoogLeNet and Inception initialise by slow rejection sampling unless told not to.
     quick = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
@@ -102,7 +106,7 @@ def torchvision_model(name: str, pretrained: bool) -> tuple[nn.Module, Preproces
     return net, published, tuple(entry.meta["categories"])
 
 
-def timm_model(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
+def timm_model(name: str, pretrained: bool) -> Loaded:
     import timm
 
     known = timm.list_models()
@@ -111,13 +115,42 @@ def timm_model(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing, t
     net = timm.create_model(name, pretrained=pretrained)
     config = timm.data.resolve_model_data_config(net)
     crop = config["input_size"][-1]
-    published = Preprocessing(round(crop / config["crop_pct"]), crop, config["interpolation"], config["mean"], config["std"])
-    return net, published, None
+    if config["crop_mode"] != "center":
+        warnings.warn(f"timm crops for {name} by {config['crop_mode']!r}; here the centre is cropped", stacklevel=2)
+    # timm rounds down, torchvision's entries are given.
+    resize = int(crop / config["crop_pct"])
+    published = Preprocessing(resize, crop, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
+    subset = timm.data.infer_imagenet_subset(net)
+    labels = tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else None
+    return net, published, labels
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
     close = difflib.get_close_matches(name, known, 3, 0.5)
     return f"the nearest: {', '.join(prefix + c for c in close)}" if close else f"it has {len(known)}, such as {prefix}{known[0]}"
+
+
+def class_index(name: str, labels: Sequence[str] | None) -> int:
+    """The index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters only where
+    names differ by nothing else.
+
+    Raises:
+        ValueError: no class or several are called so (the nearest or all are named), or there are no labels.
+    """
+    if labels is None:
+        raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
+    called = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
+    for same in (str, str.casefold):
+        found = sorted({i for i, synonym in called if same(synonym) == same(name)})
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = ", ".join(f"{i} ({labels[i]})" for i in found)
+            raise ValueError(f"several classes are called {name!r}: pass one of the indices {several}")
+    folded = {synonym.casefold(): synonym for _, synonym in called}
+    close = difflib.get_close_matches(name.casefold(), folded, 3, 0.5)
+    hint = f"the nearest: {', '.join(folded[c] for c in close)}" if close else f"it has {len(labels)}, such as {labels[0]}"
+    raise ValueError(f"no class is called {name!r}; {hint}")
 
 
 def fill(net: nn.Module, path: Path) -> None:
@@ -131,9 +164,11 @@ def fill(net: nn.Module, path: Path) -> None:
             state: Mapping[str, Any] = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        net.load_state_dict(state.get("state_dict", state))  # type: ignore[arg-type]
+        state = state.get("state_dict", state)
+        net.load_state_dict(state)
     except Exception as error:  # safetensors, zip, pickle and torch each have their own; all mean the same to the user
         raise ValueError(f"the weights in {path} do not fit {type(net).__name__}: {str(error)[:400]}") from error
+    zoo.store.check_finite(path, state)
 
 
 def weights_hash(net: nn.Module) -> str:

@@ -9,9 +9,11 @@ import torch
 import torchvision
 from PIL import Image
 
+import sp_fx
 from helpers import fill
-from sp_fx.cli import main
-from sp_fx.models import load_model, weights_hash
+from sp_fx import zoo
+from sp_fx.cli import Progress, main
+from sp_fx.models import class_index, load_model, weights_hash
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 WEIGHTS = DATA / "squeezenet1_0_imagenet.safetensors"
@@ -25,6 +27,11 @@ def here(tmp_path_factory):
     Image.fromarray(noise[..., :3]).save(folder / "colour.png")
     Image.fromarray(noise[..., 0]).save(folder / "grey.png")
     Image.fromarray(noise).save(folder / "alpha.png")
+    (folder / "other").mkdir()
+    Image.fromarray(noise[::-1, :, :3].copy()).save(folder / "other" / "colour.png")
+    scenes = zoo.draw(5, 10)
+    for i, pixels in enumerate(scenes.pixels):
+        Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(folder / f"scene_{i}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
     return folder
 
@@ -35,38 +42,122 @@ def explain(here, out, *more, images=("colour.png",)):
                  "--out", str(out), *more])  # fmt: skip
 
 
+SCENES = [f"scene_{i}.png" for i in range(10)]
+
+
+def explain_scenes(here, out, *more, model="zoo/residual_cnn", images=SCENES):
+    return main(["explain", *[str(here / name) for name in images], "--model", model, "--out", str(out), *more])
+
+
+def record(out, name):
+    return json.loads((out / f"{name}.json").read_text())
+
+
 @pytest.mark.parametrize("method", ["pullback", "double_pullback", "ascend"])
 def test_a_picture_and_a_record(here, tmp_path, method):
     assert explain(here, tmp_path, "--method", method, "--steps", "2", images=("colour.png", "grey.png", "alpha.png")) == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         f"{n}.{e}" for n in ("alpha", "colour", "grey") for e in ("json", "png")
     ]
-    record = json.loads((tmp_path / "colour.json").read_text())
-    assert record["model"] == "squeezenet1_1" and record["method"]["name"] == method
-    assert record["preprocessing"] | {"mean": 0, "std": 0} == {
-        "resize": 256,
-        "crop": 64,
-        "interpolation": "bilinear",
-        "mean": 0,
-        "std": 0,
-    }
-    assert len(record["prediction"]) == 5 and record["targets"][0]["index"] == record["prediction"][0]["index"]
-    assert record["targets"][0]["map_l2"] > 0 and len(record["weights_sha256"]) == 64
+    found = record(tmp_path, "colour")
+    assert found["image"] == "colour.png" and found["figure"] == "colour.png" and found["size"] == [160, 120]
+    assert found["model"] == "squeezenet1_1" and [m["name"] for m in found["method"]] == [method]
+    published = {"resize": 256, "crop": 64, "interpolation": "bilinear"}
+    assert found["preprocessing"] == published | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert len(found["prediction"]) == 5 and found["targets"][0]["index"] == found["prediction"][0]["index"]
+    assert found["targets"][0]["maps"][method]["l2"] > 0
+    assert found["weights"] == "weights.pt" and len(found["weights_sha256"]) == 64 and found["rules"] == "Rules()"
+    assert found["versions"] == {"sp_fx": sp_fx.__version__, "torch": torch.__version__} and found["device"] == "cpu"
+    assert record(tmp_path, "alpha")["conversions"] == ["transparency over white"] and record(tmp_path, "grey")["mode"] == "L"
     with Image.open(tmp_path / "colour.png") as figure:
-        assert figure.width > 800
+        assert figure.width > 500
+
+
+@pytest.mark.parametrize("model", zoo.NAMES)
+def test_zoo_models_offline(here, tmp_path, model, monkeypatch):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: (_ for _ in ()).throw(OSError("no network here")))
+    assert explain_scenes(here, tmp_path, "--format", "jpg", model=f"zoo/{model}") == 0
+    found = [record(tmp_path, f"scene_{i}") for i in range(10)]
+    assert sum(f["prediction"][0]["label"] == zoo.labels[i] for i, f in enumerate(found)) >= 9
+    x = (zoo.draw(5, 10).pixels + 1).mul(127.5).round() / 127.5 - 1  # as the files have it
+    with torch.no_grad():
+        expected = zoo.load(model)(x).softmax(1).amax(1)
+    # A batch of eight and a batch of two add up in another order than one of ten.
+    assert [f["prediction"][0]["probability"] for f in found] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_methods_side_by_side_and_batches_do_not_matter(here, tmp_path):
+    some = SCENES[:3]
+    given = ["--method", "pullback,ascend", "--method", "double_pullback", "--target", "star", "--steps", "3"]
+    assert explain_scenes(here, tmp_path / "a", *given, "--batch-size", "2", images=some) == 0
+    assert explain_scenes(here, tmp_path / "b", *given, images=some) == 0
+    for name in ("scene_0", "scene_1", "scene_2"):
+        found, other = record(tmp_path / "a", name), record(tmp_path / "b", name)
+        # The default step: 20 * sqrt(27648 / 150528), in full in the record.
+        ascent = {"name": "ascend", "steps": 3, "step_size": pytest.approx(8.5714286), "bounds": [-1.0, 1.0]}
+        assert found["method"] == [{"name": "pullback"}, ascent, {"name": "double_pullback"}]
+        (star,) = found["targets"]
+        assert star["label"] == "star" and star["maps"]["ascend"]["probability_after"] > star["probability"]
+        for method, said in star["maps"].items():
+            assert said["l2"] == pytest.approx(other["targets"][0]["maps"][method]["l2"], rel=1e-3)
+    with Image.open(tmp_path / "a" / "scene_0.png") as wide:
+        assert wide.width > 3 * wide.height
+
+
+def test_rules_from_the_command_line(here, tmp_path):
+    maps = {}
+    for name, given in {"default": [], "warm": ["--temperature", "relu=3", "--temperature", "max_pool=1"],
+                        "frozen": ["--rules", "frozen"]}.items():  # fmt: skip
+        assert explain_scenes(here, tmp_path, *given, images=SCENES[:1]) == 0
+        maps[name] = record(tmp_path, "scene_0")["targets"][0]["maps"]["pullback"]["l2"]
+        if name == "warm":
+            assert record(tmp_path, "scene_0")["rules"] == "Rules(relu=3.0, max_pool=1.0)"
+    assert len(set(maps.values())) == 3
+    x = (zoo.draw(5, 1).pixels + 1).mul(127.5).round() / 127.5 - 1
+    gradient = torch.autograd.functional.jacobian(lambda x: zoo.load("residual_cnn")(x).amax(1).sum(), x)
+    assert maps["frozen"] == pytest.approx(gradient.norm().item(), rel=1e-3)
+
+
+def test_equal_file_names_do_not_overwrite(here, tmp_path):
+    assert explain(here, tmp_path, images=("colour.png", "other/colour.png", "colour.png")) == 0
+    assert sorted(p.stem for p in tmp_path.glob("*.json")) == ["colour", "colour_2", "colour_3"]
 
 
 def test_several_targets(here, tmp_path):
     assert explain(here, tmp_path, "--target", "top3") == 0
-    record = json.loads((tmp_path / "colour.json").read_text())
-    assert [t["index"] for t in record["targets"]] == [p["index"] for p in record["prediction"][:3]]
-    assert explain(here, tmp_path, "--target", "7") == 0
-    assert json.loads((tmp_path / "colour.json").read_text())["targets"][0]["index"] == 7
+    found = record(tmp_path, "colour")
+    assert [t["index"] for t in found["targets"]] == [p["index"] for p in found["prediction"][:3]]
+    assert explain(here, tmp_path, "--target", "7, tench,top1", "--target", "English Springer") == 0
+    assert [t["index"] for t in record(tmp_path, "colour")["targets"]] == [7, 0, found["prediction"][0]["index"], 217]
+
+
+def test_class_names():
+    labels = ("tench, Tinca tinca", "crane", "crane", "cardigan", "Cardigan", "hen-of-the-woods, hen of the woods")
+    assert class_index("Tinca tinca", labels) == class_index("TENCH", labels) == class_index("tench, Tinca tinca", labels) == 0
+    assert class_index("cardigan", labels) == 3 and class_index("Cardigan", labels) == 4
+    with pytest.raises(ValueError, match=r"several classes are called 'crane': pass one of the indices 1 \(crane\), 2 \(crane\)"):
+        class_index("crane", labels)
+    with pytest.raises(ValueError, match="several classes are called 'CARDIGAN'"):
+        class_index("CARDIGAN", labels)
+    with pytest.raises(ValueError, match="no class is called 'tensh'; the nearest: tench"):
+        class_index("tensh", labels)
+    with pytest.raises(ValueError, match="no class is called 'xxxx'; it has 6, such as tench, Tinca tinca"):
+        class_index("xxxx", labels)
+    with pytest.raises(ValueError, match="not known: pass an index instead of 'tench'"):
+        class_index("tench", None)
+
+
+def test_timm_models_know_their_classes():
+    from sp_fx.models import untrained
+
+    named = untrained("timm/resnet18")
+    assert class_index("tench", named.labels) == 0 and class_index("English springer", named.labels) == 217
+    assert (named.preprocessing.resize, named.preprocessing.crop) == (235, 224)  # 224 / 0.95, rounded down as timm does
 
 
 def test_prediction_equals_the_models_own(here):
     named = load_model("squeezenet1_1", here / "weights.pt", 64)
-    x = named.preprocessing(here / "colour.png")[None]
+    x = named.preprocessing(here / "colour.png").pixels[None]
     net = torchvision.models.squeezenet1_1()
     net.load_state_dict(torch.load(here / "weights.pt"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (named.preprocessing.mean, named.preprocessing.std))
@@ -87,6 +178,12 @@ BAD = {
     "no weights file": (["--weights", "nowhere.pt"], "no weights file at nowhere.pt"),
     "other weights": (["--model", "resnet18"], "do not fit ResNet"),
     "target out of range": (["--target", "1000"], "target 1000 is outside 0 to 999"),
+    "unknown zoo model": (["--model", "zoo/residual"], "no network is called 'residual'; did you mean 'residual_cnn'?"),
+    "unknown class": (["--target", "tensh"], "no class is called 'tensh'; the nearest: tench"),
+    "an ambiguous class": (["--target", "CARDIGAN"], "several classes are called 'CARDIGAN': pass one of the indices 264"),
+    "top0": (["--target", "top0"], "topN is the N likeliest classes, N at least 1, got 'top0'"),
+    "a norm's temperature": (["--temperature", "layer_norm=1"], "a normalisation has no temperature"),
+    "no temperature": (["--temperature", "relu=0"], "expected a finite temperature above 0"),
     "no step": (["--method", "ascend", "--step-size", "0"], "step_size is a finite L2 length above 0"),
 }
 
@@ -105,17 +202,59 @@ def test_weights_that_cannot_be_downloaded(here, tmp_path, capsys, monkeypatch):
     assert "weights of resnet18 could not be downloaded (no network); pass a file with --weights FILE" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--target", "top0"], ["--target", "cat"], ["--steps", "0"], ["--method", "gradient"]])
-def test_malformed_arguments(here, tmp_path, arguments):
+MALFORMED = {
+    "steps": (["--steps", "0"], "a whole number of at least 1"),
+    "method": (["--method", "pullback,gradient"], "no method is called 'gradient'; choices: pullback, double_pullback, ascend"),
+    "kind": (["--temperature", "rely=1"], "no kind of gate is called 'rely'; choices: relu"),
+    "temperature": (["--temperature", "relu=warm"], "expected KIND=T, such as relu=1.0; got 'relu=warm'"),
+    "device": (["--device", "cuda:99"], "'cuda:99' is no device of this machine"),
+    "no device": (["--device", "toaster"], "'toaster' is no device of this machine"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_arguments(here, tmp_path, capsys, case):
+    arguments, message = MALFORMED[case]
     with pytest.raises(SystemExit) as stopped:
         explain(here, tmp_path, *arguments)
-    assert stopped.value.code == 2
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_damaged_weights(here, tmp_path, capsys):
+    state = torch.load(here / "weights.pt")
+    state["features.0.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    (tmp_path / "cut.pt").write_bytes((here / "weights.pt").read_bytes()[:5000])
+    (tmp_path / "text.safetensors").write_text("not weights")
+    for name, message in {
+        "nan.pt": "nan.pt is damaged: 1 of its tensors have NaN or infinity in them (first: ['features.0.weight'])",
+        "cut.pt": "cut.pt do not fit SqueezeNet",
+        "text.safetensors": "text.safetensors do not fit SqueezeNet",
+    }.items():
+        assert explain(here, tmp_path, "--weights", str(tmp_path / name)) == 2
+        assert message in capsys.readouterr().err
+    other = zoo.store.WEIGHTS / "pyramid_transformer.safetensors"
+    assert explain_scenes(here, tmp_path, "--weights", str(other)) == 2
+    assert "does not hold 'residual_cnn'" in capsys.readouterr().err
+
+
+def test_a_bar_on_a_terminal_and_none_elsewhere(here, tmp_path, capsys, monkeypatch):
+    assert explain_scenes(here, tmp_path, images=SCENES[:2]) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert explain_scenes(here, tmp_path, "--batch-size", "1", images=[*SCENES[:2], "broken.jpg"]) == 1
+    shown = capsys.readouterr().err
+    assert "] 0/3" in shown and "] 1/3, " in shown and " s left" in shown and f"[{'#' * 20:30}] 2/3" in shown
+    assert "\r\033[Ksp-fx: skipped" in shown and shown.endswith("1 of 3 pictures could not be read\n")
+    capsys.readouterr()
+    Progress(1).advance(1)
+    assert capsys.readouterr().err == ""  # one picture needs no bar
 
 
 def test_demo(tmp_path, capsys):
     assert main(["demo", "--scenes", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert "residual_cnn: one pullback of 2 scenes" in said and said.count("after 10 steps") == 4
+    assert "residual_cnn, 2 scenes: plain gradient" in said and said.count("after 10 steps") == 4
     with Image.open(tmp_path / "demo.png") as figure:
         assert min(figure.size) > 500
 
@@ -132,5 +271,5 @@ def test_real_network_on_photographs(tmp_path):
     assert main(["explain", *map(str, photos), "--model", "squeezenet1_0", "--weights", str(WEIGHTS),
                  "--input-size", "227", "--out", str(tmp_path)]) == 0  # fmt: skip
     classes = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
-    found = [json.loads((tmp_path / f"{p.stem}.json").read_text())["prediction"][0]["index"] for p in photos]
+    found = [record(tmp_path, p.stem)["prediction"][0]["index"] for p in photos]
     assert len(list(tmp_path.glob("*.png"))) == 10 and sum(a == b for a, b in zip(found, classes)) == 4

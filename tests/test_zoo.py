@@ -187,6 +187,10 @@ def test_changed_bytes_are_noticed(packaged):
 
 
 def test_missing_manifest_or_entry(packaged):
+    for damaged in ("{", "[]", '{"residual_cnn": {}}'):
+        (packaged / "manifest.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"manifest|no entry"):
+            zoo.load("residual_cnn")
     (packaged / "manifest.json").write_text("{}")
     with pytest.raises(ValueError, match="no entry for 'residual_cnn'"):
         zoo.load("residual_cnn")
@@ -208,6 +212,24 @@ def test_truncated_and_empty_files(packaged):
             zoo.load("residual_cnn")
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             zoo.load("residual_cnn", weights=path)
+
+
+def test_swapped_files_are_noticed(packaged):
+    one, other = (packaged / f"{name}.safetensors" for name in zoo.NAMES)
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    for name in zoo.NAMES:
+        with pytest.raises(ValueError, match=r"not the packaged file: got \d+ bytes .* expected \d+ with"):
+            zoo.load(name)
+
+
+def test_numbers_that_are_none(tmp_path):
+    network = networks.ResidualCNN()
+    with torch.no_grad():
+        network.head.bias[3] = float("inf")
+    with pytest.raises(ValueError, match=r"damaged: 1 of its tensors have NaN or infinity in them \(first: \['head.bias'\]\)"):
+        zoo.load("residual_cnn", weights=store.save("residual_cnn", network, tmp_path))
 
 
 def test_wrong_shape(tmp_path):
@@ -233,11 +255,24 @@ def test_import_is_light():
     assert heavy.isdisjoint(module.split(".")[0] for module in result.stdout.split())
 
 
-@pytest.mark.slow
-def test_training_is_reproducible(name):
+def test_training_repeats_itself_bitwise(name):
     from sp_fx.zoo import train
 
-    first, second = (train.train(name, seed=4, epochs=1, scenes=128, rate=1e-3, push=2.0, report=lambda line: None)
-                     for _ in range(2))
-    for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b)
+    def run():
+        return train.train(name, seed=4, epochs=2, scenes=64, rate=1e-3, push=2.0, report=lambda line: None).state_dict()
+
+    first, second, untrained = run(), run(), networks.NETWORKS[name]().state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not any(torch.equal(first[key], untrained[key]) for key in first if key.endswith("weight") and first[key].dim() > 1)
+
+
+def test_loading_is_quick():
+    """A second beyond torch's own import, with matplotlib, scipy and torchvision left alone; measured 0.15 s."""
+    code = (
+        "import sys, time, torch, numpy; before, start = set(sys.modules), time.perf_counter(); from sp_fx import zoo; "
+        "[zoo.load(name) for name in zoo.NAMES]; print(time.perf_counter() - start, *(set(sys.modules) - before))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, *modules = result.stdout.split()
+    assert float(seconds) < 1
+    assert {"PIL", "timm", "torchvision", "matplotlib", "scipy"}.isdisjoint(module.split(".")[0] for module in modules)

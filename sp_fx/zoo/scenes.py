@@ -74,6 +74,7 @@ class _Canvas:
 
     def window(self, cx: float, cy: float, radius: float) -> tuple[slice, slice]:
         """Rows and columns that hold a disc, so that small things cost little."""
+
         def span(centre: float) -> slice:
             low, high = (centre - radius + 0.5) * self.size - 2, (centre + radius + 0.5) * self.size + 2
             return slice(max(0, int(low)), max(0, min(self.size, int(high) + 1)))
@@ -113,7 +114,7 @@ def _background(rng: Rng, canvas: _Canvas) -> None:
 
 def _blob(rng: Rng, canvas: _Canvas) -> None:
     (cx, cy), radius = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.1, 0.3)
-    falloff = np.exp(-((canvas.x - cx) / radius) ** 2) * np.exp(-((canvas.y - cy) / radius) ** 2)
+    falloff = np.exp(-(((canvas.x - cx) / radius) ** 2)) * np.exp(-(((canvas.y - cy) / radius) ** 2))
     canvas.paint((slice(None), slice(None)), np.float32(rng.uniform(0.3, 0.8)) * falloff.astype(np.float32), _colour(rng))
 
 

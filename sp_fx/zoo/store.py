@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def load(name: str, weights: str | PathLike[str] | None = None) -> nn.Module:
     network = NETWORKS[name]()
     state = _read(path)
     _check_state(name, path, state, network.state_dict())
+    check_finite(path, state)
     network.load_state_dict(state)
     return network.eval()
 
@@ -67,12 +69,19 @@ def _check_hash(name: str, path: Path) -> None:
     manifest = path.parent / "manifest.json"
     if not manifest.is_file():
         raise FileNotFoundError(f"no manifest of weights at {manifest}")
-    entries = json.loads(manifest.read_text())
-    if name not in entries:
-        raise ValueError(f"{manifest} has no entry for {name!r}; it has: {', '.join(entries)}")
-    expected, got = entries[name]["sha256"], _sha256(path)
-    if got != expected:
-        raise ValueError(f"{path} is not the packaged file: its sha256 is {got}, expected {expected}")
+    try:
+        entries = json.loads(manifest.read_text())
+        expected = {entry: (entries[entry]["sha256"], entries[entry]["bytes"]) for entry in entries}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{manifest} is not a manifest of weights: {error!r}") from error
+    if name not in expected:
+        raise ValueError(f"{manifest} has no entry for {name!r}; it has: {', '.join(expected)}")
+    got = (_sha256(path), path.stat().st_size)
+    if got != expected[name]:
+        raise ValueError(
+            f"{path} is not the packaged file: got {got[1]} bytes with the sha256 {got[0]}, "
+            f"expected {expected[name][1]} with {expected[name][0]}"
+        )
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -98,3 +107,10 @@ def _check_state(name: str, path: Path, got: dict[str, torch.Tensor], expected: 
                 f"{path}: {key!r} is {got[key].dtype} {list(got[key].shape)}, "
                 f"expected {value.dtype} {list(value.shape)} for {name!r}"
             )
+
+
+def check_finite(path: Path, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError if a tensor of the state dict read from `path` has NaN or infinity in it."""
+    wrong = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{path} is damaged: {len(wrong)} of its tensors have NaN or infinity in them (first: {wrong[:3]})")
