@@ -1,14 +1,23 @@
-"""Targets: which direction of the output is pulled back."""
+"""Targets: which direction of the output is pulled back.
+
+Beside the plain forms (`FORMS`) there are directions that depend on what the model says: `score`, `margin`, `log_probability`,
+`fisher_rao`, `neuron`, `channel`, `free`. Each returns a `Direction`, to be passed as the target of any method. At an output `y`
+[B, C], or [B, C, ...] with the classes on axis 1, it gives `u`, shaped like `y`, which is pulled back as a constant. Directions
+add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`. Their class is an int, a tensor [B], or None for the
+predicted one; an ascent asks anew at every step, so name the class there.
+"""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Class = int | Tensor | None
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None
 FORMS = (
     "None (the predicted class), an int, an integer tensor [B] or [B, T], a tuple of indices, a floating tensor shaped like the "
@@ -139,3 +148,133 @@ def _int(value: Any) -> int:
 
 def _shape(t: Tensor) -> str:
     return str(list(t.shape))
+
+
+# -- directions that depend on what the model says --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Direction:
+    """A target: `of(y)` is the direction at the output `y`, and what is explained is its inner product with `y`."""
+
+    of: Callable[[Tensor], Tensor]
+
+    def __call__(self, output: Any) -> Tensor:
+        y = primary(output)
+        return (self.of(y.detach()).detach() * y).flatten(1).sum(1)
+
+    def __add__(self, other: Direction) -> Direction:
+        return Direction(lambda y: self.of(y) + other.of(y))
+
+    def __sub__(self, other: Direction) -> Direction:
+        return self + -1.0 * other
+
+    def __rmul__(self, factor: float) -> Direction:
+        return Direction(lambda y: factor * self.of(y))
+
+    __mul__ = __rmul__
+
+    def __neg__(self) -> Direction:
+        return -1.0 * self
+
+
+def score(target: Class = None) -> Direction:
+    """The score of a class: `e_c`. What an integer target means."""
+    return Direction(lambda y: chosen(y, target))
+
+
+def margin(target: Class = None, rivals: int | None = None) -> Direction:
+    """A class's score less those of its current rivals, each weighed by its probability among them: `e_c - sum_j w_j e_j`.
+
+    The gradient of `y_c - logsumexp_{j != c} y_j`, which is the log-odds of the class, log p_c / (1 - p_c). `rivals` keeps only
+    that many of the likeliest: 1 is the plain margin to the runner-up (Crammer and Singer, JMLR 2, 2001).
+    """
+
+    def of(y: Tensor) -> Tensor:
+        own = chosen(y, target)
+        others = y.masked_fill(own > 0, -torch.inf)
+        if rivals is not None:
+            if not 1 <= rivals < y.shape[1]:
+                raise ValueError(f"rivals is None or from 1 to {y.shape[1] - 1} for {y.shape[1]} classes, got {rivals!r}")
+            others = others.masked_fill(others < others.topk(rivals, 1).values.amin(1, keepdim=True), -torch.inf)
+        return own - others.softmax(1)
+
+    return Direction(of)
+
+
+def log_probability(target: Class = None) -> Direction:
+    """The log-probability of a class: `e_c - p`, the gradient of `log softmax(y)_c`."""
+    return Direction(lambda y: chosen(y, target) - y.softmax(1))
+
+
+def fisher_rao(target: Class = None, damping: float = 1e-3) -> Direction:
+    """The steepest way to a class in the Fisher-Rao metric of the output distribution, damped and centred.
+
+    The natural gradient `(F + d I)^-1 (e_c - p)` of `log p_c`, with the Fisher matrix `F = diag(p) - p p^T` of the logits (Amari,
+    "Natural gradient works efficiently in learning", Neural Computation 10, 1998). `F` ignores a constant added to all logits, so
+    the mean over classes is taken out. Large `damping` gives the direction of `log_probability`, small one `e_c / p_c`, centred.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping is above 0, got {damping!r}: the Fisher matrix is singular")
+
+    def of(y: Tensor) -> Tensor:
+        p = y.double().softmax(1)
+        diagonal = p + damping
+        solved = (chosen(y, target).double() - p) / diagonal
+        # Sherman and Morrison; 1 - sum p^2 / (p + d) is written so that it does not cancel.
+        left = (p * solved).sum(1, keepdim=True) / (damping * p / diagonal).sum(1, keepdim=True)
+        u = solved + p / diagonal * left
+        return (u - u.mean(1, keepdim=True)).to(y.dtype)
+
+    return Direction(of)
+
+
+def neuron(*index: int) -> Direction:
+    """One number of the output at `index`, all axes after the batch: a neuron of the layer that `transform(output=...)` names."""
+    return Direction(lambda y: at(y, index, full=True))
+
+
+def channel(index: int) -> Direction:
+    """The mean over places of channel `index`, axis 1: of a layer's output, what feature visualisation calls a channel."""
+
+    def of(y: Tensor) -> Tensor:
+        u = at(y, (index,), full=False)
+        return u * (u.shape[0] / u.sum().clamp_min(1))
+
+    return Direction(of)
+
+
+def free(u: Tensor) -> Direction:
+    """The direction `u`, shaped like one sample's output, for every sample."""
+
+    def of(y: Tensor) -> Tensor:
+        if u.shape != y.shape[1:]:
+            raise ValueError(f"a free direction is shaped like one sample's output {list(y.shape[1:])}, got {list(u.shape)}")
+        return u.to(y).expand_as(y)
+
+    return Direction(of)
+
+
+def chosen(y: Tensor, target: Class) -> Tensor:
+    """`e_c` for each sample, shaped like `y` [B, C, ...]."""
+    if y.dim() < 2 or not y.is_floating_point():
+        raise ValueError(f"a class direction needs floating outputs [B, C, ...], got {y.dtype} {list(y.shape)}")
+    if target is None:
+        if y.dim() != 2:
+            raise ValueError(f"an output of shape {list(y.shape)} has no single predicted class: name one")
+        return torch.zeros_like(y).scatter_(1, y.argmax(1, keepdim=True), 1)
+    index = indices_of(target, y)
+    if index.shape[0] != 1:
+        raise ValueError(f"a direction has one class a sample, got {index.shape[0]}: call once for each")
+    u = torch.zeros_like(y)
+    u[torch.arange(len(y), device=y.device), index[0, :, 0].to(y.device)] = 1
+    return u
+
+
+def at(y: Tensor, index: tuple[int, ...], full: bool) -> Tensor:
+    if full and len(index) != y.dim() - 1:
+        raise ValueError(f"a neuron of an output {list(y.shape)} has {y.dim() - 1} indices, got {len(index)}")
+    where = indices_of(index, y)[0, 0].tolist()
+    u = torch.zeros_like(y)
+    u[(slice(None), *where)] = 1
+    return u

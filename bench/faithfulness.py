@@ -1,0 +1,209 @@
+"""Measures of maps against the model itself, one number a sample.
+
+Why not Quantus or Captum: what a measure asks of the model (the score where something was removed) does not depend on the method
+that is judged, and both ask it anew for every method, a sample at a time. Here each question is put once, in batches, and all
+methods are judged on the same answers, which also makes every comparison paired. The formulas are theirs, with these deviations:
+features are the cells of a grid, not single pixels (a pixel of a photograph removed alone changes little but rounding); removed
+pixels become 0, mid-grey; and what is held against the change of the score is the share of the removed pixels, for a slope the
+slope times the input.
+
+Shares are [N, C, H, W]; scores are those of one class a sample, before any softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor, Tensor], Tensor]  # (inputs [M, C, H, W], classes [M]) -> scores [M]
+
+
+# -- what is removed ----------------------------------------------------------------------------------------------------
+
+
+def grid(height: int, width: int, cells: int) -> Tensor:
+    """The cell of each pixel, [H, W] in 0 to cells^2 - 1: a grid of `cells` by `cells`."""
+    rows, columns = torch.arange(height) * cells // height, torch.arange(width) * cells // width
+    return rows[:, None] * cells + columns
+
+
+def in_cells(shares: Tensor, cells: Tensor) -> Tensor:
+    """The sum of the shares in each cell, [N, K], in float64."""
+    flat = shares.double().sum(1).flatten(1)
+    return torch.zeros(len(flat), int(cells.max()) + 1, dtype=torch.float64).index_add_(1, cells.flatten(), flat)
+
+
+def single_cells(cells: Tensor) -> Tensor:
+    """One mask a cell, bool [K, H, W]."""
+    return cells == torch.arange(int(cells.max()) + 1)[:, None, None]
+
+
+def random_cells(cells: Tensor, part: float, count: int, draw: torch.Generator) -> Tensor:
+    """Masks of `part` of the cells each, bool [count, H, W]."""
+    total = int(cells.max()) + 1
+    chosen = torch.stack([torch.randperm(total, generator=draw) < round(part * total) for _ in range(count)])
+    return chosen[:, cells]
+
+
+def random_squares(height: int, width: int, count: int, draw: torch.Generator) -> Tensor:
+    """Masks of one square each, its side between 1/16 and 1/4 of the picture's, bool [count, H, W]."""
+    masks = torch.zeros(count, height, width, dtype=torch.bool)
+    for mask in masks:
+        side = int(torch.randint(height // 16, height // 4 + 1, (1,), generator=draw))
+        top, left = (int(torch.randint(n - side + 1, (1,), generator=draw)) for n in (height, width))
+        mask[top : top + side, left : left + side] = True
+    return masks
+
+
+class Removal(NamedTuple):
+    """What was removed, bool [K, H, W], and how far the score fell, float64 [N, K]."""
+
+    masks: Tensor
+    drops: Tensor
+
+
+def removal(score: Score, x: Tensor, target: Tensor, masks: Tensor) -> Removal:
+    whole, drops = score(x, target), []
+    for one, its_class, its_score in zip(x, target, whole):
+        removed = one * ~masks[:, None]
+        drops.append((its_score - score(removed, its_class.expand(len(masks)))).double())
+    return Removal(masks, torch.stack(drops))
+
+
+def in_masks(shares: Tensor, masks: Tensor) -> Tensor:
+    """The sum of the shares in each mask, float64 [N, K]."""
+    return shares.double().sum(1).flatten(1) @ masks.flatten(1).double().T
+
+
+# -- measures -----------------------------------------------------------------------------------------------------------
+
+
+def infidelity(shares: Tensor, found: Removal) -> Tensor:
+    """Mean of `(b a - drop)^2` over the removals, `a` the removed share, b each sample's best scale, [N]; lower is better.
+
+    Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", arXiv:1901.09392; the scale is Captum's `normalize=True`.
+    """
+    removed = in_masks(shares, found.masks)
+    square = removed.square().mean(1)
+    scale = torch.where(square > 0, (removed * found.drops).mean(1) / square, 0)
+    return (scale[:, None] * removed - found.drops).square().mean(1)
+
+
+def correlation(shares: Tensor, found: Removal) -> Tensor:
+    """Pearson correlation of removed share and drop, [N], NaN where either is constant; higher is better.
+
+    With random subsets: faithfulness correlation, Bhatt et al., arXiv:2005.00631. With single features: faithfulness estimate,
+    Alvarez-Melis and Jaakkola, arXiv:1806.07538.
+    """
+    return pearson(in_masks(shares, found.masks), found.drops)
+
+
+def monotonicity(shares: Tensor, cells: Tensor, changes: Tensor) -> Tensor:
+    """Spearman correlation of a cell's share, without its sign, and what the score may change by when the cell is redrawn, [N].
+
+    Nguyen and Martinez, arXiv:2007.07584. `changes` [N, K]: mean squared change over the draws.
+    """
+    return spearman(in_cells(shares, cells).abs(), changes)
+
+
+def redrawn(score: Score, x: Tensor, target: Tensor, cells: Tensor, draws: int, draw: torch.Generator) -> Tensor:
+    """Mean squared change of the score when each cell's pixels are drawn anew, uniform in [-1, 1], float64 [N, K]."""
+    masks, whole, changes = single_cells(cells)[:, None], score(x, target), []
+    for one, its_class, its_score in zip(x, target, whole):
+        total = torch.zeros(len(masks), dtype=torch.float64)
+        for _ in range(draws):
+            drawn = torch.rand(one.shape, generator=draw) * 2 - 1
+            total += (score(torch.where(masks, drawn, one), its_class.expand(len(masks))) - its_score).double().square()
+        changes.append(total / draws)
+    return torch.stack(changes)
+
+
+def curves(probability: Score, x: Tensor, target: Tensor, shares: Tensor, cells: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """Area under the class's probability as cells are deleted, or inserted into grey, the largest share first; each [N].
+
+    Petsiuk et al., "RISE", arXiv:1806.07421.
+    """
+    order = in_cells(shares, cells).argsort(1, descending=True)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))  # of each cell
+    rank = rank[:, cells].unsqueeze(1)  # [N, 1, H, W]
+    cuts = [round(order.shape[1] * k / steps) for k in range(steps + 1)]
+    deleted = torch.stack([probability(x * (rank >= cut), target) for cut in cuts], 1).double()
+    inserted = torch.stack([probability(x * (rank < cut), target) for cut in cuts], 1).double()
+    return tuple(torch.trapezoid(curve, dx=1 / steps, dim=1) for curve in (deleted, inserted))  # type: ignore[return-value]
+
+
+def max_sensitivity(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: Tensor, maps: Tensor, draws: int, radius: float,
+                    seed: int) -> Tensor:  # fmt: skip
+    """The largest relative change of the map, L2, over inputs within `radius` (uniform noise, the same for every method), [N].
+
+    Yeh et al., arXiv:1901.09392. Not clamped to the pixels' box, as Captum's.
+    """
+    draw, worst = torch.Generator().manual_seed(seed), torch.zeros(len(x), dtype=torch.float64)
+    for _ in range(draws):
+        near = x + radius * (2 * torch.rand(x.shape, generator=draw) - 1)
+        change = (run(near, target) - maps).double().flatten(1).norm(dim=1) / maps.double().flatten(1).norm(dim=1)
+        worst = torch.maximum(worst, change)
+    return worst
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Of maps, [N]. Of the maps of two classes: the random-logit test, Sixt et al., arXiv:1912.09818."""
+    return torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1))
+
+
+def focus(shares: Tensor, tiles: Tensor) -> Tensor:
+    """The part of the positive relevance that lies in the tiles of the target, [N]. Arias-Duart et al., arXiv:2109.15035.
+
+    `shares` of 2 x 2 mosaics; `tiles` bool [N, 4], row by row, those that show the target.
+    """
+    positive = shares.double().sum(1).clamp_min(0)
+    quarters = torch.stack([half.sum((1, 2)) for rows in positive.chunk(2, 1) for half in rows.chunk(2, 2)], 1)
+    return (quarters * tiles).sum(1) / quarters.sum(1)
+
+
+# -- correlations -------------------------------------------------------------------------------------------------------
+
+
+def pearson(a: Tensor, b: Tensor) -> Tensor:
+    a, b = (t.double() - t.double().mean(1, keepdim=True) for t in (a, b))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def ranks(a: Tensor) -> Tensor:
+    """Ranks along the last axis, ties sharing their mean, float64."""
+    ordered, order = a.sort(-1)
+    start = torch.searchsorted(ordered, ordered, side="left")
+    end = torch.searchsorted(ordered, ordered, side="right")
+    return torch.empty(a.shape, dtype=torch.float64).scatter_(-1, order, (start + end - 1) / 2.0)
+
+
+def spearman(a: Tensor, b: Tensor) -> Tensor:
+    return pearson(ranks(a), ranks(b))
+
+
+# -- comparisons --------------------------------------------------------------------------------------------------------
+
+
+def sign_flip_p(differences: Tensor, draws: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value of paired `differences` [N] having mean 0, by flipping their signs; exact up to 14 pairs."""
+    n = len(differences)
+    if n <= 14:
+        signs = torch.tensor([[1.0 - 2 * ((k >> i) & 1) for i in range(n)] for k in range(1 << n)], dtype=torch.float64)
+        extreme = (signs @ differences.double()).abs() >= differences.double().sum().abs() * (1 - 1e-12)
+        return extreme.double().mean().item()
+    draw = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (draws, n), generator=draw).double() * 2 - 1
+    extreme = (signs @ differences.double()).abs() >= differences.double().sum().abs() * (1 - 1e-12)
+    return (extreme.sum().item() + 1) / (draws + 1)
+
+
+def holm(p: dict[str, float]) -> dict[str, float]:
+    """Holm's adjusted p-values: the chance of one false finding in the family stays below them."""
+    adjusted, worst = {}, 0.0
+    for rank, name in enumerate(sorted(p, key=lambda n: (p[n], n))):
+        worst = max(worst, min(1.0, p[name] * (len(p) - rank)))
+        adjusted[name] = worst
+    return adjusted

@@ -1,0 +1,140 @@
+"""The ways of explaining that are compared: maps by name, what each costs, and whether it is a slope or a share.
+
+A *slope* says how the score changes with a pixel, a *share* what a pixel adds to the score against the baseline; with the
+baseline 0 (mid-grey in [-1, 1]) a slope times the input is a share. Measures take shares, so that both are asked the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+import sp_fx
+
+Run = Callable[[Tensor, Tensor], Tensor]
+NOISE = 0.3  # of SmoothGrad: 15 % of the range of the pixels, as in arXiv:1706.03825
+SAMPLES = 50
+
+
+@dataclass(frozen=True)
+class Method:
+    """`run(x, target)` gives maps like `x` [B, C, H, W] for classes [B]; `passes` counts forwards with a backward, a sample."""
+
+    run: Run
+    passes: int
+    kind: Literal["slope", "share"] = "slope"
+
+    def shares(self, x: Tensor, maps: Tensor) -> Tensor:
+        return maps if self.kind == "share" else maps * x
+
+
+def methods(
+    model: nn.Module, rules: sp_fx.Rules | None = None, layer: str | None = None
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods for `model`, which takes pixels in [-1, 1], and why some of them do not apply to it.
+
+    `layer` names the last one with places, [B, C, h, w], for Guided GradCAM; without it the model is no ReLU network, and what is
+    made for those is left out.
+    """
+    found: dict[str, Method] = {}
+    for suffix, chosen in (("", rules), (", paper's rules", sp_fx.Rules.paper())):
+        explainer = sp_fx.transform(model, rules=chosen)
+        found[f"pullback{suffix}"] = Method(explainer.pullback, 1)
+        found[f"double pullback{suffix}"] = Method(explainer.double_pullback, 2)
+        found[f"ascent{suffix}"] = Method(explainer.ascend, 5)
+    found |= captum_methods(model)
+    left = {}
+    relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth")
+    if layer is None:
+        left = dict.fromkeys(relu_only, "has rules for ReLU networks only: no GELU, LayerNorm or attention")
+    else:
+        found |= relu_methods(model, layer)
+        try:
+            found |= zennit_methods(model)
+        except ModuleNotFoundError as error:
+            left = dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
+    return found, left
+
+
+def captum_methods(model: nn.Module) -> dict[str, Method]:
+    """What only differentiates, by Captum."""
+    from captum.attr import GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
+
+    saliency, shap, integrated = Saliency(model), GradientShap(model), IntegratedGradients(model)
+    smooth = NoiseTunnel(saliency)
+
+    def smoothgrad(x: Tensor, target: Tensor) -> Tensor:
+        return smooth.attribute(x, target=target, abs=False, nt_samples=SAMPLES, nt_samples_batch_size=2, stdevs=NOISE)
+
+    def gradient_shap(x: Tensor, target: Tensor) -> Tensor:
+        return shap.attribute(x, baselines=torch.zeros_like(x[:1]), target=target, n_samples=5, stdevs=NOISE)
+
+    def integrated_gradients(x: Tensor, target: Tensor) -> Tensor:
+        return integrated.attribute(x, target=target, n_steps=SAMPLES, internal_batch_size=max(len(x), 64))
+
+    return {
+        "gradient": Method(lambda x, target: saliency.attribute(x, target=target, abs=False), 1),
+        "InputXGradient": Method(lambda x, target: InputXGradient(model).attribute(x, target=target), 1, "share"),
+        "SmoothGrad-50": Method(seeded(smoothgrad), SAMPLES),
+        "IG-50": Method(integrated_gradients, SAMPLES, "share"),
+        "GradientShap": Method(seeded(gradient_shap), 5, "share"),
+    }
+
+
+def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
+    """Captum's rules for ReLU modules; they hook modules, so each call of a ReLU gets one of its own, not in place."""
+    from captum.attr import DeepLift, GuidedBackprop, GuidedGradCam
+
+    own = own_relus(model)
+    lift, guided, cam = DeepLift(own), GuidedBackprop(own), GuidedGradCam(own, own.get_submodule(layer))
+    return {
+        "DeepLift": Method(lambda x, target: lift.attribute(x, target=target).detach(), 2, "share"),
+        "GuidedBackprop": Method(lambda x, target: guided.attribute(x, target=target), 1),
+        "GuidedGradCam": Method(lambda x, target: cam.attribute(x, target=target).detach(), 2),
+    }
+
+
+def zennit_methods(model: nn.Module) -> dict[str, Method]:
+    from zennit.attribution import Gradient
+    from zennit.composites import BetaSmooth, EpsilonPlus
+
+    own = own_relus(model)
+
+    def by(composite: Callable) -> Run:
+        def run(x: Tensor, target: Tensor) -> Tensor:
+            with Gradient(own, composite()) as attributor:
+                y = own(x.detach())
+                seed = torch.zeros_like(y).scatter_(1, target[:, None], 1)
+                return attributor(x.detach().clone().requires_grad_(), seed)[1].detach()
+
+        return run
+
+    return {"EpsilonPlus": Method(by(EpsilonPlus), 1, "share"), "BetaSmooth": Method(by(BetaSmooth), 1)}
+
+
+def own_relus(model: nn.Module) -> nn.Module:
+    """A copy in which every call of a ReLU is a module of its own that does not work in place."""
+    graph_module = fx.symbolic_trace(copy.deepcopy(model))
+    for i, node in enumerate(list(graph_module.graph.nodes)):
+        called = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(called, nn.ReLU) or node.target in (torch.relu, nn.functional.relu):
+            graph_module.add_submodule(f"own_relu{i}", nn.ReLU())
+            node.op, node.target, node.kwargs, node.args = "call_module", f"own_relu{i}", {}, node.args[:1]
+    graph_module.recompile()
+    return graph_module.eval()
+
+
+def seeded(run: Run, seed: int = 0) -> Run:
+    """`run` with the same draws at every call, and none taken from the caller's."""
+
+    def same(x: Tensor, target: Tensor) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return run(x, target).detach()
+
+    return same

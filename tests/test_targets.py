@@ -1,0 +1,122 @@
+"""Directions against the derivatives that they are named after, in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+import sp_fx
+from helpers import relative
+from sp_fx import targets
+
+Y = 3 * torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+CLASSES = torch.tensor([0, 6, 3, 3, 1])
+
+
+def derivative(function, y=Y):
+    y = y.clone().requires_grad_()
+    return torch.autograd.grad(function(y).sum(), y)[0]
+
+
+def taken(y, target=CLASSES):
+    return y.gather(1, target[:, None])[:, 0]
+
+
+def log_odds(y):
+    p = taken(y.softmax(1))
+    return torch.log(p) - torch.log(1 - p)
+
+
+def runner_up(y):
+    others = [torch.cat([row[:c], row[c + 1 :]]) for row, c in zip(y, CLASSES.tolist(), strict=True)]
+    return taken(y) - torch.stack([o.max() for o in others])
+
+
+@pytest.mark.parametrize(
+    "direction, function",
+    [
+        (targets.score(CLASSES), taken),
+        (targets.log_probability(CLASSES), lambda y: taken(y.log_softmax(1))),
+        (targets.margin(CLASSES), log_odds),
+        (targets.margin(CLASSES, rivals=1), runner_up),
+        (targets.log_probability(2), lambda y: y.log_softmax(1)[:, 2]),
+        (targets.log_probability(), lambda y: y.log_softmax(1).amax(1)),
+        (2 * targets.score(1) - targets.score(0) * 0.5, lambda y: 2 * y[:, 1] - 0.5 * y[:, 0]),
+        (-targets.score(1) + targets.score(2), lambda y: y[:, 2] - y[:, 1]),
+    ],
+)
+def test_a_direction_is_the_derivative_of_its_name(direction, function):
+    assert relative(direction.of(Y), derivative(function)) <= 1e-9  # float64; log-odds cancel where p is near 1
+    assert relative(derivative(direction), direction.of(Y)) <= 1e-12  # and it is constant: nothing is differentiated through it
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 1e6])
+def test_fisher_rao_solves_its_equation(damping):
+    u = targets.fisher_rao(CLASSES, damping).of(Y)
+    for y, c, found in zip(Y, CLASSES, u, strict=True):
+        p = y.softmax(0)
+        fisher = torch.diag(p) - torch.outer(p, p)
+        e = torch.eye(7, dtype=torch.float64)
+        expected = torch.linalg.solve(fisher + damping * e, e[c] - p)
+        assert relative(found, expected - expected.mean()) <= 1e-6  # the system's condition is 1 / damping
+        assert abs(found.sum()) <= 1e-9 * found.abs().sum()
+
+
+def test_fisher_rao_between_its_limits():
+    flat = targets.fisher_rao(CLASSES, 1e6).of(Y)
+    assert torch.cosine_similarity(flat, targets.log_probability(CLASSES).of(Y)).min() > 1 - 1e-8
+    steep = targets.fisher_rao(CLASSES, 1e-12).of(Y)
+    one = torch.zeros_like(Y).scatter_(1, CLASSES[:, None], 1)
+    assert torch.cosine_similarity(steep, one - one.mean(1, keepdim=True)).min() > 1 - 1e-6
+
+
+def test_certain_and_hopeless_classes_are_finite():
+    y = torch.tensor([[500.0, -500.0, 0.0], [-1e4, 1e4, 0.0]])
+    for direction in (targets.margin(0), targets.margin(0, 1), targets.log_probability(0), targets.fisher_rao(0)):
+        assert direction.of(y).isfinite().all() and direction.of(y)[:, 0].min() >= 0
+
+
+def test_inner_neurons_and_channels():
+    y = torch.randn(2, 4, 3, 3)
+    assert torch.equal(targets.neuron(1, 2, 0)(y), y[:, 1, 2, 0])
+    assert torch.allclose(targets.channel(3)(y), y[:, 3].mean((1, 2)))
+    assert torch.allclose(targets.channel(3)(y.mean((2, 3))), y[:, 3].mean((1, 2)))
+    u = torch.randn(4, 3, 3)
+    assert torch.allclose(targets.free(u)(y), (u * y).sum((1, 2, 3)))
+    with pytest.raises(ValueError, match=r"neuron of an output \[2, 4, 3, 3\] has 3 indices, got 1"):
+        targets.neuron(1)(y)
+    with pytest.raises(IndexError, match="target 4 is outside 0 to 3"):
+        targets.channel(4)(y)
+    with pytest.raises(ValueError, match=r"shaped like one sample's output \[4, 3, 3\], got \[4\]"):
+        targets.free(torch.ones(4))(y)
+
+
+def test_they_are_targets_of_every_method():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)).eval()
+    explainer, x = sp_fx.transform(model), torch.randn(3, 6)
+    probability = model(x).softmax(1)
+    u = torch.eye(5)[2] - probability
+    assert relative(explainer.pullback(x, targets.log_probability(2)), explainer.pullback(x, u)) <= 1e-5  # float32
+    assert torch.equal(explainer.pullback(x, targets.score(4)), explainer.pullback(x, 4))
+    assert relative(explainer.pullback(x, targets.score()), explainer.pullback(x)) <= 1e-6
+    for direction in (targets.margin(2), targets.fisher_rao(2), targets.log_probability(2)):
+        moved = model(x + explainer.ascend(x, direction, steps=3, step_size=1.0)).softmax(1)
+        assert (moved[:, 2] > probability[:, 2]).all()
+        assert explainer.double_pullback(x, direction).shape == x.shape
+    cut = explainer.pullback(x, targets.margin(2), batch_size=2)
+    assert relative(cut, explainer.pullback(x, targets.margin(2))) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: targets.fisher_rao(1, damping=0), "damping is above 0, got 0"),
+        (lambda: targets.margin(1, rivals=7)(Y), "rivals is None or from 1 to 6 for 7 classes, got 7"),
+        (lambda: targets.score(1)(Y[0]), r"got torch.float64 \[7\]"),
+        (lambda: targets.score(torch.zeros(5, 2, dtype=torch.long))(Y), "one class a sample, got 2"),
+        (lambda: targets.score()(Y[..., None]), "no single predicted class: name one"),
+    ],
+)
+def test_bad_directions(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
