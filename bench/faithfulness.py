@@ -177,7 +177,7 @@ def ranks(a: Tensor) -> Tensor:
     ordered, order = a.sort(-1)
     start = torch.searchsorted(ordered, ordered, side="left")
     end = torch.searchsorted(ordered, ordered, side="right")
-    return torch.empty(a.shape, dtype=torch.float64).scatter_(-1, order, (start + end - 1) / 2.0)
+    return torch.empty(a.shape, dtype=torch.float64).scatter_(-1, order, (start + end - 1).double() / 2)
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""How faithful, stable and class-specific maps are: `python bench/fidelity.py [--networks NAME ...] [--out DIR]`.
+
+Networks: both of the zoo on scenes they have not seen, with masks; `squeezenet1_0` on photographs where `--data` has its weights
+and pictures. Every method explains the predicted class and is judged on the same questions (faithfulness.py), so that comparisons
+are paired: mean differences with bootstrap intervals, sign-flip tests, Holm's correction over a network's family.
+
+Answers are kept in `--work`, one file each, under a key of everything they depend on: a run that was cut short goes on where it
+stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`; two
+runs with the same number of threads write the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import faithfulness as ask
+import torch
+from fidelity_cases import Case, case
+from fidelity_table import METRICS, compared, plotted, rows, table
+from measures import mass_inside, pointing
+from methods import Method, methods
+from provenance import provenance
+from torch import Tensor
+
+import sp_fx
+
+LEAST = 10  # samples for an interval
+
+
+class Answers:
+    """Tensors by name, computed once and kept on disk under the fingerprint of what they depend on."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any], deadline: float) -> None:
+        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+        self.folder, self.deadline, self.done = folder / self.key, deadline, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, name: str, compute: Callable[..., Tensor], *args: Any) -> Tensor:
+        path = self.folder / f"{name}.pt"
+        self.done += 1
+        if path.exists():
+            return torch.load(path, weights_only=True)
+        if time.monotonic() > self.deadline:
+            raise TimeoutError(f"stopped before {name}: run the same command again to go on")
+        started = time.monotonic()
+        answer = compute(*args)
+        torch.save(answer, path)
+        print(f"{self.done:4} {name:50} {time.monotonic() - started:6.1f} s", file=sys.stderr, flush=True)
+        return answer
+
+
+@dataclass(frozen=True)
+class InBatches:
+    """A method run on a few samples at a time."""
+
+    method: Method
+    batch: int
+
+    def __call__(self, x: Tensor, target: Tensor) -> Tensor:
+        return torch.cat([self.method.run(a, b).detach() for a, b in zip(x.split(self.batch), target.split(self.batch))])
+
+    def of_another_class(self, x: Tensor, other: Tensor, maps: Tensor) -> Tensor:
+        return ask.cosine(maps, self(x, other))
+
+    def on_mosaics(self, mosaics: Tensor, classes: Tensor, tiles: Tensor) -> Tensor:
+        return ask.focus(self.method.shares(mosaics, self(mosaics, classes)), tiles)
+
+    def like(self, x: Tensor, target: Tensor, maps: Tensor) -> Tensor:
+        return ask.spearman(self(x, target).flatten(1), maps.flatten(1))
+
+
+def drops(the: Case, masks: Tensor) -> Tensor:
+    return ask.removal(the.score, the.pixels, the.target, masks).drops
+
+
+def redrawn(the: Case, cells: Tensor) -> Tensor:
+    return ask.redrawn(the.score, the.pixels, the.target, cells, 2, draw(3))
+
+
+def curves(the: Case, shares: Tensor, cells: Tensor) -> Tensor:
+    n = the.counts.curves
+    return torch.stack(ask.curves(the.probability, the.pixels[:n], the.target[:n], shares[:n], cells, 10))
+
+
+def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str, dict[str, Tensor]]:
+    """Every measure of every method, [N] each, by method and measure."""
+    x, target, counts, size = the.pixels, the.target, the.counts, the.pixels.shape[2:]
+    cells, coarse = ask.grid(*size, counts.cells), ask.grid(*size, 6)
+    masks = {
+        "squares": ask.random_squares(*size, counts.removals, draw(1)),
+        "subsets": ask.random_cells(cells, 0.125, counts.removals, draw(2)),
+        "cells": ask.single_cells(cells),
+    }
+    found = {name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in masks.items()}
+    changes = answers("redrawn", redrawn, the, coarse)
+    results: dict[str, dict[str, Tensor]] = {}
+    for name, method in chosen.items():
+        explained = InBatches(method, counts.batch)
+        maps = answers(f"{name} maps", explained, x, target)
+        shares = method.shares(x, maps)
+        result = results[name] = {
+            "infidelity": ask.infidelity(shares, found["squares"]),
+            "faithfulness correlation": ask.correlation(shares, found["subsets"]),
+            "faithfulness estimate": ask.correlation(shares, found["cells"]),
+            "monotonicity": ask.monotonicity(shares, coarse, changes),
+        }
+        if the.masks is not None:
+            result["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
+            result["pointing game"] = pointing(torch.ones_like(shares), shares, the.masks).double()
+        result["deletion"], result["insertion"] = answers(f"{name} curves", curves, the, shares, cells)
+        if name not in counts.stable_too and method.passes > counts.dear:
+            continue
+        n = counts.sensitivity
+        noise = (counts.draws, 0.1, 4)
+        result["max-sensitivity"] = answers(f"{name} sens", ask.max_sensitivity, explained, x[:n], target[:n], maps[:n], *noise)
+        if method.passes > counts.dear:
+            continue
+        n = counts.logit
+        result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
+        result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
+    return results
+
+
+def randomised(the: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str, dict[str, Tensor]]:
+    """Spearman correlation of signed maps with those of the model whose top part is random, by method and part.
+
+    Adebayo et al., arXiv:1810.03292: layers from the output down get Gaussian weights of their own mean and deviation.
+    """
+    n, results = the.counts.randomised, {}
+    for part in (0.25, 0.5, 1.0):
+        chosen, _ = methods(the.with_random_top(part, draw(5)), layer=the.layer)
+        for name, method in chosen.items():
+            if method.passes <= the.counts.dear:
+                like = InBatches(method, the.counts.batch).like
+                answer = answers(f"{name} random {part}", like, the.pixels[:n], the.target[:n], maps[name][:n])
+                results.setdefault(name, {})[str(part)] = answer
+    return results
+
+
+def draw(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def other_class(the: Case) -> Tensor:
+    """A class other than the explained one, for each sample."""
+    return (the.target + torch.randint(1, the.classes, the.target.shape, generator=draw(6))) % the.classes
+
+
+def run(name: str, args: argparse.Namespace) -> None:
+    the = case(name, args.data, args.samples)
+    if len(the.target) < LEAST:
+        raise ValueError(f"{len(the.target)} samples of {name}: an interval needs at least {LEAST}")
+    chosen, left = methods(the.model, layer=the.layer)
+    rules = {suffix: str(r) for suffix, r in (("default", sp_fx.Rules()), ("paper", sp_fx.Rules.paper()))}
+    facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
+    answers = Answers(args.work, facts, args.deadline)
+    results = measured(the, chosen, answers)
+    maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
+    for method, parts in randomised(the, maps, answers).items():
+        results[method] |= {f"random top {part}": values for part, values in parts.items()}
+    listed = rows(results, {n: m.passes for n, m in chosen.items()})
+    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "methods": listed, "not applicable": left,
+              "comparisons": compared(results), "measures": METRICS}  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = f"fidelity_{name.removeprefix('zoo/')}"
+    (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    plotted(record).savefig(args.out / f"{stem}.png")
+    print(table(record))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"])
+    parser.add_argument("--samples", type=int, help="scenes of a zoo network (default: the case's)")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="squeezenet1_0_imagenet.safetensors, photos/")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--work", type=Path, default=Path("out/fidelity"))
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    args.deadline = time.monotonic() + 60 * args.minutes
+    try:
+        for name in args.networks:
+            if name == "squeezenet1_0" and not args.data.exists() and len(args.networks) > 1:
+                print(f"{name}: left out, there is no {args.data}", file=sys.stderr)
+                continue
+            run(name, args)
+    except TimeoutError as stopped:
+        print(f"fidelity: {stopped}", file=sys.stderr)
+        return 3
+    except (ValueError, OSError) as error:
+        print(f"fidelity: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

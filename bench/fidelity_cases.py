@@ -1,0 +1,141 @@
+"""What fidelity.py judges on: networks, pictures, the classes explained, mosaics, and how many questions fit the time."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sp_fx import zoo
+from sp_fx.models import load_model, weights_hash
+
+SEED = 2_025  # of the scenes; the zoo was trained on others
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many samples and questions; methods of more passes than `dear` are asked less, and only `stable_too` of them for
+    their stability."""
+
+    batch: int = 10  # samples explained at once
+    removals: int = 32
+    cells: int = 12  # a side of the grid
+    curves: int = 30
+    sensitivity: int = 20
+    draws: int = 3  # of noise, a sample
+    logit: int = 20
+    mosaics: int = 12
+    randomised: int = 8
+    dear: int = 50
+    stable_too: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """`model` takes pixels in [-1, 1] [N, 3, H, W]; `target` [N] is the predicted class; `layer` is for Guided GradCAM."""
+
+    name: str
+    model: nn.Module
+    pixels: Tensor
+    target: Tensor
+    masks: Tensor | None
+    mosaics: tuple[Tensor, Tensor, Tensor]  # [M, 3, h, w], the class asked for [M], its tiles [M, 4]
+    layer: str | None
+    samples: str
+    counts: Counts = field(default_factory=Counts)
+    seed: int = SEED
+
+    @property
+    def weights(self) -> str:
+        return weights_hash(self.model)
+
+    @property
+    def classes(self) -> int:
+        return self._run(self.pixels[:1]).shape[1]
+
+    def _run(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([self.model(part) for part in x.split(32)])
+
+    def score(self, x: Tensor, target: Tensor) -> Tensor:
+        return self._run(x).gather(1, target[:, None])[:, 0]
+
+    def probability(self, x: Tensor, target: Tensor) -> Tensor:
+        return self._run(x).softmax(1).gather(1, target[:, None])[:, 0]
+
+    def with_random_top(self, part: float, draw: torch.Generator) -> nn.Module:
+        """A copy whose last `part` of the layers (convolutions, linear maps, and norms among them) is drawn anew."""
+        model = copy.deepcopy(self.model)
+        layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
+        weighty = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.Linear)]
+        first = weighty[len(weighty) - round(part * len(weighty))]
+        with torch.no_grad():
+            for parameter in (p for layer in layers[first:] for p in layer.parameters(recurse=False)):
+                if parameter.numel() > 1 and parameter.std() > 0:
+                    noise = torch.randn(parameter.shape, generator=draw)
+                    parameter.copy_(parameter.mean() + parameter.std() * noise)
+        return model
+
+
+def case(name: str, data: Path, samples: int | None) -> Case:
+    if name == "squeezenet1_0":
+        return photographs(data)
+    return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples)
+
+
+def scenes(name: str, count: int) -> Case:
+    model = zoo.load(name)
+    drawn = zoo.draw(SEED, count)
+    counts = Counts()
+    # Two tiles show the kind asked for, two show others.
+    order = torch.Generator().manual_seed(SEED)
+    tiles, classes, shown = [], [], []
+    kinds = len(zoo.KINDS)
+    for i in range(counts.mosaics):
+        kind = i % kinds
+        others = [(kind + 1 + int(k)) % kinds for k in torch.randperm(kinds - 1, generator=order)[:2]]
+        names = [zoo.KINDS[k] for k in (kind, kind, *others)]
+        four = torch.cat([zoo.draw(SEED + 1, 1, kinds=[n], start=4 * i + j).pixels for j, n in enumerate(names)])
+        places = torch.randperm(4, generator=order)
+        tiles.append(four[places])
+        shown.append(places < 2)
+        classes.append(kind)
+    return Case(f"zoo/{name}", model, drawn.pixels, predicted(model, drawn.pixels), drawn.masks,
+                (mosaic(torch.stack(tiles)), torch.tensor(classes), torch.stack(shown)),
+                "own_relu12" if name == "residual_cnn" else None, f"scenes 0 to {count - 1} of seed {SEED}", counts)  # fmt: skip
+
+
+def photographs(data: Path) -> Case:
+    named = load_model("squeezenet1_0", data / "squeezenet1_0_imagenet.safetensors", 227)
+    paths = sorted((data / "photos").glob("*.jpg"))
+    pixels = torch.stack([named.preprocessing(path) for path in paths])
+    n = len(paths)
+    counts = Counts(batch=5, removals=24, cells=7, curves=n, sensitivity=n, logit=n, mosaics=n, randomised=4,
+                    dear=10, stable_too=("SmoothGrad-50",))  # fmt: skip
+    # The photograph and its mirror image, and two others of other classes, at half size: they are 160 pixels wide to begin with.
+    small = nn.functional.interpolate(pixels, scale_factor=0.5, mode="bilinear", antialias=True)
+    truth = torch.tensor([0, 217, 482, 491, 497, 566, 569, 571, 574, 701])
+    order = torch.Generator().manual_seed(SEED)
+    tiles, shown = [], []
+    for i in range(n):
+        four = torch.stack([small[i], small[i].flip(-1), small[(i + 3) % n], small[(i + 6) % n]])
+        places = torch.randperm(4, generator=order)
+        tiles.append(four[places])
+        shown.append(places < 2)
+    return Case("squeezenet1_0", named.model, pixels, predicted(named.model, pixels), None,
+                (mosaic(torch.stack(tiles)), truth[:n], torch.stack(shown)), "model.classifier.0",
+                f"{n} photographs", counts)  # fmt: skip
+
+
+def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(part) for part in x.split(32)]).argmax(1)
+
+
+def mosaic(tiles: Tensor) -> Tensor:
+    """Tiles [M, 4, 3, h, w] as pictures [M, 3, 2h, 2w], row by row."""
+    upper, lower = torch.cat([tiles[:, 0], tiles[:, 1]], 3), torch.cat([tiles[:, 2], tiles[:, 3]], 3)
+    return torch.cat([upper, lower], 2)
