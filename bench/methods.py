@@ -7,6 +7,7 @@ baseline 0 (mid-grey in [-1, 1]) a slope times the input is a share. Measures ta
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -17,6 +18,8 @@ from torch import Tensor, fx, nn
 import sp_fx
 
 Run = Callable[[Tensor, Tensor], Tensor]
+warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
+warnings.filterwarnings("ignore", "Setting (forward, )?backward hooks")
 NOISE = 0.3  # of SmoothGrad: 15 % of the range of the pixels, as in arXiv:1706.03825
 SAMPLES = 50
 
@@ -100,14 +103,16 @@ def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
 
 
 def zennit_methods(model: nn.Module) -> dict[str, Method]:
+    """Zennit's composites; batch norms are merged into the convolutions before them, which the rules of layers suppose."""
     from zennit.attribution import Gradient
+    from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import BetaSmooth, EpsilonPlus
 
     own = own_relus(model)
 
     def by(composite: Callable) -> Run:
         def run(x: Tensor, target: Tensor) -> Tensor:
-            with Gradient(own, composite()) as attributor:
+            with Gradient(own, composite(canonizers=[SequentialMergeBatchNorm()])) as attributor:
                 y = own(x.detach())
                 seed = torch.zeros_like(y).scatter_(1, target[:, None], 1)
                 return attributor(x.detach().clone().requires_grad_(), seed)[1].detach()

@@ -1,7 +1,7 @@
 """Which temperatures and which scale: `python bench/temperatures.py [--networks NAME ...] [--out FILE]`.
 
-The soft pullback under several rules, on the pictures and questions of fidelity.py: the headline measures, means over samples. This
-is what the defaults of `Rules` were chosen by.
+The soft pullback under several rules, on the pictures and questions of fidelity.py: the headline measures, means over samples.
+This is what the defaults of `Rules` were chosen by.
 """
 
 from __future__ import annotations

@@ -1,0 +1,99 @@
+"""Pictures of the methods side by side: `python bench/figures.py [--networks NAME ...] [--out docs/figures]`.
+
+For each network `compare_NETWORK.jpg` (rows: pictures, columns: methods, the predicted class), `accentuate_NETWORK.jpg` (ascents
+toward the predicted class, by steps) and `counterfactual_NETWORK.jpg` (rows: sources, columns: target classes). `squeezenet1_0`
+is left out where `--data` is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+from fidelity import InBatches
+from fidelity_cases import Case, case
+from methods import methods
+from torch import Tensor
+
+import sp_fx
+from sp_fx import zoo
+from sp_fx.plot import CHANGE, SLOPE, grid, picture, save, signed_map, table
+
+COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
+WHICH = {"squeezenet1_0": [0, 5, 7, 8]}  # photographs that it is sure of
+AIMS = {"squeezenet1_0": [(207, "golden retriever"), (291, "lion"), (386, "African elephant"), (972, "cliff")]}
+STEPS = (2, 5, 10)
+
+
+def names(the: Case) -> dict[int, str]:
+    if the.name.startswith("zoo/"):
+        return dict(enumerate(zoo.KINDS))
+    from torchvision.models import SqueezeNet1_0_Weights
+
+    return dict(enumerate(SqueezeNet1_0_Weights.DEFAULT.meta["categories"]))
+
+
+def compare(the: Case, x: Tensor, target: Tensor, told: list[str]):
+    chosen, _ = methods(the.model, layer=the.layer)
+    units = {"IG-50": "share of the score", "ascent": CHANGE}
+    maps = {name: InBatches(chosen[name], 4)(x, target) for name in COLUMNS if name in chosen}
+    rows = []
+    for i, said in enumerate(told):
+        cells = [signed_map(m[i], name if i == 0 else "", units.get(name, SLOPE)) for name, m in maps.items()]
+        rows.append([picture(x[i], said), *cells])
+    return table(rows, dpi=80)
+
+
+def accentuate(the: Case, explainer: sp_fx.Explainer, x: Tensor, target: Tensor, told: list[str]):
+    _, path = explainer.ascend(x, target, steps=STEPS[-1], bounds=(-1.0, 1.0), return_path=True)
+    rows = []
+    for i, said in enumerate(told):
+        sure = [the.probability(path[k], target)[i].item() for k in STEPS]
+        after = [picture(path[k, i], f"{k} steps: {p:.3f}") for k, p in zip(STEPS, sure)]
+        rows.append([picture(x[i], said), *after, signed_map(path[STEPS[0], i] - x[i], f"change in {STEPS[0]} steps", CHANGE)])
+    return table(rows, dpi=80)
+
+
+def counterfactual(the: Case, explainer: sp_fx.Explainer, x: Tensor, told: list[str], aims: list[tuple[int, str]]):
+    wanted = torch.tensor([[index for index, _ in aims]] * len(x))
+    reached = x[:, None] + explainer.ascend(x, wanted, steps=STEPS[-1], bounds=(-1.0, 1.0))
+    titles = []
+    for i in range(len(x)):
+        sure = the.probability(reached[i], wanted[i])
+        titles.append([f"{name}: {p:.2f}" for (_, name), p in zip(aims, sure.tolist())])
+    figure = grid(x, reached, told, titles)
+    figure.set_dpi(80)
+    return figure
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"])
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, default=Path("docs/figures"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.networks:
+        if name == "squeezenet1_0" and not args.data.exists():
+            print(f"{name}: left out, there is no {args.data}", file=sys.stderr)
+            continue
+        the = case(name, args.data, 10)
+        the = dataclasses.replace(the, counts=dataclasses.replace(the.counts, batch=4))
+        chosen = WHICH.get(name, [0, 3, 6, 8])
+        x, target, known = the.pixels[chosen], the.target[chosen], names(the)
+        told = [f"{known[int(t)]}: {p:.3f}" for t, p in zip(target, the.probability(x, target).tolist())]
+        explainer = sp_fx.transform(the.model)
+        aims = AIMS.get(name, [(k, known[k]) for k in (1, 4, 7, 9) if k in known])
+        stem = name.removeprefix("zoo/")
+        save(compare(the, x, target, told), args.out / f"compare_{stem}.jpg")
+        save(accentuate(the, explainer, x, target, told), args.out / f"accentuate_{stem}.jpg")
+        save(counterfactual(the, explainer, x, told, aims), args.out / f"counterfactual_{stem}.jpg")
+        print(f"wrote {args.out}/*_{stem}.jpg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
