@@ -2,7 +2,7 @@
 
     pip install 'sp-fx[bench]' && python examples/captum_pullbacks.py [--out captum_pullbacks.png]
 
-Offline: the residual network of the zoo and three drawn scenes. Each column costs what its method costs: 1, 25, 25, 5 and 2 passes.
+Offline: the residual network of the zoo and three drawn scenes. The columns cost 1, 25, 25, 5 and 2 passes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from captum.attr import GradientShap, IntegratedGradients, LayerAttribution, Lay
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.plot import robust_limit, show_map, show_picture
+from sp_fx.plot import SLOPE, picture, save, signed_map, table
 
 
 def pullbacks(explainer: sp_fx.Explainer, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -40,8 +40,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("captum_pullbacks.png"))
     args = parser.parse_args()
-    from matplotlib.figure import Figure
-
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
     explainer = sp_fx.transform(zoo.load("residual_cnn"))
@@ -49,12 +47,15 @@ def main() -> None:
     target = explainer(x).argmax(1)
     maps = pullbacks(explainer, x, target)
 
-    figure = Figure(figsize=(2.1 * (1 + len(maps)), 2.3 * len(x)), layout="constrained", dpi=100)
-    for i, row in enumerate(figure.subplots(len(x), 1 + len(maps))):
-        show_picture(row[0], x[i], zoo.KINDS[target[i]])
-        for axis, (name, found) in zip(row[1:], maps.items()):
-            show_map(axis, found[i].detach(), name if i == 0 else "", robust_limit(found[i]))
-    figure.savefig(args.out)
+    units = {name: "share of the score" if "integrated" in name or "Shapley" in name else SLOPE for name in maps}
+    rows = [
+        [
+            picture(x[i], zoo.KINDS[target[i]]),
+            *(signed_map(m[i], name if i == 0 else "", units[name]) for name, m in maps.items()),
+        ]
+        for i in range(len(x))
+    ]
+    save(table(rows), args.out)
     print(f"wrote {args.out}")
 
 
