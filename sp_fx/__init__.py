@@ -1,6 +1,6 @@
 """Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`."""
 
-from .capture import CaptureError
+from .clone import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
 from .pixels import pixel_space
 from .report import Report, Site

@@ -15,7 +15,7 @@ from torch import fx, nn
 ROWS: Literal["rows"] = "rows"
 Axis = int | Literal["rows"] | None
 
-SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes".split())  # these return a tuple
+SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes checked".split())  # these return a tuple
 SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
                     nn.modules.dropout._DropoutNd)  # fmt: skip
 

@@ -138,7 +138,7 @@ def calibrated(report: Report, graph: fx.Graph, spreads: list[Spread]) -> Report
         warnings.warn(f"gates that are constant over the calibration set, and stay hard: {', '.join(constant)}", stacklevel=3)
     if closed:
         warnings.warn(f"gates that are never active on the calibration set: {', '.join(closed)}", stacklevel=3)
-    return Report(report.model, replace(report.rules, scale=scales), tuple(sites))
+    return replace(report, rules=replace(report.rules, scale=scales), sites=tuple(sites))
 
 
 def measured(report: Report, spreads: list[Spread]) -> Report:

@@ -1,22 +1,18 @@
-"""Capture: a model becomes a `torch.fx` graph over an eval clone of its modules.
-
-The clone has the model's structure and its own dictionaries, flags and Parameter objects, no hooks, and shares the storage of
-every parameter and buffer. So nothing done to the clone reaches the model, while a later in-place update of the model's
-weights (an optimiser step, `load_state_dict`) reaches the clone.
-"""
+"""Capture: a model becomes a `torch.fx` graph over an eval clone of its modules, by symbolic tracing or by `torch.export`."""
 
 from __future__ import annotations
 
-import functools
 import inspect
-import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+
+from .arguments import settings
+from .clone import CaptureError, EvalClone, adopt_forward
 
 GATING_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -27,12 +23,18 @@ GATING_MODULES = (
 )
 
 
-class CaptureError(RuntimeError):
-    """The model could not be turned into a graph; the message names the line and the reason."""
+@dataclass(frozen=True)
+class Capture:
+    """The eval clone of a model, the graph of its forward, how it was captured, and what a reader of the report should know."""
+
+    modules: nn.Module
+    graph: fx.Graph
+    tracer: str
+    notes: tuple[str, ...] = ()
 
 
-def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
-    """The eval clone of `model` and the graph of its forward.
+def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture:
+    """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in `example`, or have no default, are inputs.
 
     Modules of `torch.nn` that gate are traced into, down to the function they call; others of `torch.nn` and
     `nn.MultiheadAttention` stay leaves. Every module that was traced into appears in the graph as an identity under its own
@@ -42,44 +44,24 @@ def capture(model: nn.Module) -> tuple[nn.Module, fx.Graph]:
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
         CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module to transform, got {type(model).__name__}")
     clone = EvalClone()(model)
     adopt_forward(clone)
     tracer = PlaceTracer()
     try:
-        settings = defaults(clone)
-        graph = tracer.trace(clone, concrete_args=settings)
+        fixed = settings(clone, example)
+        graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
-            if name in settings:
+            if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
         inline_wrapped(graph)
     except Exception as error:
         raise CaptureError(
-            f"torch.fx cannot trace {type(model).__name__}: {error} ({_blame(error)}). The forward may not branch on the values "
-            "or shapes of tensors: wrap a function that does with torch.fx.wrap, or transform the part that traces"
+            f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
+            "forward may not branch on the values or shapes of tensors"
         ) from error
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
-    return clone, graph
-
-
-def adopt_forward(clone: nn.Module) -> None:
-    """Make a forward that was set on the instance the class's, which is the one that torch.fx traces."""
-    own = clone.__dict__.pop("forward", None)
-    if own is None:
-        return
-    if not isinstance(own, types.MethodType) or own.__self__ is not clone:
-        raise CaptureError(f"the model's forward was replaced by {own!r}, which is not a method of it: subclass it instead")
-    clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": own.__func__, "__module__": type(clone).__module__})
-
-
-def defaults(module: nn.Module) -> dict[str, Any]:
-    """The arguments of a forward that are settings unless a caller says otherwise: the trace follows their defaults, since
-    `if mask is not None` is true of every proxy. Another value is refused when the graph runs."""
-    parameters = inspect.signature(module.forward).parameters.values()
-    plain = (bool, int, float, str, type(None))
-    return {p.name: p.default for p in parameters if isinstance(p.default, plain) and p.default is not p.empty}
+    return Capture(clone, graph, "torch.fx")
 
 
 def passes(x: Any) -> Any:
@@ -87,7 +69,7 @@ def passes(x: Any) -> Any:
     return x
 
 
-def _blame(error: BaseException) -> str:
+def blame(error: BaseException) -> str:
     """The innermost line outside torch that `error` came through."""
     place, step = "no Python line", error.__traceback__
     while step is not None:
@@ -96,77 +78,6 @@ def _blame(error: BaseException) -> str:
             place = f"{file}:{step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
         step = step.tb_next
     return place
-
-
-class EvalClone:
-    """Clones a module tree; calling it twice on one module gives one clone."""
-
-    def __init__(self) -> None:
-        self.clones: dict[int, Any] = {}
-        self.kept: list[Any] = []  # an id is only good while its object lives
-
-    def __call__(self, module: nn.Module) -> nn.Module:
-        module = unwrapped(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            kind = type(module).__name__
-            raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
-        if id(module) not in self.clones:
-            clone = type(module).__new__(type(module))
-            self.clones[id(module)] = clone
-            self.kept.append(module)
-            state = {name: value for name, value in module.__dict__.items() if name not in REGISTRIES}
-            clone.__dict__.update({**nn.Module().__dict__, **{name: self.rebind(value) for name, value in state.items()}})
-            clone.__dict__["training"] = False
-            clone.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-            clone.__dict__["_parameters"] = {name: self.tensor(p) for name, p in module._parameters.items()}
-            clone.__dict__["_buffers"] = {name: self.tensor(b) for name, b in module._buffers.items()}
-            clone.__dict__["_modules"] = {name: None if m is None else self(m) for name, m in module._modules.items()}
-        return self.clones[id(module)]
-
-    def tensor(self, tensor: Tensor | None) -> Tensor | None:
-        """The same storage in an object of its own; tied tensors stay tied."""
-        if tensor is None:
-            return None
-        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
-            raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
-        if id(tensor) not in self.clones:
-            alias = tensor.detach()
-            # The flag goes along: PyTorch chooses attention kernels by it, and the forward should be bitwise the model's.
-            self.clones[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
-            self.kept.append(tensor)
-        return self.clones[id(tensor)]
-
-    def rebind(self, value: Any) -> Any:
-        """A plain attribute; what refers to a module of the tree refers to its clone."""
-        match value:
-            case nn.Module():
-                return self(value)
-            case Tensor():
-                return self.tensor(value)
-            case types.MethodType() if isinstance(value.__self__, nn.Module):
-                return types.MethodType(value.__func__, self(value.__self__))
-            case functools.partial():
-                return functools.partial(self.rebind(value.func), *map(self.rebind, value.args), **self.rebind(value.keywords))
-            case list() | tuple() | set() if type(value) in (list, tuple, set):
-                return type(value)(map(self.rebind, value))
-            case dict() if type(value) is dict:
-                return {key: self.rebind(item) for key, item in value.items()}
-        return value
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` and the parallel wrappers return."""
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # seconds to import, and loaded wherever something was compiled
-    while True:
-        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
-            module = module._orig_mod
-        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = module.module
-        else:
-            return module
-
-
-REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 
 
 class PlaceTracer(fx.Tracer):

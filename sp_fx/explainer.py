@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
+from .arguments import bound
 from .ascent import Ascent, Bounds, Clip
 from .calibrate import calibrated, measure, measured
 from .call import Call, usable
-from .capture import capture
+from .capture import Capture, capture
+from .clone import CaptureError
+from .export import export
 from .report import Report
 from .rewrite import rewrite
 from .rules import Rules
@@ -26,7 +30,14 @@ Inputs = Tensor | tuple[Tensor, ...]
 Batches = Inputs | Iterable[Inputs]
 
 
-def transform(model: nn.Module, *, rules: Rules | None = None, strict: bool = False) -> Explainer:
+def transform(
+    model: nn.Module,
+    *,
+    rules: Rules | None = None,
+    tracer: Literal["auto", "fx", "export"] = "auto",
+    example_inputs: Any = None,
+    strict: bool = False,
+) -> Explainer:
     """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer.
 
     The explainer is in eval mode and shares the storage of the weights: updating them in place (an optimiser step,
@@ -35,38 +46,87 @@ def transform(model: nn.Module, *, rules: Rules | None = None, strict: bool = Fa
     at a time; explainers may be used by any number of threads.
 
     Args:
-        model: any module that `torch.fx` can trace.
+        model: any module that one of the tracers can capture.
         rules: the temperatures; `Rules()` where None.
+        tracer: "fx" traces the forward symbolically, for inputs of every size; "export" follows it on the example by
+            `torch.export`, which fixes all sizes but the batch and sees through functions that are opaque to a symbolic trace.
+            "auto" takes the second where the first fails or leaves something opaque, if there is an example. The report says
+            which it was.
+        example_inputs: what the model may be called with: a tensor, a tuple of positional arguments, or a mapping of keyword
+            arguments. Arguments that it leaves out keep their defaults.
         strict: raise where a call that gates, or may, has no rule, instead of warning.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, has no Python source (TorchScript), or is an explainer already.
-        CaptureError: the model cannot be traced.
+        TypeError: `model` is no `nn.Module`, has no Python source (TorchScript), or is an explainer already; its forward does
+            not take the `example_inputs`.
+        CaptureError: the model cannot be captured.
         NotRewrittenError: with `strict`, calls that gate have no rule.
-        ValueError: `rules` has an override that fits no gate.
+        ValueError: `rules` has an override that fits no gate; an unknown tracer; "export" without an example.
 
     Warns:
         UserWarning: calls that gate, or may, were not rewritten; or there is nothing to rewrite at all.
     """
     if isinstance(model, Explainer):
         raise TypeError("got an Explainer: transform the model it was made from, with the rules you want")
+    if tracer not in ("auto", "fx", "export"):
+        raise ValueError(f"tracer is 'auto', 'fx' or 'export', got {tracer!r}")
+    if tracer == "export" and example_inputs is None:
+        raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
     with torch.inference_mode(False):
-        clone, graph = capture(model)
-        rules = Rules() if rules is None else rules
-        report = Report(type(model).__name__, rules, rewrite(clone, graph, rules))
+        captured, report = read(model, Rules() if rules is None else rules, tracer, example_inputs)
         left = report.of("NOT REWRITTEN")
         if left and strict:
-            raise NotRewrittenError("\n".join([f"{len(left)} calls that gate, or may, have no rule:", *map(str, left)]))
+            heading = f"{len(left)} calls that gate, or may, have no rule:"
+            raise NotRewrittenError("\n".join([heading, *map(str, left), *report.notes]))
         if left:
             listed = "; ".join(f"{site.op} at {site.place} ({site.reason})" for site in left[:3])
+            notes = "".join(f". {note}" for note in report.notes)
             warnings.warn(
                 f"{len(left)} calls of {report.model} were NOT REWRITTEN and keep their plain derivative: {listed}"
-                f"{'; ...' if len(left) > 3 else ''}. report() lists them all",
+                f"{'; ...' if len(left) > 3 else ''}{notes}. report() lists them all",
                 stacklevel=2,
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        return Explainer(clone, graph, report)
+        return Explainer(captured.modules, captured.graph, report)
+
+
+def read(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tuple[Capture, Report]:
+    """The capture of `model`, rewritten, by the tracer that sees the most of it."""
+    name = type(model).__name__
+    example = None if example_inputs is None else bound(model, example_inputs)
+
+    def by_fx() -> tuple[Capture, Report]:
+        captured = capture(model, example)
+        return captured, rewrite(name, captured, rules)
+
+    def by_export() -> tuple[Capture, Report]:
+        return export(model, example, lambda captured: rewrite(name, captured, rules))  # type: ignore[arg-type]
+
+    if tracer == "export":
+        return by_export()
+    try:
+        captured, report = by_fx()
+    except CaptureError as error:
+        if tracer == "fx":
+            raise
+        if example is None:
+            raise CaptureError(f"{error}. With example_inputs, torch.export is tried, which follows one path") from error
+        try:
+            return by_export()
+        except CaptureError as second:
+            raise CaptureError(f"{error}\n{second}") from second
+    opaque = [site for site in report.sites if site.opaque]
+    if tracer == "fx" or not opaque:
+        return captured, report
+    if example is None:
+        note = "what is opaque here, torch.export may see through: pass example_inputs"
+        return captured, replace(report, notes=(*report.notes, note))
+    try:
+        exported = by_export()
+    except CaptureError as error:
+        return captured, replace(report, notes=(*report.notes, str(error)))
+    return exported if sum(site.opaque for site in exported[1].sites) < len(opaque) else (captured, report)
 
 
 class NotRewrittenError(ValueError):

@@ -211,15 +211,48 @@ def instance_norm(
 @reads(F.batch_norm)
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
     if not training:
-        return None  # affine
+        return Gate("affine_norm", (input, running_mean, running_var, weight, bias), {"eps": eps})
     if running_mean is not None:
         return Unread("batch_norm that updates its running statistics")
     return Gate("batch_norm", (input, weight, bias), {"eps": eps})
 
 
+@reads(torch.batch_norm, aten.batch_norm)
+def aten_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@reads(torch.instance_norm, aten.instance_norm)
+def aten_instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):
+    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 @reads(F.local_response_norm)
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0):
     return Gate("local_response_norm", (input,), {"size": size, "alpha": alpha, "beta": beta, "k": k})
+
+
+# -- affine maps that have a row ------------------------------------------------------------------------------------------
+
+
+@reads(F.linear, aten.linear)
+def linear(input, weight, bias=None):
+    return Gate("linear", (input, weight, bias))
+
+
+def conv(axes: int) -> Callable[..., Gate | None]:
+    def read(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if isinstance(padding, str):
+            return None
+        sizes = {"stride": stride, "padding": padding, "dilation": dilation}
+        return Gate("conv", (input, weight, bias), {**{k: per_axis(v, axes) for k, v in sizes.items()}, "groups": groups})
+
+    return read
+
+
+reads(F.conv1d, aten.conv1d)(conv(1))
+reads(F.conv2d, aten.conv2d)(conv(2))
+reads(F.conv3d, aten.conv3d)(conv(3))
 
 
 # -- attention ----------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Site:
     reason: str = ""
     scale: str | float = "absolute"
     spread: float | None = None
+    opaque: bool = False  # the trace went round it
 
     @property
     def relative(self) -> float | None:
@@ -64,6 +65,8 @@ class Report:
     model: str
     rules: Rules
     sites: tuple[Site, ...]
+    tracer: str = "torch.fx"
+    notes: tuple[str, ...] = ()  # on the capture
 
     def of(self, status: Status) -> list[Site]:
         return [site for site in self.sites if site.status == status]
@@ -78,7 +81,8 @@ class Report:
                 row[4:4] = cells
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip() for row in rows]
-        return "\n".join([f"{self.model} with {self.rules.brief()}: {counts}", *lines, *self.misfits()])
+        heading = f"{self.model} with {self.rules.brief()}, captured by {self.tracer}: {counts}"
+        return "\n".join([heading, *(f"note: {note}" for note in self.notes), *lines, *self.misfits()])
 
     def misfits(self) -> list[str]:
         """Lines on temperatures that do not fit their gates, or that could not be compared with them."""

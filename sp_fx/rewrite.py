@@ -7,25 +7,28 @@ over what one has saved; the graph lints; each gating call of the model, rewritt
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints import FROZEN, Temperature, tempered_softmax
+from .arguments import rebuilt
 from .axes import Axis, sample_axis
-from .capture import passes
+from .capture import Capture, passes
 from .dual import dual_path
 from .gates import PRODUCTS, READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
-from .report import Site, Status
+from .report import Report, Site, Status
 from .rules import KINDS, Rules
 
 # -- reading a node -----------------------------------------------------------------------------------------------------
@@ -59,16 +62,20 @@ QUOTIENT = frozenset("truediv div divide true_divide itruediv normalize".split()
 VIEW = frozenset(
     """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
     expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
+    slice alias adjoint mH unfold real view_as_real unsafe_view checked
     dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split()
 )
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
 
 
+def op_of(node: fx.Node) -> Any:
+    """What a node calls; of an ATen op, whatever its overload."""
+    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+
+
 def name_of(node: fx.Node) -> str:
     """An op's plain name: `relu` for `F.relu`, `torch.relu_`, `Tensor.relu_` and `aten.relu_.default`."""
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        target = target.overloadpacket
+    target = op_of(node)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
         name = next((n for n in dir(F) if getattr(F, n) is target), name)
@@ -79,20 +86,23 @@ def writes(node: fx.Node) -> bool:
     """Whether the call writes over its first argument."""
     if node.op not in ("call_function", "call_method"):
         return False
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
 
 
-SHAPES = frozenset("shape dtype device ndim size dim numel stride len is_floating_point get_device".split())
+SHAPES = frozenset("shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device".split())
 
 
-def rewrite(modules: nn.Module, graph: fx.Graph, rules: Rules) -> tuple[Site, ...]:
-    """Rewrite `graph`, whose modules live in `modules`, in place; returns its sites in the order of the forward pass.
+def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
+    """Rewrite the captured graph of the model of that name in place; returns what became of its gates.
 
     Raises:
         ValueError: an override of `rules` that fits no gate.
     """
-    run = Pass(modules, graph, rules)
+    graph = capture.graph
+    run = Pass(capture.modules, graph, rules)
     for node in list(graph.nodes):
         run.visit(node)
     for leaf in run.opened:
@@ -100,7 +110,7 @@ def rewrite(modules: nn.Module, graph: fx.Graph, rules: Rules) -> tuple[Site, ..
     run.protect()
     rules.check_places(site.place for site in run.sites if site.kind in KINDS)
     graph.lint()
-    return tuple(run.sites)
+    return Report(model, rules, tuple(run.sites), capture.tracer, (*capture.notes, *run.notes))
 
 
 class Pass:
@@ -109,6 +119,7 @@ class Pass:
     def __init__(self, modules: nn.Module, graph: fx.Graph, rules: Rules) -> None:
         self.modules, self.graph, self.rules = modules, graph, rules
         self.sites: list[Site] = []
+        self.notes: list[str] = []
         self.calls: Counter[str] = Counter()
         self.opened: list[nn.Module] = []  # leaves whose calls are written out, and which are identities once all of them are
         self.position = {node: i for i, node in enumerate(graph.nodes)}
@@ -172,7 +183,7 @@ class Pass:
         if node.op == "call_module":
             self.visit_leaf(node, self.module(node))
             return
-        target = node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
+        target = op_of(node)
         if target in SOFTMAX:
             self.visit_softmax(node)
         elif target in READERS:
@@ -184,10 +195,10 @@ class Pass:
         elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
             self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
         elif node.op == "call_function" and not known(target):
-            self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates")
+            self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
 
-    def note(self, node: fx.Node, status: Status, reason: str) -> None:
-        self.sites.append(Site(self.place(node), self.op(node), "", status, None, reason))
+    def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
+        self.sites.append(Site(self.place(node), self.op(node), "", status, None, reason, opaque=opaque))
 
     def visit_leaf(self, node: fx.Node, leaf: nn.Module) -> None:
         if isinstance(leaf, nn.MultiheadAttention):
@@ -197,7 +208,7 @@ class Pass:
         elif type(leaf) in AFFINE_ROWS and leaf._buffers.get("running_mean", 0) is not None and not is_parametrized(leaf):
             self.replace_affine(node, leaf)
         elif not isinstance(leaf, AFFINE_MODULES):
-            self.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates")
+            self.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
 
     def temperature(self, node: fx.Node, kind: str) -> Temperature | None:
         """The rules' temperature for the gate at `node`, which gets its line in the report."""
@@ -225,12 +236,16 @@ class Pass:
             gate = Unread(f"its arguments are not constants of the graph: {error}")
         if isinstance(gate, Unread):
             self.note(node, "NOT REWRITTEN", gate.reason)
-        elif gate is not None:
+        elif gate is not None and gate.kind in KINDS:
             tau = self.temperature(node, gate.kind)
             if tau is not None:
-                self.replace(node, gate, tau)
+                self.replace(node, gate, tau, self.sites[-1].scale)
+        elif gate is not None and not any(t in self.varying for t in gate.tensors[1:]):
+            self.replace(node, gate, FROZEN, "absolute")  # affine
+        elif gate is not None:
+            self.note(node, "kept", "product rule")  # its weights are computed from the input
 
-    def replace(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
+    def replace(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> None:
         source = node.all_input_nodes[0]
         later = self.later_readers(source, node) if writes(node) else []
         redirected = all(source in user.all_input_nodes for user in later) and not self.is_view(source)
@@ -238,7 +253,7 @@ class Pass:
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
                 copy = self.graph.call_method("clone", (source,))
                 gate = Gate(gate.kind, tuple(copy if t is source else t for t in gate.tensors), gate.args)
-            scale, axis = self.sites[-1].scale, self.axes.get(node)
+            axis = self.axes.get(node)
             moved = axis if scale == "sample" and axis != "rows" else 0
             if isinstance(scale, float) and not isinstance(tau, str):
                 tau = tau * scale
@@ -294,7 +309,7 @@ class Pass:
         if tau is None:
             return
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        dtype = node.kwargs.get("dtype")
+        dtype = node.kwargs.get("dtype", node.args[2] if len(node.args) > 2 and node.target is not F.softmax else None)
         if dim is None:
             self.amend(status="NOT REWRITTEN", reason="softmax without a dim")
             return
@@ -306,7 +321,7 @@ class Pass:
         self.graph.erase_node(node)
         for product in products:
             weights, *values = product.args
-            mixes = product.target in PRODUCTS and isinstance(weights, fx.Node) and self.carried(weights) is hard
+            mixes = op_of(product) in PRODUCTS and isinstance(weights, fx.Node) and self.carried(weights) is hard
             with self.graph.inserting_before(product):
                 if not mixes and tau not in (1, FROZEN):
                     self.amend(temperature=1.0, reason=f"at temperature 1, since {name_of(product)} is not weights @ values")
@@ -351,26 +366,45 @@ class Pass:
             if not writes(node) or not node.all_input_nodes:
                 continue
             owner = self.owner(node.all_input_nodes[0])
-            if owner.op == "placeholder":
-                with self.graph.inserting_after(owner):
-                    copy = self.graph.call_method("clone", (owner,))
-                for user in [user for user in owner.users if user is not copy]:
-                    user.replace_input_with(owner, copy)
-                owner = copy
+            if owner.op in ("placeholder", "get_attr"):  # the caller's input, or the model's buffer
+                owner = self.copied(owner)
             for keeper in keepers:
                 for kept in keeper.all_input_nodes:
                     if kept.op != "get_attr" and self.owner(kept) is owner:
                         with self.graph.inserting_before(keeper):
                             keeper.replace_input_with(kept, self.graph.call_method("clone", (kept,)))
 
+    def copied(self, owner: fx.Node) -> fx.Node:
+        """A copy made before anything else reads `owner`, which everything reads in place of it."""
+        same = [n for n in self.graph.nodes if n is owner or (n.op == owner.op == "get_attr" and n.target == owner.target)]
+        if owner.op == "get_attr":
+            self.notes.append(f"the forward writes over {owner.target}: each call over a copy of it, the model's own stays")
+        with self.graph.inserting_after(same[0]):
+            copy = self.graph.call_function(copied, (same[0],))
+        for each in same:
+            for user in [user for user in each.users if user is not copy]:
+                user.replace_input_with(each, copy)
+        return copy
+
 
 MATRIX_PRODUCT = frozenset("matmul bmm mm einsum baddbmm".split())
 CARRIERS = frozenset("dropout to type_as float contiguous detach".split())
+
+
+def copied(x: Any) -> Any:
+    """The tensors of an input, which may be a container of them, in storage of their own."""
+    if has_torch_function((x,)):
+        return handle_torch_function(copied, (x,), x)
+    return rebuilt(x, lambda t: t.clone() if isinstance(t, Tensor) else t)
 
 
 def known(target: Any) -> bool:
     """Whether a function is one of torch's or Python's own, whose derivative torch knows."""
     if isinstance(target, torch._ops.OpOverloadPacket):  # anyone's ops live under torch.ops
         return target._qualified_op_name.split("::")[0] in ("aten", "prims", "sp_fx")
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return False
+    if isinstance(target, type) and (dataclasses.is_dataclass(target) or issubclass(target, tuple | Mapping)):
+        return True  # makes a container of the output
     module = getattr(target, "__module__", None) or type(target).__module__
     return module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "sp_fx", "_VariableFunctionsClass")

@@ -12,7 +12,7 @@ from torch import nn
 
 import sp_fx
 from helpers import relative
-from sp_fx.capture import EvalClone
+from sp_fx.clone import EvalClone
 
 
 class Shared(nn.Module):

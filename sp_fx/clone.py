@@ -1,0 +1,102 @@
+"""The eval clone of a model: its structure, flags and dictionaries, and the storage of its tensors, in objects of its own.
+
+Nothing done to the clone reaches the model, while a later in-place update of the model's weights (an optimiser step,
+`load_state_dict`) reaches the clone. It has no hooks.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class CaptureError(RuntimeError):
+    """The model could not be turned into a graph; the message names the line and the reason."""
+
+
+def adopt_forward(clone: nn.Module) -> None:
+    """Make a forward that was set on the instance the class's, which is the one that torch.fx traces."""
+    own = clone.__dict__.pop("forward", None)
+    if own is None:
+        return
+    if not isinstance(own, types.MethodType) or own.__self__ is not clone:
+        raise CaptureError(f"the model's forward was replaced by {own!r}, which is not a method of it: subclass it instead")
+    clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": own.__func__, "__module__": type(clone).__module__})
+
+
+class EvalClone:
+    """Clones a module tree; calling it twice on one module gives one clone."""
+
+    def __init__(self) -> None:
+        self.clones: dict[int, Any] = {}
+        self.kept: list[Any] = []  # an id is only good while its object lives
+
+    def __call__(self, module: nn.Module) -> nn.Module:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}")
+        module = unwrapped(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            kind = type(module).__name__
+            raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
+        if id(module) not in self.clones:
+            clone = type(module).__new__(type(module))
+            self.clones[id(module)] = clone
+            self.kept.append(module)
+            state = {name: value for name, value in module.__dict__.items() if name not in REGISTRIES}
+            clone.__dict__.update({**nn.Module().__dict__, **{name: self.rebind(value) for name, value in state.items()}})
+            clone.__dict__["training"] = False
+            clone.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+            clone.__dict__["_parameters"] = {name: self.tensor(p) for name, p in module._parameters.items()}
+            clone.__dict__["_buffers"] = {name: self.tensor(b) for name, b in module._buffers.items()}
+            clone.__dict__["_modules"] = {name: None if m is None else self(m) for name, m in module._modules.items()}
+        return self.clones[id(module)]
+
+    def tensor(self, tensor: Tensor | None) -> Tensor | None:
+        """The same storage in an object of its own; tied tensors stay tied."""
+        if tensor is None:
+            return None
+        if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+            raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
+        if id(tensor) not in self.clones:
+            alias = tensor.detach()
+            # The flag goes along: PyTorch chooses attention kernels by it, and the forward should be bitwise the model's.
+            self.clones[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+            self.kept.append(tensor)
+        return self.clones[id(tensor)]
+
+    def rebind(self, value: Any) -> Any:
+        """A plain attribute; what refers to a module of the tree refers to its clone."""
+        match value:
+            case nn.Module():
+                return self(value)
+            case Tensor():
+                return self.tensor(value)
+            case types.MethodType() if isinstance(value.__self__, nn.Module):
+                return types.MethodType(value.__func__, self(value.__self__))
+            case functools.partial():
+                return functools.partial(self.rebind(value.func), *map(self.rebind, value.args), **self.rebind(value.keywords))
+            case list() | tuple() | set() if type(value) in (list, tuple, set):
+                return type(value)(map(self.rebind, value))
+            case dict() if type(value) is dict:
+                return {key: self.rebind(item) for key, item in value.items()}
+        return value
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` and the parallel wrappers return."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")  # seconds to import, and loaded wherever something was compiled
+    while True:
+        if dynamo is not None and isinstance(module, dynamo.OptimizedModule):
+            module = module._orig_mod
+        elif isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            module = module.module
+        else:
+            return module
+
+
+REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
