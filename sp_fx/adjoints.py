@@ -95,7 +95,7 @@ OFFSET = torch.full((), 1e-30)
 
 
 def scaled(z: Tensor, by: Tensor) -> Tensor:
-    """`by * z + 1e-30`, where `by` [B, 1, ...] has one number a sample. Large samples one at a time, so that it takes one pass."""
+    """`by * z + 1e-30`, where `by` [B, 1, ...] has one number a sample. Large samples one at a time, which takes one pass."""
     if by.numel() == 1:
         return torch.add(OFFSET, z, alpha=float(by))
     if by.numel() != len(z) or z.numel() < len(z) << 14:
