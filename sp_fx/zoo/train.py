@@ -147,7 +147,7 @@ def main() -> None:
     with sdpa_kernel(SDPBackend.MATH):
         network = train(options.name, options.seed, epochs, options.scenes, rate, options.push)
     score = accuracy(network, *cached(TEST_SEED, TEST_SCENES))
-    path = save(options.name, network, options.out, seed=options.seed, accuracy=score)
+    path = save(options.name, network, options.out, seed=options.seed, accuracy=round(score, 4))
     print(f"accuracy {score:.4f} on {TEST_SCENES} unseen scenes; wrote {path}")
 
 
