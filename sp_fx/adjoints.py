@@ -34,7 +34,8 @@ class Row:
 
     `forward(*tensors, **args)` is the model's own computation. `adjoint(v, *tensors, tau=..., **args)` maps the cotangent of
     its output to the cotangent of the one tensor that the signal came through, number `receives`; the other tensors
-    (slopes, scales, queries, keys) steer the gate and receive nothing. `default` is the temperature in `Rules()`.
+    (slopes, scales, queries, keys) steer the gate and receive nothing. `default` is the temperature in `Rules()`, which has it
+    under the row's own name or that of `rule`.
     """
 
     forward: Callable[..., Tensor]
@@ -45,6 +46,7 @@ class Row:
     sees_output: bool = False  # the adjoint takes the forward's output too, after the tensors
     homogeneous: bool = False  # positively: its hard gate ignores the scale of the input, so its temperature may follow it
     forgets: bool = False  # the adjoint needs the shape of the first tensor, not its values
+    rule: str = ""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -137,6 +139,22 @@ def prelu_gain(z: Tensor, weight: Tensor, tau: Tau) -> Tensor:
     return leaky(z, tau, weight.to(z.dtype).view(channels))
 
 
+def maximum_gain(z: Tensor, floor: Tensor, tau: Tau) -> Tensor:
+    return opening(z - floor.to(z.dtype), tau)
+
+
+def minimum_gain(z: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
+    return opening(ceiling.to(z.dtype) - z, tau)
+
+
+def shrink_gain(z: Tensor, tau: Tau, width: float) -> Tensor:
+    return opening(z - width, tau) + opening(-z - width, tau)
+
+
+def silu_gain(z: Tensor, tau: Tau, rate: float = 1.0) -> Tensor:
+    return torch.sigmoid(cooled(z, tau) * rate)
+
+
 def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) -> Tensor:
     above_low = torch.ones_like(z) if low is None else opening(z - low, tau)
     return above_low if high is None else above_low - opening(z - high, tau)
@@ -208,6 +226,10 @@ def batch_norm_gain(x, gamma, beta, tau, eps):
 def local_response_norm_gain(x, tau, size, alpha, beta, k):
     squares = F.pad(x.square().movedim(1, -1), (size // 2, (size - 1) // 2))
     return (k + alpha * squares.unfold(-1, size, 1).mean(-1).movedim(-1, 1)) ** -beta
+
+
+def normalize_gain(x, tau, p, dim, eps):
+    return 1 / torch.linalg.vector_norm(x, p, dim, keepdim=True).clamp_min(eps)
 
 
 def rms_norm(x, gamma, normalized_shape, eps):
@@ -286,6 +308,88 @@ def flat(margins: list[tuple[int, int]]) -> list[int]:
     return [side for pair in reversed(margins) for side in pair]
 
 
+def amax(x: Tensor, dim, keepdim: bool) -> Tensor:
+    return torch.amax(x, dim, keepdim)
+
+
+def amax_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) -> Tensor:
+    """Global max pooling: a maximum's cotangent over what it was taken from, by `softmax(x / tau)`; frozen, its ties equally."""
+    if not keepdim:
+        for axis in sorted(d % x.dim() for d in dim or range(x.dim())):
+            v, y = v.unsqueeze(axis), y.unsqueeze(axis)
+    lowest = torch.finfo(wide(x).dtype).min
+    difference = wide(x).clamp(lowest, -lowest) - wide(y).clamp(lowest, -lowest)
+    if isinstance(tau, str):
+        weight = (difference >= 0).to(difference.dtype)
+    else:
+        weight = torch.exp((difference * (1 / tau)).clamp_min(-60))
+    return (weight * (v / weight.sum(dim or tuple(range(x.dim())), keepdim=True))).to(x.dtype)
+
+
+def adaptive_max_pool(x: Tensor, size) -> Tensor:
+    pool: Any = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(size) - 1]
+    return pool(x, size)
+
+
+def adaptive_max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, size) -> Tensor:
+    """As `max_pool_adjoint`, over windows from `floor(i n / m)` to `ceil((i + 1) n / m)`, for n pixels and m windows an axis."""
+    starts, ends = [], []
+    for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :]):
+        place = torch.arange(m, device=x.device)
+        starts.append(place * n // m)
+        ends.append(-(-(place + 1) * n // m))
+    taps = [-(-n // m) + 1 for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :])]
+    return spread_over(v, x, y, tau, starts, ends, taps)
+
+
+def fractional_max_pool(x: Tensor, samples: Tensor, kernel, size, ratio) -> Tensor:
+    pool: Any = F.fractional_max_pool2d if len(kernel) == 2 else F.fractional_max_pool3d
+    return pool(x, kernel, size, ratio, _random_samples=samples)
+
+
+def fractional_max_pool_adjoint(v: Tensor, x: Tensor, samples: Tensor, y: Tensor, tau: Tau, kernel, size, ratio) -> Tensor:
+    """As `max_pool_adjoint`, over the windows that `samples` [B, C, axes] choose (Graham, "Fractional Max-Pooling",
+    arXiv:1412.6071): with a = (n - k) / (m - 1), window i starts at floor((i + s) a) - floor(s a), the last one at n - k."""
+    lead = x.shape[: -len(kernel)]
+    samples = samples.reshape(*lead, len(kernel)) if len(lead) == 2 else samples.reshape(*lead, -1)
+    starts = []
+    for axis, (n, m, k) in enumerate(zip(x.shape[-len(kernel) :], v.shape[-len(kernel) :], kernel)):
+        s = samples[..., axis if len(kernel) == 3 else 1 - axis, None].to(x.dtype)  # torch's 2-d form has the width first
+        step = (n - k) / (m - 1) if m > 1 else 0.0
+        begin = ((torch.arange(m, device=x.device) + s) * step).int() - (s * step).int()
+        begin[..., -1] = n - k
+        starts.append(begin.long())
+    return spread_over(v, x, y, tau, starts, [start + k for start, k in zip(starts, kernel)], kernel)
+
+
+def spread_over(v: Tensor, x: Tensor, y: Tensor, tau: Tau, starts: list[Tensor], ends: list[Tensor], widest) -> Tensor:
+    """Spread the cotangents of windows of any place and size: for each pooled axis `starts` and `ends` [..., windows], and
+    a bound on the pixels that a window has."""
+    n, lowest = len(starts), torch.finfo(wide(x).dtype).min
+    lead, spatial, windows = x.shape[:-n], x.shape[-n:], v.shape[-n:]
+    index = torch.zeros((), dtype=torch.long, device=x.device)
+    inside = torch.ones((), dtype=torch.bool, device=x.device)
+    for axis, (start, end, pixels, most) in enumerate(zip(starts, ends, spatial, widest)):
+        place = start[..., None] + torch.arange(most, device=x.device)  # [..., windows, taps]
+        shape = [*place.shape[:-2], *(place.shape[-2] if a == axis else 1 for a in range(n))]
+        shape += [place.shape[-1] if a == axis else 1 for a in range(n)]
+        inside = inside & (place < end[..., None]).reshape(shape)
+        index = index * pixels + place.clamp_max(pixels - 1).reshape(shape)
+    taps = math.prod(index.shape[-n:])
+    index, inside = (t.flatten(-n).expand(*lead, *windows, taps).flatten(-n - 1) for t in (index, inside))
+    value = wide(x).clamp(lowest, -lowest).flatten(-n).gather(-1, index).reshape(*v.shape, taps)
+    difference = value - wide(y).clamp(lowest, -lowest)[..., None]
+    if isinstance(tau, str):
+        weight = (difference >= 0).to(value.dtype)
+    else:
+        fitted = tau[..., None] if isinstance(tau, Tensor) else tau
+        weight = torch.exp((difference * (1 / fitted)).clamp(-60, 0))  # what is outside may be above the maximum
+    weight = weight * inside.reshape(*v.shape, taps)
+    share = weight * (v / weight.sum(-1))[..., None]
+    spread = share.new_zeros(*lead, math.prod(spatial)).scatter_add(-1, index, share.flatten(len(lead)))
+    return spread.reshape(x.shape).to(x.dtype)
+
+
 # -- attention: through the values only ---------------------------------------------------------------------------------
 
 
@@ -325,14 +429,47 @@ def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
     """Attention weights that are written out are constants: what they multiply gets the signal, the scores none."""
 
 
-def mix(weights: Tensor, soft_weights: Tensor | None, value: Tensor) -> Tensor:
-    return weights @ value
+def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:
+    if form == "weights @ values":
+        return weights @ value
+    if form == "values @ weights":
+        return value @ weights
+    return torch.einsum(form, *((value, weights) if swapped else (weights, value)))
 
 
-def mix_adjoint(v: Tensor, weights: Tensor, soft_weights: Tensor | None, value: Tensor, tau: Tau) -> Tensor:
-    """Through the values by `soft_weights`; by `weights` themselves where None, a row that was masked throughout giving 0."""
+def mix_adjoint(v, weights, soft_weights, value, tau, form="weights @ values", swapped=False) -> Tensor:
+    """Through the values by `soft_weights`; by `weights` themselves where None, a row that was masked throughout giving 0.
+
+    `form` is one of the two products or the equation of an einsum, whose second operand is the weights where `swapped`.
+    """
     soft = torch.nan_to_num(weights, nan=0.0) if soft_weights is None else soft_weights
-    return (soft.mT @ v.to(soft.dtype)).sum_to_size(value.shape).to(value.dtype)
+    v = v.to(soft.dtype)
+    if form == "weights @ values":
+        received = soft.mT @ v
+    elif form == "values @ weights":
+        received = v @ soft.mT
+    else:
+        terms, out = form.split("->")
+        mixing, mixed = reversed(terms.split(",")) if swapped else terms.split(",")
+        received = torch.einsum(f"{mixing},{out}->{mixed}", soft, v)
+    return received.sum_to_size(value.shape).to(value.dtype)
+
+
+# -- what is not one call: gates written out, and gates by a factor -------------------------------------------------------
+
+
+def written(z: Tensor, y: Tensor, row: str, args: tuple = ()) -> Tensor:
+    """What the model computed itself, `y`, as gate `row` of `z`."""
+    return y.view_as(y)
+
+
+def written_adjoint(v: Tensor, z: Tensor, y: Tensor, tau: Tau, row: str, args: tuple = ()) -> Tensor | None:
+    return TABLE[row].adjoint(v, z, tau=tau, **dict(args))
+
+
+def glu_adjoint(v: Tensor, z: Tensor, tau: Tau, dim: int) -> Tensor:
+    gate = wide(z).chunk(2, dim)[1].sigmoid()
+    return torch.cat([v * gate, torch.zeros_like(gate)], dim).to(z.dtype)
 
 
 # -- affine maps: exact, and here only to keep less for the way back than autograd does, which saves their inputs ---------
@@ -372,22 +509,44 @@ TABLE: dict[str, Row] = {
     "leaky_relu": gain_row(F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 0.6, homogeneous=True),
     "prelu": gain_row(F.prelu, prelu_gain, 0.6, tensors=2, homogeneous=True),
     "hardtanh": gain_row(lambda z, low, high: torch.clamp(z, low, high), hardtanh_gain, 0.6),
+    "maximum": gain_row(torch.maximum, maximum_gain, 0.6, tensors=2, rule="hardtanh"),
+    "minimum": gain_row(torch.minimum, minimum_gain, 0.6, tensors=2, rule="hardtanh"),
+    "threshold": gain_row(F.threshold, lambda z, tau, threshold, value: opening(z - threshold, tau), 0.6, rule="hardtanh"),
+    "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
+    "softshrink": gain_row(lambda z, width: F.softshrink(z, width), shrink_gain, 0.6),
+    "abs": gain_row(torch.abs, lambda z, tau: opening(z, tau) - opening(-z, tau), 0.6, homogeneous=True),
     "elu": gain_row(elu, elu_gain, 0.6),
     "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
-    "silu": gain_row(F.silu, lambda z, tau: torch.sigmoid(cooled(z, tau)), 1.6),
+    "silu": gain_row(lambda z, rate=1.0: F.silu(z), silu_gain, 1.6),
+    "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, 1.0),
     "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
     "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
     "max_pool": Row(max_pool, max_pool_adjoint, 0.3, sees_output=True, homogeneous=True),
+    "amax": Row(amax, amax_adjoint, 0.3, sees_output=True, homogeneous=True, rule="max_pool"),
+    "adaptive_max_pool": Row(
+        adaptive_max_pool, adaptive_max_pool_adjoint, 0.3, sees_output=True, homogeneous=True, rule="max_pool"
+    ),
+    "fractional_max_pool": Row(
+        fractional_max_pool, fractional_max_pool_adjoint, 0.3, tensors=2, sees_output=True, homogeneous=True, rule="max_pool"
+    ),
     "layer_norm": gain_row(layer_norm, layer_norm_gain, FROZEN, tensors=3),
     "rms_norm": gain_row(rms_norm, rms_norm_gain, FROZEN, tensors=2),
     "group_norm": gain_row(group_norm, group_norm_gain, FROZEN, tensors=3),
     "instance_norm": gain_row(instance_norm, instance_norm_gain, FROZEN, tensors=3),
     "batch_norm": gain_row(batch_norm, batch_norm_gain, FROZEN, tensors=3),
     "local_response_norm": gain_row(F.local_response_norm, local_response_norm_gain, FROZEN),
+    "normalize": gain_row(lambda x, p, dim, eps: F.normalize(x, p, dim, eps), normalize_gain, FROZEN),
     "attention": Row(attention, attention_adjoint, 1.0, receives=2, tensors=4),
     "softmax": Row(softmax, nothing, 1.0),
     "linear": Row(F.linear, linear_adjoint, FROZEN, tensors=3, forgets=True),
     "conv": Row(conv, conv_adjoint, FROZEN, tensors=3, forgets=True),
     "affine_norm": Row(affine_norm, affine_norm_adjoint, FROZEN, tensors=5, forgets=True),
     "mix": Row(mix, mix_adjoint, 1.0, receives=2, tensors=3),
+    "written": Row(written, written_adjoint, FROZEN, tensors=2),
+    "glu": Row(lambda z, dim: F.glu(z, dim), glu_adjoint, FROZEN, rule="product"),
 }
+
+
+def rule_of(row: str) -> str:
+    """What `Rules` calls a row of the table."""
+    return (TABLE[row].rule if row in TABLE else "") or row

@@ -122,6 +122,8 @@ def removed(axis: Axis, dim: Any, *_: Any) -> Axis:
 
 
 def reduced(axis: Axis, dim: Any = None, keepdim: bool = False, **_: Any) -> Axis:
+    if isinstance(dim, fx.Node):  # `max` of two tensors
+        return axis
     dims = (dim,) if isinstance(dim, int) else dim
     if not isinstance(dims, tuple | list) or place(axis) in dims:
         return None

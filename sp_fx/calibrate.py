@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .adjoints import TABLE, wide
+from .adjoints import TABLE, rule_of, wide
 from .dual import dual_path
 from .report import Report
-from .rules import KINDS, NORMS
+from .rules import KINDS, UNTEMPERED
 
 STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0
-SCALED = frozenset(KINDS) - {*NORMS, "attention"}  # kinds whose pre-activation is one tensor, the first
+SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
 
 
 @dataclass
@@ -73,7 +73,8 @@ class Gauge(fx.Interpreter):
 
 def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
     """The calls of `dual_path` whose pre-activation has a scale; one for each such site of the report, in its order."""
-    return [node for node in graph.nodes if node.target is dual_path and node.args[0] in SCALED]
+    calls = [node for node in graph.nodes if node.target is dual_path]
+    return [node for node in calls if rule_of(str(node.kwargs.get("row", node.args[0]))) in SCALED]
 
 
 def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Mapping[str, Any]) -> list[Spread]:

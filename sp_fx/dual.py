@@ -97,7 +97,8 @@ def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None, gate: str) -> Tensor:
     spec = ast.literal_eval(gate)
-    return hard(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
+    output = hard(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
+    return output.clone() if spec[0] == "written" else output  # an op may not return its input
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:

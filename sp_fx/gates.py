@@ -13,17 +13,24 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Gate:
-    """A call that is a gate: its kind (a row of the table), the tensors and the arguments in the table's form."""
+    """A call that is a gate: its row of the table, the tensors and the arguments in the table's form.
+
+    `first` says that the call returns the gate's output as the first of several things. `fixed`: no gate where the input varies
+    tensors other than the one that the signal comes through.
+    """
 
     kind: str
     tensors: tuple[Any, ...]
     args: dict[str, Any] = field(default_factory=dict)
+    first: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,41 @@ def clamp_max(input, max):
     return clamp(input, None, max)
 
 
+@reads(torch.maximum, "maximum", torch.fmax, aten.maximum, aten.fmax)
+def maximum(input, other):
+    return Gate("maximum", (input, other), fixed=True)
+
+
+@reads(torch.minimum, "minimum", torch.fmin, aten.minimum, aten.fmin)
+def minimum(input, other):
+    return Gate("minimum", (input, other), fixed=True)
+
+
+@reads(F.threshold, F.threshold_, torch.threshold, aten.threshold, aten.threshold_)  # type: ignore[attr-defined]
+def threshold(input, threshold, value, inplace=False):
+    return Gate("threshold", (input,), {"threshold": threshold, "value": value})
+
+
+@reads(F.hardshrink, torch.hardshrink, "hardshrink", aten.hardshrink)
+def hardshrink(input, lambd=0.5):
+    return Gate("hardshrink", (input,), {"width": lambd})
+
+
+@reads(F.softshrink, aten.softshrink)
+def softshrink(input, lambd=0.5):
+    return Gate("softshrink", (input,), {"width": lambd})
+
+
+@reads(torch.abs, torch.abs_, torch.absolute, "abs", "absolute", operator.abs, aten.abs, aten.abs_, aten.absolute)
+def absolute(input):
+    return Gate("abs", (input,))
+
+
+@reads(F.glu, aten.glu)
+def glu(input, dim=-1):
+    return Gate("glu", (input,), {"dim": dim})
+
+
 @reads(F.elu, F.elu_)
 def elu(input, alpha=1.0, inplace=False):
     return Gate("elu", (input,), {"alpha": alpha, "output_scale": 1.0, "input_scale": 1.0})
@@ -150,10 +192,10 @@ def per_axis(value: Any, axes: int) -> tuple[int, ...]:
     return values * axes if len(values) == 1 else values
 
 
-def max_pool(axes: int) -> Callable[..., Gate | Unread]:
+def max_pool(axes: int, first: bool | None = None) -> Callable[..., Gate | Unread]:
+    """`first`: whether the call returns indices too; None where it is asked to."""
+
     def read(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
-        if return_indices:
-            return Unread("max pooling that returns its indices")
         return Gate(
             "max_pool",
             (input,),
@@ -164,14 +206,79 @@ def max_pool(axes: int) -> Callable[..., Gate | Unread]:
                 "dilation": per_axis(dilation, axes),
                 "ceil_mode": ceil_mode,
             },
+            first=return_indices if first is None else first,
         )
 
     return read
 
 
-reads(F.max_pool1d, torch.max_pool1d, aten.max_pool1d)(max_pool(1))
-reads(F.max_pool2d, torch.max_pool2d, aten.max_pool2d)(max_pool(2))
-reads(F.max_pool3d, torch.max_pool3d, aten.max_pool3d)(max_pool(3))
+def adaptive_max_pool(axes: int, first: bool | None = None) -> Callable[..., Gate | Unread]:
+    def read(input, output_size, return_indices=False):
+        several = return_indices if first is None else first
+        size = per_axis(output_size, axes)
+        if set(size) == {1}:
+            return Gate("amax", (input,), {"dim": tuple(range(-axes, 0)), "keepdim": True}, several)
+        return Gate("adaptive_max_pool", (input,), {"size": size}, several)
+
+    return read
+
+
+def fractional_max_pool(axes: int, first: bool | None = None) -> Callable[..., Gate | Unread]:
+    def read(input, kernel_size, output_size=None, output_ratio=None, return_indices=False, _random_samples=None):
+        if _random_samples is None:
+            return Unread("fractional max pooling draws random windows at every call: fix them by _random_samples")
+        several = return_indices if first is None else first
+        size, ratio = (None if n is None else n if isinstance(n, tuple) else (n,) * axes for n in (output_size, output_ratio))
+        args = {"kernel": per_axis(kernel_size, axes), "size": size, "ratio": ratio}
+        return Gate("fractional_max_pool", (input, _random_samples), args, several)
+
+    return read
+
+
+def aten_fractional_max_pool(input, kernel_size, output_size, random_samples):
+    return fractional_max_pool(len(kernel_size), True)(input, kernel_size, output_size, _random_samples=random_samples)
+
+
+for _axes in (1, 2, 3):
+    for _name, _reader in (("max_pool", max_pool), ("adaptive_max_pool", adaptive_max_pool)):
+        _plain, _both = f"{_name}{_axes}d", f"{_name}{_axes}d_with_indices"
+        # Of the adaptive ATen ops those without "with_indices" return both, too; so does torch's one-dimensional one.
+        _aten_both = True if _name == "adaptive_max_pool" else False
+        reads(getattr(F, _plain))(_reader(_axes))
+        reads(getattr(F, _both))(_reader(_axes, True))
+        reads(getattr(aten, _plain))(_reader(_axes, _aten_both))
+        if hasattr(torch, _plain):
+            reads(getattr(torch, _plain))(_reader(_axes, _aten_both))
+        if hasattr(torch, _both):
+            reads(getattr(torch, _both))(_reader(_axes, True))
+        if hasattr(aten, _both):
+            reads(getattr(aten, _both))(_reader(_axes, True))
+    if _axes > 1:
+        reads(getattr(F, f"fractional_max_pool{_axes}d"))(fractional_max_pool(_axes))
+        reads(getattr(F, f"fractional_max_pool{_axes}d_with_indices"))(fractional_max_pool(_axes, True))
+        reads(getattr(aten, f"fractional_max_pool{_axes}d"))(aten_fractional_max_pool)
+
+
+@reads(torch.amax, "amax", aten.amax)
+def amax(input, dim=(), keepdim=False):
+    dim = (dim,) if isinstance(dim, int) else tuple(dim)
+    return Gate("amax", (input,), {"dim": dim, "keepdim": keepdim})
+
+
+@reads(torch.max, "max", aten.max)
+def maximum_over(input, dim=None, keepdim=False, other=None):
+    if other is not None or isinstance(dim, fx.Node):
+        return maximum(input, dim if other is None else other)
+    if dim is None:
+        return amax(input)
+    return Gate("amax", (input,), {"dim": (dim,), "keepdim": keepdim}, first=True)
+
+
+@reads(torch.min, "min", aten.min)
+def minimum_over(input, dim=None, keepdim=False, other=None):
+    if other is not None or isinstance(dim, fx.Node):
+        return minimum(input, dim if other is None else other)
+    return Unread("min chooses by value and has no rule")
 
 
 # -- normalisations -----------------------------------------------------------------------------------------------------
@@ -197,6 +304,11 @@ def aten_group_norm(input, num_groups, weight=None, bias=None, eps=1e-5, cudnn_e
     return group_norm(input, num_groups, weight, bias, eps)
 
 
+@reads(torch.instance_norm, aten.instance_norm)
+def aten_instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled=True):
+    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
 @reads(F.instance_norm)
 def instance_norm(
     input, running_mean=None, running_var=None, weight=None, bias=None, use_input_stats=True, momentum=0.1, eps=1e-5
@@ -218,13 +330,13 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
 
 
 @reads(torch.batch_norm, aten.batch_norm)
-def aten_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled):
+def aten_batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=True):
     return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
-@reads(torch.instance_norm, aten.instance_norm)
-def aten_instance_norm(input, weight, bias, running_mean, running_var, use_input_stats, momentum, eps, cudnn_enabled):
-    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+@reads(F.normalize)
+def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
+    return Gate("normalize", (input,), {"p": p, "dim": dim, "eps": eps})
 
 
 @reads(F.local_response_norm)
@@ -267,5 +379,8 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     )
 
 
-SOFTMAX = {F.softmax, torch.softmax, "softmax", aten.softmax, aten._softmax}
-PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__", aten.matmul, aten.bmm}
+SOFTMAX: dict[Any, Callable[..., tuple]] = {
+    **dict.fromkeys((F.softmax, "softmax"), lambda input, dim=None, _stacklevel=3, dtype=None: (input, dim, dtype)),
+    **dict.fromkeys((torch.softmax, aten.softmax), lambda input, dim, dtype=None: (input, dim, dtype)),
+    aten._softmax: lambda input, dim, half_to_float=False: (input, dim, torch.float32 if half_to_float else None),
+}

@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +21,15 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints import FROZEN, Temperature, tempered_softmax
+from .adjoints import FROZEN, TABLE, Temperature, nothing, rule_of
 from .arguments import rebuilt
+from .attention import freeze_softmax, products_of
 from .axes import Axis, sample_axis
 from .capture import Capture, passes
 from .dual import dual_path
-from .gates import PRODUCTS, READERS, SOFTMAX, Gate, Unread
+from .gates import READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
+from .patterns import Graph, Statistic, Written, written_gate, written_norm
 from .report import Report, Site, Status
 from .rules import KINDS, Rules
 
@@ -39,7 +41,7 @@ AFFINE_MODULES = (
     *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
     *(nn.modules.dropout._DropoutNd, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd),
     *(nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd, nn.modules.pooling._AvgPoolNd),
-    *(nn.modules.pooling._AdaptiveAvgPoolNd,),
+    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._MaxUnpoolNd),
 )
 CONV = ("conv", ("weight", "bias"), ("stride", "padding", "dilation", "groups"))
 NORM = ("affine_norm", ("running_mean", "running_var", "weight", "bias"), ("eps",))
@@ -49,16 +51,17 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
 PIECEWISE = frozenset(
-    """abs absolute max min amax amin maximum minimum fmax fmin aminmax topk kthvalue sort msort median nanmedian quantile mode
-    cummax cummin sign threshold hardshrink softshrink adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
-    fractional_max_pool2d fractional_max_pool3d lp_pool1d lp_pool2d lp_pool3d""".split()
+    """max min amax amin maximum minimum aminmax topk kthvalue sort msort median nanmedian quantile nanquantile mode cummax cummin
+    logcumsumexp sign lp_pool1d lp_pool2d lp_pool3d gumbel_softmax""".split()
 )
 SMOOTH = frozenset(
     """sigmoid tanh softplus softsign logsigmoid hardsigmoid tanhshrink exp expm1 log log1p sin cos erf atan log_softmax
     logsumexp softmin""".split()
 )
-PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul glu bilinear".split())
-QUOTIENT = frozenset("truediv div divide true_divide itruediv normalize".split())
+PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addbmm bilinear".split())
+QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
+SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
+ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
 VIEW = frozenset(
     """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
     expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
@@ -92,7 +95,10 @@ def writes(node: fx.Node) -> bool:
     return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
 
 
-SHAPES = frozenset("shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device".split())
+SHAPES = frozenset(
+    """shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device zeros_like ones_like
+    full_like empty_like new_zeros new_ones new_full new_empty new_tensor""".split()
+)
 
 
 def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
@@ -103,12 +109,14 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
     """
     graph = capture.graph
     run = Pass(capture.modules, graph, rules)
+    run.read_patterns()
     for node in list(graph.nodes):
         run.visit(node)
     for leaf in run.opened:
         leaf.__dict__["forward"] = passes
     run.protect()
-    rules.check_places(site.place for site in run.sites if site.kind in KINDS)
+    run.mark_steering()
+    rules.check_places(site.place for site in run.sites if site.kind)
     graph.lint()
     return Report(model, rules, tuple(run.sites), capture.tracer, (*capture.notes, *run.notes))
 
@@ -120,6 +128,10 @@ class Pass:
         self.modules, self.graph, self.rules = modules, graph, rules
         self.sites: list[Site] = []
         self.notes: list[str] = []
+        self.nodes: list[fx.Node] = []  # one for each site; `moved` has what stands in its place
+        self.moved: dict[fx.Node, fx.Node] = {}
+        self.patterns: dict[fx.Node, Written | Statistic] = {}
+        self.parts: dict[fx.Node, fx.Node] = {}  # calls inside a gate that is written out, and the one that closes it
         self.calls: Counter[str] = Counter()
         self.opened: list[nn.Module] = []  # leaves whose calls are written out, and which are identities once all of them are
         self.position = {node: i for i, node in enumerate(graph.nodes)}
@@ -156,11 +168,12 @@ class Pass:
             node = node.all_input_nodes[0]
         return node
 
-    def later_readers(self, source: fx.Node, node: fx.Node) -> list[fx.Node]:
-        """What comes after `node` and reads the storage of `source`, other than through the result of `node`."""
+    def later_readers(self, source: fx.Node, node: fx.Node, through: Collection[fx.Node] = ()) -> list[fx.Node]:
+        """What comes after `node` and reads the storage of `source`, other than through `node` and `through`."""
         sharers = [self.owner(source)]
         for sharer in sharers:
-            sharers += [n for n in sharer.users if n is not node and self.is_view(n) and n.all_input_nodes[0] is sharer]
+            views = [n for n in sharer.users if self.is_view(n) and n.all_input_nodes[0] is sharer]
+            sharers += [n for n in views if n is not node and n not in through]
         return [user for n in sharers for user in n.users if self.position.get(user, -1) > self.position[node]]
 
     def place(self, node: fx.Node) -> str:
@@ -177,6 +190,28 @@ class Pass:
 
     # -- the pass
 
+    def read_patterns(self) -> None:
+        graph = Graph(name_of, self.varying.__contains__, self.passes, self.modules)
+        for node in self.graph.nodes:
+            if node not in self.varying or node in self.parts:
+                continue
+            found = written_gate(graph, node)
+            if found is not None and not (set(found.inside) & set(self.parts)) and self.separable(found, node):
+                self.patterns[node] = found
+                self.parts |= {n: node for n in found.inside if n is not node}
+            elif (norm := written_norm(graph, node)) is not None:
+                self.patterns[node] = norm
+                self.parts |= {n: node for n in norm.inside if n not in self.patterns}
+
+    def separable(self, gate: Written, node: fx.Node) -> bool:
+        """Whether what is inside a written gate is used nowhere else, and writes over nothing that is read afterwards."""
+        used = all(user in gate.inside or self.passes(user) for n in gate.inside if n is not node for user in n.users)
+        if not any(map(writes, gate.inside)):
+            return used
+        first = min(gate.inside, key=self.position.__getitem__)
+        later = self.later_readers(gate.source, first, gate.inside)
+        return used and all(user in gate.inside for user in later)
+
     def visit(self, node: fx.Node) -> None:
         if node not in self.varying or node.op not in ("call_module", "call_function", "call_method") or self.passes(node):
             return
@@ -184,8 +219,15 @@ class Pass:
             self.visit_leaf(node, self.module(node))
             return
         target = op_of(node)
-        if target in SOFTMAX:
-            self.visit_softmax(node)
+        if isinstance(pattern := self.patterns.get(node), Written):
+            self.visit_written(node, pattern)
+        elif isinstance(pattern, Statistic):
+            self.visit_norm(node, pattern)
+        elif node in self.parts:
+            if target in READERS:
+                self.note(node, "kept", f"part of the {self.patterns[self.parts[node]].kind} written out here")
+        elif target in SOFTMAX:
+            self.visit_softmax(node, SOFTMAX[target])
         elif target in READERS:
             self.visit_gate(node, READERS[target])
         elif (name := name_of(node)) in PIECEWISE:
@@ -193,12 +235,17 @@ class Pass:
         elif name in SMOOTH:
             self.note(node, "kept", "smooth, no gate")
         elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
-            self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+            factors = self.factors(node) if name in ("mul", "imul", "multiply") else []
+            if len(factors) == 1:
+                self.visit_product(node, factors[0])
+            else:
+                self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
         elif node.op == "call_function" and not known(target):
             self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
 
     def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
         self.sites.append(Site(self.place(node), self.op(node), "", status, None, reason, opaque=opaque))
+        self.nodes.append(node)
 
     def visit_leaf(self, node: fx.Node, leaf: nn.Module) -> None:
         if isinstance(leaf, nn.MultiheadAttention):
@@ -221,6 +268,7 @@ class Pass:
             # Across samples it would let one sample's map depend on the others of its batch.
             scale, reason = "absolute", "absolute, since axis 0 may not be the sample here: calibrate() measures a scale"
         self.sites.append(Site(place, self.op(node), kind, status, tau, reason, scale))
+        self.nodes.append(node)
         return tau
 
     @staticmethod
@@ -231,14 +279,22 @@ class Pass:
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
         try:
-            gate = reader(*node.args, **{k: v for k, v in node.kwargs.items() if not k.startswith("_")})
+            gate = reader(*node.args, **{k: v for k, v in node.kwargs.items() if k != "_stacklevel"})
         except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
             gate = Unread(f"its arguments are not constants of the graph: {error}")
+        if isinstance(gate, Gate) and gate.fixed and all(t in self.varying for t in gate.tensors):
+            gate = Unread(f"{name_of(node)} of two things that both vary has no rule")
+        elif isinstance(gate, Gate) and gate.fixed and gate.tensors[0] not in self.varying:
+            gate = replace(gate, tensors=gate.tensors[::-1])
         if isinstance(gate, Unread):
             self.note(node, "NOT REWRITTEN", gate.reason)
-        elif gate is not None and gate.kind in KINDS:
-            tau = self.temperature(node, gate.kind)
-            if tau is not None:
+        elif gate is not None and (rule := rule_of(gate.kind)) in KINDS:
+            tau = self.temperature(node, rule)
+            if tau is None and gate.kind == "glu":
+                self.amend(reason="product rule")
+            elif tau is not None and gate.first:
+                self.replace_first(node, gate, tau)
+            elif tau is not None:
                 self.replace(node, gate, tau, self.sites[-1].scale)
         elif gate is not None and not any(t in self.varying for t in gate.tensors[1:]):
             self.replace(node, gate, FROZEN, "absolute")  # affine
@@ -252,21 +308,111 @@ class Pass:
         with self.graph.inserting_before(node):
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
                 copy = self.graph.call_method("clone", (source,))
-                gate = Gate(gate.kind, tuple(copy if t is source else t for t in gate.tensors), gate.args)
-            axis = self.axes.get(node)
-            moved = axis if scale == "sample" and axis != "rows" else 0
-            if isinstance(scale, float) and not isinstance(tau, str):
-                tau = tau * scale
-            fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
-            first = self.graph.call_function(torch.movedim, (gate.tensors[0], moved, 0)) if moved else gate.tensors[0]
-            soft = self.graph.call_function(dual_path, (gate.kind, first, *gate.tensors[1:]), {**fit, **gate.args})
-            soft = self.graph.call_function(torch.movedim, (soft, 0, moved)) if moved else soft
+                gate = replace(gate, tensors=tuple(copy if t is source else t for t in gate.tensors))
+            soft = self.dual(node, gate, tau, scale)
             result = self.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
-        soft.meta.update(node.meta)
+        self.varying.add(result)
         node.replace_all_uses_with(result)
         for user in later if redirected else []:
             user.replace_input_with(source, result)
         self.graph.erase_node(node)
+
+    def dual(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
+        """A dual-path call in place of `node`."""
+        axis = self.axes.get(node)
+        moved = axis if scale == "sample" and axis != "rows" else 0
+        if isinstance(scale, float) and not isinstance(tau, str):
+            tau = tau * scale
+        fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
+        first, *steering = gate.tensors
+        if moved:
+            first = self.graph.call_function(torch.movedim, (first, moved, 0))
+            if gate.kind == "written":
+                steering = [self.graph.call_function(torch.movedim, (steering[0], moved, 0))]
+        soft = self.moved[node] = self.graph.call_function(dual_path, (gate.kind, first, *steering), {**fit, **gate.args})
+        soft.meta.update(node.meta)
+        result = self.graph.call_function(torch.movedim, (soft, 0, moved)) if moved else soft
+        self.varying |= {soft, result}
+        return result
+
+    def replace_first(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
+        """A gate whose call returns indices too: they still come from that call."""
+        with self.graph.inserting_before(node):
+            soft = self.dual(node, gate, tau, self.sites[-1].scale)
+        rest = []
+        for user in list(node.users):
+            index = user.args[1] if user.target in (operator.getitem, getattr) else None
+            if index in (0, "values"):
+                user.replace_all_uses_with(soft)
+                self.graph.erase_node(user)
+            elif index not in (1, "indices"):
+                rest.append(user)
+        if rest:
+            with self.graph.inserting_after(node):
+                both = self.graph.call_function(with_first, (node, soft))
+            self.varying.add(both)
+            for user in rest:
+                user.replace_input_with(node, both)
+        if not node.users:
+            self.graph.erase_node(node)
+
+    def visit_written(self, node: fx.Node, gate: Written) -> None:
+        """The calls stay, cut off from the input; what they compute passes through a dual-path call that differentiates it."""
+        tau = self.temperature(node, rule_of(gate.kind))
+        self.amend(op=f"{name_of(node)}, written out")
+        if tau is None:
+            return
+        first = min(gate.inside, key=self.position.__getitem__)
+        with self.graph.inserting_before(first):
+            cut = self.graph.call_method("detach", (gate.source,))
+            if any(map(writes, gate.inside)):
+                cut = self.graph.call_method("clone", (cut,))
+        for n in gate.inside:
+            n.replace_input_with(gate.source, cut)
+        users = list(node.users)
+        with self.graph.inserting_before(node.next):
+            args = {"row": gate.kind, "args": tuple(gate.args.items())}
+            soft = self.dual(node, Gate("written", (gate.source, node), args), tau, self.sites[-1].scale)
+        for user in users:
+            user.replace_input_with(node, soft)
+
+    def visit_norm(self, node: fx.Node, norm: Statistic) -> None:
+        """Its statistics become constants."""
+        if self.temperature(node, norm.kind) is not None:
+            for call, at in norm.constants:
+                self.freeze(call, call.args[at])  # type: ignore[arg-type]
+        self.amend(op=f"{name_of(node)}, written out")
+
+    def visit_product(self, node: fx.Node, factor: fx.Node) -> None:
+        """A signal times a gate."""
+        if self.temperature(node, "product") is None:
+            self.amend(reason="product rule")
+        else:
+            self.freeze(node, factor)
+
+    def freeze(self, node: fx.Node, operand: fx.Node) -> None:
+        with self.graph.inserting_before(node):
+            constant = self.graph.call_method("detach", (operand,))
+        self.varying.add(constant)
+        node.replace_input_with(operand, constant)
+
+    def factors(self, node: fx.Node) -> list[fx.Node]:
+        """What among the factors of a product is a gate: a sigmoid and its like, or where there is none, an activation."""
+        made_by = {n: self.made_by(n) for n in node.all_input_nodes if n in self.varying}
+        shares = [n for n, name in made_by.items() if name in SHARES]
+        return shares or [n for n, name in made_by.items() if name in ACTIVATIONS]
+
+    def made_by(self, node: fx.Node) -> str:
+        """The name of the call that made `node`, back through views and multiples; of a gate, its row."""
+        while True:
+            if node.target is dual_path:
+                return str(node.kwargs.get("row", node.args[0]))
+            inputs = [n for n in node.all_input_nodes if n in self.varying]
+            name = name_of(node) if node.op in ("call_function", "call_method") else ""
+            multiple = name in ("mul", "truediv", "div", "rsub", "sub", "add") and len(inputs) == 1
+            if not inputs or not (self.is_view(node) or multiple):
+                return name
+            node = inputs[0]
 
     def replace_affine(self, node: fx.Node, leaf: Any) -> None:
         """An affine leaf as its row of the table; the leaf stays as an identity that can be hooked."""
@@ -290,70 +436,44 @@ class Pass:
             given = {**dict(zip(inspect.signature(nn.MultiheadAttention.forward).parameters, (None, *node.args))), **node.kwargs}
             given.pop("self", None)
             inputs = tuple(given.pop(name) for name in ("query", "key", "value"))
-            soft = self.graph.call_function(multihead_attention, inputs, {
+            soft = self.moved[node] = self.graph.call_function(multihead_attention, inputs, {
                 "weights": held, "num_heads": leaf.num_heads, "tau": tau, "batch_first": leaf.batch_first,
                 "add_zero_attn": leaf.add_zero_attn, **given,
             })  # fmt: skip
         soft.meta.update(node.meta)
+        self.varying.add(soft)
         node.replace_all_uses_with(soft)
         self.graph.erase_node(node)
 
-    # -- attention written out: softmax(scores) @ values
-
-    def visit_softmax(self, node: fx.Node) -> None:
-        products = list(self.products(node))
+    def visit_softmax(self, node: fx.Node, reader: Any) -> None:
+        products, weights = products_of(self, node)
         if not products:
             self.note(node, "kept", "a softmax that multiplies no values")
             return
+        read = reader(*node.args, **node.kwargs)
+        if read[1] is None:
+            self.note(node, "NOT REWRITTEN", "softmax without a dim")
+            return
         tau = self.temperature(node, "attention")
-        if tau is None:
-            return
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
-        dtype = node.kwargs.get("dtype", node.args[2] if len(node.args) > 2 and node.target is not F.softmax else None)
-        if dim is None:
-            self.amend(status="NOT REWRITTEN", reason="softmax without a dim")
-            return
-        scores = node.args[0] if node.args else node.kwargs["input"]
-        with self.graph.inserting_before(node):
-            hard = self.graph.call_function(dual_path, ("softmax", scores), {"tau": tau, "dim": dim, "dtype": dtype})
-        hard.meta.update(node.meta)
-        node.replace_all_uses_with(hard)
-        self.graph.erase_node(node)
-        for product in products:
-            weights, *values = product.args
-            mixes = op_of(product) in PRODUCTS and isinstance(weights, fx.Node) and self.carried(weights) is hard
-            with self.graph.inserting_before(product):
-                if not mixes and tau not in (1, FROZEN):
-                    self.amend(temperature=1.0, reason=f"at temperature 1, since {name_of(product)} is not weights @ values")
-                if not mixes:
-                    continue
-                soft = None
-                if tau not in (1, FROZEN):
-                    soft = self.graph.call_function(tempered_softmax, (scores,), {"tau": tau, "dim": dim, "dtype": dtype})
-                mixed = self.graph.call_function(dual_path, ("mix", weights, soft, *values), {"tau": tau})
-            mixed.meta.update(product.meta)
-            product.replace_all_uses_with(mixed)
-            self.graph.erase_node(product)
+        if tau is not None:
+            freeze_softmax(self, node, products, weights, read, tau)
 
     def amend(self, **changes: Any) -> None:
         self.sites[-1] = replace(self.sites[-1], **changes)
 
-    def products(self, weights: fx.Node) -> Iterator[fx.Node]:
-        """The matrix products of `weights`, or of views of them, with something that depends on the input."""
-        for user in weights.users:
-            if self.is_view(user):
-                yield from self.products(user)
-            elif name_of(user) in MATRIX_PRODUCT and any(n in self.varying for n in user.all_input_nodes if n is not weights):
-                yield user
-
-    def carried(self, node: fx.Node) -> fx.Node:
-        """Back through calls that change nothing in eval mode."""
-        while self.passes(node) or name_of(node) in CARRIERS or isinstance(self.leaf(node), nn.Dropout | nn.Identity):
-            node = node.all_input_nodes[0]
-        return node
-
     def leaf(self, node: fx.Node) -> nn.Module | None:
         return self.module(node) if node.op == "call_module" else None
+
+    def mark_steering(self) -> None:
+        """Say so of sites through which no signal passes, since all that they make steers frozen gates or is held constant."""
+        reached: set[fx.Node] = set()
+        for node in reversed(self.graph.nodes):
+            if node.op == "output" or node in reached:
+                reached.update(receivers(node))
+        for i, (site, node) in enumerate(zip(self.sites, self.nodes)):
+            if self.moved.get(node, node) not in reached and not site.reason.startswith("part of"):
+                status: Status = "kept" if site.status == "NOT REWRITTEN" else site.status
+                self.sites[i] = replace(site, status=status, reason="steers a frozen gate: no signal passes here")
 
     # -- storage
 
@@ -387,8 +507,25 @@ class Pass:
         return copy
 
 
-MATRIX_PRODUCT = frozenset("matmul bmm mm einsum baddbmm".split())
-CARRIERS = frozenset("dropout to type_as float contiguous detach".split())
+def with_first(result: Any, first: Any) -> Any:
+    """`result` with another first element."""
+    return first, *tuple(result)[1:]
+
+
+fx.wrap("with_first")
+
+
+def receivers(node: fx.Node) -> list[fx.Node]:
+    """The inputs of `node` that get a cotangent from it."""
+    if name_of(node) == "detach":
+        return []
+    if node.target is dual_path:
+        row = TABLE[str(node.args[0])]
+        at = node.args[1 + row.receives] if row.adjoint is not nothing else None
+        return [at] if isinstance(at, fx.Node) else []
+    if node.target is multihead_attention:
+        return [node.args[2]]  # type: ignore[list-item]
+    return node.all_input_nodes
 
 
 def copied(x: Any) -> Any:

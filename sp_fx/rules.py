@@ -11,7 +11,8 @@ from typing import Literal
 
 from .adjoints import FROZEN, TABLE, Temperature
 
-NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm")
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
+UNTEMPERED = (*NORMS, "product")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +20,8 @@ class Rules:
     """The temperature of every kind of gate, and exceptions by place.
 
     Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), `"frozen"` (the gate
-    of the forward pass itself, kept constant) or `None` (the op's plain derivative). Normalisations have no temperature:
-    `"frozen"` (their statistics are constants) or `None`.
+    of the forward pass itself, kept constant) or `None` (the op's plain derivative). Normalisations and products have no
+    temperature: `"frozen"` (their statistics, or the gate that multiplies, are constants) or `None`.
 
     `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
     and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
@@ -28,8 +29,8 @@ class Rules:
     a mapping from places to numbers above 0 multiplies it by that number, which is what `Explainer.calibrate` measures.
 
     `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
-    from kinds to temperatures. A number passes over normalisations. The last pattern that fits wins; one that fits no gate
-    is an error.
+    from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
+    no gate is an error.
 
     Defaults: arXiv:2507.22832, and for the kinds it does not list those of the nearest kind it does.
 
@@ -40,13 +41,17 @@ class Rules:
     relu: Temperature | None = 0.6
     leaky_relu: Temperature | None = 0.6
     prelu: Temperature | None = 0.6
-    hardtanh: Temperature | None = 0.6  # ReLU6 and clamp are this kind
+    hardtanh: Temperature | None = 0.6  # ReLU6, clamp, maximum with a constant and threshold are this kind
+    hardshrink: Temperature | None = 0.6
+    softshrink: Temperature | None = 0.6
+    abs: Temperature | None = 0.6
     elu: Temperature | None = 0.6  # and SELU, CELU
     gelu: Temperature | None = 1.0
+    quick_gelu: Temperature | None = 1.0
     silu: Temperature | None = 1.6
     hardswish: Temperature | None = 1.6
     mish: Temperature | None = 1.6
-    max_pool: Temperature | None = 0.3
+    max_pool: Temperature | None = 0.3  # adaptive, fractional and global (amax) too
     attention: Temperature | None = 1.0
     layer_norm: Temperature | None = FROZEN
     rms_norm: Temperature | None = FROZEN
@@ -54,6 +59,8 @@ class Rules:
     instance_norm: Temperature | None = FROZEN
     batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
     local_response_norm: Temperature | None = FROZEN
+    normalize: Temperature | None = FROZEN  # division by a norm
+    product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
     scale: Literal["absolute", "sample"] | Mapping[str, float] = "sample"
     overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
 
@@ -81,7 +88,8 @@ class Rules:
     @classmethod
     def paper(cls) -> Rules:
         """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
-        beyond = ("leaky_relu", "prelu", "hardtanh", "elu", "hardswish", "mish", "local_response_norm")
+        beyond = ("leaky_relu", "prelu", "hardtanh", "hardshrink", "softshrink", "abs", "elu", "quick_gelu", "hardswish", "mish",
+                  "local_response_norm", "normalize")  # fmt: skip
         return cls(scale="absolute", **dict.fromkeys(beyond))  # type: ignore[arg-type]
 
     @classmethod
@@ -96,7 +104,7 @@ class Rules:
             if fnmatchcase(place, pattern):
                 if isinstance(override, Mapping):
                     tau = override.get(kind, tau)
-                elif kind not in NORMS or override in (None, FROZEN):
+                elif kind not in UNTEMPERED or override in (None, FROZEN):
                     tau = override
         return tau
 
@@ -106,7 +114,7 @@ class Rules:
         Raises:
             ValueError: the scales are measured ones, and this gate's is not among them.
         """
-        if not (TABLE[kind].homogeneous and isinstance(tau, float | int)):
+        if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
             return "absolute"
         if not isinstance(self.scale, Mapping):
             return self.scale
@@ -140,7 +148,7 @@ class Rules:
         return {n: repr(dict(v) if isinstance(v, Mapping) else v) for n, (v, default) in values.items() if v != default}
 
 
-KINDS = tuple(f.name for f in fields(Rules) if f.name in TABLE)
+KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "overrides"))
 
 
 def _restore(values: dict) -> Rules:
@@ -150,8 +158,9 @@ def _restore(values: dict) -> Rules:
 def _check(where: str, kind: str, tau: object) -> None:
     if tau is None or (isinstance(tau, str) and tau == FROZEN):
         return
-    if kind in NORMS:
-        raise ValueError(f"{where}: a normalisation has no temperature: expected 'frozen' or None, got {tau!r}")
+    if kind in UNTEMPERED:
+        what = "a product" if kind == "product" else "a normalisation"
+        raise ValueError(f"{where}: {what} has no temperature: expected 'frozen' or None, got {tau!r}")
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
         choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
         raise ValueError(f"{where}: expected {choices}, got {tau!r}")

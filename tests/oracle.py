@@ -20,9 +20,9 @@ import torch.nn.functional as F
 FROZEN = "frozen"
 DEFAULTS = {
     "relu": 0.6, "leaky_relu": 0.6, "prelu": 0.6, "hardtanh": 0.6, "elu": 0.6, "gelu": 1.0, "silu": 1.6, "hardswish": 1.6,
-    "mish": 1.6, "max_pool": 0.3, "attention": 1.0,
+    "mish": 1.6, "max_pool": 0.3, "attention": 1.0, "quick_gelu": 1.0, "abs": 0.6, "hardshrink": 0.6, "softshrink": 0.6,
 }  # fmt: skip
-HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "max_pool")  # hard gates that do not see the scale of their input
+HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "abs", "max_pool")  # hard gates that do not see the scale of their input
 HARD = {kind: FROZEN for kind in DEFAULTS}
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # arXiv:1706.02515
 
@@ -65,8 +65,12 @@ def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.
         return below - above
     if kind == "elu":  # z > 0: z; z < 0: alpha (exp(rate z) - 1); all times scale
         return scale * (phi(z / tau) + alpha * rate * exp_tail(z, tau, rate))
-    if kind == "silu":
-        return 1 / (1 + torch.exp(-z / tau))
+    if kind in ("silu", "quick_gelu"):  # the sigmoid of the forward, rate * z in it, at a temperature
+        return 1 / (1 + torch.exp(-rate * z / tau))
+    if kind == "abs":  # E[sign(z + tau e)]
+        return 2 * phi(z / tau) - 1
+    if kind in ("hardshrink", "softshrink"):  # P(|z + tau e| > width)
+        return 1 - phi((z + alpha) / tau) + phi((z - alpha) / tau)
     if kind == "hardswish":
         return ((z / tau + 3) / 6).clamp(0, 1)
     if kind == "mish":  # tanh(log(1 + e)) = (e^2 + 2 e) / (e^2 + 2 e + 2), in powers of exp(-|z|)
@@ -85,6 +89,12 @@ def frozen_gain(kind, z, low=None, high=None, slope=None, alpha=1.0, scale=1.0, 
         return (1 if low is None else step(z - low)) - (0 if high is None else step(z - high))
     if kind == "elu":
         return scale * (step(z) + (1 - step(z)) * alpha * rate * torch.exp(rate * z.clamp(max=0)))
+    if kind == "abs":
+        return 2 * step(z) - 1
+    if kind in ("hardshrink", "softshrink"):
+        return step(z - alpha) + step(-z - alpha)
+    if kind in ("silu", "quick_gelu"):
+        return soft_gain(kind, z, 1.0, rate=rate)
     if kind == "gelu" and approximate == "tanh":
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return soft_gain(kind, z, 1.0)
@@ -98,6 +108,10 @@ def hard_derivative(kind, t, low=None, high=None, slope=None, alpha=1.0, scale=1
         return np.where(t > 0, 1.0, slope)
     if kind == "hardtanh":
         return ((t > (-np.inf if low is None else low)) & (t < (np.inf if high is None else high))) * 1.0
+    if kind == "abs":
+        return np.sign(t)
+    if kind in ("hardshrink", "softshrink"):
+        return (np.abs(t) > alpha) * 1.0
     if kind == "elu":
         return scale * np.where(t > 0, 1.0, alpha * rate * np.exp(rate * np.minimum(t, 0)))
     raise KeyError(kind)
@@ -348,6 +362,8 @@ class Gate(Op):
             low, high = args.get("low"), args.get("high")
             below = 0 if low is None else low * (z < low).to(z)
             return torch.zeros_like(z) + below + (0 if high is None else high * (z > high).to(z))
+        if self.kind == "softshrink":
+            return -args["alpha"] * torch.sign(z) * (z.abs() > args["alpha"]).to(z)
         if self.kind == "elu":  # the tangent of alpha (exp(rate z) - 1)
             alpha, scale, rate = args.get("alpha", 1.0), args.get("scale", 1.0), args.get("rate", 1.0)
             low = z.clamp(max=0)
@@ -423,6 +439,94 @@ class MaxPool(Op):
         _, matrices = self.each(x, temperature(rules, "max_pool", x))
         flat = v.flatten(2).flatten(0, 1)
         return torch.stack([m.T @ c for m, c in zip(matrices, flat, strict=True)]).reshape(x.shape)
+
+
+class AdaptiveMaxPool(MaxPool):
+    """Window i of m over n pixels: from the floor of i n / m to the ceiling of (i + 1) n / m."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def each(self, x, tau):
+        found = []
+        for place in itertools.product(*map(range, self.size)):
+            spans = [range(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(place, x.shape[2:], self.size, strict=True)]
+            found.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
+        taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
+        return self.size, [pool_matrix(c, found, t) for sample, t in zip(x.flatten(2), taus, strict=True) for c in sample]
+
+
+class FractionalMaxPool(MaxPool):
+    """Graham, "Fractional Max-Pooling", arXiv:1412.6071, as PyTorch draws it: with a = (n - k) / (m - 1) and the channel's
+    sample s, window i starts at floor((i + s) a) - floor(s a), the last at n - k. A sample is (width, height) or (depth, height,
+    width)."""
+
+    def __init__(self, kernel, size, samples):
+        self.kernel, self.size, self.samples = kernel, size, samples
+
+    def each(self, x, tau):
+        matrices, axes = [], len(self.kernel)
+        taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
+        for b, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
+            drawn = self.samples[b, c].tolist()
+            starts = []
+            for s, n, m, k in zip(drawn[::-1] if axes == 2 else drawn, x.shape[2:], self.size, self.kernel, strict=True):
+                a = (n - k) / (m - 1)
+                starts.append([int((i + s) * a) - int(s * a) for i in range(m - 1)] + [n - k])
+            found = []
+            for begin in itertools.product(*starts):
+                spans = [range(i, i + k) for i, k in zip(begin, self.kernel, strict=True)]
+                found.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
+            matrices.append(pool_matrix(x[b, c].flatten(), found, taus[b]))
+        return self.size, matrices
+
+
+class Amax(Op):
+    """The maximum over some axes, of which none is the first."""
+
+    def __init__(self, *dims, keepdim=False):
+        self.dims, self.keepdim = dims, keepdim
+
+    def shares(self, x, tau):
+        moved = x.movedim(self.dims, [*range(-len(self.dims), 0)])
+        rows = moved.flatten(-len(self.dims))
+        best = rows.max(-1, keepdim=True).values
+        if isinstance(tau, str):
+            share = (rows == best).to(x)
+        else:
+            share = torch.exp((rows - best) / tau.reshape(-1, *[1] * (rows.dim() - 1)))
+        share = (share / share.sum(-1, keepdim=True)).reshape(moved.shape)
+        return share.movedim([*range(-len(self.dims), 0)], self.dims)
+
+    def forward(self, x):
+        return self.frozen(x, x)
+
+    def frozen(self, x, t):
+        return (self.shares(x, FROZEN) * t).sum(self.dims, keepdim=self.keepdim)
+
+    def back(self, x, v, rules):
+        for dim in [] if self.keepdim else sorted(d % x.dim() for d in self.dims):
+            v = v.unsqueeze(dim)
+        return self.shares(x, temperature(rules, "max_pool", x)) * v
+
+
+class Normalise(Op):
+    """x over its own p-norm along one axis, the norm a constant."""
+
+    def __init__(self, p, dim, eps=0.0):
+        self.p, self.dim, self.eps = p, dim, eps
+
+    def gain(self, x):
+        return 1 / ((x.abs() ** self.p).sum(self.dim, keepdim=True) ** (1 / self.p)).clamp(min=self.eps)
+
+    def forward(self, x):
+        return x * self.gain(x)
+
+    def frozen(self, x, t):
+        return t * self.gain(x)
+
+    def back(self, x, v, rules):
+        return v * self.gain(x)
 
 
 class Norm(Op):
@@ -637,7 +741,7 @@ class Parallel(Op):
 
 
 class Product(Op):
-    """left(x) * right(x), by the product rule."""
+    """left(x) * right(x), by the product rule, or with `right`, a gate, as a constant."""
 
     def __init__(self, left, right):
         self.left, self.right = left, right
@@ -648,6 +752,8 @@ class Product(Op):
     def back(self, x, v, rules):
         left, right = forward(self.left, x), forward(self.right, x)
         through_left = pull(self.left, x, (v * right).sum_to_size(left.shape), rules)
+        if rules.get("product") == FROZEN:
+            return through_left
         return through_left + pull(self.right, x, (v * left).sum_to_size(right.shape), rules)
 
 

@@ -19,7 +19,7 @@ from sp_fx import Rules
 # Tolerances. float64: a chain of a few layers rounds at about 1e-15; 1e-10 leaves room for cancellation in the adjoints and none
 # for a wrong formula. float32: rounding of 6e-8 is amplified by 1/tau in pooling and by the condition of the norms.
 DOUBLE, SINGLE = 1e-10, 2e-5
-NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm")
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -482,7 +482,12 @@ UNEVEN = {  # every temperature other than the default
 }  # fmt: skip
 ABSOLUTE = {**oracle.DEFAULTS, "scale": "absolute"}
 AFFINE = [name for name, (_, _, affine) in CASES.items() if affine]  # the others keep a derivative, or the product rule
-RULES = {"absolute": ABSOLUTE, "frozen": oracle.HARD, "uneven": UNEVEN, "sample": {**oracle.DEFAULTS, "scale": "sample"}}
+RULES = {
+    "absolute": ABSOLUTE,
+    "frozen": {**oracle.HARD, "product": FROZEN},
+    "uneven": UNEVEN,
+    "sample": {**oracle.DEFAULTS, "scale": "sample"},
+}
 
 
 @pytest.fixture(params=CASES)

@@ -105,7 +105,13 @@ def test_in_place_calls_mean_what_they_meant(f):
     assert torch.equal(x, given)
 
 
-LISTED = {torch.abs: "abs", lambda x: x.amax(1, keepdim=True) * x: "amax", lambda x: F.hardshrink(x): "hardshrink"}
+LISTED = {
+    lambda x: x.median(1, keepdim=True).values * x: "median",
+    lambda x: x.sort().values: "sort",
+    lambda x: x.amin(1): "amin",
+    lambda x: torch.maximum(x, x.flip(1)): "maximum",
+    lambda x: F.fractional_max_pool2d(x[None, None], 2, 2): "fractional_max_pool2d",
+}
 
 
 @pytest.mark.parametrize("f", LISTED)
@@ -130,8 +136,10 @@ def test_custom_ops_are_opaque():
 
 KEPT = {
     lambda x: torch.tanh(x).relu(): ("tanh", "smooth"),
-    lambda x: (x * x.sigmoid()).relu(): ("mul", "product rule"),
-    lambda x: (x / x.norm(dim=1, keepdim=True)).relu(): ("truediv", "quotient rule"),
+    lambda x: (x * (x + x.flip(1)).sigmoid()).relu(): ("mul", "product rule"),
+    lambda x: (x * x.flip(1)).relu(): ("mul", "product rule"),
+    lambda x: F.glu(x[:, :4]).relu(): ("glu", "product rule"),
+    lambda x: (x / x.sum(1, keepdim=True)).relu(): ("truediv", "quotient rule"),
     lambda x: x.relu().softmax(-1): ("softmax", "multiplies no values"),
 }
 

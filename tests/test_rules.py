@@ -3,14 +3,15 @@ import pickle
 import pytest
 
 import sp_fx
-from sp_fx.adjoints import TABLE
+from sp_fx.adjoints import TABLE, rule_of
 from sp_fx.rules import KINDS, NORMS
 
 
 def test_every_kind_of_the_table_has_a_rule_with_its_default():
-    inner = {"softmax", "mix", "linear", "conv", "affine_norm"}  # parts of attention, and affine maps
-    assert set(KINDS) == set(TABLE) - inner
-    assert {kind: getattr(sp_fx.Rules(), kind) for kind in KINDS} == {kind: TABLE[kind].default for kind in KINDS}
+    inner = {"softmax", "mix", "linear", "conv", "affine_norm", "written"}  # parts of gates, and affine maps
+    assert set(KINDS) == {rule_of(row) for row in set(TABLE) - inner}
+    rules = {row: getattr(sp_fx.Rules(), rule_of(row)) for row in set(TABLE) - inner}
+    assert rules == {row: TABLE[row].default for row in rules} | {"glu": None}  # products keep their derivative
     assert all(getattr(sp_fx.Rules(), kind) == "frozen" for kind in NORMS)
 
 
