@@ -29,8 +29,9 @@ METRICS = {
     "random top 1.0": "zero",
 }
 HEADLINE = tuple(METRICS)[:4]
+OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10")
 PAIRS = [
-    *[(f"{ours}", other) for ours in ("pullback", "ascent") for other in ("gradient", "SmoothGrad-50")],
+    *[(f"{ours}", other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
 ]
 SHORT = ("Infid. ↓", "Faith. corr. ↑", "Max-sens. ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑", "Rand. logit → 0", "Focus ↑",
@@ -116,7 +117,7 @@ def plotted(record: dict[str, Any]) -> Figure:
             found = record["methods"][method].get(name)
             if found is None:
                 continue
-            colour = "#b2182b" if method.split(",")[0] in ("pullback", "double pullback", "ascent") else "#4d4d4d"
+            colour = "#b2182b" if method.split(",")[0] in OURS else "#4d4d4d"
             axis.plot(
                 [found.get("low", found["mean"]), found.get("high", found["mean"])], [at, at], color=colour, lw=2, alpha=0.5
             )

@@ -50,6 +50,8 @@ def methods(
         found[f"pullback{suffix}"] = Method(explainer.pullback, 1)
         found[f"double pullback{suffix}"] = Method(explainer.double_pullback, 2)
         found[f"ascent{suffix}"] = Method(explainer.ascend, 5)
+        if not suffix:
+            found["integrated pullback-10"] = Method(integrated(explainer), 10, "share")
     found |= captum_methods(model)
     left = {}
     relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth")
@@ -64,11 +66,19 @@ def methods(
     return found, left
 
 
+def integrated(explainer: sp_fx.Explainer, steps: int = 10) -> Run:
+    """Integrated pullbacks: integrated gradients, by Captum, of the model whose way back is soft."""
+    from captum.attr import IntegratedGradients
+
+    method = IntegratedGradients(explainer)
+    return lambda x, target: method.attribute(x, target=target, n_steps=steps).detach()
+
+
 def captum_methods(model: nn.Module) -> dict[str, Method]:
     """What only differentiates, by Captum."""
     from captum.attr import GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 
-    saliency, shap, integrated = Saliency(model), GradientShap(model), IntegratedGradients(model)
+    saliency, shap, path = Saliency(model), GradientShap(model), IntegratedGradients(model)
     smooth = NoiseTunnel(saliency)
 
     def smoothgrad(x: Tensor, target: Tensor) -> Tensor:
@@ -78,7 +88,7 @@ def captum_methods(model: nn.Module) -> dict[str, Method]:
         return shap.attribute(x, baselines=torch.zeros_like(x[:1]), target=target, n_samples=5, stdevs=NOISE)
 
     def integrated_gradients(x: Tensor, target: Tensor) -> Tensor:
-        return integrated.attribute(x, target=target, n_steps=SAMPLES, internal_batch_size=max(len(x), 64))
+        return path.attribute(x, target=target, n_steps=SAMPLES, internal_batch_size=max(len(x), 64))
 
     return {
         "gradient": Method(lambda x, target: saliency.attribute(x, target=target, abs=False), 1),

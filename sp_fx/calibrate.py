@@ -80,7 +80,7 @@ def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
 def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Mapping[str, Any]) -> list[Spread]:
     """One forward over `batches`; the spread of each scaled gate's pre-activation over all of them.
 
-    `batches` is one batch or an iterable of them; a batch is a tensor, or a tuple of tensors where the model takes several.
+    `batches` is a tensor or an iterable of batches; a batch is a tensor, or a tuple of tensors where the model takes several.
 
     Raises:
         ValueError: no batch, or none with a sample in it; a batch that the model cannot take; inputs that are all constant;
@@ -90,13 +90,13 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
     gauge, varied = Gauge(module), False
     takes = len(module.graph.find_nodes(op="placeholder"))
     with torch.inference_mode(False), torch.no_grad():
-        for i, batch in enumerate((batches,) if isinstance(batches, Tensor | tuple) else batches):
+        for i, batch in enumerate((batches,) if isinstance(batches, Tensor) else batches):
             inputs = batch if isinstance(batch, tuple) else (batch,)
             if not all(isinstance(x, Tensor) for x in inputs):
                 got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type(batch).__name__
                 raise TypeError(f"batch {i} of the calibration set is {got}; expected a tensor, or a tuple of the model's inputs")
             if len(inputs) > takes:
-                raise TypeError(f"batch {i} is a tuple of {len(inputs)} and the model takes {takes}: batches of it go in a list")
+                raise TypeError(f"batch {i} of the calibration set is a tuple of {len(inputs)} inputs; the model takes {takes}")
             gauge.given = kwargs
             try:
                 gauge.run(*inputs)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .program import Program
 
 Inputs = Tensor | tuple[Tensor, ...]
-Batches = Inputs | Iterable[Inputs]
+Batches = Tensor | Iterable[Inputs]
 
 
 def transform(
@@ -303,7 +303,7 @@ class Explainer(fx.GraphModule):
         needs no data. This explainer stays as it is.
 
         Args:
-            batches: a tensor, a tuple of the model's inputs, or an iterable of such batches.
+            batches: a tensor, or an iterable of batches: tensors, or tuples of the inputs of a model that takes several.
             forward_kwargs: keyword arguments of the model, the same for every batch.
 
         Raises:

@@ -43,7 +43,7 @@ def test_large_offsets_do_not_cancel():
     """In float32 a mean of 1e4 deviations leaves nothing of squares that are subtracted."""
     model = nn.Sequential(nn.Identity(), nn.ReLU(), nn.Linear(8, 2))
     x = 1e4 + torch.randn(1000, 8)
-    scale = sp_fx.transform(model).calibrate(iter(x.split(10))).report().rules.scale["1"]
+    scale = sp_fx.transform(model).calibrate(x.split(10)).report().rules.scale["1"]
     assert scale == pytest.approx(float(np.std(x.double().numpy())), rel=1e-4)  # the inputs' own rounding is 1e-3 of their spread
 
 
@@ -192,11 +192,11 @@ def test_several_inputs_and_keywords():
     explainer = sp_fx.transform(Two())
     with torch.no_grad():
         expected = float(np.std(Two().body(x * shift + ids[:, None]).numpy()))
-    for batches in ((x, ids), [(x[:3], ids[:3]), (x[3:], ids[3:])]):
+    for batches in ([(x, ids)], [(x[:3], ids[:3]), (x[3:], ids[3:])]):
         found = explainer.calibrate(batches, forward_kwargs={"shift": shift}).report().rules.scale["relu"]
         assert found == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(TypeError, match="batch 0 is a tuple of 6 and the model takes 3: batches of it go in a list"):
-        explainer.calibrate(x.split(1))
+    with pytest.raises(TypeError, match="batch 0 of the calibration set is a tuple of 6 inputs; the model takes 3"):
+        explainer.calibrate([x.split(1)])
 
 
 # -- the report
