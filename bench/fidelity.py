@@ -33,6 +33,7 @@ from torch import Tensor
 import sp_fx
 
 LEAST = 10  # samples for an interval
+RADIUS = 0.02  # of max-sensitivity: Captum's default
 
 
 class Answers:
@@ -119,7 +120,7 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         if name not in counts.stable_too and method.passes > counts.dear:
             continue
         n = counts.sensitivity
-        noise = (counts.draws, 0.1, 4)
+        noise = (counts.draws, RADIUS, 4)
         result["max-sensitivity"] = answers(f"{name} sens", ask.max_sensitivity, explained, x[:n], target[:n], maps[:n], *noise)
         if method.passes > counts.dear:
             continue

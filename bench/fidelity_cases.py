@@ -111,7 +111,7 @@ def scenes(name: str, count: int) -> Case:
 def photographs(data: Path) -> Case:
     named = load_model("squeezenet1_0", data / "squeezenet1_0_imagenet.safetensors", 227)
     paths = sorted((data / "photos").glob("*.jpg"))
-    pixels = torch.stack([named.preprocessing(path) for path in paths])
+    pixels = torch.stack([named.preprocessing(path).pixels for path in paths])
     n = len(paths)
     counts = Counts(batch=5, removals=24, cells=7, curves=n, sensitivity=n, logit=n, mosaics=n, randomised=4,
                     dear=10, stable_too=("SmoothGrad-50",))  # fmt: skip

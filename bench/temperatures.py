@@ -14,7 +14,7 @@ from pathlib import Path
 
 import faithfulness as ask
 import torch
-from fidelity import Answers, InBatches, draw, drops
+from fidelity import RADIUS, Answers, InBatches, draw, drops, other_class
 from fidelity_cases import Case, case
 from measures import mass_inside
 from methods import Method, captum_methods
@@ -22,7 +22,7 @@ from provenance import provenance
 
 import sp_fx
 
-RELU, POOL = (0.3, 0.6, 1.0, 1.5), (0.3, 1.0)
+RELU, POOL = (0.6, 1.0, 1.5), (0.3, 1.0)
 
 
 def ways(the: Case) -> dict[str, Method]:
@@ -47,12 +47,14 @@ def measured(the: Case, answers: Answers) -> dict[str, dict[str, float]]:
     for name, method in ways(the).items():
         explained = InBatches(method, the.counts.batch)
         maps = answers(f"{name} maps", explained, the.pixels, the.target)
-        stability = (explained, the.pixels[:n], the.target[:n], maps[:n], the.counts.draws, 0.1, 4)
+        logit = (the.pixels[:n], other_class(the)[:n], maps[:n])
+        stability = (explained, the.pixels[:n], the.target[:n], maps[:n], the.counts.draws, RADIUS, 4)
         shares = method.shares(the.pixels, maps)
         values = {
             "infidelity": ask.infidelity(shares, fell["squares"]),
             "faithfulness correlation": ask.correlation(shares, fell["subsets"]),
             "max-sensitivity": answers(f"{name} sens", ask.max_sensitivity, *stability),
+            "random logit": answers(f"{name} logit", explained.of_another_class, *logit),
         }
         if the.masks is not None:
             values["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
