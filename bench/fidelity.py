@@ -88,7 +88,7 @@ def redrawn(the: Case, cells: Tensor) -> Tensor:
 
 def curves(the: Case, shares: Tensor, cells: Tensor) -> Tensor:
     n = the.counts.curves
-    return torch.stack(ask.curves(the.probability, the.pixels[:n], the.target[:n], shares[:n], cells, 10))
+    return torch.stack(ask.curves(the.probability, the.pixels[:n], the.target[:n], shares[:n], cells, the.counts.steps))
 
 
 def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str, dict[str, Tensor]]:

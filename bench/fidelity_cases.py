@@ -24,6 +24,7 @@ class Counts:
     removals: int = 32
     cells: int = 12  # a side of the grid
     curves: int = 30
+    steps: int = 10  # of deletion and insertion
     sensitivity: int = 20
     draws: int = 3  # of noise, a sample
     logit: int = 20
@@ -113,7 +114,7 @@ def photographs(data: Path) -> Case:
     paths = sorted((data / "photos").glob("*.jpg"))
     pixels = torch.stack([named.preprocessing(path).pixels for path in paths])
     n = len(paths)
-    counts = Counts(batch=5, removals=24, cells=7, curves=n, sensitivity=n, logit=n, mosaics=n, randomised=4,
+    counts = Counts(batch=5, removals=24, cells=7, curves=n, steps=6, sensitivity=n, logit=n, mosaics=n, randomised=4,
                     dear=10, stable_too=("SmoothGrad-50",))  # fmt: skip
     # The photograph and its mirror image, and two others of other classes, at half size: they are 160 pixels wide to begin with.
     small = nn.functional.interpolate(pixels, scale_factor=0.5, mode="bilinear", antialias=True)

@@ -505,29 +505,29 @@ def affine_norm_adjoint(v, like, mean, variance, gamma, beta, tau, eps) -> Tenso
 # -- the table ----------------------------------------------------------------------------------------------------------
 
 TABLE: dict[str, Row] = {
-    "relu": gain_row(F.relu, opening, 0.6, homogeneous=True),
-    "leaky_relu": gain_row(F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 0.6, homogeneous=True),
-    "prelu": gain_row(F.prelu, prelu_gain, 0.6, tensors=2, homogeneous=True),
+    "relu": gain_row(F.relu, opening, 1.0, homogeneous=True),
+    "leaky_relu": gain_row(F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 1.0, homogeneous=True),
+    "prelu": gain_row(F.prelu, prelu_gain, 1.0, tensors=2, homogeneous=True),
     "hardtanh": gain_row(lambda z, low, high: torch.clamp(z, low, high), hardtanh_gain, 0.6),
     "maximum": gain_row(torch.maximum, maximum_gain, 0.6, tensors=2, rule="hardtanh"),
     "minimum": gain_row(torch.minimum, minimum_gain, 0.6, tensors=2, rule="hardtanh"),
     "threshold": gain_row(F.threshold, lambda z, tau, threshold, value: opening(z - threshold, tau), 0.6, rule="hardtanh"),
     "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
     "softshrink": gain_row(lambda z, width: F.softshrink(z, width), shrink_gain, 0.6),
-    "abs": gain_row(torch.abs, lambda z, tau: opening(z, tau) - opening(-z, tau), 0.6, homogeneous=True),
+    "abs": gain_row(torch.abs, lambda z, tau: opening(z, tau) - opening(-z, tau), 1.0, homogeneous=True),
     "elu": gain_row(elu, elu_gain, 0.6),
     "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
     "silu": gain_row(lambda z, rate=1.0: F.silu(z), silu_gain, 1.6),
     "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, 1.0),
     "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
     "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
-    "max_pool": Row(max_pool, max_pool_adjoint, 0.3, sees_output=True, homogeneous=True),
-    "amax": Row(amax, amax_adjoint, 0.3, sees_output=True, homogeneous=True, rule="max_pool"),
+    "max_pool": Row(max_pool, max_pool_adjoint, 1.0, sees_output=True, homogeneous=True),
+    "amax": Row(amax, amax_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
     "adaptive_max_pool": Row(
-        adaptive_max_pool, adaptive_max_pool_adjoint, 0.3, sees_output=True, homogeneous=True, rule="max_pool"
+        adaptive_max_pool, adaptive_max_pool_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"
     ),
     "fractional_max_pool": Row(
-        fractional_max_pool, fractional_max_pool_adjoint, 0.3, tensors=2, sees_output=True, homogeneous=True, rule="max_pool"
+        fractional_max_pool, fractional_max_pool_adjoint, 1.0, tensors=2, sees_output=True, homogeneous=True, rule="max_pool"
     ),
     "layer_norm": gain_row(layer_norm, layer_norm_gain, FROZEN, tensors=3),
     "rms_norm": gain_row(rms_norm, rms_norm_gain, FROZEN, tensors=2),

@@ -137,12 +137,14 @@ class Pass:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.varying: set[fx.Node] = set()  # what depends on the values of the input, not on its shape
         self.axes: dict[fx.Node, Axis] = {}  # where each of them has the sample
+        self.entering: dict[fx.Node, Axis] = {}  # and where its first input has it
         for node in graph.nodes:
             name = node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and any(n in self.varying for n in node.all_input_nodes)):
                 self.varying.add(node)
                 inside = None if self.passes(node) else self.leaf(node)
                 self.axes[node] = sample_axis(node, self.axes, name_of, inside)
+                self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
 
     # -- facts about nodes
 
@@ -264,7 +266,7 @@ class Pass:
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
         scale = self.rules.scale_of(kind, place, tau)
-        if scale == "sample" and not self.follows_sample(kind, self.axes.get(node)):
+        if scale == "sample" and not self.follows_sample(kind, self.op(node), self.entering.get(node)):
             # Across samples it would let one sample's map depend on the others of its batch.
             scale, reason = "absolute", "absolute, since axis 0 may not be the sample here: calibrate() measures a scale"
         self.sites.append(Site(place, self.op(node), kind, status, tau, reason, scale))
@@ -272,9 +274,9 @@ class Pass:
         return tau
 
     @staticmethod
-    def follows_sample(kind: str, axis: Axis) -> bool:
+    def follows_sample(kind: str, op: str, axis: Axis) -> bool:
         """Whether a gate's scale can be taken over each sample: its axis is the first, or can be moved there."""
-        movable = kind in ("relu", "leaky_relu") or (kind, axis) == ("max_pool", 1)
+        movable = kind in ("relu", "leaky_relu", "abs") or (op.startswith("max_pool") and axis == 1)
         return axis in (0, "rows") or (isinstance(axis, int) and movable)
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
@@ -319,7 +321,7 @@ class Pass:
 
     def dual(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
         """A dual-path call in place of `node`."""
-        axis = self.axes.get(node)
+        axis = self.entering.get(node)
         moved = axis if scale == "sample" and axis != "rows" else 0
         if isinstance(scale, float) and not isinstance(tau, str):
             tau = tau * scale

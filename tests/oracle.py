@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 FROZEN = "frozen"
 DEFAULTS = {
-    "relu": 0.6, "leaky_relu": 0.6, "prelu": 0.6, "hardtanh": 0.6, "elu": 0.6, "gelu": 1.0, "silu": 1.6, "hardswish": 1.6,
-    "mish": 1.6, "max_pool": 0.3, "attention": 1.0, "quick_gelu": 1.0, "abs": 0.6, "hardshrink": 0.6, "softshrink": 0.6,
+    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": 0.6, "elu": 0.6, "gelu": 1.0, "silu": 1.6, "hardswish": 1.6,
+    "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "quick_gelu": 1.0, "abs": 1.0, "hardshrink": 0.6, "softshrink": 0.6,
 }  # fmt: skip
 HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "abs", "max_pool")  # hard gates that do not see the scale of their input
 HARD = {kind: FROZEN for kind in DEFAULTS}

@@ -63,6 +63,11 @@ def indexed(m, x):
     return torch.relu(m.inner(x)[:, None, 1:, :]).mean((1, 2))
 
 
+def reduced_over_times(m, x):
+    """The gate takes the axis before the sample's away."""
+    return torch.relu(m.inner(x)).transpose(0, 1).amax(0)
+
+
 def lost(m, x):
     """One reshape over both axes: nothing but the shapes tells where the samples are."""
     return torch.relu(m.inner(x.transpose(0, 1)).reshape(3, -1, 8)).reshape(6, -1, 8).mean(0)
@@ -77,7 +82,7 @@ FOUND = [sequence_first, sequence_first_in_place, times_folded, times_before_sam
          a_list_of_heads, stacked, contracted, indexed]  # fmt: skip
 
 
-@pytest.mark.parametrize("run", [*FOUND, lost, lost_glued], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("run", [*FOUND, reduced_over_times, lost, lost_glued], ids=lambda f: f.__name__)
 def test_a_map_does_not_depend_on_the_batch(run):
     model = fill(Model(run))
     explainer = sp_fx.transform(model, rules=sp_fx.Rules(relu=1.0, max_pool=1.0, scale="sample"))

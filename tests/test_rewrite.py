@@ -161,7 +161,7 @@ def test_rules_by_place():
     model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.GELU()), nn.ReLU(), nn.LayerNorm(4), nn.Linear(4, 2))
     rules = sp_fx.Rules(overrides={"0.*": 2.0, "0.1": {"gelu": None}, "2": None})
     sites = {s.place: s.temperature for s in sp_fx.transform(model, rules=rules).report().sites}
-    assert sites == {"0.0": 2.0, "0.1": None, "1": 0.6, "2": None}
+    assert sites == {"0.0": 2.0, "0.1": None, "1": 1.0, "2": None}
     with pytest.raises(ValueError, match=r"layer9.*fits no gate.*0\.0"):
         sp_fx.transform(model, rules=sp_fx.Rules(overrides={"layer9.*": 1.0}))
 
@@ -179,5 +179,5 @@ def test_the_report_reads_as_a_table():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Tanh())
     lines = str(sp_fx.transform(model).report()).splitlines()
     assert lines[0] == "Sequential with Rules(), captured by torch.fx: 2 rewritten, 1 kept, 0 NOT REWRITTEN"
-    assert lines[2].split() == ["1", "relu", "relu", "0.6", "x", "scale"]
+    assert lines[2].split() == ["1", "relu", "relu", "1.0", "x", "scale"]
     assert "smooth, no gate" in lines[4]

@@ -49,8 +49,8 @@ def test_bad_rules():
 
 
 def test_rules_print_what_was_changed_and_pickle():
-    rules = sp_fx.Rules(relu=1.0, overrides={"a.*": None})
-    assert str(rules) == "Rules(relu=1.0, overrides={'a.*': None})"
+    rules = sp_fx.Rules(relu=0.5, overrides={"a.*": None})
+    assert str(rules) == "Rules(relu=0.5, overrides={'a.*': None})"
     assert pickle.loads(pickle.dumps(rules)) == rules
 
 
