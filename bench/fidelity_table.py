@@ -129,7 +129,7 @@ def plotted(record: dict[str, Any]) -> Figure:
         if METRICS[name] == "low":
             axis.set_xscale("log")
         axis.set_title(f"{name} ({'lower' if METRICS[name] == 'low' else 'higher'} is better)", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)
     figure.suptitle(f"{record['network']}, {record['samples']}; means with 95 % intervals, passes in brackets", fontsize=9)
