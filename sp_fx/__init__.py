@@ -1,5 +1,6 @@
 """Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`."""
 
+from .check import Checks, check
 from .clone import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
 from .pixels import pixel_space
@@ -7,4 +8,16 @@ from .report import Report, Site
 from .rules import Rules
 from .version import __version__
 
-__all__ = ["CaptureError", "Explainer", "NotRewrittenError", "Report", "Rules", "Site", "__version__", "pixel_space", "transform"]
+__all__ = [
+    "CaptureError",
+    "Checks",
+    "Explainer",
+    "NotRewrittenError",
+    "Report",
+    "Rules",
+    "Site",
+    "__version__",
+    "check",
+    "pixel_space",
+    "transform",
+]

@@ -51,11 +51,10 @@ def freeze_softmax(
             soft = graph.call_function(tempered_softmax, (cut,), {"tau": tau, "dim": dim, "dtype": dtype})
             soft = graph.call_method("type_as", (soft, hard))
     hard.meta.update(node.meta)
-    node.replace_all_uses_with(hard)
+    run.supersede(node, hard)
     graph.erase_node(node)
     weights = (weights - {node}) | {hard}
     run.moved[node] = hard
-    run.varying.add(hard)
     again: dict[fx.Node, fx.Node] = {} if soft is None else {hard: soft}
     for product in products:
         form = mixing(product, weights, run)
@@ -68,9 +67,8 @@ def freeze_softmax(
             tempered = replayed(graph, mixed_by, weights, again) if hot else None
             mixed = graph.call_function(dual_path, ("mix", mixed_by, tempered, values), {"tau": tau, **args})
         mixed.meta.update(product.meta)
-        product.replace_all_uses_with(mixed)
+        run.supersede(product, mixed)
         run.moved[product] = mixed
-        run.varying.add(mixed)
         graph.erase_node(product)
 
 

@@ -130,6 +130,7 @@ class Pass:
         self.notes: list[str] = []
         self.nodes: list[fx.Node] = []  # one for each site; `moved` has what stands in its place
         self.moved: dict[fx.Node, fx.Node] = {}
+        self.instead: dict[fx.Node, fx.Node] = {}  # what the users of an erased node read now
         self.patterns: dict[fx.Node, Written | Statistic] = {}
         self.parts: dict[fx.Node, fx.Node] = {}  # calls inside a gate that is written out, and the one that closes it
         self.calls: Counter[str] = Counter()
@@ -188,8 +189,7 @@ class Pass:
         else:
             place = f"{path}.{name_of(node)}".lstrip(".")
         self.calls[place] += 1
-        node.meta["place"] = place if self.calls[place] == 1 else f"{place}#{self.calls[place]}"
-        return node.meta["place"]
+        return place if self.calls[place] == 1 else f"{place}#{self.calls[place]}"
 
     # -- the pass
 
@@ -314,8 +314,7 @@ class Pass:
                 gate = replace(gate, tensors=tuple(copy if t is source else t for t in gate.tensors))
             soft = self.dual(node, gate, tau, scale)
             result = self.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
-        self.varying.add(result)
-        node.replace_all_uses_with(result)
+        self.supersede(node, result)
         for user in later if redirected else []:
             user.replace_input_with(source, result)
         self.graph.erase_node(node)
@@ -338,6 +337,11 @@ class Pass:
         self.varying |= {soft, result}
         return result
 
+    def supersede(self, node: fx.Node, by: fx.Node) -> None:
+        node.replace_all_uses_with(by)
+        self.instead[node] = by
+        self.varying.add(by)
+
     def replace_first(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
         """A gate whose call returns indices too: they still come from that call."""
         with self.graph.inserting_before(node):
@@ -346,7 +350,7 @@ class Pass:
         for user in list(node.users):
             index = user.args[1] if user.target in (operator.getitem, getattr) else None
             if index in (0, "values"):
-                user.replace_all_uses_with(soft)
+                self.supersede(user, soft)
                 self.graph.erase_node(user)
             elif index not in (1, "indices"):
                 rest.append(user)
@@ -365,17 +369,17 @@ class Pass:
         self.amend(op=f"{name_of(node)}, written out")
         if tau is None:
             return
-        first = min(gate.inside, key=self.position.__getitem__)
+        first, source = min(gate.inside, key=self.position.__getitem__), self.instead.get(gate.source, gate.source)
         with self.graph.inserting_before(first):
-            cut = self.graph.call_method("detach", (gate.source,))
+            cut = self.graph.call_method("detach", (source,))
             if any(map(writes, gate.inside)):
                 cut = self.graph.call_method("clone", (cut,))
         for n in gate.inside:
-            n.replace_input_with(gate.source, cut)
+            n.replace_input_with(source, cut)
         users = list(node.users)
         with self.graph.inserting_before(node.next):
             args = {"row": gate.kind, "args": tuple(gate.args.items())}
-            soft = self.dual(node, Gate("written", (gate.source, node), args), tau, self.sites[-1].scale)
+            soft = self.dual(node, Gate("written", (source, node), args), tau, self.sites[-1].scale)
         for user in users:
             user.replace_input_with(node, soft)
 
@@ -444,8 +448,7 @@ class Pass:
                 "add_zero_attn": leaf.add_zero_attn, **given,
             })  # fmt: skip
         soft.meta.update(node.meta)
-        self.varying.add(soft)
-        node.replace_all_uses_with(soft)
+        self.supersede(node, soft)
         self.graph.erase_node(node)
 
     def visit_softmax(self, node: fx.Node, reader: Any) -> None:

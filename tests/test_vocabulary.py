@@ -610,6 +610,13 @@ def test_the_new_rows_under_the_other_ways_of_differentiating():
     check(torch.autograd.grad(exported(leaf), leaf, u)[0], expected, 1e-12)
 
 
+def test_a_gate_written_out_after_another():
+    quick = (lambda z: z * torch.sigmoid(1.702 * z), gate("quick_gelu", rate=1.702))
+    top = (lambda z: z.max(-1, True)[0], oracle.Amax(-1, keepdim=True))
+    net, ops = chain(linear(6, 8), (lambda z: F.silu(z), SILU), quick, top, (lambda z: z * z.sigmoid(), SILU))
+    agree(net, ops, randn(3, 6, seed=1), RULES["absolute"])
+
+
 def test_operators_of_python_are_calls_too():
     net = Calls(lambda x: operator.truediv(operator.mul(x, F.relu6(operator.add(x, 3))), 6))
     assert [s.kind for s in transform(net).report().of("rewritten")] == ["hardswish"]

@@ -1,0 +1,182 @@
+"""Every network of a library through `transform`: `python bench/zoo.py --torchvision`, `--timm`.
+
+All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
+filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
+attention aside), the gating ATen ops that the model dispatches are those that the report lists, the map of a random direction is
+finite, not zero, and not the gradient. Rows are kept as they come; a second call goes on where the first ended, `--again` does
+failures anew, `--minutes` ends a piece.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from provenance import provenance
+from torch import nn
+
+import sp_fx
+from sp_fx.check import coverage, forward
+from sp_fx.clone import EvalClone
+from sp_fx.targets import primary
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers import fill
+
+SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 331, 384, 512)
+RESULTS = Path(__file__).parent / "results"
+
+
+def torchvision_models() -> Iterator[tuple[str, str, Any]]:
+    import torchvision
+
+    for name in torchvision.models.list_models(module=torchvision.models):
+        options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        yield name, name, lambda name=name, options=options: torchvision.models.get_model(name, weights=None, **options)
+
+
+def timm_models() -> Iterator[tuple[str, str, Any]]:
+    import timm
+
+    for module, name in smallest().items():
+        yield module, name, lambda name=name: timm_model(timm, name)
+
+
+def timm_model(timm: Any, name: str) -> nn.Module:
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    if size > 256:  # attention over a large picture is a matter of minutes
+        try:
+            return timm.create_model(name, pretrained=False, img_size=224)
+        except (TypeError, AssertionError, ValueError, RuntimeError):
+            pass
+    return timm.create_model(name, pretrained=False)
+
+
+def smallest() -> dict[str, str]:
+    """For each module of timm's architectures the variant with the fewest parameters; counted once for each version of timm."""
+    import timm
+
+    known = RESULTS / "zoo_timm_smallest.json"
+    held = json.loads(known.read_text()) if known.exists() else {}
+    if held.get("timm") == timm.__version__:
+        return held["variants"]
+    variants = {}
+    for module in timm.list_modules():
+        sizes = {}
+        for name in timm.list_models(module=module):
+            with torch.device("meta"):
+                try:
+                    sizes[name] = sum(p.numel() for p in timm.create_model(name, pretrained=False).parameters())
+                except Exception:  # what cannot be built without data is not the smallest
+                    continue
+        if sizes:
+            variants[module] = min(sizes, key=sizes.__getitem__)
+    known.write_text(json.dumps({"timm": timm.__version__, "variants": variants}, indent=1) + "\n")
+    return variants
+
+
+def uninitialised() -> None:
+    """Everything is filled from a seed afterwards."""
+    for name in dir(nn.init):
+        if name.endswith("_") and not name.startswith("_"):
+            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+
+
+def example(model: nn.Module) -> torch.Tensor:
+    """An input of the smallest size that the model takes."""
+    refusals = []
+    for size in SIZES:
+        x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                model(x)
+            return x
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            refusals.append(f"{size}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+    raise RuntimeError(f"no size works: {refusals[-1]}")
+
+
+def examine(build: Any) -> dict[str, Any]:
+    started = time.perf_counter()
+    model = fill(build())
+    row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    try:
+        x = example(model)
+        row["size"] = x.shape[-1]
+        begun = time.perf_counter()
+        explainer = sp_fx.transform(model, example_inputs=x)
+        report = explainer.report()
+        row |= {"transform_s": round(time.perf_counter() - begun, 2), "tracer": report.tracer}
+        row |= {status: len(report.of(status)) for status in ("rewritten", "kept", "NOT REWRITTEN")}  # type: ignore[arg-type]
+        clone = EvalClone()(model)
+        lines = [forward(explainer, clone, (x,), {}), coverage(explainer, clone, (x,), {})]
+        row |= {"forward": lines[0].found, "coverage": lines[1].note}
+        wrong = [f"{line.name}: {line.note or line.found}" for line in lines if line.verdict == "FAILED"]
+        leaf = x.clone().requires_grad_()
+        y = primary(model(leaf * 1))
+        u = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        (gradient,) = torch.autograd.grad(y, leaf, u)
+        found = explainer.pullback(x, u)
+        row["from_gradient"] = float((found - gradient).norm() / gradient.norm().clamp_min(1e-30))
+        if not y.isfinite().all() or not y.any():
+            wrong.append("the outputs are zero or not finite, with these weights")
+        if not found.isfinite().all() or not found.any():
+            wrong.append("the map is zero or not finite")
+        if report.of("rewritten") and not row["from_gradient"] > 1e-3:
+            wrong.append("the map is the gradient")
+    except Exception as error:
+        wrong = [f"{type(error).__name__}: {str(error)[:300]}"]
+    return {**row, "ok": not wrong, "why": "; ".join(wrong), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--torchvision", action="store_const", dest="library", const="torchvision")
+    which.add_argument("--timm", action="store_const", dest="library", const="timm")
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--again", action="store_true", help="failures are done anew")
+    parser.add_argument("--only", nargs="+", help="these models, anew")
+    parser.add_argument("--out", type=Path, help="default: bench/results/zoo_LIBRARY.json")
+    args = parser.parse_args()
+    out = args.out or RESULTS / f"zoo_{args.library}.json"
+    rows: dict[str, dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else {}
+    warnings.simplefilter("ignore")
+    uninitialised()
+    started = time.perf_counter()
+    models = list(torchvision_models() if args.library == "torchvision" else timm_models())
+    for key, name, build in models:
+        done = key in rows and not (args.again and not rows[key]["ok"])
+        wanted = args.only is None or key in args.only or name in args.only
+        if (done and args.only is None) or not wanted or time.perf_counter() - started > 60 * args.minutes:
+            continue
+        rows[key] = {"model": name, **examine(build)}
+        row = rows[key]
+        print(f"{key:24} {name:34} {'ok' if row['ok'] else 'FAILED':7} {row['seconds']:6} s  {row['why']}", flush=True)
+        good = sum(r["ok"] for r in rows.values())
+        record = {**provenance(), "library": library_version(args.library), "ok": good, "of": len(models),
+                  "seconds": round(sum(r["seconds"] for r in rows.values()), 1), "rows": rows}  # fmt: skip
+        out.write_text(json.dumps(record, indent=1) + "\n")
+        del build
+        gc.collect()
+    good = sum(r["ok"] for r in rows.values())
+    print(f"{good} of {len(models)} ({good / len(models):.1%}); {len(models) - len(rows)} not done yet")
+    return 0 if good == len(models) else 1
+
+
+def library_version(library: str) -> str:
+    import importlib.metadata
+
+    return f"{library} {importlib.metadata.version(library)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""Checks that a user can run on an explainer: is it the model, is its adjoint one, is every gate accounted for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+
+from .adjoints import FROZEN, TABLE, rule_of
+from .arguments import rebuilt
+from .clone import EvalClone
+from .coverage import dispatched, listed
+from .dual import dual_path
+from .explainer import Explainer
+from .multihead import multihead_attention
+from .targets import primary
+
+HARD = frozenset("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split())  # the gradient, as tau -> 0
+Verdict = Literal["ok", "FAILED", "not applicable"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One check: what was found, what it may be at most, and what to know of it."""
+
+    name: str
+    verdict: Verdict
+    found: float | None = None
+    bar: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """The lines of a check; true where none failed. Printable."""
+
+    model: str
+    lines: tuple[Line, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(line.verdict != "FAILED" for line in self.lines)
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __getitem__(self, name: str) -> Line:
+        return {line.name: line for line in self.lines}[name]
+
+    def __str__(self) -> str:
+        told: list[tuple[str, ...]] = [("check", "verdict", "found", "at most", "")]
+        for line in self.lines:
+            numbers = ("" if n is None else f"{n:.2g}" for n in (line.found, line.bar))
+            told.append((line.name, line.verdict, *numbers, line.note))
+        widths = [max(len(row[i]) for row in told) for i in range(4)]
+        rows = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in told]
+        return "\n".join([f"{self.model}: {'every check holds' if self else 'a check FAILED'}", *rows])
+
+
+def check(
+    explainer: Explainer,
+    inputs: Any,
+    *,
+    model: nn.Module | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> Checks:
+    """Check `explainer` on `inputs`, a tensor or a tuple of them, as its methods take them.
+
+    - forward: its outputs are the model's, bit for bit; 1e-5 relative where PyTorch fuses attention.
+    - affine identity: with every gate frozen the network is a linear map W(x) plus a constant, and its pullback nu of a direction
+      u the transpose: <nu, x> = <u, W(x) x>. The right side is computed forwards, by another derivation of each gate.
+    - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at tau = 1e-9 is the gradient.
+    - coverage: the gating ATen ops that the model dispatches are those that the report lists, family by family.
+
+    The second and the third run in float64 on a copy of the weights, which is dropped afterwards. `model` is what the explainer
+    was made from, by default the very object.
+
+    Raises:
+        TypeError: `explainer` is no Explainer.
+        ValueError: a copy or an unpickled explainer, which does not know its model: pass it.
+    """
+    if not isinstance(explainer, Explainer):
+        raise TypeError(f"expected what transform() returns, got a {type(explainer).__name__}")
+    source = explainer.origin if model is None else model
+    if source is None:
+        raise ValueError("a copy of an explainer does not know the model it was made from: pass check(..., model=...)")
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    kwargs = dict(forward_kwargs or {})
+    with torch.inference_mode(False):
+        clone = EvalClone()(source)
+        lines = [
+            forward(explainer, clone, args, kwargs),
+            guarded("affine identity", affine, explainer, args, kwargs),
+            guarded("tau -> 0", limit, explainer, clone, args, kwargs),
+            coverage(explainer, clone, args, kwargs),
+        ]
+    return Checks(explainer.report().model, tuple(lines))
+
+
+def guarded(name: str, run: Callable[..., Line], *given: Any) -> Line:
+    """`run`, or a line that says that this model cannot be checked so: ops without a float64 or a forward-mode formula."""
+    try:
+        return run(name, *given)
+    except NotImplementedError as error:
+        return Line(name, "not applicable", note=str(error).splitlines()[0][:120])
+    except RuntimeError as error:
+        if "dtype" not in str(error) and "expected scalar type" not in str(error) and "forward AD" not in str(error):
+            raise
+        return Line(name, "not applicable", note=str(error).splitlines()[0][:120])
+
+
+def cloned(values: Any, dtype: torch.dtype | None = None) -> Any:
+    def each(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+
+    return rebuilt(values, each)
+
+
+def forward(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
+        expected = [t.detach() for t in leaves(clone(*cloned(args), **cloned(kwargs)))]
+        found = [t.detach() for t in leaves(explainer(*cloned(args), **cloned(kwargs)))]
+    if [t.shape for t in found] != [t.shape for t in expected]:
+        return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in found]}, {[list(t.shape) for t in expected]}")
+    if all(torch.equal(a, b) or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
+           for a, b in zip(found, expected)):  # fmt: skip
+        return Line("forward", "ok", 0.0, 0.0, "bitwise")
+    error = max(float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in zip(found, expected) if b.numel())
+    fused = any(site.op == "MultiheadAttention" for site in explainer.report().sites)
+    bar = 1e-5 if fused else 0.0
+    return Line("forward", "ok" if error <= bar else "FAILED", error, bar, "PyTorch fuses attention" if fused else "")
+
+
+def leaves(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    rebuilt(value, lambda t: found.append(t) if isinstance(t, Tensor) else None)
+    return found
+
+
+def retempered(explainer: Explainer, tau: Any) -> Explainer:
+    """A float64 copy whose gates are at `tau`; tempered weights of attention give way to the forward's."""
+    other = copy.deepcopy(explainer).double()
+    for node in other.graph.nodes:
+        if node.target in (dual_path, multihead_attention):
+            node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
+            if node.args[0] == "mix":
+                node.args = (*node.args[:2], None, *node.args[3:])
+    other.graph.eliminate_dead_code()
+    other.recompile()
+    return other
+
+
+def direction(y: Tensor) -> Tensor:
+    return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)).to(y.device)
+
+
+def affine(name: str, explainer: Explainer, args: tuple, kwargs: dict) -> Line:
+    frozen, x, kw = retempered(explainer, FROZEN), cloned(args, torch.float64), cloned(kwargs, torch.float64)
+    with torch.no_grad(), forward_ad.dual_level():
+        inputs = tuple(forward_ad.make_dual(t, t.clone()) if t.is_floating_point() else t for t in x)
+        y, moved = forward_ad.unpack_dual(primary(Forwards(frozen, kw).run(*inputs)))
+        y = y.clone()
+        moved = torch.zeros_like(y) if moved is None else moved.clone()
+    u = direction(y)
+    maps = frozen.pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
+    pairs = [(m, t) for m, t in zip(maps if isinstance(maps, tuple) else (maps,), x) if m is not None]
+    ahead, back = float((u * moved).sum()), sum(float((m * t).sum()) for m, t in pairs)
+    size = float((u * moved).abs().sum()) + sum(float((m * t).abs().sum()) for m, t in pairs)
+    error = abs(ahead - back) / max(size, 1e-30)
+    kept = any(site.status != "rewritten" for site in explainer.report().sites)
+    note = "what keeps its derivative by its tangent" if kept else ""
+    return Line(name, "ok" if error <= 1e-9 else "FAILED", error, 1e-9, note)
+
+
+def limit(name: str, explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    signals = [site for site in explainer.report().of("rewritten") if not site.reason.startswith("steers")]
+    others = sorted({site.kind for site in signals} - HARD)
+    if others:
+        return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
+    x, kw = cloned(args, torch.float64), cloned(kwargs, torch.float64)
+    reference = copy.deepcopy(clone).double()
+    points = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
+    y = primary(reference(*[t * 1 if t.is_floating_point() else t for t in points], **cloned(kw)))
+    u, explained = direction(y), [t for t in points if t.is_floating_point()]
+    expected = torch.autograd.grad(y, explained, u, allow_unused=True)
+    maps = retempered(explainer, 1e-9).pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
+    found = [m for m in (maps if isinstance(maps, tuple) else (maps,)) if m is not None]
+    pairs = [(a, torch.zeros_like(a) if b is None else b) for a, b in zip(found, expected)]
+    error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    return Line(name, "ok" if error <= 1e-6 else "FAILED", error, 1e-6, "no pre-activation may be within 1e-8 of a kink")
+
+
+def coverage(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    ran, told = dispatched(clone, args, kwargs), listed(explainer.report())
+    wrong = {family: (ran[family], told[family]) for family in sorted({*ran, *told}) if ran[family] != told[family]}
+    note = "; ".join(f"{family}: {a} dispatched, {b} listed" for family, (a, b) in wrong.items())
+    left = len(explainer.report().of("NOT REWRITTEN"))
+    note = note or f"{sum(ran.values())} gating ops, each listed" + (f", {left} NOT REWRITTEN" if left else "")
+    return Line("coverage", "FAILED" if wrong else "ok", float(len(wrong)), 0.0, note)
+
+
+# -- the frozen network, forwards ---------------------------------------------------------------------------------------
+
+
+class Forwards(fx.Interpreter):
+    """Runs a frozen explainer on dual numbers: PyTorch's forward mode for plain calls, `moved` for those with a rule."""
+
+    def __init__(self, module: Explainer, kwargs: Mapping[str, Any]) -> None:
+        super().__init__(module)
+        self.given = kwargs
+
+    def placeholder(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        return self.given[target] if target in self.given else super().placeholder(target, args, kwargs)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is dual_path:
+            kind, *given = args
+            extra = {k: v for k, v in kwargs.items() if k not in ("tau", "scale")}
+            at = TABLE[kind].receives
+            tensors = [None if t is None else forward_ad.unpack_dual(t).primal for t in given]
+            tangent = forward_ad.unpack_dual(given[at]).tangent
+            y = TABLE[kind].forward(*tensors, **extra)
+            t = None if tangent is None else moved(kind, tensors, y, tangent, extra)
+            return y if t is None else forward_ad.make_dual(y, t.to(y.dtype).expand(y.shape).clone())
+        if target is multihead_attention:
+            q, k, v = (forward_ad.unpack_dual(t) for t in args[:3])
+            y, weights = multihead_attention(q.primal, k.primal, v.primal, *args[3:], **kwargs)
+            if v.tangent is None:
+                return y, weights
+            ends = [multihead_attention(q.primal.clone(), k.primal.clone(), t, *args[3:], **kwargs)[0]
+                    for t in (v.tangent, torch.zeros_like(v.tangent))]  # fmt: skip
+            return forward_ad.make_dual(y, (ends[0] - ends[1]).clone()), weights
+        return super().call_function(target, args, kwargs)
+
+
+def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) -> Tensor | None:
+    """What the frozen gate makes of `t` where it was set by `tensors`, of which it gave `y`."""
+    z = tensors[TABLE[kind].receives]
+    if kind == "softmax":
+        return None
+    if kind == "attention":
+        return TABLE[kind].forward(*tensors[:2], t, tensors[3], **args)
+    if kind == "mix":
+        return TABLE[kind].forward(tensors[0], None, t, **args)
+    if kind == "glu":
+        return t.chunk(2, args["dim"])[0] * z.chunk(2, args["dim"])[1].sigmoid()
+    if kind == "written":
+        return moved(args["row"], [z], y, t, dict(args.get("args", ())))
+    if kind in SHARE:
+        step = 1e-6
+        near = (TABLE[kind].forward(z + step, **args) - TABLE[kind].forward(z - step, **args)) / (2 * step)
+        return torch.where(z.abs() < step, near, y / torch.where(z == 0, 1.0, z)) * t
+    if kind in STATISTICS:
+        gamma = tensors[1] if len(tensors) > 1 else None
+        return STATISTICS[kind](z, t, gamma, **args)
+    if kind not in HARD and rule_of(kind) not in HARD and kind not in ("linear", "conv", "affine_norm"):
+        return TABLE[kind].adjoint(t, z, *tensors[1:], tau=FROZEN, **args)  # a registered gate multiplies, by its own word
+    dual = [forward_ad.make_dual(z, t.clone()) if other is z else other for other in tensors]
+    return forward_ad.unpack_dual(TABLE[kind].forward(*dual, **args)).tangent
+
+
+SHARE = frozenset("gelu silu quick_gelu hardswish mish".split())  # gates f(z) = z share(z): the share is f(z) / z
+
+
+def weighed(t: Tensor, gamma: Tensor | None, channels: bool) -> Tensor:
+    return t if gamma is None else t * (gamma.view(-1, *[1] * (t.dim() - 2)) if channels else gamma)
+
+
+def by_variance(axes: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
+    return lambda z, t, gamma, eps: weighed(t / (z.var(axes(z), unbiased=False, keepdim=True) + eps).sqrt(), gamma, True)
+
+
+def layer_norm(z: Tensor, t: Tensor, gamma: Tensor | None, normalized_shape: Any, eps: float) -> Tensor:
+    axes = tuple(range(-len(normalized_shape), 0))
+    return weighed(t / (z.var(axes, unbiased=False, keepdim=True) + eps).sqrt(), gamma, False)
+
+
+def rms_norm(z: Tensor, t: Tensor, gamma: Tensor | None, normalized_shape: Any, eps: float | None) -> Tensor:
+    root = torch.linalg.vector_norm(z, dim=tuple(range(-len(normalized_shape), 0)), keepdim=True)
+    mean = root.square() * (1 / torch.Size(normalized_shape).numel())
+    return weighed(t / (mean + (torch.finfo(z.dtype).eps if eps is None else eps)).sqrt(), gamma, False)
+
+
+def group_norm(z: Tensor, t: Tensor, gamma: Tensor | None, num_groups: int, eps: float) -> Tensor:
+    rows = z.reshape(z.shape[0], num_groups, -1)
+    scaled = t.reshape(rows.shape) / (rows.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+    return weighed(scaled.reshape(z.shape), gamma, True)
+
+
+def local_response_norm(z: Tensor, t: Tensor, gamma: None, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    squares = F.pad((z * z).transpose(1, -1), (size // 2, (size - 1) // 2)).unfold(-1, size, 1).sum(-1).transpose(1, -1)
+    return t / (k + alpha / size * squares) ** beta
+
+
+STATISTICS: dict[str, Callable[..., Tensor]] = {
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "instance_norm": by_variance(lambda z: tuple(range(2, z.dim()))),
+    "batch_norm": by_variance(lambda z: (0, *range(2, z.dim()))),
+    "local_response_norm": local_response_norm,
+    "normalize": lambda z, t, gamma, p, dim, eps: t / z.norm(p, dim, keepdim=True).clamp_min(eps),
+}
