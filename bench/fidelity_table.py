@@ -49,9 +49,13 @@ def rows(results: dict[str, dict[str, Tensor]], passes: dict[str, int]) -> dict[
 
 def summary(values: Tensor) -> dict[str, float]:
     finite = values[values.isfinite()]
-    if len(finite) < FEW:
-        return {"mean": finite.mean().item(), "of": len(finite)}
-    return {**paired_interval(finite), "of": len(finite)}
+    found = {"mean": finite.mean().item()} if len(finite) < FEW else paired_interval(finite)
+    return {**rounded(found), "of": len(finite)}
+
+
+def rounded(row: dict[str, float]) -> dict[str, float]:
+    """To four digits: the last bits of float32 sums differ from run to run with the alignment of memory."""
+    return {name: float(f"{value:.4g}") for name, value in row.items()}
 
 
 def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
@@ -67,8 +71,8 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
             if len(difference) < FEW:
                 continue
             ratio = a[both].mean().item() / b[both].mean().item()
-            found.append({"measure": name, "ours": ours, "other": other, **paired_interval(difference), "ratio": ratio,
-                          "p": sign_flip_p(difference)})  # fmt: skip
+            numbers = rounded({**paired_interval(difference), "ratio": ratio})
+            found.append({"measure": name, "ours": ours, "other": other, **numbers, "p": sign_flip_p(difference)})
     adjusted = holm({f"{i}": row["p"] for i, row in enumerate(found)})
     for i, row in enumerate(found):
         row["holm"] = adjusted[f"{i}"]
@@ -125,7 +129,7 @@ def plotted(record: dict[str, Any]) -> Figure:
         if METRICS[name] == "low":
             axis.set_xscale("log")
         axis.set_title(f"{name} ({'lower' if METRICS[name] == 'low' else 'higher'} is better)", fontsize=8)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)
     figure.suptitle(f"{record['network']}, {record['samples']}; means with 95 % intervals, passes in brackets", fontsize=9)

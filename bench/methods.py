@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -133,23 +134,31 @@ def zennit_methods(model: nn.Module) -> dict[str, Method]:
 
 
 def own_relus(model: nn.Module) -> nn.Module:
-    """A copy in which every call of a ReLU is a module of its own that does not work in place."""
+    """A copy in which every call of a ReLU is a module of its own, `own_relu0` and so on, that does not work in place."""
     graph_module = fx.symbolic_trace(copy.deepcopy(model))
-    for i, node in enumerate(list(graph_module.graph.nodes)):
+
+    def is_relu(node: fx.Node) -> bool:
         called = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(called, nn.ReLU) or node.target in (torch.relu, nn.functional.relu):
-            graph_module.add_submodule(f"own_relu{i}", nn.ReLU())
-            node.op, node.target, node.kwargs, node.args = "call_module", f"own_relu{i}", {}, node.args[:1]
+        return isinstance(called, nn.ReLU) or node.target in (torch.relu, nn.functional.relu)
+
+    for i, node in enumerate(filter(is_relu, list(graph_module.graph.nodes))):
+        graph_module.add_submodule(f"own_relu{i}", nn.ReLU())
+        node.op, node.target, node.kwargs, node.args = "call_module", f"own_relu{i}", {}, node.args[:1]
     graph_module.recompile()
     return graph_module.eval()
 
 
 def seeded(run: Run, seed: int = 0) -> Run:
-    """`run` with the same draws at every call, and none taken from the caller's."""
+    """`run` with the same draws at every call, and none taken from the caller's. Captum's GradientShap draws from NumPy."""
 
     def same(x: Tensor, target: Tensor) -> Tensor:
+        before = np.random.get_state()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return run(x, target).detach()
+            np.random.seed(seed)
+            try:
+                return run(x, target).detach()
+            finally:
+                np.random.set_state(before)
 
     return same

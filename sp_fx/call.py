@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .targets import Target
@@ -15,7 +16,7 @@ from .targets import Target
 def usable(x: Any) -> Tensor:
     """The input as autograd can use it."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"expected a tensor, or a tuple of tensors, as inputs; got {type(x).__name__}")
+        raise TypeError(f"expected a tensor, or a tuple of tensors or a mapping of them, as inputs; got {type(x).__name__}")
     if x.is_complex():
         raise TypeError(f"cannot explain a complex input ({x.dtype}): pass its real and imaginary parts")
     if x.dim() == 0:
@@ -25,20 +26,21 @@ def usable(x: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """`values` are the positional arguments, of which the first `inputs` are inputs; floating inputs are explained."""
+    """`values` are the positional arguments, of which the first `inputs` are inputs; floating inputs are explained.
+
+    Inputs that have `names` are passed by them.
+    """
 
     values: list[Any]
     inputs: int
     kwargs: dict[str, Any]
     target: Target
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         given = self.values[: self.inputs]
         if not given:
             raise ValueError("expected at least one input, got an empty tuple")
-        if not self.explained:
-            dtypes = ", ".join(str(x.dtype) for x in given)
-            raise TypeError(f"nothing to explain: the inputs are {dtypes}; expected a floating one (token ids have no gradient)")
         batches = {x.shape[0] for x in self.explained}
         if len(batches) > 1:
             raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")
@@ -49,7 +51,22 @@ class Call:
 
     @property
     def batch(self) -> int:
-        return self.explained[0].shape[0]
+        return (self.explained or self.values)[0].shape[0]
+
+    def check(self, devices: set[torch.device], explains: bool) -> None:
+        """Raise where the inputs are not fit for a model on `devices`, or, where it `explains` them, have nothing to explain."""
+        given = self.values[: self.inputs]
+        if explains and not self.explained:
+            dtypes = ", ".join(str(x.dtype) for x in given)
+            raise TypeError(
+                f"nothing to explain: the inputs are {dtypes}; expected a floating one. Token ids have no gradient: explain with "
+                "respect to their embedding, wrt='its name'"
+            )
+        for x in given:
+            if devices and x.device not in devices:
+                raise ValueError(f"the input is on {x.device} and the model on {', '.join(map(str, devices))}: move one of them")
+            if x.is_floating_point() and bool(torch.isnan(x).any()):
+                raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
 
     @property
     def targets_each(self) -> int | None:
@@ -59,10 +76,11 @@ class Call:
             return t.shape[1]
         return None
 
-    def at(self, points: list[Tensor]) -> list[Any]:
-        """The positional arguments with `points` in place of the explained inputs."""
+    def of(self, module: Callable[..., Any], points: list[Tensor]) -> Any:
+        """What `module` returns with `points` in place of the explained inputs."""
         rest = iter(points)
-        return [next(rest) if i < self.inputs and x.is_floating_point() else x for i, x in enumerate(self.values)]
+        values = [next(rest) if i < self.inputs and x.is_floating_point() else x for i, x in enumerate(self.values)]
+        return module(*values[len(self.names) :], **dict(zip(self.names, values)), **self.kwargs)
 
     def pieces(self, batch_size: int | None) -> Iterator[Call]:
         """The call cut along the batch."""

@@ -83,13 +83,13 @@ def check(
 
     Raises:
         TypeError: `explainer` is no Explainer.
-        ValueError: a copy or an unpickled explainer, which does not know its model: pass it.
+        ValueError: a copy, an unpickled explainer, or one that ends at an inner output does not know its model: pass one.
     """
     if not isinstance(explainer, Explainer):
         raise TypeError(f"expected what transform() returns, got a {type(explainer).__name__}")
     source = explainer.origin if model is None else model
     if source is None:
-        raise ValueError("a copy of an explainer does not know the model it was made from: pass check(..., model=...)")
+        raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = dict(forward_kwargs or {})
     with torch.inference_mode(False):

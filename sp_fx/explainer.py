@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -11,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import bound
+from .arguments import bound, rebuilt
 from .ascent import Ascent, Bounds, Clip
 from .calibrate import calibrated, measure, measured
 from .call import Call, usable
 from .capture import Capture, capture
 from .clone import CaptureError
+from .cut import ending_at, place, places, starting_at, within
 from .export import export
 from .report import Report
 from .rewrite import rewrite
@@ -26,7 +29,7 @@ from .targets import Target, only_output, resolve, seed
 if TYPE_CHECKING:
     from .program import Program
 
-Inputs = Tensor | tuple[Tensor, ...]
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 Batches = Tensor | Iterable[Inputs]
 
 
@@ -36,6 +39,7 @@ def transform(
     rules: Rules | None = None,
     tracer: Literal["auto", "fx", "export"] = "auto",
     example_inputs: Any = None,
+    output: str | None = None,
     strict: bool = False,
 ) -> Explainer:
     """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer.
@@ -54,6 +58,8 @@ def transform(
             which it was.
         example_inputs: what the model may be called with: a tensor, a tuple of positional arguments, or a mapping of keyword
             arguments. Arguments that it leaves out keep their defaults.
+        output: the name of an inner activation that is to be the explainer's output, so that a neuron, a channel or any direction
+            of it can be the target: a module's (`"layer4.1.conv2"`, `"layer4"`) or a gate's place as the report prints it.
         strict: raise where a call that gates, or may, has no rule, instead of warning.
 
     Raises:
@@ -61,7 +67,8 @@ def transform(
             not take the `example_inputs`.
         CaptureError: the model cannot be captured.
         NotRewrittenError: with `strict`, calls that gate have no rule.
-        ValueError: `rules` has an override that fits no gate; an unknown tracer; "export" without an example.
+        ValueError: `rules` has an override that fits no gate; an unknown tracer; "export" without an example; an `output` that
+            names no activation, with the nearest names.
 
     Warns:
         UserWarning: calls that gate, or may, were not rewritten; or there is nothing to rewrite at all.
@@ -74,6 +81,10 @@ def transform(
         raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
     with torch.inference_mode(False):
         captured, report = read(model, Rules() if rules is None else rules, tracer, example_inputs)
+        graph = captured.graph
+        if output is not None:
+            graph = ending_at(captured.modules, graph, output)
+            report = within(report, graph)
         left = report.of("NOT REWRITTEN")
         if left and strict:
             heading = f"{len(left)} calls that gate, or may, have no rule:"
@@ -88,8 +99,8 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        explainer = Explainer(captured.modules, captured.graph, report)
-        explainer.__dict__["_origin"] = model  # no submodule of it; the weights are shared anyway
+        explainer = Explainer(captured.modules, graph, report)
+        explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         return explainer
 
 
@@ -141,15 +152,18 @@ class Explainer(fx.GraphModule):
     Submodules keep the model's names and can be hooked: leaves as they are, containers and gates as identities through which
     their outputs pass.
 
-    Every method takes `inputs`, a tensor or a tuple of tensors with the batch on axis 0 (any rank, at least one floating), and
-    returns maps of their shapes and dtypes: a tensor for a tensor, a tuple for a tuple, with None for integer tensors, which
-    are passed on but not explained. They work under `no_grad` and `inference_mode`, and keep no graph alive. Common arguments:
+    Every method takes `inputs`, a tensor, a tuple of tensors, or a mapping of keyword arguments, with the batch on axis 0 (any
+    rank, at least one floating), and returns maps of their shapes and dtypes: a tensor for a tensor, a tuple for a tuple, a
+    dictionary for a mapping, with None for integer tensors, which are passed on but not explained. They work under `no_grad`
+    and `inference_mode`, and keep no graph alive. Common arguments:
 
         target: None for the predicted class; an int; an integer tensor [B]; an integer tensor [B, T] for T maps of each sample,
             [B, T, ...]; a tuple of indices into an output with several axes; a floating tensor shaped like the output, the
             direction itself; a callable from the output to what is to be explained. Axes of the output that an index leaves
             over are summed.
         forward_kwargs: keyword arguments of the model.
+        wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`); the result
+            is one map, shaped like it. `split` says which names there are.
         batch_size: the most samples to run at once; inputs, targets and keyword tensors with the batch on axis 0 are cut.
 
     and common errors:
@@ -162,11 +176,13 @@ class Explainer(fx.GraphModule):
     def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report) -> None:
         super().__init__(modules, graph, "Explainer")
         self._report = report
+        self._splits: dict[str, tuple[Explainer, Explainer]] = {}
+        self._splitting = threading.Lock()
         self.training = False
 
     @property
     def origin(self) -> nn.Module | None:
-        """The model that it was made from; None of a copy and after unpickling."""
+        """The model that it was made from; None of a copy, after unpickling, and where it ends at an inner output."""
         return self.__dict__.get("_origin")
 
     # -- explanations
@@ -177,6 +193,7 @@ class Explainer(fx.GraphModule):
         target: Target = None,
         *,
         forward_kwargs: Mapping[str, Any] | None = None,
+        wrt: str | None = None,
         batch_size: int | None = None,
         chunk: int | None = None,
     ) -> Any:
@@ -185,10 +202,10 @@ class Explainer(fx.GraphModule):
         `chunk` is the most of the T targets to pull back at once.
         """
 
-        def run(call: Call) -> list[Tensor]:
-            return self._pull(call, call.explained, chunk)
+        def run(explainer: Explainer, call: Call) -> list[Tensor]:
+            return explainer._pull(call, call.explained, chunk)
 
-        return self._explain(run, inputs, target, forward_kwargs, batch_size, many=True)
+        return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, many=True)
 
     def double_pullback(
         self,
@@ -197,15 +214,16 @@ class Explainer(fx.GraphModule):
         *,
         step: float = 2.0,
         forward_kwargs: Mapping[str, Any] | None = None,
+        wrt: str | None = None,
         batch_size: int | None = None,
     ) -> Any:
         """The pullback at `x + step * pullback(x)`; with target None, of the class predicted at `x`."""
 
-        def run(call: Call) -> list[Tensor]:
-            first = self._pull(call, call.explained)
-            return self._pull(call, [x.detach() + step * v for x, v in zip(call.explained, first)])
+        def run(explainer: Explainer, call: Call) -> list[Tensor]:
+            first = explainer._pull(call, call.explained)
+            return explainer._pull(call, [x.detach() + step * v for x, v in zip(call.explained, first)])
 
-        return self._explain(run, inputs, target, forward_kwargs, batch_size)
+        return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size)
 
     def ascend(
         self,
@@ -219,6 +237,7 @@ class Explainer(fx.GraphModule):
         clip: Clip = "every",
         return_path: bool = False,
         forward_kwargs: Mapping[str, Any] | None = None,
+        wrt: str | None = None,
         batch_size: int | None = None,
     ) -> Any:
         """Pullback ascent: where `steps` normalised steps along the pullback lead, minus where they started.
@@ -235,18 +254,16 @@ class Explainer(fx.GraphModule):
         """
         rule = Ascent(steps, step_size, bounds, radius, clip)
 
-        def run(call: Call) -> list[Tensor]:
-            path = rule.path(call.explained, lambda x: self._pull(call, x))
+        def run(explainer: Explainer, call: Call) -> list[Tensor]:
+            path = rule.path(call.explained, lambda x: explainer._pull(call, x))
             if return_path:
                 return [torch.stack(iterates) for iterates in zip(*path)]
             return [end - start for start, end in zip(path[0], path[-1])]
 
         if not return_path:
-            return self._explain(run, inputs, target, forward_kwargs, batch_size)
-        path = self._explain(run, inputs, target, forward_kwargs, batch_size, batch_axis=1)
-        if isinstance(path, Tensor):
-            return path[-1] - path[0], path
-        return tuple(None if p is None else p[-1] - p[0] for p in path), path
+            return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size)
+        path = self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, batch_axis=1)
+        return rebuilt(path, lambda p: None if p is None else p[-1] - p[0]), path
 
     def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
         """The soft pullback under the calling convention of Captum's attribution methods.
@@ -258,12 +275,27 @@ class Explainer(fx.GraphModule):
         if isinstance(target, Tensor) and target.numel() == 1:
             target = int(target)
         return self._explain(
-            lambda call: self._pull(call, call.explained),
+            lambda explainer, call: explainer._pull(call, call.explained),
             inputs,
             only_output if target is None else target,
             extra=() if additional_forward_args is None else extra,
             many=True,
         )
+
+    def split(self, name: str) -> tuple[Explainer, Explainer]:
+        """This explainer in two at the inner activation `name`: `stem(*inputs)` returns it, `tail(activation, **inputs)` goes on
+        from it; `tail` takes those of the inputs, by name, that it needs. Both share the modules, and can be compiled.
+
+        Names are those of modules and the places of the report's gates, `#2` for a second call there.
+
+        Raises:
+            ValueError: no activation has this name; the message has the nearest that do.
+        """
+        with self._splitting:
+            if name not in self._splits:
+                graphs = ending_at(self, self.graph, name, "wrt"), starting_at(self, self.graph, name)
+                self._splits[name] = tuple(Explainer(self, g, within(self._report, g)) for g in graphs)  # type: ignore[assignment]
+            return self._splits[name]
 
     def compile(  # type: ignore[override]  # in place of nn.Module.compile, on purpose
         self, method: str = "pullback", *, example_inputs: Inputs | None = None, dynamic_batch: bool = True, **method_args: Any
@@ -330,10 +362,11 @@ class Explainer(fx.GraphModule):
 
     def _explain(
         self,
-        run: Callable[[Call], list[Tensor]],
+        run: Callable[[Explainer, Call], list[Tensor]],
         inputs: Inputs,
         target: Target,
         forward_kwargs: Mapping[str, Any] | None = None,
+        wrt: str | None = None,
         batch_size: int | None = None,
         *,
         extra: tuple[Any, ...] = (),
@@ -341,26 +374,49 @@ class Explainer(fx.GraphModule):
         batch_axis: int = 0,
     ) -> Any:
         """Check the inputs, `run` a piece at a time, and put the maps together. `many`: whether `run` takes targets [B, T]."""
-        positional = inputs if isinstance(inputs, tuple) else (inputs,)
+        kwargs, names = dict(forward_kwargs or {}), tuple[str, ...]()
+        positional: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
+        if isinstance(inputs, Mapping):
+            names = tuple(name for name, value in inputs.items() if isinstance(value, Tensor))
+            positional = tuple(inputs[name] for name in names)
+            kwargs |= {name: value for name, value in inputs.items() if name not in names}
         with torch.inference_mode(False), torch.enable_grad():
-            call = Call([*map(usable, positional), *extra], len(positional), dict(forward_kwargs or {}), target)
-            self._check(call)
+            call = Call([*map(usable, positional), *extra], len(positional), kwargs, target, names)
+            call.check({t.device for t in (*self.parameters(), *self.buffers())}, explains=wrt is None)
+            if wrt is not None:
+                tail, activation, needed = self._reached(wrt, call, batch_size)
+                if activation.shape[:1] != (call.batch,) and not (many and batch_size is None):
+                    told = f"{wrt} has the shape {list(activation.shape)}, without the batch on axis 0"
+                    raise ValueError(f"{told}: only pullback(), without batch_size, can explain with respect to it")
+                return tail._explain(run, activation, target, needed, None, batch_size, many=many, batch_axis=batch_axis)
             times = None if many else call.targets_each
             if times is not None:
                 call = call.repeated(times)
-            pieces = [run(piece) for piece in call.pieces(batch_size)]
+            pieces = [run(self, piece) for piece in call.pieces(batch_size)]
             maps = [torch.cat(parts, batch_axis) for parts in zip(*pieces)]
         if times is not None:
             maps = [m.unflatten(batch_axis, (m.shape[batch_axis] // times, times)) for m in maps]
-        if not isinstance(inputs, tuple):
-            return maps[0]
         found = iter(maps)
-        return tuple(next(found) if x.is_floating_point() else None for x in inputs)
+        each = [next(found) if x.is_floating_point() else None for x in positional]
+        if isinstance(inputs, Mapping):
+            return dict(zip(names, each))
+        return tuple(each) if isinstance(inputs, tuple) else each[0]
+
+    def _reached(self, name: str, call: Call, batch_size: int | None) -> tuple[Explainer, Tensor, dict[str, Any]]:
+        """What comes after the activation `name`, the activation of `call`, and what else of the inputs comes after it."""
+        stem, tail = self.split(name)
+        with torch.no_grad():
+            activation = torch.cat([piece.of(stem, piece.explained) for piece in call.pieces(batch_size)])
+        given = call.of(inspect.signature(self.forward).bind, call.explained).arguments
+        needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
+        if any(n.startswith("*") for n in needed):
+            raise ValueError(f"what comes after {name} takes {', '.join(needed)}, which have no names of their own")
+        return tail, activation, {n: given[n] for n in needed if n in given}
 
     def _pull(self, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:
         """The pullbacks at `points`, which stand in for the explained inputs; fixes the call's target if it was open."""
         leaves = [x.detach().requires_grad_() for x in points]
-        output = self(*call.at(leaves), **call.kwargs)
+        output = call.of(self, leaves)
         if call.target is None:
             call.target = resolve(output, None)
         y, u = seed(output, call.target)
@@ -376,15 +432,11 @@ class Explainer(fx.GraphModule):
 
         return list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
 
-    def _check(self, call: Call) -> None:
-        devices = {t.device for t in (*self.parameters(), *self.buffers())}
-        for x in call.values[: call.inputs]:
-            if devices and x.device not in devices:
-                raise ValueError(f"the input is on {x.device} and the model on {', '.join(map(str, devices))}: move one of them")
-            if x.is_floating_point() and bool(torch.isnan(x).any()):
-                raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
-
     # -- what a module is asked to do
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Explainer:
+        self._splits.clear()  # they hold the tensors that are replaced
+        return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Explainer:
         """Changes nothing: the explainer was captured in eval mode. Warns where `mode` is True."""
@@ -393,7 +445,7 @@ class Explainer(fx.GraphModule):
         return self
 
     def __reduce__(self) -> tuple:
-        return Explainer._restored, (fx.GraphModule(self, self.graph), self._report)
+        return Explainer._restored, (fx.GraphModule(self, self.graph), self._report, places(self.graph))
 
     def __deepcopy__(self, memo: dict) -> Explainer:
         return Explainer._restored(copy.deepcopy(fx.GraphModule(self, self.graph), memo), self._report)
@@ -402,5 +454,7 @@ class Explainer(fx.GraphModule):
         return Explainer._restored(fx.GraphModule(self, copy.deepcopy(self.graph)), self._report)
 
     @staticmethod
-    def _restored(module: fx.GraphModule, report: Report) -> Explainer:
+    def _restored(module: fx.GraphModule, report: Report, known: list[str | None] | None = None) -> Explainer:
+        if known is not None:
+            place(module.graph, known)
         return Explainer(module, module.graph, report)

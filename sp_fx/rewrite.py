@@ -189,7 +189,8 @@ class Pass:
         else:
             place = f"{path}.{name_of(node)}".lstrip(".")
         self.calls[place] += 1
-        return place if self.calls[place] == 1 else f"{place}#{self.calls[place]}"
+        node.meta["place"] = place if self.calls[place] == 1 else f"{place}#{self.calls[place]}"
+        return node.meta["place"]
 
     # -- the pass
 

@@ -107,6 +107,17 @@ def test_they_are_targets_of_every_method():
     assert relative(cut, explainer.pullback(x, targets.margin(2))) <= 1e-6
 
 
+def test_channels_of_an_inner_layer():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 3, 9, 9)
+    body(x)
+    inner = sp_fx.transform(body.eval(), output="2")
+    cut = sp_fx.transform(nn.Sequential(*body[:3]))
+    assert relative(inner.pullback(x, targets.channel(1)), cut.pullback(x, 1) / 25) <= 1e-6  # the mean over 5 x 5 places
+    assert relative(inner.pullback(x, targets.neuron(1, 2, 2)), cut.pullback(x, (1, 2, 2))) <= 1e-6
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

@@ -1,0 +1,93 @@
+"""The command of bench/fidelity.py on a network of no size: the same table twice, resumption, refusals."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import fill
+
+BENCH = Path(__file__).parents[1] / "bench"
+if not BENCH.exists():
+    pytest.skip("the benches are not beside these tests", allow_module_level=True)
+sys.path.insert(0, str(BENCH))
+
+import fidelity  # noqa: E402
+import fidelity_cases as cases  # noqa: E402
+from fidelity_table import METRICS, compared  # noqa: E402
+
+
+def tiny(name, data, samples):
+    model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
+                               nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))  # fmt: skip
+    x = torch.randn(samples or 12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    masks = torch.zeros(len(x), 16, 16, dtype=torch.bool)
+    masks[:, 4:12, 4:12] = True
+    mosaics = (cases.mosaic(x[:8].view(2, 4, 3, 16, 16)), torch.tensor([0, 1]), torch.tensor([[True, True, False, False]] * 2))
+    counts = cases.Counts(removals=6, cells=4, curves=10, sensitivity=10, draws=1, logit=10, mosaics=2, randomised=3, dear=10,
+                          stable_too=("SmoothGrad-50",))  # fmt: skip
+    return cases.Case(name, model, x, cases.predicted(model, x), masks, mosaics, "own_relu1", "twelve of noise", counts)
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.setattr(fidelity, "case", tiny)
+    monkeypatch.setattr(fidelity, "RADIUS", 0.5)  # at 0.02 no gate of so small a network flips, and changes are rounding
+    threads = torch.get_num_threads()
+
+    def run(*options, work="work"):
+        options = ["--networks", "zoo/tiny", "--out", str(tmp_path / "out"), "--work", str(tmp_path / work), *options]
+        status = fidelity.main(options)
+        path = tmp_path / "out" / "fidelity_tiny.json"
+        return status, json.loads(path.read_text()) if path.exists() else None
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys):
+    status, first = run()
+    text = (tmp_path / "out" / "fidelity_tiny.json").read_text()
+    assert status == 0 and (tmp_path / "out" / "fidelity_tiny.png").stat().st_size > 10_000
+    assert "| pullback | 1 |" in capsys.readouterr().out
+    assert run(work="another")[0] == 0 and (tmp_path / "out" / "fidelity_tiny.json").read_text() == text
+    assert {"rules", "seed", "versions", "weights_sha256", "threads", "counts", "command"} <= set(first)
+    rows = first["methods"]
+    assert set(rows["pullback"]) - {"passes"} == set(METRICS)
+    assert (
+        rows["pullback"]["infidelity"]["low"] <= rows["pullback"]["infidelity"]["mean"] <= rows["pullback"]["infidelity"]["high"]
+    )
+    assert rows["gradient"]["infidelity"] == pytest.approx(
+        rows["InputXGradient"]["infidelity"]
+    )  # one question, two ways to answer
+    assert "random logit" not in rows["SmoothGrad-50"] and "max-sensitivity" in rows["SmoothGrad-50"]
+    assert {c["verdict"] for c in first["comparisons"]} <= {"better", "worse", "no difference shown"}
+    assert all(c["holm"] >= c["p"] for c in first["comparisons"])
+
+
+def test_a_run_that_was_cut_short_goes_on(run, capsys):
+    assert run("--minutes", "0")[0] == 3
+    assert "run the same command again to go on" in capsys.readouterr().err
+    assert run()[0] == 0
+    assert "maps" in capsys.readouterr().err
+    assert run()[0] == 0
+    assert "maps" not in capsys.readouterr().err  # all answers were there
+
+
+def test_too_few_samples(run, capsys):
+    assert run("--samples", "9")[0] == 2
+    assert "9 samples of zoo/tiny: an interval needs at least 10" in capsys.readouterr().err
+
+
+def test_comparisons_by_hand():
+    """A method that is better by one on every one of 12 samples."""
+    base = torch.arange(12.0, dtype=torch.float64)
+    results = {name: {"infidelity": base + 5} for name in ("pullback", "gradient", "SmoothGrad-50", "pullback, paper's rules")}
+    results["pullback"] = {"infidelity": base + 4}
+    found = [c for c in compared({**results, "ascent": {}, "double pullback": {}, "integrated pullback-10": {}})]
+    assert [c["other"] for c in found] == ["gradient", "SmoothGrad-50", "pullback, paper's rules"]
+    assert all(c["mean"] == -1 and c["low"] == c["high"] == -1 and c["verdict"] == "better" for c in found)
+    assert all(c["p"] == pytest.approx(2 / 4096) and c["holm"] == pytest.approx(6 / 4096) for c in found)
