@@ -44,9 +44,20 @@ def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Captu
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
         CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
     """
+    try:
+        return traced(model, example, PlaceTracer(buffers=True))
+    except CaptureError:  # perhaps since the forward reads a setting from a buffer
+        return traced(model, example, PlaceTracer(buffers=False))
+
+
+def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
     clone = EvalClone()(model)
     adopt_forward(clone)
-    tracer = PlaceTracer()
+    before = {path: (dict(m.__dict__), dict(m._buffers)) for path, m in clone.named_modules()}
+    if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
+        for module in clone.modules():
+            module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+    versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = settings(clone, example)
         graph = tracer.trace(clone, concrete_args=fixed)
@@ -54,14 +65,32 @@ def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Captu
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
         inline_wrapped(graph)
+        written = [n for n, (b, version) in versions.items() if b._version != version]
+        if written:
+            raise RuntimeError(f"the forward writes over {', '.join(written)} and reads it as a constant")
     except Exception as error:
         raise CaptureError(
             f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
             "forward may not branch on the values or shapes of tensors"
         ) from error
+    replaced = restored(clone, before)
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
-    return Capture(clone, graph, "torch.fx")
+    note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
+    return Capture(clone, graph, "torch.fx", tuple(map(note.format, replaced)))
+
+
+def restored(clone: nn.Module, before: Mapping[str, tuple[dict, dict]]) -> list[str]:
+    """Take the proxies that a traced forward has set on the modules off again; the names of the buffers among them."""
+    names = []
+    for path, module in clone.named_modules():
+        attributes, buffers = before[path]
+        names += [f"{path}.{n}".lstrip(".") for n, value in module._buffers.items() if isinstance(value, fx.Proxy)]
+        module.__dict__["_buffers"] = buffers
+        for name in [n for n, value in module.__dict__.items() if isinstance(value, fx.Proxy)]:
+            module.__dict__.pop(name)
+            module.__dict__.update({name: attributes[name]} if name in attributes else {})
+    return names
 
 
 def passes(x: Any) -> Any:
@@ -83,8 +112,9 @@ def blame(error: BaseException) -> str:
 class PlaceTracer(fx.Tracer):
     """Symbolic tracing that opens gating modules and marks every module that it went through."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffers: bool = True) -> None:
         super().__init__()
+        self.proxy_buffer_attributes = buffers
         self.passed: dict[str, None] = {}
         self.record_stack_traces = True
 

@@ -43,6 +43,8 @@ class EvalClone:
         if isinstance(module, torch.jit.ScriptModule):
             kind = type(module).__name__
             raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
+        if type(module).__module__.startswith(QUANTISED):
+            raise CaptureError(f"a quantised {type(module).__name__} has no derivative: transform the model before quantisation")
         if id(module) not in self.clones:
             clone = type(module).__new__(type(module))
             self.clones[id(module)] = clone
@@ -99,4 +101,5 @@ def unwrapped(module: nn.Module) -> nn.Module:
             return module
 
 
+QUANTISED = tuple(f"torch.{a}nn.{b}quantized" for a in ("", "ao.") for b in ("", "intrinsic."))
 REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}

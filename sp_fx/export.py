@@ -8,12 +8,13 @@ form: the sizes of the example are fixed, the batch where the model allows it to
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ class Exported:
         batch = max(*sizes, 2) if varying else None
         self.varies = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
-        with all_require_grad(self.clone), torch.enable_grad(), warnings.catch_warnings():
+        quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
+        with all_require_grad(self.clone), torch.enable_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.varies)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
@@ -310,7 +312,7 @@ def opened(node: fx.Node) -> bool:
     return node.target.name() != "wrap_with_autocast" or not node.args[2]
 
 
-@contextmanager
+@contextlib.contextmanager
 def all_require_grad(module: nn.Module) -> Iterator[None]:
     """Otherwise PyTorch's transformer layers call a fused op, which hides their gates."""
     frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]

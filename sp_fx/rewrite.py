@@ -62,6 +62,9 @@ PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addb
 QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
 SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
 ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
+CELLS = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
+RECURRENT = "a recurrent cell, whose gates keep their derivative"
+FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention".split())  # torch's own, with gates inside
 VIEW = frozenset(
     """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
     expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
@@ -234,7 +237,9 @@ class Pass:
             self.visit_softmax(node, SOFTMAX[target])
         elif target in READERS:
             self.visit_gate(node, READERS[target])
-        elif (name := name_of(node)) in PIECEWISE:
+        elif (name := name_of(node)) in CELLS:
+            self.note(node, "NOT REWRITTEN", RECURRENT)
+        elif name in PIECEWISE:
             self.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
         elif name in SMOOTH:
             self.note(node, "kept", "smooth, no gate")
@@ -244,7 +249,7 @@ class Pass:
                 self.visit_product(node, factors[0])
             else:
                 self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
-        elif node.op == "call_function" and not known(target):
+        elif node.op == "call_function" and (name in FUSED or not known(target)):
             self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
 
     def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
@@ -258,6 +263,8 @@ class Pass:
                 self.replace_multihead(node, leaf, tau)
         elif type(leaf) in AFFINE_ROWS and leaf._buffers.get("running_mean", 0) is not None and not is_parametrized(leaf):
             self.replace_affine(node, leaf)
+        elif isinstance(leaf, nn.RNNBase | nn.RNNCellBase):
+            self.note(node, "NOT REWRITTEN", RECURRENT)
         elif not isinstance(leaf, AFFINE_MODULES):
             self.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
 
