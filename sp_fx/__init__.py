@@ -4,6 +4,7 @@ from .check import Checks, check
 from .clone import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
 from .pixels import pixel_space
+from .register import register_gate
 from .report import Report, Site
 from .rules import Rules
 from .version import __version__
@@ -19,5 +20,6 @@ __all__ = [
     "__version__",
     "check",
     "pixel_space",
+    "register_gate",
     "transform",
 ]

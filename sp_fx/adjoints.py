@@ -47,6 +47,7 @@ class Row:
     homogeneous: bool = False  # positively: its hard gate ignores the scale of the input, so its temperature may follow it
     forgets: bool = False  # the adjoint needs the shape of the first tensor, not its values
     rule: str = ""
+    registered: bool = False  # by a user
 
 
 def wide(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import settings
 from .clone import CaptureError, EvalClone, adopt_forward
+from .register import registered, seen
 
 GATING_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -60,7 +61,8 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
     versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = settings(clone, example)
-        graph = tracer.trace(clone, concrete_args=fixed)
+        with seen(clone):
+            graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
@@ -119,6 +121,8 @@ class PlaceTracer(fx.Tracer):
         self.record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if registered(m) is not None:
+            return True
         opened = isinstance(m, GATING_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 

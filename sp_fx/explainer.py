@@ -87,7 +87,7 @@ def transform(
             report = within(report, graph)
         left = report.of("NOT REWRITTEN")
         if left and strict:
-            heading = f"{len(left)} calls that gate, or may, have no rule:"
+            heading = f"{len(left)} calls that gate, or may, have no rule; sp_fx.register_gate gives one to your own:"
             raise NotRewrittenError("\n".join([heading, *map(str, left), *report.notes]))
         if left:
             listed = "; ".join(f"{site.op} at {site.place} ({site.reason})" for site in left[:3])

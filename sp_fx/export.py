@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from .arguments import PLAIN, VARIADIC, checked, form, items, rebuilt
 from .capture import Capture, blame, passes
 from .clone import CaptureError, EvalClone, adopt_forward
+from .register import seen
 from .report import Report
 
 aten = torch.ops.aten
@@ -100,7 +101,8 @@ class Exported:
         self.varies = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
-        with all_require_grad(self.clone), torch.enable_grad(), warnings.catch_warnings(), quiet:
+        marked = seen(self.clone, exporting=True)
+        with all_require_grad(self.clone), marked, torch.enable_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.varies)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)

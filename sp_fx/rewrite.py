@@ -30,6 +30,7 @@ from .dual import dual_path
 from .gates import READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
 from .patterns import Graph, Statistic, Written, written_gate, written_norm
+from .register import call_registered, registered_gate, unmark
 from .report import Report, Site, Status
 from .rules import KINDS, Rules
 
@@ -81,6 +82,8 @@ def op_of(node: fx.Node) -> Any:
 
 def name_of(node: fx.Node) -> str:
     """An op's plain name: `relu` for `F.relu`, `torch.relu_`, `Tensor.relu_` and `aten.relu_.default`."""
+    if node.target is call_registered:
+        return str(node.args[0])
     target = op_of(node)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
@@ -198,9 +201,16 @@ class Pass:
     # -- the pass
 
     def read_patterns(self) -> None:
+        for node in list(self.graph.nodes):
+            if (marked := unmark(node)) is not None:
+                y, gate = marked
+                self.patterns[y] = gate
+                self.parts |= {n: y for n in gate.inside if n is not y}
+            elif (called := registered_gate(node, self.leaf(node))) is not None and not self.passes(node):
+                self.patterns[node] = called
         graph = Graph(name_of, self.varying.__contains__, self.passes, self.modules)
         for node in self.graph.nodes:
-            if node not in self.varying or node in self.parts:
+            if node not in self.varying or node in self.parts or node in self.patterns:
                 continue
             found = written_gate(graph, node)
             if found is not None and not (set(found.inside) & set(self.parts)) and self.separable(found, node):
@@ -222,13 +232,14 @@ class Pass:
     def visit(self, node: fx.Node) -> None:
         if node not in self.varying or node.op not in ("call_module", "call_function", "call_method") or self.passes(node):
             return
+        if isinstance(pattern := self.patterns.get(node), Written):
+            self.visit_written(node, pattern)
+            return
         if node.op == "call_module":
             self.visit_leaf(node, self.module(node))
             return
         target = op_of(node)
-        if isinstance(pattern := self.patterns.get(node), Written):
-            self.visit_written(node, pattern)
-        elif isinstance(pattern, Statistic):
+        if isinstance(pattern, Statistic):
             self.visit_norm(node, pattern)
         elif node in self.parts:
             if target in READERS:
@@ -374,7 +385,8 @@ class Pass:
     def visit_written(self, node: fx.Node, gate: Written) -> None:
         """The calls stay, cut off from the input; what they compute passes through a dual-path call that differentiates it."""
         tau = self.temperature(node, rule_of(gate.kind))
-        self.amend(op=f"{name_of(node)}, written out")
+        if not TABLE[gate.kind].registered:
+            self.amend(op=f"{name_of(node)}, written out")
         if tau is None:
             return
         first, source = min(gate.inside, key=self.position.__getitem__), self.instead.get(gate.source, gate.source)
@@ -390,6 +402,7 @@ class Pass:
             soft = self.dual(node, Gate("written", (source, node), args), tau, self.sites[-1].scale)
         for user in users:
             user.replace_input_with(node, soft)
+        self.instead[node] = soft
 
     def visit_norm(self, node: fx.Node, norm: Statistic) -> None:
         """Its statistics become constants."""

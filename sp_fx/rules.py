@@ -63,12 +63,19 @@ class Rules:
     local_response_norm: Temperature | None = FROZEN
     normalize: Temperature | None = FROZEN  # division by a norm
     product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
+    registered: Mapping[str, Temperature | None] = field(default_factory=dict)  # temperatures of registered gates, by name
     scale: Literal["absolute", "sample"] | Mapping[str, float] = "sample"
     overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
             _check(f"Rules({kind}=...)", kind, getattr(self, kind))
+        for name, tau in self.registered.items():
+            if name not in registered():
+                told = ", ".join(registered()) or "none"
+                raise ValueError(f"no gate is registered as {name!r}; registered are: {told}")
+            _check(f"registered gate {name!r}", name, tau)
+        object.__setattr__(self, "registered", MappingProxyType(dict(self.registered)))
         if isinstance(self.scale, Mapping):
             for place, scale in self.scale.items():
                 if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < math.inf):
@@ -78,7 +85,7 @@ class Rules:
             raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
-                if kind not in KINDS:
+                if kind not in KINDS and kind not in registered():
                     raise ValueError(f"override {pattern!r} names the kind {kind!r}; the kinds are {', '.join(KINDS)}")
                 _check(f"override {pattern!r}", kind, tau)
         object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
@@ -97,11 +104,11 @@ class Rules:
     @classmethod
     def frozen(cls) -> Rules:
         """Every gate as the forward pass set it: the network as the affine map of its input that it acts as, `W(x) x + b(x)`."""
-        return cls(**dict.fromkeys(KINDS, FROZEN))  # type: ignore[arg-type]
+        return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered(), FROZEN))  # type: ignore[arg-type]
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
         """The temperature of the gate of `kind` at `place`."""
-        tau = getattr(self, kind)
+        tau = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
         for pattern, override in self.overrides.items():
             if fnmatchcase(place, pattern):
                 if isinstance(override, Mapping):
@@ -146,11 +153,16 @@ class Rules:
 
     def _changed(self) -> dict[str, str]:
         """What differs from the default."""
-        values = {name: (getattr(self, name), getattr(Rules(), name)) for name in (*KINDS, "scale", "overrides")}
+        values = {name: (getattr(self, name), getattr(Rules(), name)) for name in (*KINDS, "registered", "scale", "overrides")}
         return {n: repr(dict(v) if isinstance(v, Mapping) else v) for n, (v, default) in values.items() if v != default}
 
 
-KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "overrides"))
+KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "overrides", "registered"))
+
+
+def registered() -> tuple[str, ...]:
+    """The names of the gates that users have registered."""
+    return tuple(name for name, row in TABLE.items() if row.registered)
 
 
 def _restore(values: dict) -> Rules:

@@ -613,7 +613,8 @@ def test_the_new_rows_under_the_other_ways_of_differentiating():
 def test_a_gate_written_out_after_another():
     quick = (lambda z: z * torch.sigmoid(1.702 * z), gate("quick_gelu", rate=1.702))
     top = (lambda z: z.max(-1, True)[0], oracle.Amax(-1, keepdim=True))
-    net, ops = chain(linear(6, 8), (lambda z: F.silu(z), SILU), quick, top, (lambda z: z * z.sigmoid(), SILU))
+    swish = (lambda z: z * z.sigmoid(), SILU)
+    net, ops = chain(linear(6, 8), (lambda z: F.silu(z), SILU), quick, swish, top, swish, swish)
     agree(net, ops, randn(3, 6, seed=1), RULES["absolute"])
 
 

@@ -1,0 +1,188 @@
+"""Gates that users register: every form of call, both tracers, rules, pickles."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import sp_fx
+from helpers import relative
+from sp_fx import register
+from sp_fx.adjoints import TABLE
+
+
+def sharp(z, rate=2.0):
+    """A gate of one's own, with a branch that no trace may enter."""
+    if float(rate) > 0:
+        return z * torch.sigmoid(rate * z)
+    return z
+
+
+def sharp_gain(z, tau, rate=2.0):
+    return torch.sigmoid(rate * z / tau)
+
+
+class Snake(nn.Module):
+    """Ziyin et al., arXiv:2006.08195: z + sin(z)^2."""
+
+    def forward(self, z):
+        return z + torch.sin(z) ** 2
+
+
+class Wide(Snake):
+    pass
+
+
+@torch.library.custom_op("sp_fx_tests::squash", mutates_args=())
+def squash(z: torch.Tensor) -> torch.Tensor:
+    return z.clamp(min=0) * 2
+
+
+squash.register_fake(torch.empty_like)
+
+
+def snake_gain(z, tau):
+    """E[1 + sin 2(z + tau e)] = 1 + exp(-2 tau^2) sin 2z."""
+    return 1 + math.exp(-2 * tau**2) * torch.sin(2 * z)
+
+
+def hard_gain(z, tau):
+    return 2 * torch.special.ndtr(z / tau)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def gates():
+    sp_fx.register_gate(sharp, sharp_gain, tau=0.7)
+    sp_fx.register_gate(Snake, snake_gain, tau=0.5, frozen_at=1e-9, name="snake")
+    sp_fx.register_gate(torch.ops.sp_fx_tests.squash.default, hard_gain, tau=0.4, frozen_at=1e-9)
+    yield
+    for name in ("sharp", "snake", "squash"):
+        del TABLE[name]
+    for held in (register.FUNCTIONS, register.MODULES, register.STAND_INS):
+        held.clear()
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        return sharp(x * 2) * 3
+
+
+class Held(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act = sharp
+
+    def forward(self, x):
+        return self.act(x * 2, rate=3.0) * 3
+
+
+class Moduled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.act, self.again = Snake(), Wide()
+
+    def forward(self, x):
+        return self.again(self.act(x * 2)) * 3
+
+
+class Op(nn.Module):
+    def forward(self, x):
+        return torch.ops.sp_fx_tests.squash(x * 2) * 3
+
+
+def expected(model, x, scale=1.0):
+    z = x * 2
+    match model:
+        case ByName():
+            return 6 * sharp_gain(z, 0.7)
+        case Held():
+            return 6 * sharp_gain(z, 0.7, 3.0)
+        case Moduled():
+            return 6 * snake_gain(z, 0.5) * snake_gain(Snake()(z), 0.5)
+    return 6 * hard_gain(z, 0.4)
+
+
+X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("model", [ByName, Held, Moduled, Op])
+def test_every_form_under_both_tracers(model, tracer):
+    net = model()
+    explainer = sp_fx.transform(net, tracer=tracer, example_inputs=X, strict=True)
+    assert torch.equal(explainer(X), net(X))
+    report = explainer.report()
+    name = {ByName: "sharp", Held: "sharp", Moduled: "snake", Op: "squash"}[model]
+    assert {s.kind for s in report.of("rewritten")} == {name} and len(report.of("rewritten")) == 1 + (model is Moduled)
+    found = explainer.pullback(X, lambda y: y.sum())
+    assert relative(found, expected(net, X)) <= 1e-12
+    assert relative(torch.func.vjp(explainer, X)[1](torch.ones_like(X))[0], found) <= 1e-12
+    again = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(again.pullback(X, lambda y: y.sum()), found)
+
+
+def test_its_exported_explainer_keeps_the_adjoint():
+    explainer = sp_fx.transform(ByName())
+    leaf = X.clone().requires_grad_()
+    y = torch.export.export(explainer, (X,)).module()(leaf)
+    assert relative(torch.autograd.grad(y.sum(), leaf)[0], expected(ByName(), X)) <= 1e-12
+
+
+def test_rules_reach_it():
+    def found(**rules):
+        return sp_fx.transform(ByName(), rules=sp_fx.Rules(**rules)).pullback(X, lambda y: y.sum())
+
+    z = X * 2
+    assert relative(found(registered={"sharp": 0.3}), 6 * sharp_gain(z, 0.3)) <= 1e-12
+    assert relative(found(registered={"sharp": "frozen"}), 6 * sharp_gain(z, 1.0)) <= 1e-12
+    assert relative(found(overrides={"sharp": 0.2}), 6 * sharp_gain(z, 0.2)) <= 1e-12
+    assert relative(found(overrides={"*": {"sharp": 0.2}}), 6 * sharp_gain(z, 0.2)) <= 1e-12
+    leaf = X.clone().requires_grad_()
+    with pytest.warns(UserWarning, match="no gate"):
+        plain = found(registered={"sharp": None})
+    assert relative(plain, torch.autograd.grad(ByName()(leaf).sum(), leaf)[0]) <= 1e-12
+    assert sp_fx.Rules.frozen().registered["sharp"] == "frozen"
+    assert pickle.loads(pickle.dumps(sp_fx.Rules(registered={"sharp": 0.3}))).registered == {"sharp": 0.3}
+    with pytest.raises(ValueError, match="no gate is registered as 'sharpe'; registered are: sharp"):
+        sp_fx.Rules(registered={"sharpe": 1.0})
+
+
+def test_the_caller_s_module_and_file_stay_as_they_are():
+    net, before = Held(), globals()["sharp"]
+    sp_fx.transform(net)
+    sp_fx.transform(ByName(), tracer="export", example_inputs=X)
+    assert globals()["sharp"] is before and net.act is before
+
+
+def test_a_function_that_a_decorator_registered():
+    stand_in = sp_fx.register_gate(lambda z: z * z.tanh(), lambda z, tau: (z / tau).tanh(), name="tanh gate")
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return stand_in(x)
+
+    try:
+        found = sp_fx.transform(Net()).pullback(X, lambda y: y.sum())
+        assert relative(found, X.tanh()) <= 1e-12
+    finally:
+        del TABLE["tanh gate"]
+
+
+def test_strict_mode_names_the_remedy():
+    class Net(nn.Module):
+        def forward(self, x):
+            return x.relu() + x.median(1, keepdim=True).values
+
+    with pytest.raises(sp_fx.NotRewrittenError, match="register_gate"):
+        sp_fx.transform(Net(), strict=True)
+
+
+def test_what_cannot_be_registered():
+    with pytest.raises(TypeError, match="takes a function, an op"):
+        sp_fx.register_gate(nn.ReLU(), hard_gain)
+    with pytest.raises(ValueError, match="'relu' already"):
+        sp_fx.register_gate(lambda z: z, hard_gain, name="relu")
+    with pytest.raises(ValueError, match="above 0"):
+        sp_fx.register_gate(lambda z: z, hard_gain, name="other", tau=0)
