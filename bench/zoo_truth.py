@@ -22,6 +22,7 @@ from sp_fx import zoo
 from sp_fx.ascent import Ascent
 from sp_fx.demo import class_gradient
 from sp_fx.models import weights_hash
+from sp_fx.records import described
 
 STEPS = 10
 
@@ -39,7 +40,7 @@ def truth(name: str, scenes: zoo.Scenes, batch: int = 50) -> dict:
     return {
         "network": name,
         "weights_sha256": weights_hash(network),
-        "rules": str(explainer.report().rules),
+        "rules": described(explainer.report().rules),
         "accuracy": seen["right"].double().mean().item(),
         "mass_inside": {"pullback": soft.mean().item(), "gradient": plain.mean().item(), "paired": paired_interval(soft - plain)},
         "pointing": {kind: seen[f"{kind} pointing"].double().mean().item() for kind in ("pullback", "gradient")},

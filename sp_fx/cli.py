@@ -152,7 +152,7 @@ def run_explain(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     common = {
         **named.provenance(),
-        "rules": str(explainer.report().rules),
+        "rules": records.described(explainer.report().rules),
         "device": str(args.device),
         "versions": {"sp_fx": __version__, "torch": torch.__version__},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from .explainer import Explainer
 from .images import Picture
 from .models import class_index
 from .plot import CHANGE, SLOPE, Cell, overlay, picture, signed_map, table
+from .rules import Rules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +43,12 @@ def wanted(texts: Sequence[str], labels: Sequence[str] | None) -> list[Wanted]:
             else:
                 found.append(("index", class_index(part, labels)))
     return found
+
+
+def described(rules: Rules) -> dict[str, Any]:
+    """Every temperature, not only what differs from this version's defaults."""
+    values = {f.name: getattr(rules, f.name) for f in fields(rules)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
 def explain(

@@ -66,7 +66,8 @@ def test_a_picture_and_a_record(here, tmp_path, method):
     assert found["preprocessing"] == published | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     assert len(found["prediction"]) == 5 and found["targets"][0]["index"] == found["prediction"][0]["index"]
     assert found["targets"][0]["maps"][method]["l2"] > 0
-    assert found["weights"] == "weights.pt" and len(found["weights_sha256"]) == 64 and found["rules"] == "Rules()"
+    assert found["weights"] == "weights.pt" and len(found["weights_sha256"]) == 64
+    assert found["rules"]["relu"] == sp_fx.Rules().relu and found["rules"]["scale"] == "sample" and len(found["rules"]) > 15
     assert found["versions"] == {"sp_fx": sp_fx.__version__, "torch": torch.__version__} and found["device"] == "cpu"
     assert record(tmp_path, "alpha")["conversions"] == ["transparency over white"] and record(tmp_path, "grey")["mode"] == "L"
     with Image.open(tmp_path / "colour.png") as figure:
@@ -106,12 +107,13 @@ def test_methods_side_by_side_and_batches_do_not_matter(here, tmp_path):
 
 def test_rules_from_the_command_line(here, tmp_path):
     maps = {}
-    for name, given in {"default": [], "warm": ["--temperature", "relu=3", "--temperature", "max_pool=1"],
+    for name, given in {"default": [], "warm": ["--temperature", "relu=3", "--temperature", "max_pool=2"],
                         "frozen": ["--rules", "frozen"]}.items():  # fmt: skip
         assert explain_scenes(here, tmp_path, *given, images=SCENES[:1]) == 0
         maps[name] = record(tmp_path, "scene_0")["targets"][0]["maps"]["pullback"]["l2"]
         if name == "warm":
-            assert record(tmp_path, "scene_0")["rules"] == "Rules(relu=3.0, max_pool=1.0)"
+            rules = record(tmp_path, "scene_0")["rules"]
+            assert (rules["relu"], rules["max_pool"], rules["gelu"]) == (3.0, 2.0, sp_fx.Rules().gelu)
     assert len(set(maps.values())) == 3
     x = (zoo.draw(5, 1).pixels + 1).mul(127.5).round() / 127.5 - 1
     gradient = torch.autograd.functional.jacobian(lambda x: zoo.load("residual_cnn")(x).amax(1).sum(), x)
