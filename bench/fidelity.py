@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         if the.masks is not None:
             result["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
             result["pointing game"] = pointing(torch.ones_like(shares), shares, the.masks).double()
-        result["deletion"], result["insertion"] = answers(f"{name} curves", curves, the, shares, cells)
+        if counts.curves:
+            result["deletion"], result["insertion"] = answers(f"{name} curves", curves, the, shares, cells)
         if name not in counts.stable_too and method.passes > counts.dear:
             continue
         n = counts.sensitivity
@@ -125,8 +126,10 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         if method.passes > counts.dear:
             continue
         n = counts.logit
-        result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
-        result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
+        if n:
+            result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
+        if counts.mosaics:
+            result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
     return results
 
 
@@ -136,7 +139,7 @@ def randomised(the: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str
     Adebayo et al., arXiv:1810.03292: layers from the output down get Gaussian weights of their own mean and deviation.
     """
     n, results = the.counts.randomised, {}
-    for part in (0.25, 0.5, 1.0):
+    for part in (0.25, 0.5, 1.0) if n else ():
         chosen, _ = methods(the.with_random_top(part, draw(5)), layer=the.layer)
         for name, method in chosen.items():
             if method.passes <= the.counts.dear:
@@ -155,12 +158,17 @@ def other_class(the: Case) -> Tensor:
     return (the.target + torch.randint(1, the.classes, the.target.shape, generator=draw(6))) % the.classes
 
 
+def told(rules: sp_fx.Rules) -> dict[str, Any]:
+    """The rules in full, the defaults too: those change."""
+    return {field.name: getattr(rules, field.name) for field in fields(rules) if field.name != "overrides"}
+
+
 def run(name: str, args: argparse.Namespace) -> None:
     the = case(name, args.data, args.samples)
     if len(the.target) < LEAST:
         raise ValueError(f"{len(the.target)} samples of {name}: an interval needs at least {LEAST}")
     chosen, left = methods(the.model, layer=the.layer)
-    rules = {suffix: str(r) for suffix, r in (("default", sp_fx.Rules()), ("paper", sp_fx.Rules.paper()))}
+    rules = {"default": told(sp_fx.Rules()), "paper": told(sp_fx.Rules.paper())}
     facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
     answers = Answers(args.work, facts, args.deadline)
