@@ -142,7 +142,7 @@ def randomised(the: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str
     for part in (0.25, 0.5, 1.0) if n else ():
         chosen, _ = methods(the.with_random_top(part, draw(5)), layer=the.layer)
         for name, method in chosen.items():
-            if method.passes <= the.counts.dear:
+            if name in maps and method.passes <= the.counts.dear:
                 like = InBatches(method, the.counts.batch).like
                 answer = answers(f"{name} random {part}", like, the.pixels[:n], the.target[:n], maps[name][:n])
                 results.setdefault(name, {})[str(part)] = answer
@@ -160,7 +160,8 @@ def other_class(the: Case) -> Tensor:
 
 def told(rules: sp_fx.Rules) -> dict[str, Any]:
     """The rules in full, the defaults too: those change."""
-    return {field.name: getattr(rules, field.name) for field in fields(rules) if field.name != "overrides"}
+    values = {field.name: getattr(rules, field.name) for field in fields(rules)}
+    return {name: value for name, value in values.items() if value != {}}
 
 
 def run(name: str, args: argparse.Namespace) -> None:
@@ -168,6 +169,10 @@ def run(name: str, args: argparse.Namespace) -> None:
     if len(the.target) < LEAST:
         raise ValueError(f"{len(the.target)} samples of {name}: an interval needs at least {LEAST}")
     chosen, left = methods(the.model, layer=the.layer)
+    unknown = set(args.methods or ()) - set(chosen)
+    if unknown:
+        raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(chosen)}")
+    chosen = {method: chosen[method] for method in args.methods or chosen}
     rules = {"default": told(sp_fx.Rules()), "paper": told(sp_fx.Rules.paper())}
     facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
@@ -190,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"])
     parser.add_argument("--samples", type=int, help="scenes of a zoo network (default: the case's)")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="(default: all that apply)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="squeezenet1_0_imagenet.safetensors, photos/")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--work", type=Path, default=Path("out/fidelity"))

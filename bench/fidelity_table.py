@@ -63,7 +63,7 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
     found = []
     for ours, other in PAIRS:
         for name in HEADLINE:
-            if name not in results[ours] or name not in results.get(other, {}):
+            if name not in results.get(ours, {}) or name not in results.get(other, {}):
                 continue
             a, b = results[ours][name], results[other][name]
             both = a.isfinite() & b.isfinite()

@@ -77,6 +77,13 @@ def test_a_run_that_was_cut_short_goes_on(run, capsys):
     assert "maps" not in capsys.readouterr().err  # all answers were there
 
 
+def test_some_methods(run, capsys):
+    status, record = run("--methods", "pullback", "gradient")
+    assert status == 0 and list(record["methods"]) == ["pullback", "gradient"]
+    assert run("--methods", "pulback")[0] == 2
+    assert "no method of zoo/tiny is called pulback; they are: pullback, double pullback" in capsys.readouterr().err
+
+
 def test_too_few_samples(run, capsys):
     assert run("--samples", "9")[0] == 2
     assert "9 samples of zoo/tiny: an interval needs at least 10" in capsys.readouterr().err
