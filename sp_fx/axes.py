@@ -35,6 +35,8 @@ def sample_axis(node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.
         name, args = str(node.args[1]), ()
     if axis is None or (module is not None and axis not in (0, ROWS) and not isinstance(module, SEQUENCE_MODULES)):
         return None
+    if node.op == "call_module" and module is None:  # an identity, whatever it is called
+        return axis
     if name == "getitem" and isinstance(node.args[0], fx.Node):
         several = node.args[0].op == "call_module" or name_of(node.args[0]) in SEVERAL
         return axis if several else item(axis, node.args[1])

@@ -146,7 +146,7 @@ class Pass:
         self.axes: dict[fx.Node, Axis] = {}  # where each of them has the sample
         self.entering: dict[fx.Node, Axis] = {}  # and where its first input has it
         for node in graph.nodes:
-            name = node.args[1] if node.target is getattr else name_of(node)
+            name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and any(n in self.varying for n in node.all_input_nodes)):
                 self.varying.add(node)
                 inside = None if self.passes(node) else self.leaf(node)
@@ -544,7 +544,7 @@ fx.wrap("with_first")
 
 def receivers(node: fx.Node) -> list[fx.Node]:
     """The inputs of `node` that get a cotangent from it."""
-    if name_of(node) == "detach":
+    if node.op != "call_module" and name_of(node) == "detach":
         return []
     if node.target is dual_path:
         row = TABLE[str(node.args[0])]

@@ -181,3 +181,20 @@ def test_the_report_reads_as_a_table():
     assert lines[0] == "Sequential with Rules(), captured by torch.fx: 2 rewritten, 1 kept, 0 NOT REWRITTEN"
     assert lines[2].split() == ["1", "relu", "relu", "1.0", "x", "scale"]
     assert "smooth, no gate" in lines[4]
+
+
+def test_modules_that_are_called_like_functions():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("size", "repeat", "detach", "softmax", "view"):
+                setattr(self, name, nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+        def forward(self, x):
+            return self.view(self.softmax(self.detach(self.repeat(self.size(x)))))
+
+    model, x = Net().double(), torch.randn(3, 4, dtype=torch.float64)
+    explainer = sp_fx.transform(model, rules=sp_fx.Rules.frozen())
+    assert [s.kind for s in explainer.report().sites] == ["relu"] * 5
+    leaf = x.clone().requires_grad_()
+    assert relative(explainer.pullback(x, lambda y: y.sum()), torch.autograd.grad(model(leaf).sum(), leaf)[0]) <= 1e-12
