@@ -79,19 +79,21 @@ def deviation(z: Tensor) -> Tensor:
 
     Biased; at least 1e-30, so that a constant sample has a hard gate; 1 where it is not finite.
     """
-    flat = wide(z)[:, None].flatten(1)
-    mean, root = flat.mean(1), math.sqrt(max(flat.shape[1], 1))
-    spread = None
+    z, axes = wide(z), tuple(range(1, z.dim()))
+    if not axes:
+        return torch.full_like(z, 1e-30)
+    root, spread = math.sqrt(max(math.prod(z.shape[1:]), 1)), None
     # From the moments where their difference does not cancel: 6 ms on CPU over ResNet-50's gates at batch 4, against 84 from the
     # centred values and 92 by torch.var. To ask whether it cancels would stall a GPU.
     if z.device.type == "cpu" and at_once():
+        flat = z.flatten(1)
+        mean = flat.mean(1)
         square = torch.linalg.vector_norm(flat, dim=1) / root
         spread = (square * square - mean * mean).clamp_min(0).sqrt()
-        spread = spread if bool((spread > 0.1 * square).all()) else None
-    if spread is None:
-        spread = torch.linalg.vector_norm(flat - mean[:, None], dim=1) / root
-    spread = torch.where(spread.isfinite(), spread, 1.0).clamp_min(1e-30)
-    return spread.view(-1, *[1] * (z.dim() - 1))
+        spread = spread.view(-1, *[1] * len(axes)) if bool((spread > 0.1 * square).all()) else None
+    if spread is None:  # over the axes, not flattened: Inductor follows any layout so, 0.1 against 5.3 ms for [4, 64, 56, 56]
+        spread = torch.linalg.vector_norm(z - z.mean(axes, keepdim=True), dim=axes, keepdim=True) / root
+    return torch.where(spread.isfinite(), spread, 1.0).clamp_min(1e-30)
 
 
 OFFSET = torch.full((), 1e-30)
