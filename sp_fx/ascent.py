@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .dual import ascent_step
+
 Bounds = tuple[float | Tensor, float | Tensor]
 Clip = Literal["every", "last", "never"]
 PAPER_STEP, PAPER_NUMEL = 20.0, 3 * 224 * 224
@@ -64,8 +66,13 @@ class Ascent:
         self, start: list[Tensor], x: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]], clamp: bool
     ) -> list[Tensor]:
         """Where one step leads from `x`."""
-        length = self.length(start)
-        return self.project(start, [a + length * v for a, v in zip(x, unit(pull(x)))], clamp)
+        length, pulled = self.length(start), pull(x)
+        with torch.no_grad():
+            if len(x) == 1:
+                fused = ascent_step(x[0], pulled[0], start[0], length, self.radius, self.bounds if clamp else None)
+                if fused is not None:
+                    return [fused]
+            return self.project(start, [a + length * v for a, v in zip(x, unit(pulled))], clamp)
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
         if self.radius is not None:

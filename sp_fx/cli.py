@@ -82,6 +82,14 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", parents=[model], help="every gate of a model and what becomes of it")
     report.set_defaults(run=run_report)
+
+    bench = commands.add_parser("bench", parents=[model], help="what explaining costs on this machine, way by way")
+    bench.add_argument("--device", default="cpu", help="(default: cpu)")
+    bench.add_argument("--batch", type=positive, default=4, metavar="N", help="(default: 4)")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: float32)")
+    bench.add_argument("--turns", type=positive, default=9, metavar="N", help="times each way is run (default: 9)")
+    bench.add_argument("--peers", action="store_true", help="also Captum, pytorch-grad-cam and Zennit, where installed")
+    bench.set_defaults(run=run_bench)
     return top
 
 
@@ -132,6 +140,22 @@ def run_demo(args: argparse.Namespace) -> int:
     from .demo import run_demo
 
     print(f"wrote {run_demo(args.out, args.scenes, args.format)}")
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from . import timing
+
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("no CUDA device here: torch.cuda.is_available() is False; use --device cpu")
+    named = load_model(args.model, args.weights, args.input_size) if args.weights else untrained(args.model)
+    model, side = named.model.to(args.device, getattr(torch, args.dtype)), args.input_size or named.preprocessing.crop
+    x = torch.rand(args.batch, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x, target = x.to(args.device, getattr(torch, args.dtype)), torch.zeros(args.batch, dtype=torch.long, device=args.device)
+    timing.verify(model, x, target)
+    ways = [*timing.ours(model, x, target, rules_of(args)), *(timing.peers(model, x, target) if args.peers else [])]
+    print(f"{args.model}, batch {args.batch}, {side} x {side}, {args.dtype}, {torch.get_num_threads()} threads")
+    print(timing.table(timing.measure(iter(ways), x.device, args.turns)))
     return 0
 
 

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from .adjoints import FROZEN
 from .ascent import Ascent
-from .onegraph import folded, one_graph
+from .onegraph import cheaper_on_cpu, folded, one_graph
 from .rules import NORMS
 from .targets import primary
 
@@ -278,8 +278,47 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., 
     from torch._inductor.compile_fx import compile_fx
 
     stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    if stand_ins[0].device.type == "cpu":
+        graph = cheaper_on_cpu(graph)
     with COMPILING, config.patch(freezing=True), tracing(TracingContext(stand_ins[0].fake_mode)):
-        return compile_fx(graph, stand_ins)  # type: ignore[return-value]
+        run: Any = compile_fx(graph, stand_ins)
+    return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int)) if example[0].is_cuda else run
+
+
+class Replayed:
+    """CUDA graphs of one compiled function: a graph holds its sizes fixed, so there is one for each power of two of the batch up
+    to 32, and for each multiple of 32 beyond; smaller batches are padded with whatever the rows held before, and results are
+    copies. One call at a time, since a graph has one set of buffers."""
+
+    def __init__(self, run: Callable[..., Sequence[Tensor]], dynamic: bool) -> None:
+        self.run, self.dynamic, self.turn = run, dynamic, threading.Lock()
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
+
+    def __call__(self, *tensors: Tensor) -> list[Tensor]:
+        batch = tensors[0].shape[0]
+        size = batch if not self.dynamic else 1 << (batch - 1).bit_length() if batch <= 32 else -(-batch // 32) * 32
+        with self.turn, torch.cuda.device(tensors[0].device):
+            if size not in self.graphs:
+                self.graphs[size] = self.record([t.new_zeros((size, *t.shape[1:])) for t in tensors], tensors)
+            graph, held, results = self.graphs[size]
+            for place, t in zip(held, tensors):
+                place[:batch].copy_(t)
+            graph.replay()
+            return [r[:batch].clone() if r.shape[:1] == (size,) else r.clone() for r in results]
+
+    def record(self, held: list[Tensor], tensors: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
+        for place, t in zip(held, tensors):
+            place[: len(t)].copy_(t)
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # libraries choose their kernels and take their workspaces before a graph may be recorded
+                self.run(*held)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = list(self.run(*held))
+        return graph, held, results
 
 
 def resolved(y: Tensor, aim: Tensor) -> Tensor:

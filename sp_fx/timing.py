@@ -43,7 +43,7 @@ class Row:
         return asdict(self)
 
 
-def gradient(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+def gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
     leaf = x.detach().requires_grad_()
     y = model(leaf)
     return torch.autograd.grad(y, leaf, torch.zeros_like(y).scatter_(1, target[:, None], 1.0))[0]
@@ -63,9 +63,11 @@ def compiled_forward(model: nn.Module, x: Tensor) -> Way:
     return forward
 
 
-def ours(model: nn.Module, x: Tensor, target: Tensor, steps: int = 5) -> Iterator[tuple[str, Callable[[], Way]]]:
+def ours(
+    model: nn.Module, x: Tensor, target: Tensor, rules: Rules | None = None, steps: int = 5
+) -> Iterator[tuple[str, Callable[[], Way]]]:
     """Our ways and the two they are measured by, each with what makes it."""
-    explainer = transform(model)
+    explainer = transform(model, rules=rules)
 
     def eager_forward() -> Tensor:
         with torch.no_grad():
@@ -144,8 +146,8 @@ def last_convolution(model: nn.Module) -> nn.Module:
 
 
 def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient; programs
-    hold themselves against the explainer.
+    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient;
+    programs hold themselves against the explainer.
 
     Raises:
         ArithmeticError: a result that is wrong, which is not timed.
