@@ -26,14 +26,16 @@ from provenance import provenance
 from sp_fx import timing
 
 
-def one(name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, only: str) -> list[dict]:
+def one(
+    name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, only: list[str]
+) -> list[dict]:
     model = network(name).to(device, dtype)
     x, target = noise(batch, size, dtype, device), torch.arange(batch, device=device)
     if dtype == torch.bfloat16:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     timing.verify(model, x, target)
     ways = list(timing.ours(model, x, target)) + (list(timing.peers(model, x, target)) if with_peers else [])
-    ways = [(way, make) for way, make in ways if way == timing.FORWARD or only in way]
+    ways = [(way, make) for way, make in ways if way == timing.FORWARD or any(text in way for text in only)]
     rows = timing.measure(iter(ways), x.device, turns)
     print(f"\n{name}, batch {batch}, {size} x {size}, {str(dtype)[6:]}\n{timing.table(rows)}", flush=True)
     return [row.record() for row in rows]
@@ -46,7 +48,7 @@ def scaling(device: str, turns: int) -> list[dict]:
     points += [("depth", int(n[6:]), (n, 112, 2)) for n in ("resnet18", "resnet34", "resnet50", "resnet101")]
     found = []
     for axis, value, (name, size, batch) in points:
-        for row in one(name, size, batch, torch.float32, device, turns, False, timing.PROGRAM):
+        for row in one(name, size, batch, torch.float32, device, turns, False, [timing.PROGRAM]):
             found.append({"axis": axis, "value": value, "network": name, **row})
     return found
 
@@ -95,7 +97,7 @@ def main() -> int:
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--peers", action="store_true", help="time Captum, pytorch-grad-cam and Zennit on the same work")
-    parser.add_argument("--only", default="", metavar="TEXT", help="ways whose name holds TEXT, and the compiled forward")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="ways named so, and the compiled forward")
     parser.add_argument("--scaling", action="store_true", help="cost against batch, resolution and depth")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--out", type=Path)
