@@ -14,7 +14,7 @@ from pathlib import Path
 
 import faithfulness as ask
 import torch
-from fidelity import RADIUS, Answers, InBatches, draw, drops, other_class
+from fidelity import Answers, InBatches, draw, drops, other_class
 from fidelity_cases import Case, case
 from measures import mass_inside
 from methods import Method, captum_methods
@@ -22,6 +22,7 @@ from provenance import provenance
 
 import sp_fx
 
+RADIUS = 0.1  # of max-sensitivity: five times fidelity.py's, which tells soft rules apart better
 RELU, POOL = (0.6, 1.0, 1.5), (0.3, 1.0)
 
 
