@@ -389,7 +389,9 @@ def spread_over(v: Tensor, x: Tensor, y: Tensor, tau: Tau, starts: list[Tensor],
         weight = torch.exp((difference * (1 / fitted)).clamp(-60, 0))  # what is outside may be above the maximum
     weight = weight * inside.reshape(*v.shape, taps)
     share = weight * (v / weight.sum(-1))[..., None]
-    spread = share.new_zeros(*lead, math.prod(spatial)).scatter_add(-1, index, share.flatten(len(lead)))
+    spread = share.new_zeros(*lead, math.prod(spatial)).scatter_add(
+        -1, index, share.reshape(*lead, math.prod(share.shape[len(lead) :]))
+    )
     return spread.reshape(x.shape).to(x.dtype)
 
 
