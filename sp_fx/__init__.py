@@ -3,6 +3,7 @@
 from .check import Checks, check
 from .clone import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
+from .package import PackageError, load
 from .pixels import pixel_space
 from .register import register_gate
 from .report import Report, Site
@@ -14,11 +15,13 @@ __all__ = [
     "Checks",
     "Explainer",
     "NotRewrittenError",
+    "PackageError",
     "Report",
     "Rules",
     "Site",
     "__version__",
     "check",
+    "load",
     "pixel_space",
     "register_gate",
     "transform",

@@ -17,6 +17,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +68,7 @@ class Program:
 
     graph: fx.GraphModule
     error: float
+    manifest: dict[str, Any] | None = None  # of the package that it was loaded from
 
     def __init__(
         self,
@@ -247,6 +250,14 @@ class Program:
             note = " (-1: the predicted class)" if lowest else ""
             raise IndexError(f"targets are {lowest} to {self.output_shape[0] - 1}{note}, got {target.tolist()}")
         return target.detach().to(self.device, torch.long).contiguous()
+
+    def save(
+        self, path: str | PathLike[str], *, class_names: Sequence[str] | None = None, input_space: str | None = None
+    ) -> Path:
+        """Write the program to `path` as a package that `sp_fx.load` reads: `.pt2` or `.onnx`. See `package.save`."""
+        from .package import save
+
+        return save(self, path, class_names=class_names, input_space=input_space)
 
     # -- whether it is right
 

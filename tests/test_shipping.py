@@ -1,0 +1,317 @@
+"""Packages: what is loaded answers as the explainer does, and what may not be served is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sp_fx
+from helpers import NETS, fill, golden, relative
+from sp_fx import package, program
+
+onnxruntime = pytest.importorskip("onnxruntime")
+onnx = pytest.importorskip("onnx")
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The one graph, run as it is: what is saved, without the seconds that compiling it for this process takes."""
+    monkeypatch.setattr(program, "compiled", lambda graph, example: graph)
+
+
+class Small(nn.Module):
+    """Cheap to compile: a strided convolution, a gate, an overlapping max pooling, classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(F.relu(self.conv(x)), 3, 2, 1).mean((2, 3)))
+
+
+def small(**arguments):
+    explainer = sp_fx.transform(fill(Small()))
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return explainer, x, explainer.compile(**{"method": "pullback", "example_inputs": x, **arguments})
+
+
+@pytest.fixture(scope="module")
+def pt2(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(program, "compiled", lambda graph, example: graph)
+    explainer, x, made = small()
+    path = made.save(tmp_path_factory.mktemp("pt2") / "small.pt2", class_names=list("abcde"), input_space="pixels in [-1, 1]")
+    patch.undo()
+    return explainer, x, path
+
+
+@pytest.fixture(scope="module")
+def graph_file(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(program, "compiled", lambda graph, example: graph)
+    explainer, x, made = small()
+    path = made.save(tmp_path_factory.mktemp("onnx") / "small.onnx")
+    patch.undo()
+    return explainer, x, path
+
+
+# -- right
+
+
+@pytest.mark.parametrize("net", ["tiny_resnet", "tiny_pvt"])
+def test_onnx_equals_the_explainer(interpreted, net, tmp_path):
+    model, data = golden(net)
+    explainer, x, t = sp_fx.transform(model), data["input"], data["target"]
+    loaded = sp_fx.load(explainer.compile(example_inputs=x).save(tmp_path / "a.onnx"))
+    for n in (1, 2, 5):
+        some, classes = x.repeat(2, 1, 1, 1)[:n], t.repeat(2)[:n]
+        outputs, maps = loaded(some, classes)
+        assert relative(outputs, model(some)) <= 1e-5
+        assert relative(maps, explainer.pullback(some, classes)) <= 1e-4
+    assert relative(loaded(x)[1], explainer.pullback(x)) <= 1e-4
+    nodes = onnx.load(tmp_path / "a.onnx").graph.node
+    assert not {n.op_type for n in nodes if "Scatter" in n.op_type or n.domain not in ("", "ai.onnx")}
+    if net == "tiny_resnet":  # what interleaves phases has 5 axes and more; a change of layout would have 4
+        assert all(len(a.ints) > 4 for n in nodes if n.op_type == "Transpose" for a in n.attribute if a.name == "perm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+@pytest.mark.parametrize("net", NETS)
+def test_every_golden_network_travels(net, suffix, tmp_path, interpreted):
+    model, data = golden(net)
+    explainer, x, t = sp_fx.transform(model, rules=sp_fx.Rules.paper()), data["input"], data["target"]
+    loaded = sp_fx.load(explainer.compile(example_inputs=x).save(tmp_path / f"a{suffix}"))
+    outputs, maps = loaded(x, t)
+    assert relative(outputs, data["logits"]) <= 1e-5
+    assert relative(maps, data["soft_pullback"]) <= 1e-4
+
+
+METHODS = [
+    ("double_pullback", {"step": 1.5}),
+    ("ascend", {"steps": 3, "bounds": (-1.0, 1.0), "radius": 2.0}),
+    ("ascend", {"steps": 3, "bounds": (-1.0, 1.0), "clip": "last"}),
+    ("ascend", {"steps": 2, "step_size": 0.5, "unrolled": True}),
+]
+
+
+@pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method, arguments", METHODS)
+def test_every_method_travels(interpreted, method, arguments, suffix, tmp_path):
+    explainer, x, made = small(method=method, **arguments)
+    loaded = sp_fx.load(made.save(tmp_path / f"a{suffix}"))
+    wanted = getattr(explainer, method)(x, **{k: v for k, v in arguments.items() if k != "unrolled"})
+    outputs, maps = loaded(x)
+    assert relative(outputs, explainer(x)) <= 1e-5
+    assert relative(maps, wanted) <= (1e-4 if method == "double_pullback" else 1e-3)  # normalised steps amplify rounding
+
+
+def test_pt2_equals_the_explainer_at_any_batch(pt2):
+    explainer, x, path = pt2
+    loaded = sp_fx.load(path)
+    for n in (1, 2, 3, 7):
+        some = x.repeat(3, 1, 1, 1)[:n]
+        outputs, maps = loaded(some, torch.arange(n) % 5)
+        assert relative(outputs, explainer(some)) <= 1e-5
+        assert relative(maps, explainer.pullback(some, torch.arange(n) % 5)) <= 1e-4
+    with torch.inference_mode():
+        assert relative(loaded(x, -1)[1], explainer.pullback(x)) <= 1e-4
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(7, 5), nn.Linear(5, 4)
+
+    def forward(self, x, ids):
+        h = F.gelu(x + self.embed(ids))
+        return {"logits": self.mix(h), "hidden": h}
+
+
+def test_several_inputs_and_outputs_travel(interpreted, tmp_path):
+    explainer = sp_fx.transform(fill(Odd()))
+    x, ids = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 3, 6])
+    loaded = sp_fx.load(explainer.compile(example_inputs=(x, ids)).save(tmp_path / "a.onnx"))
+    outputs, maps = loaded((x, ids), 2)
+    assert outputs.keys() == {"logits", "hidden"} and maps[1] is None
+    assert relative(maps[0], explainer.pullback((x, ids), 2)[0]) <= 1e-5
+
+
+def test_a_direction_and_a_fixed_batch_travel(interpreted, tmp_path):
+    explainer, x, made = small(target="direction", dynamic_batch=False)
+    loaded = sp_fx.load(made.save(tmp_path / "a.onnx"))
+    u = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    assert relative(loaded(x, u)[1], explainer.pullback(x, u)) <= 1e-5
+    with pytest.raises(ValueError, match="a batch of 3 alone"):
+        loaded(x[:2], u[:2])
+
+
+def test_the_manifest_says_what_was_packaged(pt2, graph_file):
+    found = package.read_manifest(pt2[2])
+    assert found["method"] == "pullback" and found["rules"] == "Rules()" and found["model"] == "Small"
+    assert found["class_names"] == list("abcde") and found["input_space"] == "pixels in [-1, 1]"
+    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["architecture"]
+    assert found["weights_sha256"] == package.read_manifest(graph_file[2])["weights_sha256"]
+    properties = {p.key: p.value for p in onnx.load(graph_file[2]).metadata_props}
+    assert json.loads(properties["sp_fx"]) == package.read_manifest(graph_file[2])
+    onnx.checker.check_model(str(graph_file[2]))
+
+
+def test_the_probe_is_its_formula():
+    def one(i):
+        x = 2654435769 * (i + 1) % 2**32
+        x ^= x >> 15
+        x = x * 2246822519 % 2**32
+        return (x >> 8) / 2**23 - 1
+
+    assert package.weyl(1000).tolist() == [one(i) for i in range(1000)]
+    many = package.weyl(200_000)
+    assert abs(many.mean()) < 0.01 and abs(many.std() - 3**-0.5) < 0.01
+
+
+def test_a_sketch_keeps_distances():
+    g = np.random.default_rng(0)
+    a, b = torch.from_numpy(g.standard_normal(30_000)), torch.from_numpy(g.standard_normal(30_000))
+    # 256 sums estimate a squared distance to about sqrt(2 / 256)
+    assert np.linalg.norm(package.sketch(a) - package.sketch(b)) == pytest.approx(float((a - b).norm()), rel=0.2)
+
+
+# -- what is refused
+
+
+def rewritten(path, to, change):
+    """A copy of the archive with a changed manifest, or changed members under the old manifest."""
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    place = package.metadata_place(members)
+    metadata = json.loads(members[place])
+    manifest = json.loads(metadata["sp_fx"])
+    change(manifest, members)
+    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(manifest)}).encode()
+    with zipfile.ZipFile(to, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return to
+
+
+def test_pt2_for_another_machine_is_refused(pt2, tmp_path):
+    path, to = pt2[2], tmp_path / "a.pt2"
+    with pytest.raises(sp_fx.PackageError, match=r"made for cpu, and 'cuda' was asked for"):
+        sp_fx.load(path, device="cuda")
+    for change, message in (
+        (lambda m, _: m["versions"].update(torch="99.1.0"), r"compiled by torch 99.1.0, and this is torch"),
+        (lambda m, _: m["machine"].update(architecture="riscv64"), r"compiled for Linux riscv64.*this machine is"),
+        (lambda m, _: m["machine"].update(capability="AVX1024"), r"AVX1024"),
+        (lambda m, _: m.update(device="cuda", machine={"system": "Linux", "architecture": "x", "capability": "sm_90"}), "cuda"),
+        (lambda m, _: m.update(format=2), "format 2.*reads 1"),
+        (lambda m, _: m["probe"].update(outputs=[[0.0] * 10]), "does not answer its probe.*the outputs differ by"),
+        (lambda m, _: m["probe"]["maps"][0].reverse(), "does not answer its probe.*the maps differ by"),
+    ):
+        with pytest.raises(sp_fx.PackageError, match=message):
+            sp_fx.load(rewritten(path, to, change))
+
+
+def test_a_truncated_or_altered_pt2_is_refused(pt2, tmp_path):
+    path, to = pt2[2], tmp_path / "a.pt2"
+    whole = path.read_bytes()
+    for kept in (0, 100, len(whole) // 2, len(whole) - 1):
+        to.write_bytes(whole[:kept])
+        with pytest.raises(sp_fx.PackageError, match="not a whole package"):
+            sp_fx.load(to)
+    to.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    with pytest.raises(sp_fx.PackageError, match=r"whole package|altered"):
+        sp_fx.load(to)
+
+    def swap(manifest, members):
+        name = next(n for n in members if n.endswith(".so"))
+        members[name] = members[name][:-4] + b"\0\1\2\3"
+
+    with pytest.raises(sp_fx.PackageError, match="altered after it was written"):
+        sp_fx.load(rewritten(path, to, swap))
+
+
+def test_a_truncated_or_altered_onnx_is_refused(graph_file, tmp_path):
+    whole, to = graph_file[2].read_bytes(), tmp_path / "a.onnx"
+    for kept in (0, 100, len(whole) // 2, len(whole) - 1):
+        to.write_bytes(whole[:kept])
+        with pytest.raises(sp_fx.PackageError, match="not a whole package"):
+            sp_fx.load(to)
+    for place in (10, len(whole) // 3):
+        to.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(sp_fx.PackageError, match="altered after it was written"):
+            sp_fx.load(to)
+    start = whole.rindex(b'"maps": [[') + 10
+    digit = b"9" if whole[start : start + 1] == b"7" else b"7"
+    to.write_bytes(whole[:start] + digit + whole[start + 1 :])
+    with pytest.raises(sp_fx.PackageError, match="probe"):
+        sp_fx.load(to)
+    with pytest.raises(sp_fx.PackageError, match=r"runs on the CPU here, got device='cuda'"):
+        sp_fx.load(graph_file[2], device="cuda")
+
+
+def test_what_is_no_package(tmp_path, graph_file):
+    with pytest.raises(FileNotFoundError, match="no package at"):
+        sp_fx.load(tmp_path / "a.pt2")
+    (tmp_path / "a.txt").write_text("cat")
+    with pytest.raises(sp_fx.PackageError, match=r"\*.pt2 or \*.onnx"):
+        sp_fx.load(tmp_path / "a.txt")
+    shutil.copy(tmp_path / "a.txt", tmp_path / "a.pt2")
+    with pytest.raises(sp_fx.PackageError, match="not a whole package"):
+        sp_fx.load(tmp_path / "a.pt2")
+
+
+def test_requests_that_cannot_be_met(interpreted, tmp_path, graph_file):
+    _, _, made = small()
+    with pytest.raises(ValueError, match=r"\*.pt2.*or \*.onnx.*got 'a.zip'"):
+        made.save(tmp_path / "a.zip")
+    with pytest.raises(ValueError, match="2 class names for an output of 5 classes"):
+        made.save(tmp_path / "a.onnx", class_names=["a", "b"])
+    with pytest.raises(ValueError, match="loaded from a package"):
+        sp_fx.load(graph_file[2]).save(tmp_path / "b.onnx")
+
+
+class Unheard(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.odd = OddOp()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.odd(x)))
+
+
+class OddOp(nn.Module):
+    def forward(self, x):
+        return torch.special.i0e(x)
+
+
+def test_an_op_that_onnx_has_not_is_named(interpreted, tmp_path):
+    explainer = sp_fx.transform(fill(Unheard()))
+    made = explainer.compile(example_inputs=torch.randn(2, 6, generator=torch.Generator().manual_seed(0)))
+    with pytest.raises(sp_fx.PackageError, match=r"(?s)ONNX does not take.*i0e"):
+        made.save(tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_package_needs_no_model_code(pt2, tmp_path):
+    """In another process, which has neither this file's classes nor autograd in the calls."""
+    _, x, path = pt2
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import sys, torch, sp_fx\n"
+        f"loaded = sp_fx.load({str(path)!r}); x = torch.load({str(tmp_path / 'x.pt')!r})\n"
+        "y, m = loaded(x)\n"
+        "assert not m.requires_grad and 'sp_fx.program' in sys.modules\n"
+        "print(tuple(m.shape))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == str(tuple(x.shape)), found.stderr
+
