@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sp-fx: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        hint = "this command needs an extra: pip install 'sp-fx[vision]', or 'sp-fx[demo]' for the shipped networks"
+        hint = "this command needs an extra: pip install 'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, 'sp-fx[serve]'"
         print(f"sp-fx: {error}; {hint}", file=sys.stderr)
         return 2
 
@@ -73,6 +73,20 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--format", choices=FORMATS, default="png", help="of the figures (default: png)")
     explain.add_argument("--out", type=Path, required=True, metavar="DIR")
     explain.set_defaults(run=run_explain)
+
+    service = commands.add_parser("serve", help="a package (.pt2, .onnx) behind HTTP, in KServe's form")
+    service.add_argument("package", type=Path, metavar="PACKAGE")
+    service.add_argument("--name", help="of the model in addresses (default: the file's, without its ending)")
+    service.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, which other machines do not reach)")
+    service.add_argument("--port", type=positive, default=8080, help="(default: 8080)")
+    service.add_argument("--device", help="such as cuda:1 (default: the package's)")
+    service.add_argument("--batch", type=positive, default=8, metavar="N", help="most samples run at once (default: 8)")
+    service.add_argument("--queue", type=positive, default=256, metavar="N", help="most samples that wait (default: 256)")
+    service.add_argument("--wait-ms", type=float, default=4.0, metavar="MS", help="for a batch to fill (default: 4)")
+    service.add_argument("--timeout", type=float, default=30.0, metavar="S", help="of a request (default: 30)")
+    service.add_argument("--max-body", type=positive, default=16, metavar="MIB", help="(default: 16)")
+    service.add_argument("--max-pixels", type=positive, default=32 << 20, metavar="N", help="of a picture (default: 2**25)")
+    service.set_defaults(run=run_serve)
 
     demo = commands.add_parser("demo", help="the shipped networks on drawn scenes, offline")
     demo.add_argument("--scenes", type=positive, default=3, metavar="N")
@@ -134,6 +148,24 @@ def rules_of(args: argparse.Namespace) -> Rules:
 
 
 # -- commands
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    from .package import load
+    from .serve import Limits, serve
+
+    limits = Limits(
+        body=args.max_body << 20,
+        pixels=args.max_pixels,
+        queue=args.queue,
+        batch=args.batch,
+        wait=args.wait_ms / 1000,
+        timeout=args.timeout,
+    )
+    program, name = load(args.package, device=args.device), args.name or args.package.stem
+    print(f"sp-fx: {name} at http://{args.host}:{args.port}/v1/models/{name}:explain", flush=True)
+    serve(program, name, args.host, args.port, limits)
+    return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:

@@ -1,0 +1,102 @@
+"""Dynamic batching: single samples from many threads, run together. One worker, a bounded queue."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+Run = Callable[[list[Any]], Sequence[Any]]
+
+
+class Full(RuntimeError):
+    """The queue has no room for these samples."""
+
+
+class Closed(RuntimeError):
+    """The batcher takes no more samples."""
+
+
+class Batcher:
+    """Runs `run(samples)`, which returns one answer a sample, on at most `size` samples at a time.
+
+    A batch starts when it is full, or `wait` seconds after its first sample came. At most `room` samples wait. A sample whose
+    future was cancelled before its batch started is dropped. Where a batch of several fails, its samples are run one by one, so
+    that one that cannot be run does not fail its neighbours.
+    """
+
+    def __init__(self, run: Run, size: int, wait: float, room: int) -> None:
+        self.run, self.size, self.wait, self.room = run, size, wait, room
+        self.queue: queue.SimpleQueue[tuple[Any, Future] | None] = queue.SimpleQueue()
+        self.waiting, self.lock, self.closed = 0, threading.Lock(), False
+        self.batches: Counter[int] = Counter()  # how many of each size ran
+        self.seconds = 0.0
+        self.worker = threading.Thread(target=self._work, name="batcher", daemon=True)
+        self.worker.start()
+
+    def submit(self, samples: Sequence[Any]) -> list[Future]:
+        """Put all of `samples` in the queue, or none.
+
+        Raises:
+            Full, Closed: there is no room; the batcher is closing.
+        """
+        with self.lock:
+            if self.closed:
+                raise Closed("the service is stopping")
+            if self.waiting + len(samples) > self.room:
+                raise Full(f"{self.waiting} samples wait, and {len(samples)} more are above the limit of {self.room}")
+            self.waiting += len(samples)
+            futures: list[Future] = [Future() for _ in samples]
+            for pair in zip(samples, futures):
+                self.queue.put(pair)
+        return futures
+
+    def close(self, timeout: float | None = None) -> None:
+        """Take no more, run what waits, and stop."""
+        with self.lock:
+            if not self.closed:
+                self.closed = True
+                self.queue.put(None)
+        self.worker.join(timeout)
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            first = self.queue.get()
+            if first is None:
+                return
+            batch, until = [first], time.monotonic() + self.wait
+            while len(batch) < self.size:
+                try:
+                    found = self.queue.get(timeout=max(until - time.monotonic(), 0))
+                except queue.Empty:
+                    break
+                if found is None:
+                    last = True
+                    break
+                batch.append(found)
+            with self.lock:
+                self.waiting -= len(batch)
+            batch = [(sample, future) for sample, future in batch if future.set_running_or_notify_cancel()]
+            if batch:
+                self._answer(batch)
+
+    def _answer(self, batch: list[tuple[Any, Future]]) -> None:
+        started = time.perf_counter()
+        try:
+            answers = self.run([sample for sample, _ in batch])
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0][1].set_exception(error)
+                return
+            for one in batch:
+                self._answer([one])
+            return
+        self.seconds += time.perf_counter() - started
+        self.batches[len(batch)] += 1
+        for (_, future), answer in zip(batch, answers, strict=True):
+            future.set_result(answer)

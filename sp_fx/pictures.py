@@ -1,0 +1,63 @@
+"""Pictures from strangers: decoded with limits, and maps as PNG. Needs Pillow (extra `serve`)."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that allocate what the header says, and no more
+
+
+class PictureError(ValueError):
+    """Not a picture that is taken; `too_large` where its size is the reason."""
+
+    def __init__(self, message: str, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
+    """The picture in `content` as float32 [3, *size] in [-1, 1]: its shorter side resized to fit, its centre cropped.
+
+    The header is read first, and nothing is decoded beyond `max_pixels`.
+
+    Raises:
+        PictureError: no picture of the known formats, a truncated one, or one of more pixels.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that counts
+            file = Image.open(io.BytesIO(content), formats=FORMATS)
+            if file.width * file.height > max_pixels:
+                raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
+            height, width = size
+            file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
+            picture = ImageOps.exif_transpose(file).convert("RGB")
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(str(error), too_large=True) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...: all mean a damaged file
+        raise PictureError(f"not a whole picture of {', '.join(FORMATS)}: {error}") from error
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(fitted, np.float32).transpose(2, 0, 1) / 127.5 - 1
+
+
+def map_png(map: np.ndarray) -> bytes:
+    """A signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero; the scale ends at
+    the 99.5th percentile of magnitudes, since a few pixels dwarf the rest."""
+    from PIL import Image
+
+    values = np.asarray(map, np.float64).sum(0)
+    limit = float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
+    strength = np.clip(values / limit, -1, 1)
+    fade = 1 - np.abs(strength)
+    red, blue = np.where(strength > 0, 1, fade), np.where(strength < 0, 1, fade)
+    rgb = np.stack([red, fade, blue], -1)
+    out = io.BytesIO()
+    Image.fromarray((rgb * 255).round().astype(np.uint8)).save(out, "PNG", compress_level=1)
+    return out.getvalue()

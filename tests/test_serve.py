@@ -1,0 +1,299 @@
+"""The service: KServe's form, batching, conditional explanation, and what strangers send."""
+
+import base64
+import io
+import threading
+import time
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from helpers import relative
+from sp_fx import package, program
+from sp_fx.batching import Batcher, Closed, Full
+from test_shipping import small
+
+pytest.importorskip("uvicorn")
+Image = pytest.importorskip("PIL.Image")
+httpx = pytest.importorskip("httpx")
+NAMES = list("abcde")
+
+
+def packaged(program):
+    """As `load` returns it, without the file."""
+    manifest = package.described(program, ".onnx", NAMES)
+    return package.restored(manifest, program.run, None)
+
+
+@pytest.fixture(scope="module")
+def made():
+    patch = pytest.MonkeyPatch()
+    patch.setattr(program, "compiled", lambda graph, example: graph)
+    explainer, x, compiled = small()
+    patch.undo()
+    return explainer, x, packaged(compiled)
+
+
+class Running:
+    """A service on a free port of the loopback, in a thread."""
+
+    def __init__(self, program, **limits):
+        import uvicorn
+
+        from sp_fx.serve import Limits, Served, application
+
+        self.served = Served(program, "small", Limits(**limits))
+        app = application(self.served)
+        self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30, trust_env=False)
+
+    def post(self, verb, body, **more):
+        return self.client.post(f"/v1/models/small:{verb}", json=body, **more)
+
+    def stop(self):
+        self.client.close()
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def running(made):
+    service = Running(made[2], body=1 << 20, pixels=1 << 20)
+    yield service
+    service.stop()
+
+
+def jpeg(size=(40, 30), kind="JPEG"):
+    out = io.BytesIO()
+    g = np.random.default_rng(0)
+    Image.fromarray(g.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)).save(out, kind)
+    return out.getvalue()
+
+
+# -- right
+
+
+def test_predict_and_explain(made, running):
+    explainer, x, _ = made
+    body = {"instances": x.tolist()}
+    predictions = running.post("predict", body).json()["predictions"]
+    wanted = explainer(x)
+    assert relative(torch.tensor([p["logits"] for p in predictions]), wanted) <= 1e-5
+    assert [p["label"] for p in predictions] == [NAMES[i] for i in wanted.argmax(1)]
+    assert [p["confidence"] for p in predictions] == pytest.approx(wanted.softmax(1).amax(1).tolist(), rel=1e-4)
+    found = running.post("explain", body).json()
+    assert found["predictions"] == predictions
+    assert relative(torch.tensor([e["map"] for e in found["explanations"]]), explainer.pullback(x)) <= 1e-4
+    asked = running.post("explain", {**body, "parameters": {"target": ["b", 2, None]}}).json()["explanations"]
+    classes = torch.tensor([1, 2, wanted[2].argmax()])
+    assert [e["target"] for e in asked] == classes.tolist()
+    assert relative(torch.tensor([e["map"] for e in asked]), explainer.pullback(x, classes)) <= 1e-4
+
+
+def test_only_below_a_confidence(made, running):
+    explainer, x, _ = made
+    sure = explainer(x).softmax(1).amax(1)
+    below = float(sure.sort().values[1]) - 1e-4
+    found = running.post("explain", {"instances": x.tolist(), "parameters": {"below": below}}).json()["explanations"]
+    assert [e is None for e in found] == (sure >= below).tolist() and sum(e is None for e in found) == 2
+
+
+def test_pictures_in_and_out(running):
+    direct = running.client.post(
+        "/v1/models/small:explain?format=png&target=3", content=jpeg(), headers={"Content-Type": "image/jpeg"}
+    )
+    assert direct.status_code == 200
+    within = running.post("explain", {"instances": [{"b64": base64.b64encode(jpeg()).decode()}], "parameters": {"target": 3}})
+    assert direct.json()["predictions"] == within.json()["predictions"]
+    shown = Image.open(io.BytesIO(base64.b64decode(direct.json()["explanations"][0]["map"])))
+    assert shown.size == (16, 16) and shown.format == "PNG"
+    signs = np.asarray(shown, np.int64)[..., 0] - np.asarray(shown, np.int64)[..., 2]  # red above zero, blue below
+    values = np.asarray(within.json()["explanations"][0]["map"]).sum(0)
+    assert (np.sign(signs) == np.sign(values))[np.abs(values) > np.abs(values).max() / 20].all()
+
+
+def test_health_metrics_and_the_manifest(running):
+    running.post("predict", {"instances": [np.zeros((3, 16, 16)).tolist()]})
+    assert running.client.get("/healthz").json() == {"status": "ok"}
+    assert running.client.get("/v1/models").json() == {"models": ["small"]}
+    assert running.client.get("/v1/models/small").json()["manifest"]["class_names"] == NAMES
+    text = running.client.get("/metrics").text
+    assert 'sp_fx_requests_total{verb="predict",status="200"}' in text and "sp_fx_waiting 0" in text
+
+
+def test_requests_share_batches(made):
+    service = Running(made[2], batch=4, wait=0.2)
+    try:
+        body, found = {"instances": [made[1][0].tolist()]}, []
+        threads = [threading.Thread(target=lambda: found.append(service.post("predict", body).status_code)) for _ in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        assert found == [200] * 8 and max(service.served.batcher.batches) > 1
+    finally:
+        service.stop()
+
+
+# -- what strangers send
+
+
+def bomb():
+    """A PNG that says it has 30000 x 30000 pixels, in a few hundred bytes."""
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    header = (30000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(90001))) + chunk(b"IEND", b"")
+
+
+IMAGE, JSON, GOOD = {"Content-Type": "image/png"}, {"Content-Type": "application/json"}, [np.zeros((3, 16, 16)).tolist()]
+ABUSE = {
+    "wrong JSON": (dict(content=b'{"instances": [', headers=JSON), 400, "not JSON"),
+    "a list": (dict(json=[1]), 400, "instances"),
+    "deep JSON": (dict(content=b"[" * 100_000, headers=JSON), 400, "not JSON"),
+    "no instance": (dict(json={"instances": []}), 400, "at least one"),
+    "too many": (dict(json={"instances": [0] * 65}), 413, "65 instances"),
+    "another shape": (dict(json={"instances": [[1, 2]]}), 400, r"shape [3, 16, 16], got [2]"),
+    "ragged": (dict(json={"instances": [[[1], [1, 2]]]}), 400, "array of numbers"),
+    "strings": (dict(json={"instances": [["a"]]}), 400, "array of numbers"),
+    "NaN": (dict(content=b'{"instances": [[NaN]]}', headers=JSON), 400, "NaN"),
+    "infinite": (dict(json={"instances": [np.full((3, 16, 16), 1e300).tolist()]}), 400, "not finite"),
+    "an address": (dict(json={"instances": [{"url": "http://127.0.0.1/"}]}), 400, "b64"),
+    "not base64": (dict(json={"instances": [{"b64": "!!"}]}), 400, "base64"),
+    "50 MB": (dict(content=bytes(50_000_000), headers=IMAGE), 413, "limit"),
+    "a bomb": (dict(content=bomb(), headers=IMAGE), 413, "30000 x 30000"),
+    "a truncated JPEG": (dict(content=jpeg()[:-300], headers=IMAGE), 400, "not a whole picture"),
+    "no picture": (dict(content=b"cat", headers=IMAGE), 400, "not a whole picture"),
+    "another type": (dict(content=b"cat", headers={"Content-Type": "application/x-pickle"}), 415, "application/json"),
+    "unknown target": (dict(json={"instances": GOOD, "parameters": {"target": "cat"}}), 400, "unknown target 'cat'"),
+    "target outside": (dict(json={"instances": GOOD, "parameters": {"target": 5}}), 400, "0 to 4"),
+    "target below": (dict(json={"instances": GOOD, "parameters": {"target": -1}}), 400, "0 to 4"),
+    "two targets": (dict(json={"instances": GOOD, "parameters": {"target": [1, 2]}}), 400, "2 targets for 1"),
+    "unknown parameter": (dict(json={"instances": GOOD, "parameters": {"file": "/etc/passwd"}}), 400, "unknown parameters file"),
+    "below what": (dict(json={"instances": GOOD, "parameters": {"below": 2}}), 400, "below"),
+    "which form": (dict(json={"instances": GOOD, "parameters": {"format": "pickle"}}), 400, "format"),
+}
+
+
+@pytest.mark.parametrize("case", ABUSE)
+def test_abuse_is_answered_and_the_next_request_served(running, case):
+    request, status, reason = ABUSE[case]
+    try:
+        found = running.client.post("/v1/models/small:explain", **request)
+        assert found.status_code == status and reason in found.json()["error"], found.text
+    except httpx.WriteError:  # the service has answered and hung up before 50 MB were sent
+        assert case == "50 MB"
+    assert running.post("predict", {"instances": GOOD}).status_code == 200
+
+
+def test_unknown_models_and_verbs(running):
+    assert running.client.post("/v1/models/cat:explain", json={"instances": GOOD}).status_code == 404
+    assert running.post("train", {"instances": GOOD}).status_code == 404
+    assert running.client.get("/etc/passwd").status_code == 404
+    assert running.client.get("/v1/models/small:explain").status_code in (200, 405)
+
+
+class Slow:
+    """A program that waits for leave."""
+
+    def __init__(self, program):
+        self.leave = threading.Event()
+        self.__dict__.update({k: v for k, v in program.__dict__.items()})
+        self.inner = program
+
+    def __call__(self, x, target):
+        assert self.leave.wait(20)
+        return self.inner(x, target)
+
+
+def test_a_full_queue_a_timeout_and_a_client_that_leaves(made):
+    slow = Slow(made[2])
+    service = Running(slow, batch=1, queue=2, timeout=1.0)
+    try:
+        with pytest.raises(httpx.ReadTimeout):  # the client goes away while its sample runs
+            service.post("predict", {"instances": GOOD}, timeout=0.2)
+        with pytest.raises(httpx.ReadTimeout):  # and another while its sample waits
+            service.post("predict", {"instances": GOOD}, timeout=0.2)
+        found = service.post("predict", {"instances": GOOD * 3})
+        assert found.status_code == 429 and found.headers["retry-after"] == "1"
+        assert service.post("predict", {"instances": GOOD}).status_code == 504
+        slow.leave.set()
+        assert service.post("predict", {"instances": GOOD}).status_code == 200
+        assert service.served.batcher.waiting == 0
+        assert sum(service.served.batcher.batches.values()) <= 3  # those that had left were not run
+    finally:
+        slow.leave.set()
+        service.stop()
+
+
+def test_a_graceful_stop_answers_what_waits(made):
+    slow = Slow(made[2])
+    service = Running(slow, batch=1)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(service.post("predict", {"instances": GOOD * 2}).status_code))
+    thread.start()
+    while not service.served.batcher.waiting:
+        time.sleep(0.01)
+    service.server.should_exit = True
+    slow.leave.set()
+    thread.join()
+    service.stop()
+    assert found == [200] and not service.served.batcher.worker.is_alive()
+
+
+def test_what_cannot_be_served(made, monkeypatch):
+    from sp_fx.serve import Limits, Served
+
+    monkeypatch.setattr(program, "compiled", lambda graph, example: graph)
+    _, _, direction = small(target="direction")
+    with pytest.raises(ValueError, match="class targets"):
+        Served(direction, "a", Limits())
+
+
+# -- batching alone
+
+
+def test_one_bad_sample_fails_alone():
+    def run(samples):
+        if "bad" in samples:
+            raise ValueError("bad")
+        return [s.upper() for s in samples]
+
+    batcher = Batcher(run, 8, 0.05, 100)
+    futures = batcher.submit(["a", "bad", "c"])
+    assert futures[0].result(5) == "A" and futures[2].result(5) == "C"
+    with pytest.raises(ValueError, match="bad"):
+        futures[1].result(5)
+    batcher.close(5)
+    with pytest.raises(Closed):
+        batcher.submit(["a"])
+
+
+def test_the_queue_is_bounded():
+    leave = threading.Event()
+    batcher = Batcher(lambda samples: leave.wait(5) and samples, 1, 0, 2)
+    first = batcher.submit([0])
+    while batcher.waiting:
+        time.sleep(0.001)
+    rest = batcher.submit([1, 2])
+    with pytest.raises(Full, match="2 samples wait"):
+        batcher.submit([3])
+    leave.set()
+    assert [f.result(5) for f in first + rest] == [0, 1, 2]
+    batcher.close(5)
+    assert batcher.batches == {1: 3}
+
+
+def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
+    from sp_fx.cli import main
+
+    assert main(["serve", str(tmp_path / "a.onnx")]) == 2
+    assert "no package at" in capsys.readouterr().err
