@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 
 import numpy as np
 
@@ -29,14 +28,12 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
     from PIL import Image, ImageOps
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is the one that counts
-            file = Image.open(io.BytesIO(content), formats=FORMATS)
-            if file.width * file.height > max_pixels:
-                raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
-            height, width = size
-            file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
-            picture = ImageOps.exif_transpose(file).convert("RGB")
+        file = Image.open(io.BytesIO(content), formats=FORMATS)
+        if file.width * file.height > max_pixels:
+            raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
+        height, width = size
+        file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
+        picture = ImageOps.exif_transpose(file).convert("RGB")
     except PictureError:
         raise
     except Image.DecompressionBombError as error:

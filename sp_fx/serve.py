@@ -122,7 +122,8 @@ class Served:
             except binascii.Error as error:
                 raise Refused(400, f"not base64: {error}") from error
         try:
-            x = np.asarray(one, np.float32)
+            with np.errstate(over="ignore"):  # infinities are refused below
+                x = np.asarray(one, np.float32)
         except (ValueError, TypeError) as error:
             raise Refused(400, f"an instance is an array of numbers of shape {list(self.shape)}: {str(error)[:100]}") from error
         if x.shape != self.shape:
