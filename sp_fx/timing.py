@@ -5,6 +5,7 @@ The harness of `python bench/run.py` and of `sp-fx bench`. A way is a function o
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 import warnings
@@ -87,6 +88,7 @@ def ours(
     yield "gradient, eager", lambda: lambda: gradient(model, x, target)
     yield "gradient, compiled", compiled_gradient
     yield "pullback, eager", lambda: lambda: explainer.pullback(x, target)
+    yield f"ascend, {steps} steps, eager", lambda: lambda: explainer.ascend(x, target, steps=steps)
     yield PROGRAM, lambda: program(explainer, "pullback")
     yield "program pullback, hard gates", lambda: program(transform(model, rules=Rules.frozen()), "pullback")
     yield "program double_pullback", lambda: program(explainer, "double_pullback")
@@ -220,11 +222,12 @@ def peak(run: Way, device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before, and is still resident, would be taken again unseen
         Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
         before = resident("VmRSS")
         run()
         return max(resident("VmHWM") - before, 0)
-    except (OSError, StopIteration):
+    except (OSError, StopIteration, AttributeError):
         return None
 
 

@@ -1,7 +1,12 @@
-"""Fixtures of the kernel tests."""
+"""Fixtures of the kernel tests, and one thread for each of several workers."""
+
+import os
 
 import pytest
 import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
