@@ -265,3 +265,13 @@ def test_bad_requests():
         explainer.compile(example_inputs=x.long())
     with pytest.raises(ValueError, match=r"'class' or 'direction'"):
         explainer.compile(example_inputs=x, target="top3")
+
+
+def test_hard_gates_in_float64():
+    """Rounding carries no pre-activation over its threshold here, so that the bar stays float64's."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 5))
+    explainer = sp_fx.transform(fill(net).double(), rules=sp_fx.Rules.frozen())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    program = explainer.compile("pullback", example_inputs=x)
+    assert program.tolerance == 1e-9 and program.error <= 1e-12  # sums in another order
+    assert relative(program(x, 1)[1], explainer.pullback(x, 1)) <= 1e-12
