@@ -39,7 +39,8 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
     except Image.DecompressionBombError as error:
         raise PictureError(str(error), too_large=True) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...: all mean a damaged file
-        raise PictureError(f"not a whole picture of {', '.join(FORMATS)}: {error}") from error
+        # Not in Pillow's own words, which hold the address of an object.
+        raise PictureError(f"not a whole picture of {', '.join(FORMATS)} ({type(error).__name__})") from error
     fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
     return np.asarray(fitted, np.float32).transpose(2, 0, 1) / 127.5 - 1
 
