@@ -284,8 +284,8 @@ class Program:
 
 
 def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """`graph` as Inductor compiles it, weights frozen into it; but not in float64, for which oneDNN has no convolution and Inductor
-    packs weights all the same (torch 2.15)."""
+    """`graph` as Inductor compiles it, weights frozen into it; but not in float64, for which oneDNN has no convolution
+    and Inductor packs weights all the same (torch 2.15)."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
