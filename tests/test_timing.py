@@ -35,10 +35,10 @@ def test_rows_and_ratios():
 def test_peak_memory_is_what_is_held_at_once():
     def run():
         for _ in range(3):
-            torch.ones(2**23)  # 32 MiB
+            torch.ones(2**24)  # 64 MiB, which glibc maps and unmaps: it may keep up to 32 MiB of what is freed
 
     found = timing.peak(run, torch.device("cpu"))
-    assert found is None or 24 * 2**20 <= found <= 64 * 2**20  # pages, and what the allocator keeps
+    assert found is None or 56 * 2**20 <= found <= 112 * 2**20  # pages, and what else the process touches
 
 
 def test_no_gpu_is_said(capsys):
