@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 from cases import network
 from provenance import provenance
-from run import seconds
 
 import sp_fx
+from sp_fx import timing
 
 
 def main() -> int:
@@ -49,7 +48,8 @@ def main() -> int:
         print(f"the model ran {len(runs)} times and the maps differ by {error:.1e}: not timed", file=sys.stderr)
         return 1
 
-    median = {way: statistics.median(times) for way, times in seconds(ways, args.repeats, "cpu").items()}
+    rows = timing.measure(iter((way, lambda run=run: run) for way, run in ways.items()), x.device, args.repeats)
+    median = {row.way: row.median_s for row in rows}
     for way, taken in median.items():
         print(f"{way:26} {1e3 * taken:8.0f} ms  {taken / median['single calls']:.2f} of single calls")
     if args.out:
