@@ -1,12 +1,15 @@
-"""How faithful, stable and class-specific maps are: `python bench/fidelity.py [--networks NAME ...] [--out DIR]`.
+"""How faithful, stable and class-specific maps are: `python bench/fidelity.py [--networks NAME ...] [--seed N] [--out DIR]`.
 
 Networks: both of the zoo on scenes they have not seen, with masks; `squeezenet1_0` on photographs where `--data` has its weights
-and pictures. Every method explains the predicted class and is judged on the same questions (faithfulness.py), so that comparisons
-are paired: mean differences with bootstrap intervals, sign-flip tests, Holm's correction over a network's family.
+and pictures. The defaults of `Rules` were chosen on scenes of seed 2025 and on ten of the photographs: another `--seed`, and the
+comparisons on the fresh photographs alone, say whether they hold elsewhere. Every method explains the predicted class and is
+judged on the same questions (faithfulness.py), so that comparisons are paired: mean differences with bootstrap intervals,
+sign-flip tests, Holm's correction over a network's family.
 
 Answers are kept in `--work`, one file each, under a key of everything they depend on: a run that was cut short goes on where it
-stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`; two
-runs with the same number of threads write the same numbers.
+stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`, with
+`_seedN` in their names for scenes of another seed; two runs with the same number of threads write the same numbers.
+`python bench/fidelity_table.py` makes the tables of the README from them.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Any
 
 import faithfulness as ask
 import torch
-from fidelity_cases import Case, case
+from fidelity_cases import SEED, Case, case
 from fidelity_table import METRICS, compared, plotted, rows, table
 from measures import mass_inside, pointing
 from methods import Method, methods
@@ -33,7 +36,7 @@ from torch import Tensor
 import sp_fx
 
 LEAST = 10  # samples for an interval
-RADIUS = 0.02  # of max-sensitivity: Captum's default
+RADII = {"max-sensitivity 0.02": 0.02, "max-sensitivity 0.1": 0.1}  # Captum's default; and five times that
 
 
 class Answers:
@@ -121,8 +124,9 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         if name not in counts.stable_too and method.passes > counts.dear:
             continue
         n = counts.sensitivity
-        noise = (counts.draws, RADIUS, 4)
-        result["max-sensitivity"] = answers(f"{name} sens", ask.max_sensitivity, explained, x[:n], target[:n], maps[:n], *noise)
+        near = (explained, x[:n], target[:n], maps[:n], counts.draws)
+        for measure, radius in RADII.items():
+            result[measure] = answers(f"{name} sens {radius}", ask.max_sensitivity, *near, radius, 4)
         if method.passes > counts.dear:
             continue
         n = counts.logit
@@ -165,14 +169,14 @@ def told(rules: sp_fx.Rules) -> dict[str, Any]:
 
 
 def run(name: str, args: argparse.Namespace) -> None:
-    the = case(name, args.data, args.samples)
+    the = case(name, args.data, args.samples, args.seed)
     if len(the.target) < LEAST:
         raise ValueError(f"{len(the.target)} samples of {name}: an interval needs at least {LEAST}")
     chosen, left = methods(the.model, layer=the.layer)
     unknown = set(args.methods or ()) - set(chosen)
     if unknown:
         raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(chosen)}")
-    chosen = {method: chosen[method] for method in args.methods or chosen}
+    chosen = {m: chosen[m] for m in args.methods or chosen if chosen[m].passes <= args.passes}
     rules = {"default": told(sp_fx.Rules()), "paper": told(sp_fx.Rules.paper())}
     facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
@@ -182,10 +186,14 @@ def run(name: str, args: argparse.Namespace) -> None:
     for method, parts in randomised(the, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
     listed = rows(results, {n: m.passes for n, m in chosen.items()})
-    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "methods": listed, "not applicable": left,
-              "comparisons": compared(results), "measures": METRICS}  # fmt: skip
+    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "radii": RADII, "methods": listed,
+              "not applicable": left, "comparisons": compared(results), "measures": METRICS}  # fmt: skip
+    if the.fresh:
+        fresh = {m: {measure: values[the.fresh :] for measure, values in found.items()} for m, found in results.items()}
+        record |= {"fresh": f"those from number {the.fresh} on, which no default was chosen on"}
+        record |= {"comparisons_fresh": compared(fresh)}
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"fidelity_{name.removeprefix('zoo/')}"
+    stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{the.seed}" if the.seed != SEED else "")
     (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     plotted(record).savefig(args.out / f"{stem}.png")
     print(table(record))
@@ -195,6 +203,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"])
     parser.add_argument("--samples", type=int, help="scenes of a zoo network (default: the case's)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the scenes (default {SEED})")
+    parser.add_argument("--passes", type=float, default=float("inf"), help="leave out methods that take more than this many")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="(default: all that apply)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="squeezenet1_0_imagenet.safetensors, photos/")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))

@@ -1,11 +1,20 @@
-"""What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot."""
+"""What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot.
+
+`python bench/fidelity_table.py [--results DIR] [--readme FILE]` makes the README's tables from the JSON files: each stands
+between `<!-- fidelity: NAME -->` and `<!-- end -->`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from faithfulness import holm, sign_flip_p
-from measures import paired_interval
+from measures import paired_interval, ratio_interval
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -15,7 +24,8 @@ if TYPE_CHECKING:
 METRICS = {
     "infidelity": "low",
     "faithfulness correlation": "high",
-    "max-sensitivity": "low",
+    "max-sensitivity 0.02": "low",
+    "max-sensitivity 0.1": "low",
     "mask mass": "high",
     "faithfulness estimate": "high",
     "monotonicity": "high",
@@ -28,14 +38,15 @@ METRICS = {
     "random top 0.5": "zero",
     "random top 1.0": "zero",
 }
-HEADLINE = tuple(METRICS)[:4]
+HEADLINE = tuple(METRICS)[:5]
 OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10")
 PAIRS = [
     *[(f"{ours}", other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
 ]
-SHORT = ("Infid. ↓", "Faith. corr. ↑", "Max-sens. ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑", "Rand. logit → 0", "Focus ↑",
-         "Del. ↓", "Ins. ↑", "Point. ↑", "¼ random → 0", "½ random → 0", "all random → 0")  # fmt: skip
+SHORT = ("Infid. ↓", "Faith. corr. ↑", "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
+         "Rand. logit → 0", "Focus ↑", "Del. ↓", "Ins. ↑", "Point. ↑",
+         "¼ random → 0", "½ random → 0", "all random → 0")  # fmt: skip
 FEW = 10  # fewer values give a mean without an interval
 
 
@@ -70,8 +81,7 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
             difference = (a - b)[both]
             if len(difference) < FEW:
                 continue
-            ratio = a[both].mean().item() / b[both].mean().item()
-            numbers = rounded({**paired_interval(difference), "ratio": ratio})
+            numbers = rounded({**paired_interval(difference), **ratio_interval(a[both], b[both])})
             found.append({"measure": name, "ours": ours, "other": other, **numbers, "p": sign_flip_p(difference)})
     adjusted = holm({f"{i}": row["p"] for i, row in enumerate(found)})
     for i, row in enumerate(found):
@@ -82,21 +92,42 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
 
 
 def table(record: dict[str, Any]) -> str:
+    """Tables and comparisons, for a terminal."""
+    lines = [f"**{record['network']}**, {record['samples']}", "", *markdown(record, tuple(METRICS), intervals=False)]
+    for key, told in (("comparisons", "Paired, Holm-corrected:"), ("comparisons_fresh", f"The same of {record.get('fresh')}:")):
+        lines += ["", told] if key in record else []
+        for c in record.get(key, ()):
+            change = f"{c['mean']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
+            ratio = f"ratio {c['ratio']:.3f} [{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]"
+            told = f"{change}, {ratio}, p {c['holm']:.2g}: {c['verdict']}"
+            lines.append(f"- {c['measure']}, {c['ours']} less {c['other']}: {told}")
+    return "\n".join(lines)
+
+
+def markdown(record: dict[str, Any], names: tuple[str, ...], intervals: bool) -> list[str]:
     """The rows in Markdown, the best two of each measure set off: **first**, *second*."""
     listed = record["methods"]
-    known = [name for name in METRICS if any(name in row for row in listed.values())]
+    known = [name for name in names if any(name in row for row in listed.values())]
     marks = {name: best(listed, name) for name in known}
     head = ["", "passes", *(SHORT[list(METRICS).index(name)] for name in known)]
-    lines = [f"**{record['network']}**, {record['samples']}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method, row in listed.items():
         cells = [marks[name].get(method, "{}").format(f"{row[name]['mean']:.3g}") if name in row else "-" for name in known]
+        if intervals:
+            cells = [f"{cell} {interval(row.get(name, {}))}".strip() for cell, name in zip(cells, known)]
         lines.append("| " + " | ".join([method, str(row["passes"]), *cells]) + " |")
-    lines += [f"| {method} | | {why} " + "|" * (len(known)) for method, why in record["not applicable"].items()]
-    lines += ["", "Paired, Holm-corrected:"]
-    for c in record["comparisons"]:
-        lines.append(f"- {c['measure']}, {c['ours']} less {c['other']}: {c['mean']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}], "
-                     f"ratio {c['ratio']:.2f}, p {c['holm']:.2g}: {c['verdict']}")  # fmt: skip
-    return "\n".join(lines)
+    return lines
+
+
+def interval(found: dict[str, float]) -> str:
+    return f"[{found['low']:.2g}, {found['high']:.2g}]" if "low" in found else ""
+
+
+def in_readme(record: dict[str, Any]) -> str:
+    """The headline measures, and the others folded away."""
+    others = tuple(METRICS)[len(HEADLINE) :]
+    return "\n".join([*markdown(record, HEADLINE, intervals=True), "", "<details><summary>The other measures</summary>", "",
+                      *markdown(record, others, intervals=True), "", "</details>"])  # fmt: skip
 
 
 def best(listed: dict[str, Any], name: str) -> dict[str, str]:
@@ -134,3 +165,25 @@ def plotted(record: dict[str, Any]) -> Figure:
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)
     figure.suptitle(f"{record['network']}, {record['samples']}; means with 95 % intervals, passes in brackets", fontsize=9)
     return figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("bench/results"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    args = parser.parse_args(argv)
+
+    def filled(found: re.Match[str]) -> str:
+        record = json.loads((args.results / f"fidelity_{found[2]}.json").read_text())
+        return f"{found[1]}\n{in_readme(record)}\n{found[3]}"
+
+    text, count = re.subn(r"(<!-- fidelity: (\w+) -->)\n.*?\n?(<!-- end -->)", filled, args.readme.read_text(), flags=re.DOTALL)
+    if not count:
+        print(f"fidelity_table: {args.readme} has no <!-- fidelity: NAME --> ... <!-- end -->", file=sys.stderr)
+        return 2
+    args.readme.write_text(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

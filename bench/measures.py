@@ -38,6 +38,15 @@ def paired_interval(differences: Tensor, confidence: float = 0.95, draws: int = 
     return {"mean": values.mean().item(), "low": low, "high": high}
 
 
+def ratio_interval(a: Tensor, b: Tensor, confidence: float = 0.95, draws: int = 10_000, seed: int = 0) -> dict[str, float]:
+    """Ratio of the means of paired `a` and `b` [N], with its percentile bootstrap interval over the pairs."""
+    chosen = torch.randint(len(a), (draws, len(a)), generator=torch.Generator().manual_seed(seed))
+    tail = (1 - confidence) / 2
+    ratios = a.double()[chosen].mean(1) / b.double()[chosen].mean(1)
+    low, high = ratios.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return {"ratio": (a.double().mean() / b.double().mean()).item(), "ratio_low": low, "ratio_high": high}
+
+
 def share_interval(hits: Tensor, z: float = 1.96) -> dict[str, float]:
     """A share of `hits` [N] bool with Wilson's interval: `share`, `low`, `high`."""
     n, p = len(hits), hits.double().mean().item()

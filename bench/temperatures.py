@@ -75,7 +75,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     found = {}
     for name in args.networks:
-        the = case(name, args.data, None)
+        the = case(name, args.data)
         facts = {"network": name, "weights_sha256": the.weights, "seed": the.seed, "samples": the.samples}
         found[name] = {
             **facts,

@@ -20,22 +20,23 @@ import fidelity_cases as cases  # noqa: E402
 from fidelity_table import METRICS, compared  # noqa: E402
 
 
-def tiny(name, data, samples):
+def tiny(name, data, samples, seed=cases.SEED):
     model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
                                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))  # fmt: skip
-    x = torch.randn(samples or 12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).clamp(-1, 1)
+    x = torch.randn(samples or 12, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
     masks = torch.zeros(len(x), 16, 16, dtype=torch.bool)
     masks[:, 4:12, 4:12] = True
     mosaics = (cases.mosaic(x[:8].view(2, 4, 3, 16, 16)), torch.tensor([0, 1]), torch.tensor([[True, True, False, False]] * 2))
     counts = cases.Counts(removals=6, cells=4, curves=10, sensitivity=10, draws=1, logit=10, mosaics=2, randomised=3, dear=10,
                           stable_too=("SmoothGrad-50",))  # fmt: skip
-    return cases.Case(name, model, x, cases.predicted(model, x), masks, mosaics, "own_relu1", "twelve of noise", counts)
+    return cases.Case(name, model, x, cases.predicted(model, x), masks, mosaics, "own_relu1", "twelve of noise", counts, seed)
 
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.setattr(fidelity, "case", tiny)
-    monkeypatch.setattr(fidelity, "RADIUS", 0.5)  # at 0.02 no gate of so small a network flips, and changes are rounding
+    # At 0.02 no gate of so small a network flips, and changes are rounding.
+    monkeypatch.setattr(fidelity, "RADII", {"max-sensitivity 0.02": 0.5, "max-sensitivity 0.1": 1.0})
     threads = torch.get_num_threads()
 
     def run(*options, work="work"):
@@ -63,7 +64,7 @@ def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys
     assert rows["gradient"]["infidelity"] == pytest.approx(
         rows["InputXGradient"]["infidelity"]
     )  # one question, two ways to answer
-    assert "random logit" not in rows["SmoothGrad-50"] and "max-sensitivity" in rows["SmoothGrad-50"]
+    assert "random logit" not in rows["SmoothGrad-50"] and "max-sensitivity 0.1" in rows["SmoothGrad-50"]
     assert {c["verdict"] for c in first["comparisons"]} <= {"better", "worse", "no difference shown"}
     assert all(c["holm"] >= c["p"] for c in first["comparisons"])
 
