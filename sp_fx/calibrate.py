@@ -1,4 +1,5 @@
-"""The scale of every gate's pre-activation over a set of inputs: what calibrated temperatures, and the report, measure with."""
+"""The scale of every gate's pre-activation over a set of inputs, or by the statistics of a BatchNorm: what calibrated
+temperatures, and the report, measure with."""
 
 from __future__ import annotations
 
@@ -9,14 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .adjoints import TABLE, rule_of, wide
+from .capture import passes
 from .dual import dual_path
-from .report import Report
+from .report import Report, Site
+from .rewrite import name_of
 from .rules import KINDS, UNTEMPERED
 
 STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0
+KEEPERS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout contiguous movedim flatten".split())
 SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
 
 
@@ -121,25 +125,85 @@ def calibrated(report: Report, graph: fx.Graph, spreads: list[Spread]) -> Report
     Warns:
         UserWarning: gates that were constant over the calibration set, which stay hard, and ReLUs that it never opened.
     """
-    nodes, scales, sites = iter(zip(scaled_nodes(graph), spreads, strict=True)), {}, []
-    constant, closed = [], []
-    for site in report.sites:
-        if site.status == "rewritten" and site.kind in SCALED:
-            node, spread = next(nodes)
-            if not math.isfinite(spread.deviation):
-                raise ValueError(f"the pre-activation of {site.place} is not finite over the calibration set")
-            if TABLE[site.kind].homogeneous and isinstance(site.temperature, int | float):
-                scale = scales[site.place] = max(spread.deviation, 1e-30)
-                node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": site.temperature * scale}
-                constant += [site.place] if spread.deviation == 0 else []
-                closed += [site.place] if site.kind in STEPS and not spread.opened else []
-                site = replace(site, scale=scale, reason="")
-        sites.append(site)
+    seen = list(zip(gauged(report, graph), spreads, strict=True))
+    for (site, _), spread in seen:
+        if not math.isfinite(spread.deviation):
+            raise ValueError(f"the pre-activation of {site.place} is not finite over the calibration set")
+    seen = [(pair, spread) for pair, spread in seen if has_unit(pair[0])]
+    constant = [site.place for (site, _), spread in seen if spread.deviation == 0]
+    closed = [site.place for (site, _), spread in seen if site.kind in STEPS and not spread.opened]
     if constant:
         warnings.warn(f"gates that are constant over the calibration set, and stay hard: {', '.join(constant)}", stacklevel=3)
     if closed:
         warnings.warn(f"gates that are never active on the calibration set: {', '.join(closed)}", stacklevel=3)
-    return replace(report, rules=replace(report.rules, scale=scales), sites=tuple(sites))
+    return at_scales(report, graph, {site.place: max(spread.deviation, 1e-30) for (site, _), spread in seen})
+
+
+def by_norms(report: Report, module: fx.GraphModule, graph: fx.Graph) -> Report:
+    """As `calibrated`, without data, for the gates that a BatchNorm feeds; the others keep the scale they had.
+
+    Raises:
+        ValueError: no gate is fed by one.
+    """
+    found = [(site, norm_deviation(module, node)) for site, node in gauged(report, graph) if has_unit(site)]
+    if all(scale is None for _, scale in found):
+        told = "no gate of this model is fed by a BatchNorm with running statistics"
+        raise ValueError(f"{told}: calibrate(batches) measures the scales on data")
+    return at_scales(report, graph, {site.place: site.scale if s is None else max(s, 1e-30) for site, s in found})
+
+
+def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
+    """The deviation over channels, places and samples of what a BatchNorm gives to `gate`, where one does.
+
+    A channel has the mean beta and the variance gamma^2 v / (v + eps) over the data that its statistics v are of; all of them
+    together the mean of these variances plus the variance of these means.
+    """
+    norm: Any = gate.args[1]
+    while keeps_values(module, norm):
+        norm = norm.args[0]
+    if norm.target is not dual_path or norm.args[0] != "affine_norm":
+        return None
+    if any(n is not None and n.op != "get_attr" for n in norm.args[3:]):  # computed in the pass
+        return None
+    variance, gamma, beta = (None if n is None else fetched(module, n.target).double() for n in norm.args[3:])
+    assert variance is not None
+    within = variance / (variance + norm.kwargs["eps"]) * (1.0 if gamma is None else gamma.square())
+    return math.sqrt(float(within.mean() + (0.0 if beta is None else beta.var(correction=0))))
+
+
+def keeps_values(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a call gives, in eval mode, the numbers that it got."""
+    if node.op != "call_module":
+        return node.op in ("call_function", "call_method") and name_of(node) in KEEPERS
+    called = module.get_submodule(str(node.target))
+    return called.__dict__.get("forward") is passes or isinstance(called, nn.Identity | nn.modules.dropout._DropoutNd)
+
+
+def fetched(module: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last).detach()
+
+
+def gauged(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
+    """The sites whose pre-activation has a scale, and their calls."""
+    sites = [site for site in report.sites if site.status == "rewritten" and site.kind in SCALED]
+    return list(zip(sites, scaled_nodes(graph), strict=True))
+
+
+def has_unit(site: Site) -> bool:
+    """Whether the temperature is measured in units of a scale."""
+    return TABLE[site.kind].homogeneous and isinstance(site.temperature, int | float)
+
+
+def at_scales(report: Report, graph: fx.Graph, scales: Mapping[str, float | str]) -> Report:
+    """Write the temperatures, in units of those of the `scales`, by place, that are numbers, into `graph`; the report of it."""
+    known = {place: scale for place, scale in scales.items() if isinstance(scale, float)}
+    for site, node in gauged(report, graph):
+        if site.place in known:
+            rest = {k: v for k, v in node.kwargs.items() if k != "scale"}
+            node.kwargs = {**rest, "tau": site.temperature * known[site.place]}  # type: ignore[operator]
+    sites = tuple(replace(s, scale=known[s.place], reason="") if s.place in known else s for s in report.sites)
+    return replace(report, rules=replace(report.rules, scale=scales), sites=sites)
 
 
 def measured(report: Report, spreads: list[Spread]) -> Report:

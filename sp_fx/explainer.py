@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from .arguments import bound, rebuilt
 from .ascent import Ascent, Bounds, Clip
-from .calibrate import calibrated, measure, measured
+from .calibrate import by_norms, calibrated, measure, measured
 from .call import Call, usable
 from .capture import Capture, capture
 from .clone import CaptureError
@@ -333,7 +333,7 @@ class Explainer(fx.GraphModule):
         """
         return self._report if batches is None else measured(self._report, measure(self, batches, forward_kwargs or {}))
 
-    def calibrate(self, batches: Batches, *, forward_kwargs: Mapping[str, Any] | None = None) -> Explainer:
+    def calibrate(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Explainer:
         """A new explainer whose temperatures are in units of the scale that each pre-activation has over `batches`.
 
         One forward over the data, which needs no labels. The scale of a gate is the standard deviation of its pre-activation over
@@ -341,20 +341,26 @@ class Explainer(fx.GraphModule):
         cut into batches or where the sample's axis is, and is saved with the rules: `transform(model, rules=new.report().rules)`
         needs no data. This explainer stays as it is.
 
+        Without `batches`, the gates that a BatchNorm feeds get the deviation that its own parameters and statistics say their
+        pre-activation has, over the data that it was trained on; the others keep the scale they had, as the report shows.
+
         Args:
             batches: a tensor, or an iterable of batches: tensors, or tuples of the inputs of a model that takes several.
             forward_kwargs: keyword arguments of the model, the same for every batch.
 
         Raises:
-            ValueError: no sample; a batch that the model cannot take; only constant inputs; pre-activations that are not finite.
+            ValueError: no sample; a batch that the model cannot take; only constant inputs; pre-activations that are not finite;
+                without `batches`, no gate is fed by a BatchNorm.
             TypeError: a batch that is neither a tensor nor a tuple.
 
         Warns:
             UserWarning: gates that are constant over the data, which stay hard, and gates that are never active on it.
         """
-        spreads = measure(self, batches, forward_kwargs or {})
         other = copy.copy(self)
-        other._report = calibrated(self._report, other.graph, spreads)
+        if batches is None:
+            other._report = by_norms(self._report, self, other.graph)
+        else:
+            other._report = calibrated(self._report, other.graph, measure(self, batches, forward_kwargs or {}))
         other.recompile()
         return other
 

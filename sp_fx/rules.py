@@ -26,7 +26,8 @@ class Rules:
     `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
     and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
     `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all its own axes;
-    a mapping from places to numbers above 0 multiplies it by that number, which is what `Explainer.calibrate` measures.
+    a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
+    `Explainer.calibrate` measures.
 
     `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
     from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
@@ -64,7 +65,7 @@ class Rules:
     normalize: Temperature | None = FROZEN  # division by a norm
     product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
     registered: Mapping[str, Temperature | None] = field(default_factory=dict)  # temperatures of registered gates, by name
-    scale: Literal["absolute", "sample"] | Mapping[str, float] = "sample"
+    scale: Literal["absolute", "sample"] | Mapping[str, float | str] = "sample"
     overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -78,8 +79,10 @@ class Rules:
         object.__setattr__(self, "registered", MappingProxyType(dict(self.registered)))
         if isinstance(self.scale, Mapping):
             for place, scale in self.scale.items():
-                if isinstance(scale, bool) or not isinstance(scale, int | float) or not (0 < scale < math.inf):
-                    raise ValueError(f"the scale of {place!r} is a finite number above 0, got {scale!r}")
+                number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
+                if not number and scale not in ("absolute", "sample"):
+                    told = f"the scale of {place!r} is a finite number above 0, 'sample' or 'absolute'"
+                    raise ValueError(f"{told}, got {scale!r}")
             object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
         elif self.scale not in ("absolute", "sample"):
             raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
@@ -130,7 +133,8 @@ class Rules:
         if place not in self.scale:
             measured = f"no scale was measured for the {kind} gate at {place!r}, but for {len(self.scale)} others"
             raise ValueError(f"{measured}: calibrate an explainer of this model")
-        return float(self.scale[place])
+        scale = self.scale[place]
+        return scale if isinstance(scale, str) else float(scale)
 
     def check_places(self, places: Iterable[str]) -> None:
         """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of `places`."""
@@ -148,7 +152,10 @@ class Rules:
 
     def brief(self) -> str:
         """As it prints, measured scales only counted."""
-        measured = {"scale": f"<measured at {len(self.scale)} gates>"} if isinstance(self.scale, Mapping) else {}
+        found = self.scale.values() if isinstance(self.scale, Mapping) else []
+        numbers = sum(not isinstance(scale, str) for scale in found)
+        of = "" if numbers == len(found) else f" of {len(found)}"
+        measured = {"scale": f"<measured at {numbers}{of} gates>"} if isinstance(self.scale, Mapping) else {}
         return f"Rules({', '.join(f'{name}={told}' for name, told in {**self._changed(), **measured}.items())})"
 
     def _changed(self) -> dict[str, str]:

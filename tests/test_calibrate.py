@@ -115,10 +115,12 @@ def rescaled(model, c, norm):
     return model
 
 
-@pytest.mark.parametrize("norm", [False, True], ids=["conv", "batch norm"])
+WAYS = [(False, "default"), (True, "default"), (False, "calibrated"), (True, "calibrated"), (True, "by its norms")]
+
+
+@pytest.mark.parametrize("norm, how", WAYS, ids=[f"{'batch norm' if norm else 'conv'}, {how}" for norm, how in WAYS])
 @pytest.mark.parametrize("pool", [False, True], ids=["relu", "relu and max pool"])
 @pytest.mark.parametrize("c", [1e-3, 0.1, 20.0, 1e4])
-@pytest.mark.parametrize("how", ["default", "calibrated"])
 def test_a_network_written_at_another_scale_has_the_same_map(norm, pool, c, how):
     model = network(norm, pool, torch.float32)
     other, x = rescaled(model, c, norm), SAMPLES[:8]
@@ -126,12 +128,84 @@ def test_a_network_written_at_another_scale_has_the_same_map(norm, pool, c, how)
 
     def map(model, rules=None):
         explainer = sp_fx.transform(model, rules=rules)
-        return (explainer.calibrate(SAMPLES) if how == "calibrated" else explainer).pullback(x, 1)
+        if how != "default":
+            explainer = explainer.calibrate(SAMPLES if how == "calibrated" else None)
+        return explainer.pullback(x, 1)
 
     assert relative(map(other), map(model)) <= 1e-4
     absolute = sp_fx.Rules(scale="absolute")
     at_one, at_c = (sp_fx.transform(m, rules=absolute).pullback(x, 1) for m in (model, other))
     assert relative(at_c, at_one) > 1e-2  # what the scale is for
+
+
+# -- without data
+
+
+def normed_network(dtype=torch.float64):
+    """A gate behind a BatchNorm, one behind another gate, one behind a BatchNorm and a dropout, one behind a convolution."""
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 5, 3),
+                          nn.BatchNorm2d(5), nn.Dropout(), nn.LeakyReLU(0.1), nn.Conv2d(5, 4, 1), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 4))  # fmt: skip
+    return fill(model).to(dtype)
+
+
+def settled(model, x):
+    """With the statistics of `x` in its norms."""
+    norms = [m for m in model if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:  # in the order of the forward pass
+        z = model[: list(model).index(norm)](x).detach()
+        norm.running_mean.copy_(z.mean((0, 2, 3)))
+        norm.running_var.copy_(z.var((0, 2, 3), correction=0))
+    return model
+
+
+def test_the_statistics_of_norms_serve_without_data():
+    """On the data that they are of they give what measuring gives: exactly, since eps is taken into account."""
+    x = SAMPLES.double()
+    model = settled(normed_network(), x)
+    explainer = sp_fx.transform(model)
+    new, by_data = explainer.calibrate(), explainer.calibrate(x)
+    scale, expected = dict(new.report().rules.scale), by_data.report().rules.scale
+    assert scale == {"2": pytest.approx(expected["2"], rel=1e-10), "3": "sample", "7": pytest.approx(expected["7"], rel=1e-10),
+                     "9": "sample"}  # fmt: skip
+    lines = {line.split()[0]: line for line in str(new.report()).splitlines()}
+    assert f"1.0 x {scale['2']:.4g}" in lines["2"] and "1.0 x scale" in lines["3"] and "1.0 x scale" in lines["9"]
+    assert "measured at 2 of 4 gates" in str(new.report()).splitlines()[0]
+    # The same as one whose scales are given: numbers there, each sample's own elsewhere.
+    again = sp_fx.transform(model, rules=new.report().rules)
+    assert torch.equal(again.pullback(x, 1), new.pullback(x, 1)) and str(again.report()) == str(new.report())
+    assert torch.equal(pickle.loads(pickle.dumps(new)).calibrate().pullback(x, 1), new.pullback(x, 1))
+    assert relative(new.pullback(x, 1), explainer.pullback(x, 1)) > 1e-4  # not the per-sample scale under another name
+    assert eval(str(again.report().rules), {"Rules": sp_fx.Rules}) == again.report().rules
+
+
+def test_gates_without_a_norm_keep_the_scale_they_had():
+    x = SAMPLES.double()
+    model = normed_network()
+    with torch.no_grad():  # beta and gamma by hand: mean of gamma^2 v / (v + eps), and the variance of beta
+        gamma, beta, v = torch.tensor([1.0, 2, 3, 4, 5, 6]), torch.tensor([0.0, 1, 0, -1, 0, 0]), torch.tensor([1.0] * 5 + [1e-5])
+        for name, value in (("weight", gamma), ("bias", beta), ("running_var", v)):
+            getattr(model[1], name).copy_(value)
+    within = (1 + 4 + 9 + 16 + 25) / 6 / (1 + 1e-5) + 36 / 6 * 1e-5 / 2e-5
+    by_hand = (within + 2 / 6) ** 0.5
+    for scale in ("absolute", "sample"):
+        found = sp_fx.transform(model, rules=sp_fx.Rules(scale=scale)).calibrate().report().rules.scale
+        assert (found["3"], found["9"]) == (scale, scale) and found["2"] == pytest.approx(by_hand, rel=1e-6)  # v is float32 above
+    by_data = sp_fx.transform(model).calibrate(x)
+    assert by_data.calibrate().report().rules.scale["9"] == by_data.report().rules.scale["9"]
+    plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU())
+    assert sp_fx.transform(plain).calibrate().report().rules.scale["2"] == pytest.approx(1, abs=1e-5)  # eps of 1e-5
+
+
+def test_no_norm_at_all_is_an_error():
+    with pytest.raises(ValueError, match=r"no gate of this model is fed by a BatchNorm .*: calibrate\(batches\) measures"):
+        sp_fx.transform(network()).calibrate()
+
+
+def test_an_exported_graph_has_the_same_scales():
+    model = normed_network(torch.float32)
+    by_fx, by_export = (sp_fx.transform(model, tracer=t, example_inputs=SAMPLES[:2]).calibrate() for t in ("fx", "export"))
+    assert dict(by_fx.report().rules.scale) == dict(by_export.report().rules.scale)
 
 
 # -- bad sets
