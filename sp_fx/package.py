@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -213,20 +214,37 @@ def _moved(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def blamed(error: BaseException, program: Program) -> str:
-    """The innermost reason of `error`, the op that it names, and the layers whose way through the graph has it."""
+    """The op that the innermost reason of `error` names, the layers of the model that have it, and the reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = str(error).strip()
-    ops = {str(n.target): n for n in program.graph.graph.nodes if n.op == "call_function"}
-    named = [op for op in ops if op in reason or op.removeprefix("aten.") in reason.split()]
-    where = [f"{op} at {place}" for op in named for place in places(ops[op])]
-    return f"{reason[:400]}{' (' + '; '.join(where) + ')' if where else ''}"
+    try:
+        found = layers_of(program.graph.graph, reason) or layers_of(written_out(program), reason)
+    except Exception:  # what cannot be exported at all
+        found = ""
+    return f"{found}{': ' if found else ''}{reason[:400]}"
 
 
-def places(node: torch.fx.Node) -> list[str]:
-    """The module that the node came from, where the trace knows it."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return [str(entry[0]) for entry in list(stack.values())[-1:]]
+def layers_of(graph: torch.fx.Graph, reason: str) -> str:
+    """The ops of `graph` that are named in `reason`, each with its layers, as `onegraph.layer` writes them."""
+    said = {word.strip(".") for word in re.split(r"[^\w.]+", reason.replace("::", "."))}
+    found: dict[str, dict[str, None]] = {}
+    for node in graph.nodes:
+        op = str(node.target)
+        if node.op == "call_function" and {op, op.rpartition(".")[0]} & said and "custom" in node.meta:
+            found.setdefault(op, {})[node.meta["custom"]["layer"]] = None
+    return "; ".join(f"{op} in {', '.join([*layers][:5])}{', ...' if len(layers) > 5 else ''}" for op, layers in found.items())
+
+
+def written_out(program: Program) -> torch.fx.Graph:
+    """The program in the smallest ops that torch has: an engine may be asked for those of a larger one."""
+    from torch._decomp import decomposition_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    read, table = torch.fx.Interpreter(program.graph).run, cast(Any, decomposition_table)
+    with torch.inference_mode(False), torch.no_grad(), preserve_node_meta():
+        return make_fx(read, decomposition_table=table, tracing_mode="real")(*program.example).graph
 
 
 # -- reading ------------------------------------------------------------------------------------------------------------

@@ -281,11 +281,11 @@ def test_requests_that_cannot_be_met(interpreted, tmp_path, graph_file):
 class Unheard(nn.Module):
     def __init__(self):
         super().__init__()
-        self.odd = OddOp()
+        self.first, self.odd = nn.Linear(6, 6), OddOp()
         self.head = nn.Linear(6, 3)
 
     def forward(self, x):
-        return self.head(F.relu(self.odd(x)))
+        return self.head(F.relu(self.odd(self.first(x))))
 
 
 class OddOp(nn.Module):
@@ -293,12 +293,39 @@ class OddOp(nn.Module):
         return torch.special.i0e(x)
 
 
-def test_an_op_that_onnx_has_not_is_named(interpreted, tmp_path):
-    explainer = sp_fx.transform(fill(Unheard()))
-    made = explainer.compile(example_inputs=torch.randn(2, 6, generator=torch.Generator().manual_seed(0)))
-    with pytest.raises(sp_fx.PackageError, match=r"(?s)ONNX does not take.*i0e"):
+class Alone(nn.Module):
+    """Two calls in the model's own forward, of which the adjoint of the second is what ONNX refuses."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = F.relu(x)
+        return self.head(torch.special.i1e(x))
+
+
+@pytest.mark.parametrize("model, place", [(Unheard, r"odd \(OddOp\)"), (Alone, r"the model itself \(test_shipping\.py:\d+\)")])
+def test_an_op_that_onnx_has_not_is_named_with_its_layer(interpreted, model, place, tmp_path):
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    made = sp_fx.transform(fill(model())).compile(example_inputs=x)
+    with pytest.raises(sp_fx.PackageError, match=rf"ONNX does not take this program: [\w.]*i[01]e[\w.]* in {place}: "):
         made.save(tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_nodes_of_one_graph_know_their_layer(interpreted):
+    """Forward and adjoint alike; what only the adjoint has is where the value comes from that it takes from the way in: the
+    gate's erf at the convolution, the pooling's exp at the call of the gate."""
+    _, _, made = small()
+    layers = {}
+    for node in made.graph.graph.nodes:
+        if node.op == "call_function" and node.target != torch.ops.aten.sym_size.int:
+            layers.setdefault(str(node.target), set()).add(node.meta["custom"]["layer"])
+    assert layers["aten.convolution.default"] == {"conv (Conv2d)"}
+    assert layers["aten.addmm.default"] == layers["aten.mm.default"] == {"head (Linear)"}
+    assert layers["aten.erf.default"] == {"conv (Conv2d)"}
+    assert layers["aten.exp.default"] == layers["aten.relu.default"] and "the model itself" in str(layers["aten.relu.default"])
 
 
 def test_a_package_needs_no_model_code(pt2, tmp_path):
@@ -314,4 +341,3 @@ def test_a_package_needs_no_model_code(pt2, tmp_path):
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.stdout.strip() == str(tuple(x.shape)), found.stderr
-
