@@ -132,7 +132,7 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         n = counts.logit
         if n:
             result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
-        if counts.mosaics:
+        if the.mosaics is not None:
             result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
     return results
 
@@ -195,7 +195,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{the.seed}" if the.seed != SEED else "")
     (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plotted(record).savefig(args.out / f"{stem}.png")
+    plotted(record).savefig(args.out / f"{stem}.png", metadata={"Comment": json.dumps({**provenance(), **facts})})
     print(table(record))
 
 

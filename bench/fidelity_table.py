@@ -39,7 +39,7 @@ METRICS = {
     "random top 1.0": "zero",
 }
 HEADLINE = tuple(METRICS)[:5]
-OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10")
+OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "guided-CAM pullback")
 PAIRS = [
     *[(f"{ours}", other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
@@ -94,6 +94,7 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
 def table(record: dict[str, Any]) -> str:
     """Tables and comparisons, for a terminal."""
     lines = [f"**{record['network']}**, {record['samples']}", "", *markdown(record, tuple(METRICS), intervals=False)]
+    lines += left_out(record)
     for key, told in (("comparisons", "Paired, Holm-corrected:"), ("comparisons_fresh", f"The same of {record.get('fresh')}:")):
         lines += ["", told] if key in record else []
         for c in record.get(key, ()):
@@ -119,6 +120,12 @@ def markdown(record: dict[str, Any], names: tuple[str, ...], intervals: bool) ->
     return lines
 
 
+def left_out(record: dict[str, Any]) -> list[str]:
+    """What does not apply to the network, by reason."""
+    why = record["not applicable"]
+    return [f"Left out: {', '.join(m for m in why if why[m] == reason)} ({reason})." for reason in dict.fromkeys(why.values())]
+
+
 def interval(found: dict[str, float]) -> str:
     return f"[{found['low']:.2g}, {found['high']:.2g}]" if "low" in found else ""
 
@@ -127,7 +134,7 @@ def in_readme(record: dict[str, Any]) -> str:
     """The headline measures, and the others folded away."""
     others = tuple(METRICS)[len(HEADLINE) :]
     return "\n".join([*markdown(record, HEADLINE, intervals=True), "", "<details><summary>The other measures</summary>", "",
-                      *markdown(record, others, intervals=True), "", "</details>"])  # fmt: skip
+                      *markdown(record, others, intervals=True), "", "</details>", "", *left_out(record)]).rstrip()  # fmt: skip
 
 
 def best(listed: dict[str, Any], name: str) -> dict[str, str]:

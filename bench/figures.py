@@ -16,11 +16,13 @@ import torch
 from fidelity import InBatches
 from fidelity_cases import Case, case
 from methods import methods
+from provenance import provenance
 from torch import Tensor
 
 import sp_fx
 from sp_fx import zoo
 from sp_fx.plot import CHANGE, SLOPE, grid, picture, save, signed_map, table
+from sp_fx.records import described
 
 COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
 WHICH = {"squeezenet1_0": [0, 5, 7, 8]}  # photographs that it is sure of
@@ -88,9 +90,15 @@ def main() -> int:
         explainer = sp_fx.transform(the.model)
         aims = AIMS.get(name, [(k, known[k]) for k in (1, 4, 7, 9) if k in known])
         stem = name.removeprefix("zoo/")
-        save(compare(the, x, target, told), args.out / f"compare_{stem}.jpg")
-        save(accentuate(the, explainer, x, target, told), args.out / f"accentuate_{stem}.jpg")
-        save(counterfactual(the, explainer, x, told, aims), args.out / f"counterfactual_{stem}.jpg")
+        about = {**provenance(), "network": name, "weights_sha256": the.weights, "samples": the.samples, "shown": chosen,
+                 "rules": described(explainer.report().rules)}  # fmt: skip
+        drawn = {
+            "compare": compare(the, x, target, told),
+            "accentuate": accentuate(the, explainer, x, target, told),
+            "counterfactual": counterfactual(the, explainer, x, told, aims),
+        }
+        for kind, figure in drawn.items():
+            save(figure, args.out / f"{kind}_{stem}.jpg", about)
         print(f"wrote {args.out}/*_{stem}.jpg")
     return 0
 

@@ -38,33 +38,42 @@ class Method:
 
 
 def methods(
-    model: nn.Module, rules: sp_fx.Rules | None = None, layer: str | None = None
+    model: nn.Module, rules: sp_fx.Rules | None = None, layer: tuple[str, str] | None = None
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The methods for `model`, which takes pixels in [-1, 1], and why some of them do not apply to it.
 
-    `layer` names the last one with places, [B, C, h, w], for Guided GradCAM; without it the model is no ReLU network, and what is
-    made for those is left out.
+    `layer` names the last one with places, [B, C, h, w], in the graph of `own_relus` and in an explainer, for class activation
+    maps; without it the model is no ReLU network, and what is made for those is left out.
     """
-    found: dict[str, Method] = {}
-    for suffix, chosen in (("", rules), (", paper's rules", sp_fx.Rules.paper())):
-        explainer = sp_fx.transform(model, rules=chosen)
-        found[f"pullback{suffix}"] = Method(explainer.pullback, 1)
-        found[f"double pullback{suffix}"] = Method(explainer.double_pullback, 2)
-        found[f"ascent{suffix}"] = Method(explainer.ascend, 5)
-        if not suffix:
-            found["integrated pullback-10"] = Method(integrated(explainer), 10, "share")
+    default, paper = sp_fx.transform(model, rules=rules), sp_fx.transform(model, rules=sp_fx.Rules.paper())
+    found, left = ours(default), dict[str, str]()
+    found["integrated pullback-10"] = Method(integrated(default), 10, "share")
+    if layer is not None:
+        found["guided-CAM pullback"] = Method(guided_cam(default, layer[1]), 2)
+    papers = {f"{name}, paper's rules": method for name, method in ours(paper).items()}
+    if temperatures(paper) != temperatures(default):
+        found |= papers
+    else:
+        left |= dict.fromkeys(papers, "the default's temperatures: no ReLU, no max pooling")
     found |= captum_methods(model)
-    left = {}
     relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth")
     if layer is None:
-        left = dict.fromkeys(relu_only, "has rules for ReLU networks only: no GELU, LayerNorm or attention")
+        left |= dict.fromkeys(relu_only, "has rules for ReLU networks only: no GELU, LayerNorm or attention")
     else:
-        found |= relu_methods(model, layer)
+        found |= relu_methods(model, layer[0])
         try:
             found |= zennit_methods(model)
         except ModuleNotFoundError as error:
             left = dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
     return found, left
+
+
+def ours(explainer: sp_fx.Explainer) -> dict[str, Method]:
+    return {
+        "pullback": Method(explainer.pullback, 1),
+        "double pullback": Method(explainer.double_pullback, 2),
+        "ascent": Method(explainer.ascend, 5),
+    }
 
 
 def integrated(explainer: sp_fx.Explainer, steps: int = 10) -> Run:
@@ -73,6 +82,23 @@ def integrated(explainer: sp_fx.Explainer, steps: int = 10) -> Run:
 
     method = IntegratedGradients(explainer)
     return lambda x, target: method.attribute(x, target=target, n_steps=steps).detach()
+
+
+def guided_cam(explainer: sp_fx.Explainer, layer: str) -> Run:
+    """The guided-CAM pullback: the soft pullback times the class activation map, by Captum, that the soft way back gives."""
+    from captum.attr import LayerAttribution, LayerGradCam
+
+    cam = LayerGradCam(explainer, explainer.get_submodule(layer))
+
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        seen = cam.attribute(x, target=target, relu_attributions=True).detach()
+        return explainer.pullback(x, target) * LayerAttribution.interpolate(seen, x.shape[2:], "bilinear")
+
+    return run
+
+
+def temperatures(explainer: sp_fx.Explainer) -> list[tuple]:
+    return [(site.place, site.status, site.temperature, site.scale) for site in explainer.report().sites]
 
 
 def captum_methods(model: nn.Module) -> dict[str, Method]:

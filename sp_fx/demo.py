@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 from . import zoo
 from .explainer import transform
+from .models import weights_hash
 from .plot import CHANGE, SLOPE, Cell, picture, save, signed_map, table
+from .records import described
+from .rules import Rules
+from .version import __version__
 
 SEED = 7  # of the scenes; training drew others
 STEPS = 10  # of the counterfactual
@@ -28,7 +32,9 @@ def run_demo(out: Path, scenes: int = 3, format: str = "png") -> Path:
     rows = [row for name in zoo.NAMES for row in explained(name, pixels, labels)]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"demo.{format}"
-    save(table(rows), path)
+    hashes = {name: weights_hash(zoo.load(name)) for name in zoo.NAMES}
+    versions = {"sp_fx": __version__, "torch": torch.__version__}
+    save(table(rows), path, {"rules": described(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
     return path
 
 

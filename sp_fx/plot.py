@@ -7,10 +7,12 @@ channels, pictures in [-1, 1]; a map is shown as its sum over the channels, red 
 
 from __future__ import annotations
 
+import json
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +27,7 @@ DIVERGING = "RdBu_r"  # told apart under every common colour blindness; white is
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 SLOPE = "score per unit of pixel value"  # of pullbacks and gradients
 CHANGE = "change of pixel value"  # of ascents
+ABOUT = {".png": "Comment", ".pdf": "Subject", ".svg": "Description"}  # where a format keeps what is said of it
 CELL, MARGIN = 2.3, 0.7  # inches: the side of a picture, and what its title and colour bar take
 
 
@@ -137,9 +140,16 @@ def table(rows: Sequence[Sequence[Cell | None]], title: str = "", dpi: int = 120
     return figure
 
 
-def save(figure: Figure, file: str | PathLike[str]) -> None:
-    """Write `figure` without its empty borders, in the format that the name of `file` ends on."""
-    figure.savefig(file, bbox_inches="tight", pad_inches=0.05)
+def save(figure: Figure, file: str | PathLike[str], about: Mapping[str, Any] | None = None) -> None:
+    """Write `figure` without its empty borders, in the format that the name of `file` ends on.
+
+    `about` says where it comes from: JSON in the comment of a PNG or JPEG, the subject of a PDF, the description of an SVG.
+    """
+    told, suffix = json.dumps(about), Path(file).suffix.lower()
+    where: dict[str, Any] = {"metadata": {ABOUT[suffix]: told}} if about and suffix in ABOUT else {}
+    if about and suffix in (".jpg", ".jpeg"):
+        where = {"pil_kwargs": {"comment": told}}
+    figure.savefig(file, bbox_inches="tight", pad_inches=0.05, **where)
 
 
 def explanation(pixels: Tensor, maps: Sequence[Tensor], titles: Sequence[str], unit: str = SLOPE, caption: str = "") -> Figure:

@@ -1,5 +1,6 @@
 """The command of bench/fidelity.py on a network of no size: the same table twice, resumption, refusals."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ sys.path.insert(0, str(BENCH))
 
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
-from fidelity_table import METRICS, compared  # noqa: E402
+from fidelity_table import METRICS, compared, main  # noqa: E402
 
 
 def tiny(name, data, samples, seed=cases.SEED):
@@ -29,7 +30,8 @@ def tiny(name, data, samples, seed=cases.SEED):
     mosaics = (cases.mosaic(x[:8].view(2, 4, 3, 16, 16)), torch.tensor([0, 1]), torch.tensor([[True, True, False, False]] * 2))
     counts = cases.Counts(removals=6, cells=4, curves=10, sensitivity=10, draws=1, logit=10, mosaics=2, randomised=3, dear=10,
                           stable_too=("SmoothGrad-50",))  # fmt: skip
-    return cases.Case(name, model, x, cases.predicted(model, x), masks, mosaics, "own_relu1", "twelve of noise", counts, seed)
+    target = cases.predicted(model, x)
+    return cases.Case(name, model, x, target, masks, mosaics, ("own_relu1", "4"), "twelve of noise", counts, seed)
 
 
 @pytest.fixture
@@ -83,6 +85,49 @@ def test_some_methods(run, capsys):
     assert status == 0 and list(record["methods"]) == ["pullback", "gradient"]
     assert run("--methods", "pulback")[0] == 2
     assert "no method of zoo/tiny is called pulback; they are: pullback, double pullback" in capsys.readouterr().err
+
+
+def test_another_seed_and_cheap_methods(run, tmp_path):
+    assert run()[0] == 0
+    first = (tmp_path / "out" / "fidelity_tiny.json").read_text()
+    assert run("--seed", "3", "--passes", "2")[0] == 0
+    other = json.loads((tmp_path / "out" / "fidelity_tiny_seed3.json").read_text())
+    assert (tmp_path / "out" / "fidelity_tiny.json").read_text() == first
+    assert other["seed"] == 3 and max(row["passes"] for row in other["methods"].values()) == 2
+    assert other["methods"]["pullback"]["infidelity"] != json.loads(first)["methods"]["pullback"]["infidelity"]
+
+
+def test_samples_that_no_default_was_chosen_on(run, monkeypatch):
+    monkeypatch.setattr(fidelity, "case", lambda *args: dataclasses.replace(tiny(*args), fresh=2))
+    _, record = run("--methods", "pullback", "gradient")
+    assert record["fresh"].startswith("those from number 2 on")
+    measured = {c["measure"] for c in record["comparisons"]}
+    assert {c["measure"] for c in record["comparisons_fresh"]} == measured - {"max-sensitivity 0.02", "max-sensitivity 0.1"}
+    assert record["comparisons"][0]["mean"] != record["comparisons_fresh"][0]["mean"]  # of 10 samples; stability has 8 of them
+
+
+def test_the_readme_s_tables(run, tmp_path):
+    run()
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- fidelity: tiny -->\nold\n<!-- end -->\nafter\n")
+    options = ["--results", str(tmp_path / "out"), "--readme", str(readme)]
+    assert main(options) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- fidelity: tiny -->\n|  | passes |") and text.endswith("<!-- end -->\nafter\n")
+    row = next(line for line in text.splitlines() if line.startswith("| SmoothGrad-50 |"))
+    found = json.loads((tmp_path / "out" / "fidelity_tiny.json").read_text())["methods"]["SmoothGrad-50"]["infidelity"]
+    assert f"{found['mean']:.3g}" in row and f"[{found['low']:.2g}, {found['high']:.2g}]" in row
+    assert main(options) == 0 and readme.read_text() == text
+    readme.write_text("nothing to fill")
+    assert main(options) == 2
+
+
+def test_the_repository_s_readme_is_that_of_its_results(tmp_path):
+    readme, results = BENCH.parent / "README.md", BENCH / "results"
+    copy = tmp_path / "README.md"
+    copy.write_text(readme.read_text())
+    assert main(["--results", str(results), "--readme", str(copy)]) == 0
+    assert copy.read_text() == readme.read_text(), "run python bench/fidelity_table.py"
 
 
 def test_too_few_samples(run, capsys):

@@ -28,7 +28,7 @@ def test_mass_and_pointing_by_hand():
 
 
 def test_intervals():
-    from measures import paired_interval, share_interval
+    from measures import paired_interval, ratio_interval, share_interval
 
     draws = torch.randn(400, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
     found = paired_interval(draws)
@@ -39,6 +39,13 @@ def test_intervals():
     assert found == paired_interval(draws)
     with pytest.raises(ValueError, match="at least 10 finite differences, got 2 of 3"):
         paired_interval(torch.tensor([1.0, 2.0, float("nan")]))
+    # A ratio of means: 3 to 1 on every pair, and one that varies, by the delta method.
+    base = torch.rand(400, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 1
+    assert ratio_interval(3 * base, base) == pytest.approx({"ratio": 3, "ratio_low": 3, "ratio_high": 3})
+    found = ratio_interval(base + draws, base)
+    ratio = ((base + draws).mean() / base.mean()).item()
+    half = 1.96 * (base + draws - ratio * base).std().item() / base.mean().item() / 400**0.5
+    assert abs(found["ratio_low"] - (ratio - half)) < 0.1 * half and abs(found["ratio_high"] - (ratio + half)) < 0.1 * half
     # Wilson's interval for 160 of 200, from its closed form by hand.
     found = share_interval(torch.arange(200) < 160)
     assert found["share"] == pytest.approx(0.8) and found["low"] == pytest.approx(0.7391, abs=1e-4)

@@ -1,5 +1,7 @@
 """Figures: what is drawn is what was given, on axes that are as large as each other, with units and titles."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -111,8 +113,13 @@ def test_what_cannot_be_drawn():
 @pytest.mark.parametrize("suffix", ["png", "jpg", "pdf", "svg"])
 def test_written_without_borders(tmp_path, suffix):
     figure = plot.table([[plot.picture(X[0], "a title that is far too long to stand on one line above it")]], title="whole")
-    plot.save(figure, tmp_path / f"it.{suffix}")
+    plot.save(figure, tmp_path / f"it.{suffix}", {"seed": 7})
     assert (tmp_path / f"it.{suffix}").stat().st_size > 1000
+    if suffix in ("png", "jpg"):
+        told = Image.open(tmp_path / f"it.{suffix}").info
+        assert json.loads(told["Comment" if suffix == "png" else "comment"]) == {"seed": 7}
+    else:
+        assert b"seed" in (tmp_path / f"it.{suffix}").read_bytes()
     if suffix == "png":
         seen = np.array(Image.open(tmp_path / "it.png").convert("L"))
         assert (seen[:12] < 255).any() and (seen[-12:] < 255).any() and (seen[:, :12] < 255).any() and (seen[:, -12:] < 255).any()
