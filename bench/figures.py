@@ -25,7 +25,7 @@ from sp_fx.plot import CHANGE, SLOPE, grid, picture, save, signed_map, table
 from sp_fx.records import described
 
 COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
-WHICH = {"squeezenet1_0": [0, 5, 7, 8]}  # photographs that it is sure of
+WHICH = {"squeezenet1_0": [-3, -2, -1]}  # scikit-image's photographs, whose authors put them in the public domain (CC0)
 AIMS = {"squeezenet1_0": [(207, "golden retriever"), (291, "lion"), (386, "African elephant"), (972, "cliff")]}
 STEPS = (2, 5, 10)
 
@@ -53,8 +53,12 @@ def accentuate(the: Case, explainer: sp_fx.Explainer, x: Tensor, target: Tensor,
     _, path = explainer.ascend(x, target, steps=STEPS[-1], bounds=(-1.0, 1.0), return_path=True)
     rows = []
     for i, said in enumerate(told):
-        sure = [the.probability(path[k], target)[i].item() for k in STEPS]
-        after = [picture(path[k, i], f"{k} steps: {p:.3f}") for k, p in zip(STEPS, sure)]
+        one = target[i : i + 1].expand(len(STEPS) + 1)
+        reached = path[[0, *STEPS], i]
+        scores, chances = the.score(reached, one).tolist(), the.probability(reached, one).tolist()
+        titles = [f"score {score:.1f}, p {chance:.3f}" for score, chance in zip(scores, chances)]
+        after = [picture(path[k, i], f"{k} steps: {title}") for k, title in zip(STEPS, titles[1:])]
+        said = f"{said.split(':')[0]}: {titles[0]}"
         rows.append([picture(x[i], said), *after, signed_map(path[STEPS[0], i] - x[i], f"change in {STEPS[0]} steps", CHANGE)])
     return table(rows, dpi=80)
 

@@ -7,6 +7,7 @@ This is what the defaults of `Rules` were chosen by.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -14,15 +15,15 @@ from pathlib import Path
 
 import faithfulness as ask
 import torch
-from fidelity import Answers, InBatches, draw, drops, other_class
+from fidelity import RADII, Answers, InBatches, draw, drops, other_class
 from fidelity_cases import Case, case
+from fidelity_table import rounded
 from measures import mass_inside
 from methods import Method, captum_methods
 from provenance import provenance
 
 import sp_fx
 
-RADIUS = 0.1  # of max-sensitivity: five times fidelity.py's, which tells soft rules apart better
 RELU, POOL = (0.6, 1.0, 1.5), (0.3, 1.0)
 
 
@@ -34,6 +35,14 @@ def ways(the: Case) -> dict[str, Method]:
     explainers["measured, relu 1.0, max_pool 1.0"] = explainers["sample, relu 1.0, max_pool 1.0"].calibrate(half.split(10))
     explainers["absolute, relu 0.6, max_pool 0.3 (paper)"] = sp_fx.transform(the.model, rules=sp_fx.Rules.paper())
     return {name: Method(e.pullback, 1) for name, e in explainers.items()} | {"gradient": captum_methods(the.model)["gradient"]}
+
+
+def chosen_on(the: Case) -> Case:
+    """Without the samples that only fidelity.py is to judge on."""
+    if not the.fresh:
+        return the
+    n = the.fresh
+    return dataclasses.replace(the, pixels=the.pixels[:n], target=the.target[:n], samples=f"the first {n} photographs")
 
 
 def measured(the: Case, answers: Answers) -> dict[str, dict[str, float]]:
@@ -49,17 +58,17 @@ def measured(the: Case, answers: Answers) -> dict[str, dict[str, float]]:
         explained = InBatches(method, the.counts.batch)
         maps = answers(f"{name} maps", explained, the.pixels, the.target)
         logit = (the.pixels[:n], other_class(the)[:n], maps[:n])
-        stability = (explained, the.pixels[:n], the.target[:n], maps[:n], the.counts.draws, RADIUS, 4)
+        near = (explained, the.pixels[:n], the.target[:n], maps[:n], the.counts.draws)
         shares = method.shares(the.pixels, maps)
         values = {
             "infidelity": ask.infidelity(shares, fell["squares"]),
             "faithfulness correlation": ask.correlation(shares, fell["subsets"]),
-            "max-sensitivity": answers(f"{name} sens", ask.max_sensitivity, *stability),
+            **{m: answers(f"{name} {m}", ask.max_sensitivity, *near, radius, 4) for m, radius in RADII.items()},
             "random logit": answers(f"{name} logit", explained.of_another_class, *logit),
         }
         if the.masks is not None:
             values["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
-        found[name] = {measure: value.nanmean().item() for measure, value in values.items()}
+        found[name] = rounded({measure: value.nanmean().item() for measure, value in values.items()})
         print(f"{the.name:16} {name:42} " + "  ".join(f"{m} {v:.4g}" for m, v in found[name].items()), flush=True)
     return found
 
@@ -75,8 +84,9 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     found = {}
     for name in args.networks:
-        the = case(name, args.data)
-        facts = {"network": name, "weights_sha256": the.weights, "seed": the.seed, "samples": the.samples}
+        the = chosen_on(case(name, args.data))
+        facts = {"network": name, "weights_sha256": the.weights, "seed": the.seed, "samples": the.samples,
+                 "counts": dataclasses.asdict(the.counts), "threads": args.threads}  # fmt: skip
         found[name] = {
             **facts,
             "rules": measured(the, Answers(args.work, {**facts, "torch": torch.__version__}, time.monotonic() + 3600)),

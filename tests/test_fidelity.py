@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+import sp_fx
 from helpers import fill
+from sp_fx import zoo
 
 BENCH = Path(__file__).parents[1] / "bench"
 if not BENCH.exists():
     pytest.skip("the benches are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
+import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
 from fidelity_table import METRICS, compared, main  # noqa: E402
@@ -128,6 +131,20 @@ def test_the_repository_s_readme_is_that_of_its_results(tmp_path):
     copy.write_text(readme.read_text())
     assert main(["--results", str(results), "--readme", str(copy)]) == 0
     assert copy.read_text() == readme.read_text(), "run python bench/fidelity_table.py"
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_maps_change_as_layers_are_randomised(name):
+    """From the output down: below 0.3 once the top half is random, and no layer that was left alone differs."""
+    the = cases.case(f"zoo/{name}", BENCH, 6)
+    changed = the.with_random_top(0.5, fidelity.draw(5))
+    layers = (nn.Conv2d, nn.Linear)
+    weighty, others = ([m.weight for m in model.modules() if isinstance(m, layers)] for model in (the.model, changed))
+    same = list(map(torch.equal, weighty, others))
+    assert same == [True] * (len(same) - round(0.5 * len(same))) + [False] * round(0.5 * len(same))
+    for method in ("pullback", "ascend"):
+        maps, others = (getattr(sp_fx.transform(m), method)(the.pixels, the.target).flatten(1) for m in (the.model, changed))
+        assert ask.spearman(maps, others).mean() < 0.3
 
 
 def test_too_few_samples(run, capsys):
