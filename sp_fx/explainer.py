@@ -309,7 +309,9 @@ class Explainer(fx.GraphModule):
         Args:
             method: "pullback", "double_pullback" or "ascend".
             example_inputs: inputs of the shapes, dtypes and device that the program is for, any values. Required.
-            dynamic_batch: whether it takes any batch size, or the example's alone.
+            dynamic_batch: whether it takes any batch size, or the example's alone. Convolutional networks on a CPU are compiled
+                twice for it, since they run faster at a batch size that is known: that of the example, which should be the
+                usual one.
             method_args: the method's own arguments (`step`; `steps`, `step_size`, `bounds`, `radius`, `clip`), and
                 `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class; or
                 "direction", for programs called with a tensor shaped like the output;

@@ -9,7 +9,6 @@ flat list; every parameter, and whatever depends on parameters alone, is a buffe
 from __future__ import annotations
 
 import copy
-import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -207,46 +206,3 @@ def fold(module: fx.GraphModule, conv: fx.Node, norm: fx.Node, name: str) -> Non
     conv.args = (*conv.args[:2], *held)
     norm.replace_all_uses_with(conv)
     module.graph.erase_node(norm)
-
-
-# erf(x) / x for |x| <= 4 as a quotient of polynomials in x^2, least in the largest error of x times it: 5e-7 in float32.
-ERF_OVER, ERF_UNDER = (
-    [1.12837898, 0.196246137, 0.0534669187, 0.00400344925, 0.000288024703, 1.9747082e-06],
-    [1.0, 0.507249776, 0.116475077, 0.0154440706, 0.00121628723, 3.74786845e-05],
-)
-
-
-def erf_by_quotient(x: Tensor) -> Tensor:
-    x = x.clamp(-4, 4)
-    square = x * x
-    over, under = (polynomial(square, coefficients) for coefficients in (ERF_OVER, ERF_UNDER))
-    return (x * (over / under)).clamp(-1, 1)
-
-
-def polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
-    value: Any = coefficients[-1]
-    for c in reversed(coefficients[:-1]):
-        value = value * x + c
-    return value
-
-
-def exp_by_two(x: Tensor) -> Tensor:
-    return torch.exp2(x * math.log2(math.e))
-
-
-def cheaper_on_cpu(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same graph, sharing its buffers, in the functions that Inductor's CPU code runs best in float32.
-
-    Its erf takes 0.7 ns an element on one AVX-512 core, the quotient 0.45. And it keeps whatever holds an `exp` in memory instead
-    of computing it twice: the nine weights of each window of a max pooling, 29 MB for ResNet-18 at batch 4. It does not `exp2`.
-    """
-    cheap: dict[Any, Callable[[Any], Any]] = {aten.erf.default: erf_by_quotient, aten.exp.default: exp_by_two}
-    graph = fx.GraphModule(graph, copy.deepcopy(graph.graph))
-    for node in list(graph.graph.nodes):
-        if node.target in cheap and node.meta["val"].dtype == torch.float32:
-            with graph.graph.inserting_before(node):
-                proxy: Any = fx.Proxy(node.args[0], fx.proxy.GraphAppendingTracer(graph.graph))
-                node.replace_all_uses_with(cheap[node.target](proxy).node)
-            graph.graph.erase_node(node)
-    graph.recompile()
-    return graph

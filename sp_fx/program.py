@@ -14,7 +14,6 @@ end, as `Program._climb` does. `program.example` has tensors that the graph take
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -27,7 +26,8 @@ from torch.utils import _pytree as pytree
 
 from .adjoints import FROZEN
 from .ascent import Ascent
-from .onegraph import cheaper_on_cpu, folded, one_graph
+from .inductor import by_batch, compiled, packs
+from .onegraph import folded, one_graph
 from .rules import NORMS
 from .targets import primary
 
@@ -46,7 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "double_pullback": {"step": 2.0},
     "ascend": {"steps": 5, "step_size": None, "bounds": None, "radius": None, "clip": "every", "unrolled": False},
 }
-COMPILING = threading.Lock()  # Inductor's settings are the process's
 
 
 class ProgramError(RuntimeError):
@@ -121,6 +120,9 @@ class Program:
             self.example = [*given, *starts, self.aim]
             self.graph = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic_batch)
             self.run = compiled(self.graph, self.example)
+            if dynamic_batch and packs(self.graph):
+                fixed = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic=False)
+                self.run = by_batch(self.batch, compiled(fixed, self.example), self.run)
             self.error = self._compare(explainer, given)
         self.seconds = time.perf_counter() - started
 
@@ -263,11 +265,11 @@ class Program:
     # -- whether it is right
 
     def _compare(self, explainer: Explainer, given: list[Tensor]) -> float:
-        """The distance from the eager explainer on the example, and on a single sample where any batch will do."""
+        """The distance from the eager explainer on the example, and on another batch where any will do."""
         worst = 0.0
         method, arguments = getattr(explainer, self.method), {k: v for k, v in self.arguments.items() if k != "unrolled"}
-        for count in {self.batch, 1} if self.dynamic_batch else {self.batch}:
-            few, aim = tuple(x[:count] for x in given), self.aim[:count]
+        for count in (self.batch, 1 if self.batch > 1 else 2) if self.dynamic_batch else (self.batch,):
+            few, aim = tuple(torch.cat([x, x])[:count] for x in given), torch.cat([self.aim, self.aim])[:count]
             outputs, maps = self(few[0] if self.single else few, aim)
             wanted = pytree.tree_leaves(explainer(*few)), method(few, aim, **arguments)
             pairs = [*zip(pytree.tree_leaves(outputs), wanted[0]), *zip([maps] if self.single else maps, wanted[1])]
@@ -281,58 +283,6 @@ class Program:
                         )
                     worst = max(worst, error)
         return worst
-
-
-def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Callable[..., Sequence[Tensor]]:
-    """`graph` as Inductor compiles it, weights frozen into it; but not in float64, for which oneDNN has no convolution
-    and Inductor packs weights all the same (torch 2.15)."""
-    from torch._guards import TracingContext, tracing
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-
-    stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    if stand_ins[0].device.type == "cpu" and torch.__version__ >= "2.15":  # 2.11 compiles it wrongly: a map 0.8 off
-        graph = cheaper_on_cpu(graph)
-    freezing = all(t.dtype != torch.float64 for t in graph.buffers())
-    with COMPILING, config.patch(freezing=freezing), tracing(TracingContext(stand_ins[0].fake_mode)):
-        run: Any = compile_fx(graph, stand_ins)
-    return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int)) if example[0].is_cuda else run
-
-
-class Replayed:
-    """CUDA graphs of one compiled function: a graph holds its sizes fixed, so there is one for each power of two of the batch up
-    to 32, and for each multiple of 32 beyond; smaller batches are padded with whatever the rows held before, and results are
-    copies. One call at a time, since a graph has one set of buffers."""
-
-    def __init__(self, run: Callable[..., Sequence[Tensor]], dynamic: bool) -> None:
-        self.run, self.dynamic, self.turn = run, dynamic, threading.Lock()
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]] = {}
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        batch = tensors[0].shape[0]
-        size = batch if not self.dynamic else 1 << (batch - 1).bit_length() if batch <= 32 else -(-batch // 32) * 32
-        with self.turn, torch.cuda.device(tensors[0].device):
-            if size not in self.graphs:
-                self.graphs[size] = self.record([t.new_zeros((size, *t.shape[1:])) for t in tensors], tensors)
-            graph, held, results = self.graphs[size]
-            for place, t in zip(held, tensors):
-                place[:batch].copy_(t)
-            graph.replay()
-            return [r[:batch].clone() if r.shape[:1] == (size,) else r.clone() for r in results]
-
-    def record(self, held: list[Tensor], tensors: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], list[Tensor]]:
-        for place, t in zip(held, tensors):
-            place[: len(t)].copy_(t)
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):  # libraries choose their kernels and take their workspaces before a graph may be recorded
-                self.run(*held)
-        torch.cuda.current_stream().wait_stream(aside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results = list(self.run(*held))
-        return graph, held, results
 
 
 def resolved(y: Tensor, aim: Tensor) -> Tensor:
