@@ -164,6 +164,10 @@ def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) ->
     return above_low if high is None else above_low - opening(z - high, tau)
 
 
+def between_gain(z: Tensor, floor: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
+    return maximum_gain(z, floor, tau) - maximum_gain(z, ceiling, tau)
+
+
 def elu_gain(z: Tensor, tau: Tau, alpha: float, output_scale: float, input_scale: float) -> Tensor:
     # With s = input_scale: E[s e^{s(z + tau eps)}; z + tau eps < 0] = s e^{sz + (s tau)^2 / 2} Phi(-z/tau - s tau), here as
     # one exponential of a sum because the product is inf * 0 at large z. At |z| = 1e4 both sides have long saturated.
@@ -517,6 +521,7 @@ TABLE: dict[str, Row] = {
     "hardtanh": gain_row(lambda z, low, high: torch.clamp(z, low, high), hardtanh_gain, 0.6),
     "maximum": gain_row(torch.maximum, maximum_gain, 0.6, tensors=2, rule="hardtanh"),
     "minimum": gain_row(torch.minimum, minimum_gain, 0.6, tensors=2, rule="hardtanh"),
+    "between": gain_row(torch.clamp, between_gain, 0.6, tensors=3, rule="hardtanh"),
     "threshold": gain_row(F.threshold, lambda z, tau, threshold, value: opening(z - threshold, tau), 0.6, rule="hardtanh"),
     "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
     "softshrink": gain_row(lambda z, width: F.softshrink(z, width), shrink_gain, 0.6),

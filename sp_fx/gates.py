@@ -93,9 +93,21 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
 
 @reads(torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clip", aten.clamp, aten.clamp_)
 def clamp(input, min=None, max=None):
-    if not all(bound is None or isinstance(bound, int | float) for bound in (min, max)):
+    bounds = [bound for bound in (min, max) if bound is not None]
+    if all(isinstance(bound, int | float) for bound in bounds):
+        return Gate("hardtanh", (input,), {"low": min, "high": max})
+    if not all(is_tensor(bound) for bound in bounds):
         return Unread("clamp with computed bounds")
-    return Gate("hardtanh", (input,), {"low": min, "high": max})
+    return maximum(input, min) if max is None else minimum(input, max) if min is None else between(input, min, max)
+
+
+def between(input, low, high):
+    return Gate("between", (input, low, high), fixed=True)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a node is known to be a tensor: one of the module's, or one that an export has seen."""
+    return isinstance(value, fx.Node) and (value.op == "get_attr" or isinstance(value.meta.get("val"), torch.Tensor))
 
 
 @reads("clamp_min", torch.clamp_min, torch.clamp_min_, aten.clamp_min, aten.clamp_min_)

@@ -304,10 +304,11 @@ class Pass:
             gate = reader(*node.args, **{k: v for k, v in node.kwargs.items() if k != "_stacklevel"})
         except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
             gate = Unread(f"its arguments are not constants of the graph: {error}")
-        if isinstance(gate, Gate) and gate.fixed and all(t in self.varying for t in gate.tensors):
-            gate = Unread(f"{name_of(node)} of two things that both vary has no rule")
-        elif isinstance(gate, Gate) and gate.fixed and gate.tensors[0] not in self.varying:
-            gate = replace(gate, tensors=gate.tensors[::-1])
+        if isinstance(gate, Gate) and gate.fixed:
+            if sum(t in self.varying for t in gate.tensors) > 1:
+                gate = Unread(f"{name_of(node)} of two things that both vary has no rule")
+            elif gate.tensors[0] not in self.varying:
+                gate = replace(gate, tensors=gate.tensors[::-1])
         if isinstance(gate, Unread):
             self.note(node, "NOT REWRITTEN", gate.reason)
         elif gate is not None and (rule := rule_of(gate.kind)) in KINDS:

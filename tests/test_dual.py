@@ -26,6 +26,7 @@ KINDS = {
     "silu": lambda x: dual_path("silu", x, tau=1.6),
     "quick_gelu": lambda x: dual_path("quick_gelu", x, tau=1.0, rate=1.702),
     "maximum": lambda x: dual_path("maximum", x, W[:1].to(x.dtype), tau=0.6),
+    "between": lambda x: dual_path("between", x, -W[:1].abs().to(x.dtype), W[:1].abs().to(x.dtype), tau=0.6),
     "minimum": lambda x: dual_path("minimum", x, W[:1].to(x.dtype), tau=0.6),
     "threshold": lambda x: dual_path("threshold", x, tau=0.6, threshold=0.2, value=-1.0),
     "hardshrink": lambda x: dual_path("hardshrink", x, tau=0.6, width=0.3),

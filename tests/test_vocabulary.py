@@ -47,6 +47,10 @@ def in_place_hardswish(z):
     return z * (z + 3).clamp_(0, 6).div_(6)
 
 
+def at(bound):
+    return torch.tensor(bound, dtype=torch.float64)
+
+
 POINTWISE = {
     "quick gelu": (lambda z: z * torch.sigmoid(1.702 * z), gate("quick_gelu", rate=1.702)),
     "quick gelu, reversed": (lambda z: (z * 1.702).sigmoid() * z, gate("quick_gelu", rate=1.702)),
@@ -71,6 +75,9 @@ POINTWISE = {
     "maximum": (lambda z: torch.maximum(z, torch.tensor(0.3, dtype=z.dtype)), gate("hardtanh", low=0.3)),
     "maximum, reversed": (lambda z: torch.max(torch.tensor(0.3, dtype=torch.float64), z), gate("hardtanh", low=0.3)),
     "minimum": (lambda z: torch.min(z, torch.tensor(0.4, dtype=torch.float64)), gate("hardtanh", high=0.4)),
+    "clamp between tensors": (lambda z: z.clamp(at(-0.2), at(0.3)), gate("hardtanh", low=-0.2, high=0.3)),
+    "clamp from a tensor": (lambda z: torch.clamp(z, min=at(-0.2)), gate("hardtanh", low=-0.2)),
+    "clamp in place to a tensor": (lambda z: (z * 1).clamp_(max=at(0.3)), gate("hardtanh", high=0.3)),
     "threshold at 0": (nn.Threshold(0.0, 0.0), gate("hardtanh", low=0.0)),
     "abs": (torch.abs, gate("abs")),
     "abs method": (lambda z: z.abs(), gate("abs")),
