@@ -1,15 +1,18 @@
 """A load test of `sp-fx serve` on the loopback: `python bench/service.py [--requests 10000] [--clients 8] [--out FILE]`.
 
-The zoo's residual_cnn as an .onnx package, drawn scenes as JPEG bodies to `:explain`, maps as PNG. Reported: errors, requests a
-second and latency with batching and with batches of one, and the service's resident memory after the first tenth and at the end.
-The exit status is 1 where a request failed or memory moved by more than 2 %.
+A network of the zoo as an .onnx package, drawn scenes as JPEG bodies to `:explain`, maps as PNG. Reported: errors, requests a
+second and latency with batching and with batches of one, the service's resident memory after the first tenth and at the end, and
+where a request's time goes: the engine's share of a batch, and the processors' time in the service and in the clients, which
+share this machine. The exit status is 1 where a request failed or memory moved by more than 2 %.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,12 +20,12 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 from PIL import Image
 from provenance import provenance
 
 import sp_fx
+from sp_fx import program as programs
 from sp_fx import zoo
 
 PORT = 8931
@@ -42,55 +45,74 @@ def resident(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
-def load(package: Path, batch: int, requests: int, clients: int) -> dict:
-    command = [sys.executable, "-m", "sp_fx.cli", "serve", str(package), "--name", "zoo"]
-    service = subprocess.Popen([*command, "--port", str(PORT), "--batch", str(batch)], stdout=subprocess.DEVNULL)
+def processor_seconds(pid: int) -> float:
+    spent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
+
+
+def get(path: str) -> str:
+    connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+    connection.request("GET", path)
+    return connection.getresponse().read().decode()
+
+
+def load(package: Path, batch: int, requests: int, clients: int, options: list[str]) -> dict:
+    command = [sys.executable, "-m", "sp_fx.cli", "serve", str(package), "--name", "zoo", "--batch", str(batch)]
+    service = subprocess.Popen([*command, *options, "--port", str(PORT)], stdout=subprocess.DEVNULL)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", trust_env=False) as client:
-            for _ in range(600):
-                try:
-                    client.get("/healthz")
-                    break
-                except httpx.ConnectError:
-                    time.sleep(0.1)
-        sent, lock, seconds, failed, memory = bodies(), threading.Lock(), [], [], []
+        for _ in range(600):
+            try:
+                get("/healthz")
+                break
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        sent, lock, seconds, failed, memory, begun = bodies(), threading.Lock(), [], [], [], []
+        warm = max(requests // 10, 1)
 
         def work(number: int) -> None:
-            with httpx.Client(base_url=f"http://127.0.0.1:{PORT}", trust_env=False, timeout=60) as client:
-                for i in range(number, requests, clients):
-                    started = time.perf_counter()
-                    reply = client.post(
-                        "/v1/models/zoo:explain?format=png",
-                        content=sent[i % len(sent)],
-                        headers={"Content-Type": "image/jpeg"},
-                    )
-                    taken = time.perf_counter() - started
-                    with lock:
-                        seconds.append(taken)
-                        if reply.status_code != 200 or reply.json()["explanations"][0]["format"] != "png":
-                            failed.append(reply.status_code)
-                        if len(seconds) == max(requests // 10, 1):
-                            memory.append(resident(service.pid))
+            connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=60)
+            for i in range(number, requests, clients):
+                started = time.perf_counter()
+                connection.request(
+                    "POST", "/v1/models/zoo:explain?format=png", sent[i % len(sent)], {"Content-Type": "image/jpeg"}
+                )
+                reply = connection.getresponse()
+                content = reply.read()
+                taken = time.perf_counter() - started
+                with lock:
+                    seconds.append(taken)
+                    if reply.status != 200 or json.loads(content)["explanations"][0]["format"] != "png":
+                        failed.append(reply.status)
+                    if len(seconds) == warm:
+                        memory.append(resident(service.pid))
+                        begun.append(spent())
 
-        started = time.perf_counter()
+        def spent() -> tuple[float, float, float, float]:
+            lines = dict(line.rsplit(" ", 1) for line in get("/metrics").splitlines() if not line.startswith("#"))
+            engine = float(lines["sp_fx_batch_seconds_total"])
+            return time.perf_counter(), engine, processor_seconds(service.pid), time.process_time()
+
         threads = [threading.Thread(target=work, args=(n,)) for n in range(clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        whole = time.perf_counter() - started
+        ended = spent()
         memory.append(resident(service.pid))
-        metrics = httpx.get(f"http://127.0.0.1:{PORT}/metrics", trust_env=False).text
+        metrics = get("/metrics")
     finally:
         service.terminate()
         stopped = service.wait(60)
+    whole, engine, serving, asking = (1e3 * (b - a) / (requests - warm) for a, b in zip(begun[0], ended))
     return {
         "batch": batch,
+        "options": options,
         "requests": len(seconds),
         "failed": failed,
-        "per_second": len(seconds) / whole,
-        "p50_s": float(np.percentile(seconds, 50)),
-        "p99_s": float(np.percentile(seconds, 99)),
+        "per_second": 1e3 / whole,
+        "p50_s": float(np.percentile(seconds[warm:], 50)),
+        "p99_s": float(np.percentile(seconds[warm:], 99)),
+        "ms_a_request": {"in all": whole, "engine": engine, "processors, service": serving, "processors, clients": asking},
         "resident_bytes": {"after a tenth": memory[0], "at the end": memory[-1]},
         "batches": [line for line in metrics.splitlines() if line.startswith("sp_fx_batches_total")],
         "exit": stopped,
@@ -101,23 +123,29 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--network", default="residual_cnn", choices=zoo.NAMES)
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="of `sp-fx serve`; the last argument")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     scenes = zoo.draw(0, 2)
     with tempfile.TemporaryDirectory() as folder:
-        package = Path(folder) / "residual_cnn.onnx"
-        program = sp_fx.transform(zoo.load("residual_cnn")).compile(example_inputs=scenes.pixels)
+        package = Path(folder) / f"{args.network}.onnx"
+        programs.compiled = lambda graph, example: graph  # what is saved is the graph
+        program = sp_fx.transform(zoo.load(args.network)).compile(example_inputs=scenes.pixels)
         program.save(package, class_names=zoo.labels)
-        rows = [load(package, batch, args.requests if batch > 1 else args.requests // 5, args.clients) for batch in (8, 1)]
+        requests = {8: args.requests, 1: max(args.requests // 5, 200)}
+        rows = [load(package, batch, count, args.clients, args.options) for batch, count in requests.items()]
     for row in rows:
         before, after = row["resident_bytes"].values()
         row["memory_growth"] = after / before - 1
         print(
             f"batches to {row['batch']}: {row['requests']} requests, {len(row['failed'])} failed, {row['per_second']:.1f} "
-            f"a second, p50 {1e3 * row['p50_s']:.1f} ms, p99 {1e3 * row['p99_s']:.1f} ms, memory {row['memory_growth']:+.2%}"
+            f"a second, p50 {1e3 * row['p50_s']:.1f} ms, p99 {1e3 * row['p99_s']:.1f} ms, memory {row['memory_growth']:+.2%}; "
+            + ", ".join(f"{what} {ms:.1f} ms" for what, ms in row["ms_a_request"].items())
         )
     if args.out:
-        record = {**provenance(), "clients": args.clients, "throughput_ratio": rows[0]["per_second"] / rows[1]["per_second"]}
+        record = {**provenance(), "network": args.network, "clients": args.clients}
+        record["throughput_ratio"] = rows[0]["per_second"] / rows[1]["per_second"]
         args.out.write_text(json.dumps({**record, "rows": rows}, indent=1) + "\n")
     return 0 if not rows[0]["failed"] and abs(rows[0]["memory_growth"]) <= 0.02 else 1
 

@@ -24,14 +24,15 @@ class Closed(RuntimeError):
 class Batcher:
     """Runs `run(samples)`, which returns one answer a sample, on at most `size` samples at a time.
 
-    A batch starts when it is full, or `wait` seconds after its first sample came. At most `room` samples wait. A sample whose
+    A batch starts when it is full, or `wait` seconds after its first sample came, which for samples that came while another batch
+    ran is mostly at once: the engine does not idle where there is work. At most `room` samples wait. A sample whose
     future was cancelled before its batch started is dropped. Where a batch of several fails, its samples are run one by one, so
     that one that cannot be run does not fail its neighbours.
     """
 
     def __init__(self, run: Run, size: int, wait: float, room: int) -> None:
         self.run, self.size, self.wait, self.room = run, size, wait, room
-        self.queue: queue.SimpleQueue[tuple[Any, Future] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[Any, Future, float] | None] = queue.SimpleQueue()
         self.waiting, self.lock, self.closed = 0, threading.Lock(), False
         self.batches: Counter[int] = Counter()  # how many of each size ran
         self.seconds = 0.0
@@ -51,8 +52,8 @@ class Batcher:
                 raise Full(f"{self.waiting} samples wait, and {len(samples)} more are above the limit of {self.room}")
             self.waiting += len(samples)
             futures: list[Future] = [Future() for _ in samples]
-            for pair in zip(samples, futures):
-                self.queue.put(pair)
+            for sample, future in zip(samples, futures):
+                self.queue.put((sample, future, time.monotonic()))
         return futures
 
     def close(self, timeout: float | None = None) -> None:
@@ -69,19 +70,20 @@ class Batcher:
             first = self.queue.get()
             if first is None:
                 return
-            batch, until = [first], time.monotonic() + self.wait
-            while len(batch) < self.size:
+            taken, until = [first], first[2] + self.wait
+            while len(taken) < self.size:
+                left = until - time.monotonic()
                 try:
-                    found = self.queue.get(timeout=max(until - time.monotonic(), 0))
+                    found = self.queue.get(timeout=left) if left > 0 else self.queue.get_nowait()
                 except queue.Empty:
                     break
                 if found is None:
                     last = True
                     break
-                batch.append(found)
+                taken.append(found)
             with self.lock:
-                self.waiting -= len(batch)
-            batch = [(sample, future) for sample, future in batch if future.set_running_or_notify_cancel()]
+                self.waiting -= len(taken)
+            batch = [(sample, future) for sample, future, _ in taken if future.set_running_or_notify_cancel()]
             if batch:
                 self._answer(batch)
 

@@ -80,6 +80,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, which other machines do not reach)")
     service.add_argument("--port", type=positive, default=8080, help="(default: 8080)")
     service.add_argument("--device", help="such as cuda:1 (default: the package's)")
+    service.add_argument("--threads", type=positive, metavar="N", help="of ONNX Runtime for a batch (default: its own)")
     service.add_argument("--batch", type=positive, default=8, metavar="N", help="most samples run at once (default: 8)")
     service.add_argument("--queue", type=positive, default=256, metavar="N", help="most samples that wait (default: 256)")
     service.add_argument("--wait-ms", type=float, default=4.0, metavar="MS", help="for a batch to fill (default: 4)")
@@ -162,7 +163,7 @@ def run_serve(args: argparse.Namespace) -> int:
         wait=args.wait_ms / 1000,
         timeout=args.timeout,
     )
-    program, name = load(args.package, device=args.device), args.name or args.package.stem
+    program, name = load(args.package, device=args.device, threads=args.threads), args.name or args.package.stem
     print(f"sp-fx: {name} at http://{args.host}:{args.port}/v1/models/{name}:explain", flush=True)
     serve(program, name, args.host, args.port, limits)
     return 0

@@ -16,6 +16,7 @@ import asyncio
 import base64
 import binascii
 import json
+import logging
 import math
 import threading
 import time
@@ -170,6 +171,18 @@ class Served:
         label = self.names[best] if self.names else str(best)
         return {"class": best, "label": label, "confidence": float(chances[best]), "logits": logits.tolist()}
 
+    def reply(
+        self, answers: Sequence[tuple[np.ndarray, np.ndarray]], targets: list[int] | None, below: float | None, form: str
+    ) -> bytes:
+        """JSON. Without `targets` it has no explanations."""
+        content: dict[str, Any] = {"predictions": [self.prediction(logits) for logits, _ in answers]}
+        if targets is not None:
+            content["explanations"] = shown = []
+            for (_, found), told, aim in zip(answers, content["predictions"], targets):
+                skip = below is not None and told["confidence"] >= below
+                shown.append(None if skip else self.explanation(found, told["class"] if aim < 0 else aim, form))
+        return json.dumps(content).encode()
+
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:
         shown = base64.b64encode(map_png(map)).decode() if form == "png" else map.tolist()
         return {"target": target, "label": self.names[target] if self.names else str(target), "format": form, "map": shown}
@@ -231,6 +244,9 @@ def application(served: Served) -> Any:
             response = JSONResponse({"error": error.reason}, error.status, headers)
         except TimeoutError:
             response = JSONResponse({"error": f"not answered within {served.limits.timeout} s"}, 504)
+        except Exception:  # the engine's
+            logging.getLogger(__name__).exception("%s was not answered", request.url.path)
+            response = JSONResponse({"error": "this failed here, and is in the service's log"}, 500)
         served.count(verb if verb in ("predict", "explain") else "other", response.status_code, time.perf_counter() - started)
         return response
 
@@ -249,25 +265,21 @@ def application(served: Served) -> Any:
             raise Refused(429, str(error)) from error
         except Closed as error:
             raise Refused(503, str(error)) from error
-        work: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, futures))
-        gone: asyncio.Future[Any] = asyncio.ensure_future(left(request))
+        waiting: list[asyncio.Future[Any]] = [asyncio.wrap_future(future) for future in futures]
+        # Not asyncio.gather: where it is cancelled, it ends with a CancelledError that nobody has asked for, and that is logged.
+        work, gone = asyncio.ensure_future(asyncio.wait(waiting)), asyncio.ensure_future(left(request))
         try:
             await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 raise Refused(499, "the client went away")
-            answers = await work
+            for one in waiting:
+                one.exception()  # asked of each, or that of the second is logged as well
+            answers = [one.result() for one in waiting]
         finally:
-            gone.cancel()
-            work.cancel()
-        content: dict[str, Any] = {"predictions": [served.prediction(logits) for logits, _ in answers]}
-        if verb == "explain":
-            shown: list[Any] = []
-            for (_, found_map), prediction, aim in zip(answers, content["predictions"], targets):
-                skip = below is not None and prediction["confidence"] >= below
-                aim = prediction["class"] if aim < 0 else aim
-                shown.append(None if skip else await asyncio.to_thread(served.explanation, found_map, aim, form))
-            content["explanations"] = shown
-        return Response(await asyncio.to_thread(json.dumps, content), media_type="application/json")
+            for one in (gone, work, *waiting):
+                one.cancel()
+        reply = await asyncio.to_thread(served.reply, answers, targets if verb == "explain" else None, below, form)
+        return Response(reply, media_type="application/json")
 
     async def models(request: Any) -> Response:
         return JSONResponse({"models": [served.name]})

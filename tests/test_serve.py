@@ -1,6 +1,7 @@
 """The service: KServe's form, batching, conditional explanation, and what strangers send."""
 
 import base64
+import gc
 import io
 import threading
 import time
@@ -114,7 +115,8 @@ def test_pictures_in_and_out(running):
     assert direct.json()["predictions"] == within.json()["predictions"]
     shown = Image.open(io.BytesIO(base64.b64decode(direct.json()["explanations"][0]["map"])))
     assert shown.size == (16, 16) and shown.format == "PNG"
-    signs = np.asarray(shown, np.int64)[..., 0] - np.asarray(shown, np.int64)[..., 2]  # red above zero, blue below
+    colours = np.asarray(shown.convert("RGB"), np.int64)
+    signs = colours[..., 0] - colours[..., 2]  # red above zero, blue below
     values = np.asarray(within.json()["explanations"][0]["map"]).sum(0)
     assert (np.sign(signs) == np.sign(values))[np.abs(values) > np.abs(values).max() / 20].all()
 
@@ -216,7 +218,7 @@ class Slow:
         return self.inner(x, target)
 
 
-def test_a_full_queue_a_timeout_and_a_client_that_leaves(made):
+def test_a_full_queue_a_timeout_and_a_client_that_leaves(made, caplog):
     slow = Slow(made[2])
     service = Running(slow, batch=1, queue=2, timeout=1.0)
     try:
@@ -237,6 +239,30 @@ def test_a_full_queue_a_timeout_and_a_client_that_leaves(made):
     finally:
         slow.leave.set()
         service.stop()
+    gc.collect()
+    assert not caplog.records  # asyncio tells here of futures whose errors nobody asked for
+
+
+class Failing(Slow):
+    def __call__(self, x, target):
+        if not self.leave.is_set():
+            raise RuntimeError("out of order")
+        return self.inner(x, target)
+
+
+def test_an_engine_that_fails_is_told_and_the_next_request_served(made, caplog):
+    failing = Failing(made[2])
+    service = Running(failing)
+    try:
+        found = service.post("predict", {"instances": GOOD * 3})
+        assert found.status_code == 500 and "out of order" not in found.text and "out of order" in caplog.text
+        failing.leave.set()
+        assert service.post("predict", {"instances": GOOD}).status_code == 200
+        assert 'sp_fx_requests_total{verb="predict",status="500"} 1' in service.client.get("/metrics").text
+    finally:
+        service.stop()
+    gc.collect()
+    assert len(caplog.records) == 1
 
 
 def test_a_graceful_stop_answers_what_waits(made):
@@ -280,6 +306,20 @@ def test_one_bad_sample_fails_alone():
     batcher.close(5)
     with pytest.raises(Closed):
         batcher.submit(["a"])
+
+
+def test_what_came_while_a_batch_ran_waits_no_longer():
+    leave = threading.Event()
+    batcher = Batcher(lambda samples: leave.wait(20) and samples, 2, 2.0, 100)
+    first = batcher.submit([0, 1])  # full, so it runs
+    while batcher.waiting:
+        time.sleep(0.001)
+    late = batcher.submit([2])
+    time.sleep(2.1)
+    started = time.monotonic()
+    leave.set()
+    assert [f.result(5) for f in first + late] == [0, 1, 2] and time.monotonic() - started < 1.5
+    batcher.close(5)
 
 
 def test_the_queue_is_bounded():
