@@ -14,7 +14,7 @@ NETWORKS = {
     "timm/vit_small_patch16_224": 224,
     "convnext_tiny": 224,
     "zoo/residual_cnn": 96,
-    "zoo/pyramid_vit": 96,
+    "zoo/pyramid_transformer": 96,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

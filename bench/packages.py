@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import fill
 
 NETWORKS = (
-    *("zoo/residual_cnn", "zoo/pyramid_vit", "resnet18", "resnet50", "squeezenet1_0"),
+    *("zoo/residual_cnn", "zoo/pyramid_transformer", "resnet18", "resnet50", "squeezenet1_0"),
     *("timm/pvt_v2_b1", "timm/vit_tiny_patch16_224", "convnext_tiny"),
 )
 BATCHES, BOUND, SPEED_BOUND = (1, 4, 7), 1e-4, {".pt2": 1.1, ".onnx": 3.5}

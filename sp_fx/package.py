@@ -10,6 +10,7 @@ bytes are those that were written, on a machine and torch that it was made for, 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import platform
@@ -138,12 +139,14 @@ def write_pt2(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     """Compile ahead of time, and put the manifest, which has the digest of every other member, in the archive's metadata."""
     from torch._inductor import aoti_compile_and_package
 
-    from .inductor import COMPILING, suited
+    from .inductor import COMPILING, freezes, suited
 
     try:
         with torch.inference_mode(False), torch.no_grad(), COMPILING:
             exported = export_graph(program, suited(program.graph), program.example)
-            aoti_compile_and_package(exported, package_path=str(path), inductor_configs={"freezing": True})
+            # As many threads as the process that loads it has, not as the one that saves it.
+            settings = {"freezing": freezes(program.graph), "cpp.dynamic_threads": True}
+            aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
     except Exception as error:  # Inductor's, export's and the C++ compiler's; all mean that there will be no package
         raise PackageError(f"AOTInductor does not compile this program: {blamed(error, program)}") from error
     with zipfile.ZipFile(path) as archive:
@@ -160,7 +163,7 @@ def write_onnx(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     """Export, and append the manifest, which has the digest of the bytes before it: two protocol buffers in a row are one."""
     import onnx
 
-    graph = program.graph if program.device.type == "cpu" else _moved(program.graph)
+    graph = means_by_axis(program.graph if program.device.type == "cpu" else _moved(program.graph))
     example = [x.cpu() for x in program.example]
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -202,9 +205,24 @@ def export_graph(program: Program, graph: torch.fx.GraphModule, example: Sequenc
     return torch.export.export(graph, several, dynamic_shapes=[{0: batch} for _ in several])
 
 
-def _moved(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    import copy
+def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The same graph, sharing its buffers, with each mean taken over one axis after the other. ONNX Runtime adds the numbers up
+    in a row: over [64, 112, 112] at once the mean of squares is 1.7e-5 off, by which SqueezeNet's map was 2.8e-4 off; axis by
+    axis 2e-8, in the same time."""
+    graph = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
+        x, axes, *keep = node.args
+        rank = node.args[0].meta["val"].dim()
+        with graph.graph.inserting_before(node):
+            for axis in sorted((a % rank for a in axes), reverse=True):
+                x = graph.graph.call_function(node.target, (x, [axis], *keep), node.kwargs)
+        node.replace_all_uses_with(x)
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
 
+
+def _moved(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     moved = copy.deepcopy(graph).cpu()
     for node in moved.graph.nodes:
         if "device" in node.kwargs:
