@@ -1,7 +1,9 @@
-"""The examples that run a package: ONNX Runtime without torch, and a batch job that is killed."""
+"""The examples that run a package: ONNX Runtime without torch, C++, and batch jobs that are killed."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import sp_fx
 from helpers import relative
-from test_shipping import graph_file  # noqa: F401
+from test_shipping import graph_file, pt2, rewritten  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside these tests")]
@@ -50,6 +53,41 @@ def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):  # n
     ):
         (tmp_path / "altered.onnx").write_bytes(altered)
         assert said in run(tmp_path / "altered.onnx").stderr
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+def test_cpp(pt2, tmp_path):  # noqa: F811
+    explainer, x, path = pt2
+    command = ["cmake", "-S", EXAMPLES / "cpp", "-B", tmp_path / "build", f"-DTORCH={torch.__path__[0]}"]
+    subprocess.run(command, check=True)
+    subprocess.run(["cmake", "--build", tmp_path / "build"], check=True)
+    x.numpy().tofile(tmp_path / "x.bin")
+    given, outputs, map = (tmp_path / f"{name}.bin" for name in ("x", "outputs", "map"))
+
+    def run(package, *target):
+        command = [tmp_path / "build" / "explain", package, given, outputs, map, *target]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    for target in ([], ["2"]):
+        done = run(path, *target)
+        assert done.returncode == 0, done.stderr
+        aim = int(target[0]) if target else None
+        assert relative(torch.from_numpy(np.fromfile(outputs, np.float32)).view(len(x), 5), explainer(x)) <= 1e-5
+        found = torch.from_numpy(np.fromfile(map, np.float32)).view(x.shape)
+        assert relative(found, explainer.pullback(x, aim)) <= 1e-4
+        assert torch.equal(found, sp_fx.load(path)(x, aim)[1])  # the same machine code
+    for change, said in (
+        (lambda m, _: m["versions"].update(torch="99.1.0"), "compiled by torch"),
+        (lambda m, _: m["probe"].update(outputs=[[0.0] * 10]), "does not answer its probe: relative L2 distance of its outputs"),
+        (lambda m, _: m["probe"]["maps"][0].reverse(), "does not answer its probe: relative L2 distance of its map"),
+        (lambda m, _: m.update(looped=True), "unroll an ascent"),
+    ):
+        done = run(rewritten(path, tmp_path / "other.pt2", change))
+        assert done.returncode == 1 and said in done.stderr
+    given.write_bytes(given.read_bytes()[:-4])
+    assert "not a multiple of a sample's 3072" in run(path).stderr
+    given.write_bytes(b"")
+    assert run(path).returncode == 1 and run(tmp_path / "none.pt2").returncode == 1
 
 
 def pictures(folder, count):
@@ -89,7 +127,7 @@ def test_a_killed_batch_job_goes_on(graph_file, tmp_path, count):  # noqa: F811
     assert "(exitcode: -9)" in (tmp_path / "out.log").read_text()
 
     names, errors = [], {}
-    for file in sorted((tmp_path / "calm").glob("*")):
+    for file in sorted((tmp_path / "calm").glob("batch_*.npz")):
         calm, other = np.load(file), np.load(out / file.name)
         assert calm.files == other.files
         assert all(calm[key].tobytes() == other[key].tobytes() for key in calm.files)
@@ -98,3 +136,60 @@ def test_a_killed_batch_job_goes_on(graph_file, tmp_path, count):  # noqa: F811
     assert names == [f"{i:05d}.png" for i in range(count)]
     assert errors.keys() == {"00005.png", "00006.png"}
     assert len(list(out.glob("batch_*.npz"))) == count // 8
+
+
+def ray_actors(mark):
+    """Process ids of the actors of the job that was started with SP_FX_MARK=`mark`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            named = b"MapWorker" in (folder / "cmdline").read_bytes()
+            if named and f"SP_FX_MARK={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.parametrize("count", [400, 2000])
+def test_a_ray_job_goes_on(graph_file, tmp_path, count):  # noqa: F811
+    """One of two actors is killed, then the job as a whole, which is started again."""
+    pytest.importorskip("ray.data")
+    from pyarrow import parquet
+
+    folder = pictures(tmp_path / "pictures", count)
+
+    def start(out):
+        command = [sys.executable, EXAMPLES / "ray_batch.py", graph_file[2], folder, out]
+        with (tmp_path / f"{out.name}.log").open("a") as log:
+            mark = {**os.environ, "SP_FX_MARK": str(out), "RAY_memory_monitor_refresh_ms": "0"}
+            return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=mark)
+
+    def until(done, seconds=200):
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+    assert start(tmp_path / "calm").wait(500) == 0
+    out = tmp_path / "out"
+    written = lambda: len(list(out.glob("maps/*.parquet")))  # noqa: E731
+    job = start(out)
+    until(lambda: written() >= 5)
+    os.kill(ray_actors(out)[0], signal.SIGKILL)
+    until(lambda: written() >= count // 8 // 2)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    until(lambda: not ray_actors(out))
+    before = written()
+    assert count // 8 // 2 <= before < count // 8
+    assert start(out).wait(500) == 0
+
+    order = [("id", "ascending"), ("name", "ascending")]
+    calm, other = (parquet.read_table(folder / "maps").sort_by(order) for folder in (tmp_path / "calm", out))
+    assert other["name"].to_pylist() == [f"{i:05d}.png" for i in range(count)]
+    assert other["id"].to_pylist() == [i // 8 for i in range(count)]
+    assert calm.combine_chunks().equals(other.combine_chunks())
+    errors = {n: e for n, e in zip(other["name"].to_pylist(), other["error"].to_pylist()) if e}
+    assert errors.keys() == {"00005.png", "00006.png"}
+    assert written() <= count // 8 + 1 and json.loads(other["provenance"][0].as_py())["batch"] == 8
