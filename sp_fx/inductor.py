@@ -18,21 +18,17 @@ COMPILING = threading.Lock()  # Inductor's settings are the process's
 
 
 def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Run:
-    """`graph` as Inductor compiles it."""
+    """`graph` as Inductor compiles it, weights frozen into it; but not in float64, for which oneDNN has no convolution
+    and Inductor packs weights all the same (torch 2.15)."""
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
 
     stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    with COMPILING, config.patch(freezing=freezes(graph)), tracing(TracingContext(stand_ins[0].fake_mode)):
+    freezing = all(t.dtype != torch.float64 for t in graph.buffers())
+    with COMPILING, config.patch(freezing=freezing), tracing(TracingContext(stand_ins[0].fake_mode)):
         run: Any = compile_fx(suited(graph), stand_ins)
     return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int)) if example[0].is_cuda else run
-
-
-def freezes(graph: fx.GraphModule) -> bool:
-    """Whether weights are frozen into the code: not in float64, for which oneDNN has no convolution and Inductor packs weights
-    all the same (torch 2.15)."""
-    return all(t.dtype != torch.float64 for t in graph.buffers())
 
 
 def by_batch(batch: int, of_this: Run, of_any: Run) -> Run:
