@@ -58,6 +58,8 @@ def suited(graph: fx.GraphModule) -> fx.GraphModule:
             rewrite(graph, node, stacked_by_channels)
         elif node.target in CHEAP and node.meta["val"].dtype == torch.float32 and torch.__version__ >= "2.15":
             rewrite(graph, node, CHEAP[node.target])  # 2.11 compiles these wrongly: a map 0.8 off
+        elif node.target is aten.linalg_vector_norm.default:
+            put_down(graph, node)
     graph.recompile()
     return graph
 
@@ -71,6 +73,27 @@ def rewrite(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) 
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)
+
+
+PASSING = (aten.alias.default, aten.clone.default, aten.view.default, aten._unsafe_view.default)
+
+
+def put_down(graph: fx.GraphModule, norm: fx.Node) -> None:
+    """Put in memory what is read for a norm, then for the division by it, else computed each time: the pixel shuffle at the end
+    of ResNet-18's pullback, 3.9 ms of a step of its ascent at batch 4 instead of 0.6."""
+    source: Any = norm.args[0]
+    while source.target in PASSING:
+        source = source.args[0]
+    like = source.meta.get("val")
+    if source.op != "call_function" or like is None:
+        return
+    order = list(torch.empty(like.shape[1:], device="meta").unsqueeze(0).stride())  # of any batch
+    from torch._inductor.inductor_prims import force_stride_order
+
+    with graph.graph.inserting_after(source):
+        held = graph.graph.call_function(force_stride_order, (source, order))
+    held.meta = {**source.meta, "val": like.contiguous()}
+    source.replace_all_uses_with(held, delete_user_cb=lambda user: user is not held)
 
 
 def stacked_by_channels(parts: Sequence[Any], dim: int = 0) -> Any:
