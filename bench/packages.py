@@ -51,16 +51,20 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
+def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> programs.Program:
+    """What is saved is the graph, not what Inductor made of it for this process, which would take minutes more."""
+    inductor, programs.compiled = programs.compiled, lambda graph, example: graph
+    try:
+        return explainer.compile(example_inputs=x)
+    finally:
+        programs.compiled = inductor
+
+
 def parity(name: str, suffix: str) -> dict[str, Any]:
     """One network and format: distances, size, seconds."""
     explainer = sp_fx.transform(model_of(name))
     x = noise(max(BATCHES), SIZES.get(name, 224), torch.float32, "cpu").clamp(-1, 1)
-    # What is saved is the graph, not what Inductor made of it for this process, which would take minutes more.
-    inductor, programs.compiled = programs.compiled, lambda graph, example: graph
-    try:
-        program = explainer.compile(example_inputs=x[:2])
-    finally:
-        programs.compiled = inductor
+    program = uncompiled(explainer, x[:2])
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         path = program.save(Path(folder) / f"package{suffix}")
@@ -84,7 +88,8 @@ def speed(name: str, suffix: str, turns: int) -> dict[str, Any]:
     model = model_of(name)
     x = noise(SPEED_BATCH, SIZES.get(name, 224), torch.float32, "cpu").clamp(-1, 1)
     target = torch.arange(SPEED_BATCH)
-    program = sp_fx.transform(model).compile(example_inputs=x)
+    explainer = sp_fx.transform(model)
+    program = explainer.compile(example_inputs=x) if suffix == ".pt2" else uncompiled(explainer, x)
     with tempfile.TemporaryDirectory() as folder:
         loaded = sp_fx.load(program.save(Path(folder) / f"package{suffix}"))
         if suffix == ".pt2":

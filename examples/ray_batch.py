@@ -53,8 +53,8 @@ def main():
     given = [args.package.absolute(), pictures(args.pictures.absolute()), args.batch]
     batches = Batches(*given, threads=args.threads)
     out = begin(args.out.absolute(), batches)
-    if "RAY_ADDRESS" not in os.environ:  # no cluster: a processor more than the actors hold, for reading and writing
-        ray.init(num_cpus=args.workers * args.threads + 1, include_dashboard=False)
+    if "RAY_ADDRESS" not in os.environ:  # no cluster: beside what the actors hold, one for Ray's filter of what is done, one to write
+        ray.init(num_cpus=args.workers * args.threads + 2, include_dashboard=False)
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(out / "done"), delete_checkpoint_on_success=False
     )
