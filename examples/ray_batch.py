@@ -53,7 +53,7 @@ def main():
     given = [args.package.absolute(), pictures(args.pictures.absolute()), args.batch]
     batches = Batches(*given, threads=args.threads)
     out = begin(args.out.absolute(), batches)
-    if "RAY_ADDRESS" not in os.environ:  # no cluster: beside what the actors hold, one for Ray's filter of what is done, one to write
+    if "RAY_ADDRESS" not in os.environ:  # beside the actors, one processor filters what is done and one writes
         ray.init(num_cpus=args.workers * args.threads + 2, include_dashboard=False)
     ray.data.DataContext.get_current().checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(out / "done"), delete_checkpoint_on_success=False
