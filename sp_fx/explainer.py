@@ -320,6 +320,7 @@ class Explainer(fx.GraphModule):
         Raises:
             TypeError, ValueError: an argument that the method does not take, or inputs that a program cannot have.
             ProgramError: the compiled program differs from this explainer.
+            ModuleNotFoundError: the inputs are on a GPU, and Triton is not installed.
         """
         from .program import Program
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -19,7 +20,16 @@ COMPILING = threading.Lock()  # Inductor's settings are the process's
 
 def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Run:
     """`graph` as Inductor compiles it, weights frozen into it; but not in float64, for which oneDNN has no convolution
-    and Inductor packs weights all the same (torch 2.15)."""
+    and Inductor packs weights all the same (torch 2.15).
+
+    Raises:
+        ModuleNotFoundError: a program for a GPU, and no Triton.
+    """
+    if example[0].is_cuda and importlib.util.find_spec("triton") is None:
+        raise ModuleNotFoundError(
+            "a program for a GPU is compiled by Triton, which is not installed: `pip install triton`, use the explainer as it is "
+            "(eager), or compile for the CPU"
+        )
     from torch._guards import TracingContext, tracing
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx

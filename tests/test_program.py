@@ -1,7 +1,9 @@
 """Programs against the published maps, the eager explainer, and what they refuse."""
 
 import copy
+import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
-from sp_fx import decompose, program
+from sp_fx import decompose, dual, inductor, program
 from sp_fx.onegraph import folded
 
 
@@ -133,12 +135,12 @@ def test_several_inputs_and_outputs(interpreted):
 @pytest.mark.parametrize("dilation", [1, 2])
 def test_input_gradients_of_convolutions(groups, transposed, kernel, stride, dilation):
     g = torch.Generator().manual_seed(0)
-    for padding, size in ((0, (17, 16)), (1, (14, 15)), (3, (16, 19))):
+    for wide, padding, size in ((4, 0, (17, 16)), (4, 1, (14, 15)), (4, 3, (16, 19)), (16, 0, (17, 16)), (16, 3, (16, 19))):
         if transposed:
-            conv = nn.ConvTranspose2d(4, 6, kernel, stride, padding, 0, groups, dilation=dilation, dtype=torch.float64)
+            conv = nn.ConvTranspose2d(wide, 6, kernel, stride, padding, 0, groups, dilation=dilation, dtype=torch.float64)
         else:
-            conv = nn.Conv2d(4, 6, kernel, stride, padding, dilation, groups, dtype=torch.float64)
-        x = torch.randn(2, 4, *size, generator=g, dtype=torch.float64, requires_grad=True)
+            conv = nn.Conv2d(wide, 6, kernel, stride, padding, dilation, groups, dtype=torch.float64)
+        x = torch.randn(2, wide, *size, generator=g, dtype=torch.float64, requires_grad=True)
         y = conv(x)
         v = torch.randn(y.shape, generator=g, dtype=torch.float64)
         got, _, _ = decompose.convolution_backward(
@@ -146,6 +148,31 @@ def test_input_gradients_of_convolutions(groups, transposed, kernel, stride, dil
         )
         # float64, sums of at most 6 * 28 products: 1e-13 is rounding
         assert torch.allclose(got, torch.autograd.grad(y, x, v)[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["pullback", "ascend"])
+def test_forms_for_a_cpu_are_the_same_function(interpreted, method):
+    model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(4 * 25, 5)))
+    made = sp_fx.transform(model).compile(method, example_inputs=torch.randn(3, 3, 12, 12))
+    for got, want in zip(inductor.suited(made.graph)(*made.example), made.graph(*made.example)):
+        assert relative(got, want) <= 2e-6  # erf by a quotient is 5e-7 off
+
+
+def test_a_network_of_convolutions_is_compiled_for_its_example_too(monkeypatch):
+    batches = []
+
+    def compiled(graph, example):
+        return lambda *args: batches.append(graph.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]) or graph(*args)
+
+    monkeypatch.setattr(program, "compiled", compiled)
+    convolutions = fill(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)))
+    layers = fill(nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.ReLU(), nn.Linear(8, 5)))
+    for model, fixed in ((convolutions, True), (layers, False)):
+        made = sp_fx.transform(model).compile(example_inputs=torch.randn(3, 3, 6, 6))
+        batches.clear()
+        for n in (3, 2):
+            made(torch.randn(n, 3, 6, 6))
+        assert [isinstance(batch, int) for batch in batches] == [fixed, False]
 
 
 def test_batch_norms_are_folded(interpreted):
@@ -275,3 +302,19 @@ def test_hard_gates_in_float64():
     program = explainer.compile("pullback", example_inputs=x)
     assert program.tolerance == 1e-9 and program.error <= 1e-12  # sums in another order
     assert relative(program(x, 1)[1], explainer.pullback(x, 1)) <= 1e-12
+
+
+def test_a_gpu_without_triton_is_told_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"Triton, which is not installed.*eager"):
+        inductor.compiled(None, [types.SimpleNamespace(is_cuda=True)])
+
+
+def test_without_triton_eager_adjoints_are_the_table_s(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sp_fx_kernels", None)  # importing it fails
+    dual.kernels.cache_clear()
+    try:
+        assert dual.kernels() is None
+    finally:
+        dual.kernels.cache_clear()
