@@ -77,7 +77,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
                 panels[0, 0].barh(j + 0.2 * (1.5 - i), value, 0.2, color=colour, label=way if j == 0 else None)
     panels[0, 0].set_yticks(range(len(results)), [f"{r['network']}, batch {r['batch']}" for r in results])
     panels[0, 0].axvline(2, color="black", linewidth=0.8, linestyle=":")
-    panels[0, 0].set(xlabel="times the compiled forward (dotted: 2, a forward and an adjoint)", title="One explanation")
+    panels[0, 0].set(xlabel="times the compiled forward (dotted: 2)", title="One explanation")
     panels[0, 0].legend(fontsize=8)
     for panel, axis in zip(panels[0, 1:], axes):
         for way, colour in ((timing.PROGRAM, "#0072B2"), (timing.FORWARD, "black")):
