@@ -140,19 +140,19 @@ def examine(build: Any) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--torchvision", action="store_const", dest="library", const="torchvision")
-    which.add_argument("--timm", action="store_const", dest="library", const="timm")
+    which.add_argument("--torchvision", action="store_const", dest="source", const="torchvision")
+    which.add_argument("--timm", action="store_const", dest="source", const="timm")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--again", action="store_true", help="failures are done anew")
     parser.add_argument("--only", nargs="+", help="these models, anew")
     parser.add_argument("--out", type=Path, help="default: bench/results/zoo_LIBRARY.json")
     args = parser.parse_args()
-    out = args.out or RESULTS / f"zoo_{args.library}.json"
+    out = args.out or RESULTS / f"zoo_{args.source}.json"
     rows: dict[str, dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else {}
     warnings.simplefilter("ignore")
     uninitialised()
     started = time.perf_counter()
-    models = list(torchvision_models() if args.library == "torchvision" else timm_models())
+    models = list(torchvision_models() if args.source == "torchvision" else timm_models())
     for key, name, build in models:
         done = key in rows and not (args.again and not rows[key]["ok"])
         wanted = args.only is None or key in args.only or name in args.only
@@ -162,7 +162,7 @@ def main() -> int:
         row = rows[key]
         print(f"{key:24} {name:34} {'ok' if row['ok'] else 'FAILED':7} {row['seconds']:6} s  {row['why']}", flush=True)
         good = sum(r["ok"] for r in rows.values())
-        record = {**provenance(), "library": library_version(args.library), "ok": good, "of": len(models),
+        record = {**provenance(), "library": library_version(args.source), "ok": good, "of": len(models),
                   "seconds": round(sum(r["seconds"] for r in rows.values()), 1), "rows": rows}  # fmt: skip
         out.write_text(json.dumps(record, indent=1) + "\n")
         del build

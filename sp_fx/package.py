@@ -178,7 +178,7 @@ def write_onnx(program: Program, path: Path, manifest: dict[str, Any]) -> None:
                 verbose=False,
             )
         model = made.model_proto  # type: ignore[union-attr]
-    except Exception as error:
+    except Exception as error:  # the exporter's and onnx's, which share no base
         raise PackageError(f"ONNX does not take this program: {blamed(error, program)}") from error
     custom = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
     if custom:
