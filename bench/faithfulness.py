@@ -48,14 +48,32 @@ def random_cells(cells: Tensor, part: float, count: int, draw: torch.Generator) 
     return chosen[:, cells]
 
 
-def random_squares(height: int, width: int, count: int, draw: torch.Generator) -> Tensor:
-    """Masks of one square each, its side between 1/16 and 1/4 of the picture's, bool [count, H, W]."""
+def random_squares(height: int, width: int, sides: tuple[float, float], count: int, draw: torch.Generator) -> Tensor:
+    """Masks of one square each, its side between `sides`, two parts of the picture's height, bool [count, H, W]."""
     masks = torch.zeros(count, height, width, dtype=torch.bool)
+    least, most = (int(height * part) for part in sides)
     for mask in masks:
-        side = int(torch.randint(height // 16, height // 4 + 1, (1,), generator=draw))
+        side = int(torch.randint(least, most + 1, (1,), generator=draw))
         top, left = (int(torch.randint(n - side + 1, (1,), generator=draw)) for n in (height, width))
         mask[top : top + side, left : left + side] = True
     return masks
+
+
+SMALL, LARGE = (1 / 16, 1 / 4), (1 / 4, 1 / 2)  # sides of squares
+
+
+def removed_parts(cells: Tensor, count: int) -> dict[str, Tensor]:
+    """What infidelity is asked of, `count` masks of each, the same at every call: squares small and large, and an eighth of
+    `cells` [H, W] scattered, which faithfulness correlation is asked of too.
+
+    Three, because the answer depends on the size: a small square changes a score by little more than the network's noise.
+    """
+    height, width = cells.shape
+    return {
+        "squares": random_squares(height, width, SMALL, count, torch.Generator().manual_seed(1)),
+        "large squares": random_squares(height, width, LARGE, count, torch.Generator().manual_seed(7)),
+        "subsets": random_cells(cells, 0.125, count, torch.Generator().manual_seed(2)),
+    }
 
 
 class Removal(NamedTuple):
@@ -90,6 +108,16 @@ def infidelity(shares: Tensor, found: Removal) -> Tensor:
     square = removed.square().mean(1)
     scale = torch.where(square > 0, (removed * found.drops).mean(1) / square, 0)
     return (scale[:, None] * removed - found.drops).square().mean(1)
+
+
+def removals_judged(shares: Tensor, found: dict[str, Removal]) -> dict[str, Tensor]:
+    """The measures that ask about `removed_parts`."""
+    return {
+        "infidelity": infidelity(shares, found["squares"]),
+        "infidelity, large": infidelity(shares, found["large squares"]),
+        "infidelity, scattered": infidelity(shares, found["subsets"]),
+        "faithfulness correlation": correlation(shares, found["subsets"]),
+    }
 
 
 def correlation(shares: Tensor, found: Removal) -> Tensor:

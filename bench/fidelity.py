@@ -98,11 +98,7 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
     """Every measure of every method, [N] each, by method and measure."""
     x, target, counts, size = the.pixels, the.target, the.counts, the.pixels.shape[2:]
     cells, coarse = ask.grid(*size, counts.cells), ask.grid(*size, 6)
-    masks = {
-        "squares": ask.random_squares(*size, counts.removals, draw(1)),
-        "subsets": ask.random_cells(cells, 0.125, counts.removals, draw(2)),
-        "cells": ask.single_cells(cells),
-    }
+    masks = {**ask.removed_parts(cells, counts.removals), "cells": ask.single_cells(cells)}
     found = {name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in masks.items()}
     changes = answers("redrawn", redrawn, the, coarse)
     results: dict[str, dict[str, Tensor]] = {}
@@ -111,8 +107,7 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
         maps = answers(f"{name} maps", explained, x, target)
         shares = method.shares(x, maps)
         result = results[name] = {
-            "infidelity": ask.infidelity(shares, found["squares"]),
-            "faithfulness correlation": ask.correlation(shares, found["subsets"]),
+            **ask.removals_judged(shares, found),
             "faithfulness estimate": ask.correlation(shares, found["cells"]),
             "monotonicity": ask.monotonicity(shares, coarse, changes),
         }

@@ -118,7 +118,7 @@ def photographed(data: Path) -> Case:
     pixels = torch.stack([named.preprocessing(path).pixels for path in files])
     # A pass takes 0.2 s on one core: what asks for many more of them is left to the zoo.
     counts = Counts(batch=5, removals=24, cells=7, curves=0, sensitivity=12, draws=2, logit=10, mosaics=0, randomised=4,
-                    dear=10, stable_too=("SmoothGrad-50",))  # fmt: skip
+                    dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     return Case("squeezenet1_0", named.model, pixels, predicted(named.model, pixels), None, None,
                 ("model.classifier.0", "model.classifier.0"), f"{len(files)} photographs", counts, fresh=chosen_on)  # fmt: skip
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import faithfulness as ask
 import torch
-from fidelity import RADII, Answers, InBatches, draw, drops, other_class
+from fidelity import RADII, Answers, InBatches, drops, other_class
 from fidelity_cases import Case, case
 from fidelity_table import rounded
 from measures import mass_inside
@@ -48,11 +48,8 @@ def chosen_on(the: Case) -> Case:
 def measured(the: Case, answers: Answers) -> dict[str, dict[str, float]]:
     size, n = the.pixels.shape[2:], the.counts.sensitivity
     cells = ask.grid(*size, the.counts.cells)
-    squares = ask.random_squares(*size, the.counts.removals, draw(1))
-    subsets = ask.random_cells(cells, 0.125, the.counts.removals, draw(2))
-    fell = {
-        name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in (("squares", squares), ("subsets", subsets))
-    }
+    parts = ask.removed_parts(cells, the.counts.removals)
+    fell = {name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in parts.items()}
     found = {}
     for name, method in ways(the).items():
         explained = InBatches(method, the.counts.batch)
@@ -61,8 +58,7 @@ def measured(the: Case, answers: Answers) -> dict[str, dict[str, float]]:
         near = (explained, the.pixels[:n], the.target[:n], maps[:n], the.counts.draws)
         shares = method.shares(the.pixels, maps)
         values = {
-            "infidelity": ask.infidelity(shares, fell["squares"]),
-            "faithfulness correlation": ask.correlation(shares, fell["subsets"]),
+            **ask.removals_judged(shares, fell),
             **{m: answers(f"{name} {m}", ask.max_sensitivity, *near, radius, 4) for m, radius in RADII.items()},
             "random logit": answers(f"{name} logit", explained.of_another_class, *logit),
         }

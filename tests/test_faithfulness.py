@@ -90,9 +90,15 @@ def test_cells_and_squares():
     assert ask.in_cells(SHARES, CELLS).sum(1).tolist() == pytest.approx(SHARES.double().sum((1, 2, 3)).tolist())
     assert ask.in_cells(SHARES, CELLS)[0, 5].item() == pytest.approx(SHARES[0, :, 2:4, 2:4].double().sum().item())
     assert (MASKS.flatten(1).sum(1) == 16).all() and torch.equal(ask.single_cells(CELLS).sum(0), torch.ones(8, 8))
-    squares = ask.random_squares(32, 32, 50, torch.Generator().manual_seed(2))
+    squares = ask.random_squares(32, 32, ask.SMALL, 50, torch.Generator().manual_seed(2))
     sides = squares.flatten(1).sum(1).double().sqrt()
     assert sides.min() >= 2 and sides.max() <= 8 and (sides == sides.round()).all()
+    parts = ask.removed_parts(ask.grid(32, 32, 8), 20)
+    sizes = {name: masks.flatten(1).sum(1) for name, masks in parts.items()}
+    assert sizes["squares"].max() <= 64 <= sizes["large squares"].min() and sizes["large squares"].max() <= 256
+    assert (sizes["subsets"] == 32 * 32 // 8).all()
+    again = ask.removed_parts(ask.grid(32, 32, 8), 20)
+    assert all(torch.equal(masks, again[name]) for name, masks in parts.items())
 
 
 def test_curves():
