@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+LOOK = 0.001  # seconds between two looks at what is expected
 Run = Callable[[list[Any]], Sequence[Any]]
 
 
@@ -24,14 +26,17 @@ class Closed(RuntimeError):
 class Batcher:
     """Runs `run(samples)`, which returns one answer a sample, on at most `size` samples at a time.
 
-    A batch starts when it is full, or `wait` seconds after its first sample came, which for samples that came while another batch
-    ran is mostly at once: the engine does not idle where there is work. At most `room` samples wait. A sample whose
+    A batch starts when it is full, when no more samples are to be `expected` than it has, or `wait` seconds after its first one
+    came, which for samples that came while another batch ran is mostly at once. So one client is answered without waiting, and
+    of many that ask again and again most share a batch. At most `room` samples wait. A sample whose
     future was cancelled before its batch started is dropped. Where a batch of several fails, its samples are run one by one, so
     that one that cannot be run does not fail its neighbours.
     """
 
-    def __init__(self, run: Run, size: int, wait: float, room: int) -> None:
-        self.run, self.size, self.wait, self.room = run, size, wait, room
+    def __init__(
+        self, run: Run, size: int, wait: float, room: int, expected: Callable[[], float] = lambda: math.inf
+    ) -> None:
+        self.run, self.size, self.wait, self.room, self.expected = run, size, wait, room, expected
         self.queue: queue.SimpleQueue[tuple[Any, Future, float] | None] = queue.SimpleQueue()
         self.waiting, self.lock, self.closed = 0, threading.Lock(), False
         self.batches: Counter[int] = Counter()  # how many of each size ran
@@ -72,10 +77,12 @@ class Batcher:
                 return
             taken, until = [first], first[2] + self.wait
             while len(taken) < self.size:
-                left = until - time.monotonic()
+                left = until - time.monotonic() if self.expected() > len(taken) else 0.0
                 try:
-                    found = self.queue.get(timeout=left) if left > 0 else self.queue.get_nowait()
+                    found = self.queue.get(timeout=min(left, LOOK)) if left > 0 else self.queue.get_nowait()
                 except queue.Empty:
+                    if left > LOOK:
+                        continue
                     break
                 if found is None:
                     last = True

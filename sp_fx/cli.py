@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("--threads", type=positive, metavar="N", help="of ONNX Runtime for a batch (default: its own)")
     service.add_argument("--batch", type=positive, default=8, metavar="N", help="most samples run at once (default: 8)")
     service.add_argument("--queue", type=positive, default=256, metavar="N", help="most samples that wait (default: 256)")
-    service.add_argument("--wait-ms", type=float, default=4.0, metavar="MS", help="for a batch to fill (default: 4)")
+    service.add_argument("--wait-ms", type=float, default=12.0, metavar="MS", help="for a batch to fill (default: 12)")
     service.add_argument("--timeout", type=float, default=30.0, metavar="S", help="of a request (default: 30)")
     service.add_argument("--max-body", type=positive, default=16, metavar="MIB", help="(default: 16)")
     service.add_argument("--max-pixels", type=positive, default=32 << 20, metavar="N", help="of a picture (default: 2**25)")

@@ -310,7 +310,8 @@ def read_pt2(path: Path, device: str | None, threads: int | None) -> tuple[dict[
         loaded = torch._inductor.aoti_load_package(str(path), device_index=-1 if index is None else index)
     except Exception as error:
         raise PackageError(f"torch {torch.__version__} does not load {path}: {str(error)[:400]}") from error
-    return manifest, loaded
+    # Not the model's own call, which reads the layout of its arguments from JSON every time: a program takes and gives tensors.
+    return manifest, lambda *tensors: loaded.loader.boxed_run(list(tensors))
 
 
 def _pt2_manifest(path: Path) -> dict[str, Any]:

@@ -249,10 +249,13 @@ class Program:
             got = f"{target.dtype} {list(target.shape)}" if isinstance(target, Tensor) else repr(target)
             raise ValueError(f"a program takes None, an int or an integer tensor [{batch}] as its target; got {got}")
         lowest = -1 if len(self.output_shape) == 1 else 0
-        if target.device.type == "cpu" and not bool(((target >= lowest) & (target < self.output_shape[0])).all()):
-            note = " (-1: the predicted class)" if lowest else ""
-            raise IndexError(f"targets are {lowest} to {self.output_shape[0] - 1}{note}, got {target.tolist()}")
-        return target.detach().to(self.device, torch.long).contiguous()
+        if target.device.type == "cpu":
+            # Read as a list: each torch op lets another Python thread run first, which in a busy service takes a millisecond.
+            asked = target.tolist()
+            if min(asked) < lowest or max(asked) >= self.output_shape[0]:
+                note = " (-1: the predicted class)" if lowest else ""
+                raise IndexError(f"targets are {lowest} to {self.output_shape[0] - 1}{note}, got {asked}")
+        return target.to(self.device, torch.long).contiguous()
 
     def save(
         self, path: str | PathLike[str], *, class_names: Sequence[str] | None = None, input_space: str | None = None

@@ -44,7 +44,7 @@ class Limits:
     instances: int = 64  # in a request
     queue: int = 256  # samples that wait
     batch: int = 8
-    wait: float = 0.004  # for a batch to fill
+    wait: float = 0.012  # for a batch to fill, while there are other requests
     timeout: float = 30.0
     decoding: int = 2  # bodies that are read at once
 
@@ -74,7 +74,8 @@ class Served:
         self.names: list[str] | None = manifest.get("class_names")
         self.classes = program.output_shape[0]
         size = limits.batch if program.dynamic_batch else program.batch
-        self.batcher = Batcher(self.run, size, limits.wait, limits.queue)
+        self.open = 0  # requests that are read, run or answered now: a batch of as many instances need not wait for more
+        self.batcher = Batcher(self.run, size, limits.wait, limits.queue, lambda: self.open)
         self.statuses: Counter[tuple[str, int]] = Counter()
         self.latency: Counter[float] = Counter()
         self.latency_sum, self.lock = 0.0, threading.Lock()
@@ -238,7 +239,11 @@ def application(served: Served) -> Any:
                 return JSONResponse({"name": name, "ready": True, "manifest": public(served)})
             if verb not in ("predict", "explain"):
                 raise Refused(404, f"a model answers :predict and :explain, got {verb[:50]!r}")
-            response = await asyncio.wait_for(answer(request, verb), served.limits.timeout)
+            served.open += 1
+            try:
+                response = await asyncio.wait_for(answer(request, verb), served.limits.timeout)
+            finally:
+                served.open -= 1
         except Refused as error:
             headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
             response = JSONResponse({"error": error.reason}, error.status, headers)

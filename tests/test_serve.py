@@ -322,6 +322,25 @@ def test_what_came_while_a_batch_ran_waits_no_longer():
     batcher.close(5)
 
 
+def test_a_batch_waits_only_for_what_is_expected():
+    coming = [1]
+    batcher = Batcher(lambda samples: samples, 8, 20.0, 100, lambda: coming[0])
+    assert batcher.submit([0])[0].result(5) == 0  # nobody else is there
+    coming[0] = 3
+    first = batcher.submit([1])
+    time.sleep(0.05)
+    assert not first[0].done()
+    rest = batcher.submit([2, 3])
+    assert [f.result(5) for f in first + rest] == [1, 2, 3]
+    late = batcher.submit([4])
+    time.sleep(0.05)
+    assert not late[0].done()
+    coming[0] = 1  # the others have gone
+    assert late[0].result(5) == 4
+    batcher.close(5)
+    assert batcher.batches == {1: 2, 3: 1}
+
+
 def test_the_queue_is_bounded():
     leave = threading.Event()
     batcher = Batcher(lambda samples: leave.wait(5) and samples, 1, 0, 2)
