@@ -20,7 +20,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def network(name: str) -> nn.Module:
-    """A network in eval mode: the zoo's as trained, others with PyTorch's own initialisation from a fixed seed."""
+    """A network in eval mode: the zoo's as trained, others with PyTorch's own initialisation from a fixed seed.
+
+    Raises:
+        ValueError: torchvision has no such model.
+    """
     if name.startswith("zoo/"):
         from sp_fx import zoo
 
@@ -32,6 +36,8 @@ def network(name: str) -> nn.Module:
         return timm.create_model(name[5:], pretrained=False).eval()
     import torchvision
 
+    if name not in torchvision.models.list_models():
+        raise ValueError(f"no network {name!r}: expected torchvision's, timm/NAME or zoo/NAME, such as {', '.join(NETWORKS)}")
     return torchvision.models.get_model(name, weights=None).eval()
 
 

@@ -29,6 +29,7 @@ from provenance import provenance
 from torch import Tensor, nn
 
 import sp_fx
+from sp_fx import package_onnx
 from sp_fx import program as programs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -96,7 +97,7 @@ def speed(name: str, suffix: str, turns: int) -> dict[str, Any]:
             ways = {"package": lambda: loaded(x, target), "program in process": lambda: program(x, target)}
         else:
             with torch.no_grad():
-                made = torch.onnx.export(model, (x,), dynamo=True, opset_version=sp_fx.package.OPSET, verbose=False)
+                made = torch.onnx.export(model, (x,), dynamo=True, opset_version=package_onnx.OPSET, verbose=False)
             forward = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
             feed = {forward.get_inputs()[0].name: x.numpy()}
             assert relative(torch.from_numpy(forward.run(None, feed)[0]), model(x).detach()) <= BOUND

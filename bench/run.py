@@ -136,6 +136,9 @@ def main() -> int:
                 except ArithmeticError as error:
                     print(f"{name}: {error}; it is not timed", file=sys.stderr)
                     return 1
+                except ValueError as error:
+                    print(f"run: {error}", file=sys.stderr)
+                    return 2
                 record["results"] = [r for r in record["results"] if key(r) != key(entry)] + [entry]
                 keep()
     if args.scaling:

@@ -38,7 +38,7 @@ def explain(session, inputs, target=-1):
 
 
 def weyl(count):
-    """The numbers of the probe; `sp_fx.package.weyl` has the formula."""
+    """The numbers of the probe; `sp_fx.manifest.weyl` has the formula."""
     x = np.arange(1, count + 1, dtype=np.uint64) * 2654435769 % 2**32
     x = (x ^ x >> np.uint64(15)) * 2246822519 % 2**32
     return ((x >> np.uint64(8)) / 2**23 - 1).astype(np.float32)

@@ -3,7 +3,8 @@
 from .check import Checks, check
 from .clone import CaptureError
 from .explainer import Explainer, NotRewrittenError, transform
-from .package import PackageError, load
+from .manifest import PackageError
+from .package import load
 from .pixels import pixel_space
 from .register import register_gate
 from .report import Report, Site

@@ -89,6 +89,7 @@ def ours(
     yield "gradient, compiled", compiled_gradient
     yield "pullback, eager", lambda: lambda: explainer.pullback(x, target)
     yield f"ascend, {steps} steps, eager", lambda: lambda: explainer.ascend(x, target, steps=steps)
+
     def of_another_batch() -> Way:
         made = explainer.compile("pullback", example_inputs=x[:1] if len(x) > 1 else torch.cat([x, x]))
         return lambda: made(x, target)

@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests, and one thread for each of several workers."""
+"""Fixtures of the kernel tests and of packages, and one thread for each of several workers."""
 
 import os
 
@@ -25,3 +25,31 @@ def poisoned():
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Programs are made, and not compiled."""
+    from shipped import as_graph
+
+    as_graph(monkeypatch)
+
+
+def packaged(path, **facts):
+    from shipped import as_graph, small
+
+    with pytest.MonkeyPatch.context() as patch:
+        as_graph(patch)
+        explainer, x, made = small()
+        return explainer, x, made.save(path, **facts)
+
+
+@pytest.fixture(scope="module")
+def pt2(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pt2") / "small.pt2"
+    return packaged(path, class_names=list("abcde"), input_space="pixels in [-1, 1]")
+
+
+@pytest.fixture(scope="module")
+def graph_file(tmp_path_factory):
+    return packaged(tmp_path_factory.mktemp("onnx") / "small.onnx")

@@ -16,7 +16,7 @@ import torch
 
 import sp_fx
 from helpers import relative
-from test_shipping import graph_file, pt2, rewritten  # noqa: F401
+from shipped import rewritten
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside these tests")]
@@ -32,7 +32,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):  # noqa: F811
+def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):
     explainer, x, path = graph_file
     np.save(tmp_path / "x.npy", x.numpy())
 
@@ -56,7 +56,7 @@ def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):  # n
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
-def test_cpp(pt2, tmp_path):  # noqa: F811
+def test_cpp(pt2, tmp_path):
     explainer, x, path = pt2
     command = ["cmake", "-S", EXAMPLES / "cpp", "-B", tmp_path / "build", f"-DTORCH={torch.__path__[0]}"]
     subprocess.run(command, check=True)
@@ -105,7 +105,7 @@ def pictures(folder, count):
 
 
 @pytest.mark.parametrize("count", [2000])
-def test_a_killed_batch_job_goes_on(graph_file, tmp_path, count):  # noqa: F811
+def test_a_killed_batch_job_goes_on(graph_file, tmp_path, count):
     _, _, path = graph_file
     folder = pictures(tmp_path / "pictures", count)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", "--standalone"]
@@ -152,7 +152,7 @@ def ray_actors(mark):
 
 
 @pytest.mark.parametrize("count", [400, 2000])
-def test_a_ray_job_goes_on(graph_file, tmp_path, count):  # noqa: F811
+def test_a_ray_job_goes_on(graph_file, tmp_path, count):
     """One of two actors is killed, then the job as a whole, which is started again."""
     pytest.importorskip("ray.data")
     from pyarrow import parquet

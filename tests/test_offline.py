@@ -8,7 +8,6 @@ import torch
 
 from sp_fx.offline import Batches, begin, pictures, whole
 from sp_fx.pictures import decode
-from test_shipping import graph_file  # noqa: F401
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -24,7 +23,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_every_picture_once_and_its_map(graph_file, folder):  # noqa: F811
+def test_every_picture_once_and_its_map(graph_file, folder):
     explainer, _, package = graph_file
     batches = Batches(package, pictures(folder), 4)
     found = [batches(number) for number in range(len(batches))]
@@ -40,7 +39,7 @@ def test_every_picture_once_and_its_map(graph_file, folder):  # noqa: F811
     assert found[0]["maps"].dtype == np.float16 and np.abs(found[0]["maps"]).max() == 1
 
 
-def test_the_last_batch_is_filled_up(graph_file, folder):  # noqa: F811
+def test_the_last_batch_is_filled_up(graph_file, folder):
     """A picture's results are the same to the last bit wherever the list ends behind it in its batch."""
     files = pictures(folder)
     for end in (9, 10, 11):
@@ -49,7 +48,7 @@ def test_the_last_batch_is_filled_up(graph_file, folder):  # noqa: F811
         assert all(ended[key][:1].tobytes() == first[key][:1].tobytes() for key in ("logits", "maps", "scales"))
 
 
-def test_a_folder_of_another_job_is_refused(graph_file, folder, tmp_path):  # noqa: F811
+def test_a_folder_of_another_job_is_refused(graph_file, folder, tmp_path):
     files = pictures(folder)
     batches = Batches(graph_file[2], files, 4)
     out = begin(tmp_path / "out", batches)

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from helpers import relative
-from sp_fx import package, program
+from shipped import as_graph, small
+from sp_fx import manifest
 from sp_fx.batching import Batcher, Closed, Full
-from test_shipping import small
 
 pytest.importorskip("uvicorn")
 Image = pytest.importorskip("PIL.Image")
@@ -24,16 +24,15 @@ NAMES = list("abcde")
 
 def packaged(program):
     """As `load` returns it, without the file."""
-    manifest = package.described(program, ".onnx", NAMES)
-    return package.restored(manifest, program.run, None)
+    made = manifest.described(program, ".onnx", NAMES)
+    return manifest.restored(made, program.run, None)
 
 
 @pytest.fixture(scope="module")
 def made():
-    patch = pytest.MonkeyPatch()
-    patch.setattr(program, "compiled", lambda graph, example: graph)
-    explainer, x, compiled = small()
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        as_graph(patch)
+        explainer, x, compiled = small()
     return explainer, x, packaged(compiled)
 
 
@@ -283,7 +282,7 @@ def test_a_graceful_stop_answers_what_waits(made):
 def test_what_cannot_be_served(made, monkeypatch):
     from sp_fx.serve import Limits, Served
 
-    monkeypatch.setattr(program, "compiled", lambda graph, example: graph)
+    as_graph(monkeypatch)
     _, _, direction = small(target="direction")
     with pytest.raises(ValueError, match="class targets"):
         Served(direction, "a", Limits())

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
@@ -14,53 +13,11 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
-from sp_fx import package, program
+from shipped import rewritten, small
+from sp_fx import manifest, package
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The one graph, run as it is: what is saved, without the seconds that compiling it for this process takes."""
-    monkeypatch.setattr(program, "compiled", lambda graph, example: graph)
-
-
-class Small(nn.Module):
-    """Cheap to compile: a strided convolution, a gate, an overlapping max pooling, classes."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
-
-    def forward(self, x):
-        return self.head(F.max_pool2d(F.relu(self.conv(x)), 3, 2, 1).mean((2, 3)))
-
-
-def small(**arguments):
-    explainer = sp_fx.transform(fill(Small()))
-    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    return explainer, x, explainer.compile(**{"method": "pullback", "example_inputs": x, **arguments})
-
-
-@pytest.fixture(scope="module")
-def pt2(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(program, "compiled", lambda graph, example: graph)
-    explainer, x, made = small()
-    path = made.save(tmp_path_factory.mktemp("pt2") / "small.pt2", class_names=list("abcde"), input_space="pixels in [-1, 1]")
-    patch.undo()
-    return explainer, x, path
-
-
-@pytest.fixture(scope="module")
-def graph_file(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(program, "compiled", lambda graph, example: graph)
-    explainer, x, made = small()
-    path = made.save(tmp_path_factory.mktemp("onnx") / "small.onnx")
-    patch.undo()
-    return explainer, x, path
 
 
 # -- right
@@ -187,8 +144,8 @@ def test_the_probe_is_its_formula():
         x = x * 2246822519 % 2**32
         return (x >> 8) / 2**23 - 1
 
-    assert package.weyl(1000).tolist() == [one(i) for i in range(1000)]
-    many = package.weyl(200_000)
+    assert manifest.weyl(1000).tolist() == [one(i) for i in range(1000)]
+    many = manifest.weyl(200_000)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 3**-0.5) < 0.01
 
 
@@ -196,25 +153,10 @@ def test_a_sketch_keeps_distances():
     g = np.random.default_rng(0)
     a, b = torch.from_numpy(g.standard_normal(30_000)), torch.from_numpy(g.standard_normal(30_000))
     # 256 sums estimate a squared distance to about sqrt(2 / 256)
-    assert np.linalg.norm(package.sketch(a) - package.sketch(b)) == pytest.approx(float((a - b).norm()), rel=0.2)
+    assert np.linalg.norm(manifest.sketch(a) - manifest.sketch(b)) == pytest.approx(float((a - b).norm()), rel=0.2)
 
 
 # -- what is refused
-
-
-def rewritten(path, to, change):
-    """A copy of the archive with a changed manifest, or changed members under the old manifest."""
-    with zipfile.ZipFile(path) as archive:
-        members = {n: archive.read(n) for n in archive.namelist()}
-    place = package.metadata_place(members)
-    metadata = json.loads(members[place])
-    manifest = json.loads(metadata["sp_fx"])
-    change(manifest, members)
-    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(manifest)}).encode()
-    with zipfile.ZipFile(to, "w") as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return to
 
 
 def test_pt2_for_another_machine_is_refused(pt2, tmp_path):

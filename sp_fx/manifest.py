@@ -1,0 +1,194 @@
+"""What a package says of itself, and the probe by which it shows that it still answers as it did.
+
+A manifest is JSON: what was packaged, how it is called, and the expected answer to a probe, an input that anyone can make from
+its formula (`weyl`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .ascent import Ascent
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .program import Program
+
+FORMAT = 1
+SKETCH = 256  # numbers that stand for a map
+
+
+class PackageError(RuntimeError):
+    """A package could not be written, or is not one that may be served here; the message says what was found and expected."""
+
+
+def described(
+    program: Program, suffix: str, class_names: Sequence[str] | None = None, input_space: str | None = None
+) -> dict[str, Any]:
+    """The manifest, but for the digest of the file that it will travel in."""
+    inputs = probe(program)
+    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
+    explained = [m for m in ([maps] if program.single else maps) if m is not None]
+    values = [v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    try:
+        spec = pytree.treespec_dumps(program.output_spec)
+    except (NotImplementedError, ValueError) as error:
+        raise PackageError(f"outputs of this kind do not travel: {error}. Return a tensor, a tuple, a list or a dict") from error
+    ascent = program.ascent and {
+        **{name: getattr(program.ascent, name) for name in ("steps", "step_size", "radius", "clip")},
+        "bounds": program.ascent.bounds and [torch.as_tensor(b).tolist() for b in program.ascent.bounds],
+    }
+    names = [f"input_{i}" if i else "inputs" for i in range(len(program.shapes))]
+    starts = [f"start_{i}" for i in range(len(program.explained))] if program.looped else []
+    return {
+        "format": FORMAT,
+        "engine": {".pt2": "aotinductor", ".onnx": "onnxruntime"}[suffix],
+        "model": program.report.model,
+        "rules": str(program.report.rules),
+        "method": program.method,
+        "arguments": {k: v for k, v in program.arguments.items() if k not in ("bounds",)},
+        "ascent": ascent,
+        "looped": program.looped,
+        "target": program.target,
+        "arguments_of_the_graph": [*names, *starts, "target"],
+        "results_of_the_graph": [f"output_{i}" for i in range(len(values))] + [f"map_{i}" for i in range(len(explained))],
+        "inputs": [{"dtype": told(d), "shape": list(s)} for d, s in zip(program.dtypes, program.shapes)],
+        "single": program.single,
+        "explained": program.explained,
+        "batch": None if program.dynamic_batch else program.batch,
+        "output_spec": spec,
+        "output_tensors": program.tensors,
+        "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in program.constants],
+        "output_shape": list(program.output_shape),
+        "output_dtype": told(program.aim.dtype) if program.target == "direction" else "int64",
+        "input_space": input_space,
+        "class_names": None if class_names is None else list(class_names),
+        "device": "cpu" if suffix == ".onnx" else str(program.device.type),
+        "machine": machine(program.device) if suffix == ".pt2" else None,
+        "versions": {"sp_fx": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "weights_sha256": weights_digest(program.graph),
+        "probe": {
+            "batch": len(inputs[0]),
+            "tolerance": program.tolerance,
+            "outputs": [v.double().flatten().tolist()[:SKETCH] for v in values],
+            "maps": [sketch(m).tolist() for m in explained],
+        },
+    }
+
+
+def restored(manifest: dict[str, Any], run: Callable[..., Sequence[Tensor]], device: str | None) -> Program:
+    from .program import Program
+
+    program = Program.__new__(Program)
+    climbs = manifest["ascent"]
+    if climbs is not None:
+        bounds = climbs["bounds"] and tuple(torch.tensor(b) for b in climbs["bounds"])
+        program.ascent = Ascent(**{**climbs, "bounds": bounds})
+    else:
+        program.ascent = None
+    program.manifest, program.run = manifest, run
+    program.method, program.arguments = manifest["method"], manifest["arguments"]
+    program.target, program.looped, program.single = manifest["target"], manifest["looped"], manifest["single"]
+    program.explained, program.tensors = manifest["explained"], manifest["output_tensors"]
+    program.shapes = [torch.Size(i["shape"]) for i in manifest["inputs"]]
+    program.dtypes = [getattr(torch, i["dtype"]) for i in manifest["inputs"]]
+    program.device = torch.empty(0, device=device or manifest["device"]).device
+    program.dynamic_batch, program.batch = manifest["batch"] is None, manifest["batch"] or 0
+    program.constants, program.output_shape = manifest["output_constants"], torch.Size(manifest["output_shape"])
+    program.output_spec = pytree.treespec_loads(manifest["output_spec"])
+    program.aim = torch.empty(0, dtype=getattr(torch, manifest["output_dtype"]), device=program.device)
+    program.tolerance = manifest["probe"]["tolerance"]
+    return program
+
+
+def same_format(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    if manifest.get("format") != FORMAT:
+        raise PackageError(f"{path} has format {manifest.get('format')!r}, and this sp_fx {__version__} reads {FORMAT}")
+    return manifest
+
+
+# -- the probe ----------------------------------------------------------------------------------------------------------
+
+
+def weyl(count: int) -> np.ndarray:
+    """`count` numbers in [-1, 1), float32, that any language makes alike: the top 24 bits of `2654435769 (i + 1) mod 2^32`,
+    mixed once (x ^= x >> 15; x *= 2246822519), over 2^23, less 1."""
+    x = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
+    x ^= x >> np.uint64(15)
+    x = (x * np.uint64(2246822519)) & np.uint64(0xFFFFFFFF)
+    return ((x >> np.uint64(8)).astype(np.float64) / 2**23 - 1).astype(np.float32)
+
+
+def probe(program: Program) -> list[Tensor]:
+    """The inputs that a package is asked: `weyl` in row-major order; integer inputs are zeros."""
+    count = program.batch if not program.dynamic_batch else 2
+    values = []
+    for shape, dtype in zip(program.shapes, program.dtypes):
+        size = (count, *shape)
+        value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if dtype.is_floating_point else torch.zeros(size)
+        values.append(value.to(program.device, dtype))
+    return values
+
+
+def probe_target(program: Program) -> Any:
+    """Class 0, since the predicted one may hang on the last bits; a direction of ones."""
+    count = program.batch if not program.dynamic_batch else 2
+    return 0 if program.target == "class" else torch.ones((count, *program.output_shape), device=program.device)
+
+
+def sketch(values: Tensor) -> np.ndarray:
+    """256 signed sums of `values`: number i goes to sum `i mod 256` with the sign of `weyl`'s number i. The L2 distance of two
+    sketches is, in the mean over signs, that of what they are of."""
+    flat = values.detach().double().cpu().flatten().numpy()
+    signed = np.where(weyl(len(flat)) < 0, -flat, flat)
+    return np.pad(signed, (0, -len(flat) % SKETCH)).reshape(-1, SKETCH).sum(0)
+
+
+def answer(program: Program, path: Path) -> None:
+    """Ask the probe, and raise PackageError where the answer is not the one that was packaged."""
+    assert program.manifest is not None
+    held, inputs = program.manifest["probe"], probe(program)
+    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
+    values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    sketches = [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
+    for kind, found, wanted in (("outputs", values, held["outputs"]), ("maps", sketches, held["maps"])):
+        for got, want in zip(found, map(np.asarray, wanted), strict=True):
+            error = float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
+            if not error <= held["tolerance"]:
+                raise PackageError(
+                    f"{path} does not answer its probe as it did when it was made: the {kind} differ by {error:.1e} in relative "
+                    f"L2 distance, where {held['tolerance']:.0e} is allowed; it is not served"
+                )
+
+
+# -- what is written down -----------------------------------------------------------------------------------------------
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+    else:
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return {"system": platform.system(), "architecture": platform.machine(), "capability": capability}
+
+
+def told(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def weights_digest(graph: torch.nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of what the graph holds: weights with BatchNorm folded in."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(graph.named_buffers()):
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

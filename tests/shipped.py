@@ -1,0 +1,49 @@
+"""What the tests of packages share: a small program, and a package that was tampered with."""
+
+import json
+import zipfile
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sp_fx
+from helpers import fill
+from sp_fx import package_pt2, program
+
+
+class Small(nn.Module):
+    """Cheap to compile: a strided convolution, a gate, an overlapping max pooling, classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3, 2, 1), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(F.max_pool2d(F.relu(self.conv(x)), 3, 2, 1).mean((2, 3)))
+
+
+def small(**arguments):
+    explainer = sp_fx.transform(fill(Small()))
+    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return explainer, x, explainer.compile(**{"method": "pullback", "example_inputs": x, **arguments})
+
+
+def rewritten(path, to, change):
+    """A copy of the archive with a changed manifest, or changed members under the old manifest."""
+    with zipfile.ZipFile(path) as archive:
+        members = {n: archive.read(n) for n in archive.namelist()}
+    place = package_pt2.metadata_place(members)
+    metadata = json.loads(members[place])
+    manifest = json.loads(metadata["sp_fx"])
+    change(manifest, members)
+    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(manifest)}).encode()
+    with zipfile.ZipFile(to, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return to
+
+
+def as_graph(patch):
+    """The one graph, run as it is: what is saved, without the seconds that compiling it for this process takes."""
+    patch.setattr(program, "compiled", lambda graph, example: graph)
