@@ -86,7 +86,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
         panel.set(xlabel=axis, ylabel="ms", title=f"Cost against {axis}")
         panel.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    made_by = [{k: r[k] for k in ("network", "batch", "date", "device", "versions")} for r in results]
+    figure.savefig(path, dpi=110, metadata={"Comment": json.dumps(made_by)})
 
 
 def main() -> int:

@@ -16,6 +16,7 @@ from captum.attr import GradientShap, IntegratedGradients, LayerAttribution, Lay
 
 import sp_fx
 from sp_fx import zoo
+from sp_fx.models import weights_hash
 from sp_fx.plot import SLOPE, picture, save, signed_map, table
 
 
@@ -42,7 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
-    explainer = sp_fx.transform(zoo.load("residual_cnn"))
+    model = zoo.load("residual_cnn")
+    explainer = sp_fx.transform(model)
     x, _, _ = zoo.draw(7, 3)
     target = explainer(x).argmax(1)
     maps = pullbacks(explainer, x, target)
@@ -55,7 +57,8 @@ def main() -> None:
         ]
         for i in range(len(x))
     ]
-    save(table(rows), args.out)
+    rules, versions = str(explainer.report().rules), {"sp_fx": sp_fx.__version__, "torch": torch.__version__}
+    save(table(rows), args.out, {"weights_sha256": weights_hash(model), "rules": rules, "seed": 7, "versions": versions})
     print(f"wrote {args.out}")
 
 

@@ -224,8 +224,8 @@ def run_explain(args: argparse.Namespace) -> int:
         for (path, _), (record, figure) in zip(read, found):
             name = free_name(path.stem, taken)
             out = args.out / f"{name}.{args.format}"
-            save(figure, out)
             full = {"image": path.name, "figure": out.name, **common, **record}
+            save(figure, out, full)
             (args.out / f"{name}.json").write_text(json.dumps(full, indent=2) + "\n")
             top = record["prediction"][0]
             progress.say(f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {out}")

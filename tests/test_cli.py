@@ -71,7 +71,7 @@ def test_a_picture_and_a_record(here, tmp_path, method):
     assert found["versions"] == {"sp_fx": sp_fx.__version__, "torch": torch.__version__} and found["device"] == "cpu"
     assert record(tmp_path, "alpha")["conversions"] == ["transparency over white"] and record(tmp_path, "grey")["mode"] == "L"
     with Image.open(tmp_path / "colour.png") as figure:
-        assert figure.width > 500
+        assert figure.width > 500 and json.loads(figure.text["Comment"]) == found
 
 
 @pytest.mark.parametrize("model", zoo.NAMES)
