@@ -19,11 +19,15 @@ NETWORKS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class UnknownNetwork(ValueError):
+    """The message has the choices."""
+
+
 def network(name: str) -> nn.Module:
     """A network in eval mode: the zoo's as trained, others with PyTorch's own initialisation from a fixed seed.
 
     Raises:
-        ValueError: torchvision has no such model.
+        UnknownNetwork: torchvision has no such model.
     """
     if name.startswith("zoo/"):
         from sp_fx import zoo
@@ -37,7 +41,7 @@ def network(name: str) -> nn.Module:
     import torchvision
 
     if name not in torchvision.models.list_models():
-        raise ValueError(f"no network {name!r}: expected torchvision's, timm/NAME or zoo/NAME, such as {', '.join(NETWORKS)}")
+        raise UnknownNetwork(f"no network {name!r}: expected torchvision's, timm/NAME or zoo/NAME, such as {', '.join(NETWORKS)}")
     return torchvision.models.get_model(name, weights=None).eval()
 
 

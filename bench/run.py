@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cases import DTYPES, NETWORKS, network, noise
+from cases import DTYPES, NETWORKS, UnknownNetwork, network, noise
 from provenance import provenance
 
 from sp_fx import timing
@@ -137,7 +137,7 @@ def main() -> int:
                 except ArithmeticError as error:
                     print(f"{name}: {error}; it is not timed", file=sys.stderr)
                     return 1
-                except ValueError as error:
+                except UnknownNetwork as error:
                     print(f"run: {error}", file=sys.stderr)
                     return 2
                 record["results"] = [r for r in record["results"] if key(r) != key(entry)] + [entry]

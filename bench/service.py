@@ -100,7 +100,7 @@ def load(package: Path, batch: int, requests: int, clients: int, options: list[s
         while any(thread.is_alive() for thread in threads):
             tenth = min(10 * len(seconds) // requests, 9)
             memory[tenth] = min(memory[tenth], resident(service.pid))
-            time.sleep(0.05)
+            time.sleep(0.02)
         ended = spent()
         metrics = get("/metrics")
     finally:
