@@ -28,15 +28,14 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     """Compile ahead of time, and put the manifest, which has the digest of every other member, in the archive's metadata."""
     from torch._inductor import aoti_compile_and_package
 
-    from .inductor import COMPILING, suited
+    from .inductor import COMPILING, settings, suited
 
     try:
         with torch.inference_mode(False), torch.no_grad(), COMPILING:
             exported = export_graph(program, suited(program.graph), program.example)
             # As many threads as the process that loads it has, not as the one that saves it.
-            freezing = all(t.dtype != torch.float64 for t in program.graph.buffers())  # as inductor.compiled
-            settings = {"freezing": freezing, "cpp.dynamic_threads": True}
-            aoti_compile_and_package(exported, package_path=str(path), inductor_configs=settings)
+            configs = {**settings(program.graph), "cpp.dynamic_threads": True}
+            aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     except Exception as error:  # Inductor's, export's and the C++ compiler's; all mean that there will be no package
         raise PackageError(f"AOTInductor does not compile this program: {blamed(error, program)}") from error
     with zipfile.ZipFile(path) as archive:
