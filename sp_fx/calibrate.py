@@ -16,8 +16,8 @@ from .adjoints import TABLE, rule_of, wide
 from .capture import passes
 from .dual import dual_path
 from .report import Report, Site
-from .rewrite import name_of
 from .rules import KINDS, UNTEMPERED
+from .vocabulary import name_of
 
 STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0
 KEEPERS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout contiguous movedim flatten".split())

@@ -18,8 +18,9 @@ from torch import fx, nn
 from .arguments import checked
 from .multihead import multihead_attention
 from .report import Report
-from .rewrite import Pass, writes
+from .rewrite import Pass
 from .rules import Rules
+from .vocabulary import writes
 
 
 def activations(graph: fx.Graph) -> dict[str, fx.Node]:

@@ -116,9 +116,9 @@ def put_down_normed(graph: fx.GraphModule, norm: fx.Node) -> None:
 def put_down_scale(graph: fx.GraphModule, node: fx.Node) -> None:
     """What has one number a sample, for what has more: Inductor would take the root and the reciprocal of a deviation anew for
     each sixteen values that it gates, a third of what ResNet-50's soft gates cost."""
-    users = [user for user in node.users if not one_a_sample(user)]
-    if users and node.op == "call_function" and one_a_sample(node) and node.target not in SUMS:
-        put_down(graph, node, users)
+    if node.op == "call_function" and one_a_sample(node) and node.target not in SUMS:
+        if users := [user for user in node.users if not one_a_sample(user)]:
+            put_down(graph, node, users)
 
 
 SUMS = (aten.mean.dim, aten.sum.dim_IntList)  # are in memory as they are
@@ -126,7 +126,9 @@ SUMS = (aten.mean.dim, aten.sum.dim_IntList)  # are in memory as they are
 
 def one_a_sample(node: fx.Node) -> bool:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dim() > 1 and all(size == 1 for size in value.shape[1:])
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    return value.dim() > 1 and all(size == 1 for size in value.shape[1:])
 
 
 def put_down(graph: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> None:

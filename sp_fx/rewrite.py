@@ -7,16 +7,14 @@ over what one has saved; the graph lints; each gating call of the model, rewritt
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import handle_torch_function, has_torch_function
@@ -30,81 +28,28 @@ from .dual import dual_path
 from .gates import READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
 from .patterns import Graph, Statistic, Written, written_gate, written_norm
-from .register import call_registered, registered_gate, unmark
+from .register import registered_gate, unmark
 from .report import Report, Site, Status
 from .rules import KINDS, Rules
-
-# -- reading a node -----------------------------------------------------------------------------------------------------
-
-# Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
-AFFINE_MODULES = (
-    *(nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.Embedding, nn.EmbeddingBag, nn.Fold, nn.Unfold, nn.Upsample),
-    *(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase),
-    *(nn.modules.dropout._DropoutNd, nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd),
-    *(nn.modules.padding._ReplicationPadNd, nn.modules.padding._CircularPadNd, nn.modules.pooling._AvgPoolNd),
-    *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._MaxUnpoolNd),
-)
-CONV = ("conv", ("weight", "bias"), ("stride", "padding", "dilation", "groups"))
-NORM = ("affine_norm", ("running_mean", "running_var", "weight", "bias"), ("eps",))
-AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NORM),
-    nn.Linear: ("linear", ("weight", "bias"), ()),
-}
-PIECEWISE = frozenset(
-    """max min amax amin maximum minimum aminmax topk kthvalue sort msort median nanmedian quantile nanquantile mode cummax cummin
-    logcumsumexp sign lp_pool1d lp_pool2d lp_pool3d gumbel_softmax""".split()
-)
-SMOOTH = frozenset(
-    """sigmoid tanh softplus softsign logsigmoid hardsigmoid tanhshrink exp expm1 log log1p sin cos erf atan log_softmax
-    logsumexp softmin""".split()
-)
-PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addbmm bilinear".split())
-QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
-SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
-ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
-CELLS = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
-RECURRENT = "a recurrent cell, whose gates keep their derivative"
-FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention".split())  # torch's own, with gates inside
-VIEW = frozenset(
-    """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
-    expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
-    slice alias adjoint mH unfold real view_as_real unsafe_view checked
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split()
-)
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
-
-
-def op_of(node: fx.Node) -> Any:
-    """What a node calls; of an ATen op, whatever its overload."""
-    return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
-
-
-def name_of(node: fx.Node) -> str:
-    """An op's plain name: `relu` for `F.relu`, `torch.relu_`, `Tensor.relu_` and `aten.relu_.default`."""
-    if node.target is call_registered:
-        return str(node.args[0])
-    target = op_of(node)
-    name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-    if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
-        name = next((n for n in dir(F) if getattr(F, n) is target), name)
-    return name.strip("_")
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether the call writes over its first argument."""
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-
-
-SHAPES = frozenset(
-    """shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device zeros_like ones_like
-    full_like empty_like new_zeros new_ones new_full new_empty new_tensor""".split()
-)
+from .vocabulary import (
+    ACTIVATIONS,
+    AFFINE_MODULES,
+    AFFINE_ROWS,
+    CELLS,
+    FUSED,
+    PIECEWISE,
+    PRODUCT,
+    QUOTIENT,
+    RECURRENT,
+    SHAPES,
+    SHARES,
+    SMOOTH,
+    VIEW,
+    known,
+    name_of,
+    op_of,
+    writes,
+)  # fmt: skip
 
 
 def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
@@ -561,15 +506,3 @@ def copied(x: Any) -> Any:
     if has_torch_function((x,)):
         return handle_torch_function(copied, (x,), x)
     return rebuilt(x, lambda t: t.clone() if isinstance(t, Tensor) else t)
-
-
-def known(target: Any) -> bool:
-    """Whether a function is one of torch's or Python's own, whose derivative torch knows."""
-    if isinstance(target, torch._ops.OpOverloadPacket):  # anyone's ops live under torch.ops
-        return target._qualified_op_name.split("::")[0] in ("aten", "prims", "sp_fx")
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return False
-    if isinstance(target, type) and (dataclasses.is_dataclass(target) or issubclass(target, tuple | Mapping)):
-        return True  # makes a container of the output
-    module = getattr(target, "__module__", None) or type(target).__module__
-    return module.split(".")[0] in ("torch", "_operator", "operator", "builtins", "math", "sp_fx", "_VariableFunctionsClass")

@@ -152,10 +152,14 @@ def test_input_gradients_of_convolutions(groups, transposed, kernel, stride, dil
 
 @pytest.mark.parametrize("method", ["pullback", "ascend"])
 def test_forms_for_a_cpu_are_the_same_function(interpreted, method):
-    model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(4 * 25, 5)))
+    layers = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.GELU(), nn.MaxPool2d(3, 2, 1), nn.Flatten(), nn.Linear(100, 5)
+    model = fill(nn.Sequential(*layers))
     made = sp_fx.transform(model).compile(method, example_inputs=torch.randn(3, 3, 12, 12))
-    for got, want in zip(inductor.suited(made.graph)(*made.example), made.graph(*made.example)):
+    suited = inductor.suited(made.graph)
+    for got, want in zip(suited(*made.example), made.graph(*made.example)):
         assert relative(got, want) <= 2e-6  # erf by a quotient is 5e-7 off
+    scales = [n for n in suited.graph.nodes if "force_stride_order" in str(n.target) and n.meta["val"][0].numel() == 1]
+    assert len(scales) >= 2  # one for each gate at the scale of the sample: what a loop over its values reads
 
 
 def test_a_network_of_convolutions_is_compiled_for_its_example_too(monkeypatch):
