@@ -103,7 +103,7 @@ def main() -> int:
     args = parser.parse_args()
 
     record: dict[str, Any] = {**provenance(), "batch": args.batch, "bytes": {}}
-    print(f"{'MiB kept, batch ' + str(args.batch):28} {'gradient':>9} {'pullback':>9} {'gates':>7} {'16 bits':>17} {'8 bits':>17}")
+    print(f"MiB kept, batch {args.batch:<11} {'gradient':>9} {'pullback':>9} {'gates':>7} {'16 bits':>17} {'8 bits':>17}")
     for name in args.networks:
         try:
             row = record["bytes"][name] = one(name, args.batch)

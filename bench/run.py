@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sp_fx import timing
 
 
 def one(
-    name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, only: list[str]
+    name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, wanted: Callable[[str], bool]
 ) -> list[dict]:
     model = network(name).to(device, dtype)
     x, target = noise(batch, size, dtype, device), torch.arange(batch, device=device)
@@ -35,7 +36,7 @@ def one(
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     timing.verify(model, x, target)
     ways = list(timing.ours(model, x, target)) + (list(timing.peers(model, x, target)) if with_peers else [])
-    ways = [(way, make) for way, make in ways if way == timing.FORWARD or any(text in way for text in only)]
+    ways = [(way, make) for way, make in ways if way == timing.FORWARD or wanted(way)]
     rows = timing.measure(iter(ways), x.device, turns)
     print(f"\n{name}, batch {batch}, {size} x {size}, {str(dtype)[6:]}\n{timing.table(rows)}", flush=True)
     return [row.record() for row in rows]
@@ -48,7 +49,7 @@ def scaling(device: str, turns: int) -> list[dict]:
     points += [("depth", int(n[6:]), (n, 112, 2)) for n in ("resnet18", "resnet34", "resnet50", "resnet101")]
     found = []
     for axis, value, (name, size, batch) in points:
-        for row in one(name, size, batch, torch.float32, device, turns, False, [timing.PROGRAM]):
+        for row in one(name, size, batch, torch.float32, device, turns, False, timing.PROGRAM.__eq__):
             found.append({"axis": axis, "value": value, "network": name, **row})
     return found
 
@@ -116,6 +117,9 @@ def main() -> int:
         record |= json.loads(args.out.read_text())
     made_by = provenance(args.device)
 
+    def wanted(way: str) -> bool:
+        return any(text in way for text in args.only)
+
     def keep() -> None:
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -133,7 +137,7 @@ def main() -> int:
             for dtype in dtypes:
                 entry = {"network": name, "size": size, "batch": batch, "dtype": dtype, **made_by}
                 try:
-                    entry["rows"] = one(name, size, batch, DTYPES[dtype], args.device, args.turns, args.peers, args.only)
+                    entry["rows"] = one(name, size, batch, DTYPES[dtype], args.device, args.turns, args.peers, wanted)
                 except ArithmeticError as error:
                     print(f"{name}: {error}; it is not timed", file=sys.stderr)
                     return 1
