@@ -65,6 +65,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     results = [r for r in record["results"] if any(row["x_forward"] for row in r["rows"])]
+    order = list(NETWORKS)
+    results.sort(key=lambda r: (order.index(r["network"]) if r["network"] in order else len(order), r["batch"]), reverse=True)
     axes = sorted({p["axis"] for p in record["scaling"]})
     figure, panels = plt.subplots(
         1, 1 + len(axes), figsize=(7 + 3.4 * len(axes), 0.9 + 0.55 * max(len(results), 4)), squeeze=False
@@ -75,11 +77,13 @@ def plot(record: dict[str, Any], path: Path) -> None:
         for j, r in enumerate(results):
             value = next((row["x_forward"] for row in r["rows"] if row["way"] == way and row["x_forward"]), None)
             if value:
-                panels[0, 0].barh(j + 0.2 * (1.5 - i), value, 0.2, color=colour, label=way if j == 0 else None)
+                panels[0, 0].barh(j + 0.2 * (1.5 - i), value, 0.2, color=colour)
     panels[0, 0].set_yticks(range(len(results)), [f"{r['network']}, batch {r['batch']}" for r in results])
     panels[0, 0].axvline(2, color="black", linewidth=0.8, linestyle=":")
     panels[0, 0].set(xlabel="times the compiled forward (dotted: 2)", title="One explanation")
-    panels[0, 0].legend(fontsize=8)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+    panels[0, 0].legend(handles, ways, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.03), ncols=2)
+    panels[0, 0].margins(y=0.01)
     for panel, axis in zip(panels[0, 1:], axes):
         for way, colour in ((timing.PROGRAM, "#0072B2"), (timing.FORWARD, "black")):
             points = [p for p in record["scaling"] if p["axis"] == axis and p["way"] == way]
