@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests and of packages, and one thread for each of several workers."""
+"""A seed for every test, fixtures of the kernel tests and of packages, and one thread for each of several workers."""
 
 import os
 
@@ -7,6 +7,12 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws without a seed of its own does not depend on the tests before it, which the workers share out."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
