@@ -30,6 +30,7 @@ from sp_fx import timing
 def one(
     name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, wanted: Callable[[str], bool]
 ) -> list[dict]:
+    torch.compiler.reset()  # else Dynamo refuses the ninth size or ResNet of a process, and all of them stay in memory
     model = network(name).to(device, dtype)
     x, target = noise(batch, size, dtype, device), torch.arange(batch, device=device)
     if dtype == torch.bfloat16:
@@ -97,7 +98,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), help="none: with --scaling, that alone")
     parser.add_argument("--batch", type=int, nargs="+")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--turns", type=int, default=9)
