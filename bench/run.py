@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,14 @@ def one(
     return [row.record() for row in rows]
 
 
-def scaling(device: str, turns: int) -> list[dict]:
-    """Cost against batch, resolution and depth."""
+def scaling(device: str, turns: int) -> Iterator[dict]:
+    """Cost against batch, resolution and depth, a point at a time."""
     points = [("batch", n, ("resnet18", 112, n)) for n in ((1, 2, 4, 8) if device == "cpu" else (1, 4, 16, 64, 256))]
     points += [("resolution", s, ("resnet18", s, 2)) for s in (64, 128, 192, 256)]
     points += [("depth", int(n[6:]), (n, 112, 2)) for n in ("resnet18", "resnet34", "resnet50", "resnet101")]
-    found = []
     for axis, value, (name, size, batch) in points:
         for row in one(name, size, batch, torch.float32, device, turns, False, timing.PROGRAM.__eq__):
-            found.append({"axis": axis, "value": value, "network": name, **row})
-    return found
+            yield {"axis": axis, "value": value, "network": name, **row}
 
 
 def key(entry: dict) -> tuple:
@@ -152,8 +150,10 @@ def main() -> int:
                 record["results"] = [r for r in record["results"] if key(r) != key(entry)] + [entry]
                 keep()
     if args.scaling:
-        record["scaling"] = [{**row, **made_by} for row in scaling(args.device, args.turns)]
-        keep()
+        record["scaling"] = []
+        for row in scaling(args.device, args.turns):
+            record["scaling"].append({**row, **made_by})
+            keep()
     return 0
 
 

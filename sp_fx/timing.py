@@ -5,6 +5,7 @@ The harness of `python bench/run.py` and of `sp-fx bench`. A way is a function o
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import statistics
 import time
@@ -166,9 +167,11 @@ def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
     if not same:
         raise ArithmeticError("the explainer's forward is not the model's")
     if {site.kind for site in explainer.report().of("rewritten")} <= {"relu", "max_pool"}:
-        expected = gradient(model, x, target)
-        error = float((explainer.pullback(x, target) - expected).norm() / expected.norm())
-        if not error <= (1e-3 if x.dtype == torch.float32 else 5e-2):
+        # In float64: in float32 a gate of a deep network that is closed by a rounding error puts the two 1e-3 apart.
+        exact, x = copy.deepcopy(model).double(), x.double()
+        expected = gradient(exact, x, target)
+        error = float((transform(exact, rules=Rules.frozen()).pullback(x, target) - expected).norm() / expected.norm())
+        if not error <= 1e-9:
             raise ArithmeticError(f"the frozen pullback is off the gradient by {error:.1e}")
 
 
