@@ -49,7 +49,7 @@ from .vocabulary import (
     name_of,
     op_of,
     writes,
-)  # fmt: skip
+)
 
 
 def rewrite(model: str, capture: Capture, rules: Rules) -> Report:

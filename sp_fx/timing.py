@@ -155,8 +155,10 @@ def last_convolution(model: nn.Module) -> nn.Module:
 
 
 def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient;
-    programs hold themselves against the explainer.
+    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient: in
+    float64 to 1e-9, and as it is timed to 1e-2 (half types: 5e-2), since a pre-activation that rounds to zero has a gate half
+    open, and closed in PyTorch's gradient: one of them is 1.1e-3 on ResNet-50 at 112 x 112. Programs hold themselves against the
+    explainer.
 
     Raises:
         ArithmeticError: a result that is wrong, which is not timed.
@@ -167,12 +169,16 @@ def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
     if not same:
         raise ArithmeticError("the explainer's forward is not the model's")
     if {site.kind for site in explainer.report().of("rewritten")} <= {"relu", "max_pool"}:
-        # In float64: in float32 a gate of a deep network that is closed by a rounding error puts the two 1e-3 apart.
-        exact, x = copy.deepcopy(model).double(), x.double()
-        expected = gradient(exact, x, target)
-        error = float((transform(exact, rules=Rules.frozen()).pullback(x, target) - expected).norm() / expected.norm())
-        if not error <= 1e-9:
-            raise ArithmeticError(f"the frozen pullback is off the gradient by {error:.1e}")
+        exact = copy.deepcopy(model).double()
+        expected = gradient(exact, x.double(), target)
+
+        for found, allowed in (
+            (transform(exact, rules=Rules.frozen()).pullback(x.double(), target), 1e-9),
+            (explainer.pullback(x, target).double(), 1e-2 if x.dtype == torch.float32 else 5e-2),
+        ):
+            error = float((found - expected).norm() / expected.norm())
+            if not error <= allowed:
+                raise ArithmeticError(f"the frozen pullback is off the gradient by {error:.1e}, {allowed:.0e} is allowed")
 
 
 def measure(ways: Iterator[tuple[str, Callable[[], Way]]], device: torch.device, turns: int, long_turns: int = 1) -> list[Row]:
