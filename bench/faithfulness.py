@@ -5,7 +5,7 @@ that is judged, and both ask it anew for every method, a sample at a time. Here 
 methods are judged on the same answers, which also makes every comparison paired. The formulas are theirs, with these deviations:
 features are the cells of a grid, not single pixels (a pixel of a photograph removed alone changes little but rounding); removed
 pixels become 0, mid-grey; and what is held against the change of the score is the share of the removed pixels, for a slope the
-slope times the input.
+slope times the input. `infidelity_published` alone asks what the paper's evaluation asks.
 
 Shares are [N, C, H, W]; scores are those of one class a sample, before any softmax.
 """
@@ -91,6 +91,31 @@ def removal(score: Score, x: Tensor, target: Tensor, masks: Tensor) -> Removal:
     return Removal(masks, torch.stack(drops))
 
 
+class Overwriting(NamedTuple):
+    """`blocks` [H, W] in 0 to K-1, overwritten in that order and not put back, by each of the pictures `noise` [R, C, H, W], and
+    how far the score had fallen after each, float64 [N, R, K]."""
+
+    blocks: Tensor
+    noise: Tensor
+    drops: Tensor
+
+
+def noise_pictures(shape: torch.Size, rounds: int = 5) -> Tensor:
+    """`rounds` pictures of uniform noise in [-1, 1], the same at every call."""
+    return 2 * torch.rand(rounds, *shape, generator=torch.Generator().manual_seed(8)) - 1
+
+
+def overwritten(score: Score, x: Tensor, target: Tensor, blocks: Tensor, noise: Tensor) -> Tensor:
+    """The `drops` of an `Overwriting`."""
+    so_far = (blocks <= torch.arange(int(blocks.max()) + 1)[:, None, None])[None, :, None]  # [1, K, 1, H, W]
+    drops = []
+    for one, its_class, its_score in zip(x, target, score(x, target)):
+        pictures = torch.where(so_far, noise[:, None], one)  # [R, K, C, H, W]
+        after = score(pictures.flatten(0, 1), its_class.expand(pictures.shape[:2].numel()))
+        drops.append((its_score - after).double().view(pictures.shape[:2]))
+    return torch.stack(drops)
+
+
 def in_masks(shares: Tensor, masks: Tensor) -> Tensor:
     """The sum of the shares in each mask, float64 [N, K]."""
     return shares.double().sum(1).flatten(1) @ masks.flatten(1).double().T
@@ -104,16 +129,31 @@ def infidelity(shares: Tensor, found: Removal) -> Tensor:
 
     Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", arXiv:1901.09392; the scale is Captum's `normalize=True`.
     """
-    removed = in_masks(shares, found.masks)
-    square = removed.square().mean(1)
-    scale = torch.where(square > 0, (removed * found.drops).mean(1) / square, 0)
-    return (scale[:, None] * removed - found.drops).square().mean(1)
+    return misfit(in_masks(shares, found.masks), found.drops)
+
+
+def misfit(told: Tensor, drops: Tensor) -> Tensor:
+    """Mean square of `b told - drops` [N, K], b each sample's best scale, [N]."""
+    square = told.square().mean(1)
+    scale = torch.where(square > 0, (told * drops).mean(1) / square, 0)
+    return (scale[:, None] * told - drops).square().mean(1)
+
+
+def infidelity_published(shares: Callable[[Tensor], Tensor], found: Overwriting) -> Tensor:
+    """Infidelity as the paper's evaluation asks it, [N]: blocks of a quarter of the side are overwritten by uniform noise one
+    after the other, row by row, none put back (a subclass of Quantus's measure, with Captum's best scale).
+
+    `shares(instead)` are those of `x` against a picture `instead` [C, H, W]. What is told grows with what is overwritten, and so
+    does the drop: equal shares answer it nearly as well as a good map does, and a map of noise pays for its sums with the noise.
+    """
+    told = [in_cells(shares(instead), found.blocks).cumsum(1) for instead in found.noise]
+    return misfit(torch.stack(told, 1).flatten(1), found.drops.flatten(1))
 
 
 def removals_judged(shares: Tensor, found: dict[str, Removal]) -> dict[str, Tensor]:
     """The measures that ask about `removed_parts`."""
     return {
-        "infidelity": infidelity(shares, found["squares"]),
+        "infidelity, small": infidelity(shares, found["squares"]),
         "infidelity, large": infidelity(shares, found["large squares"]),
         "infidelity, scattered": infidelity(shares, found["subsets"]),
         "faithfulness correlation": correlation(shares, found["subsets"]),

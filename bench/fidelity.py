@@ -36,6 +36,8 @@ from torch import Tensor
 import sp_fx
 
 LEAST = 10  # samples for an interval
+# What equal shares can be asked: the others are about their order or their changes, and they have none.
+KNOWING_NOTHING = ("infidelity, small", "infidelity, large", "infidelity, scattered", "infidelity, published", "mask mass")
 RADII = {"max-sensitivity 0.02": 0.02, "max-sensitivity 0.1": 0.1}  # Captum's default; and five times that
 
 
@@ -94,26 +96,42 @@ def curves(the: Case, shares: Tensor, cells: Tensor) -> Tensor:
     return torch.stack(ask.curves(the.probability, the.pixels[:n], the.target[:n], shares[:n], cells, the.counts.steps))
 
 
-def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str, dict[str, Tensor]]:
-    """Every measure of every method, [N] each, by method and measure."""
+def overwritten(the: Case, blocks: Tensor, noise: Tensor) -> Tensor:
+    return ask.overwritten(the.score, the.pixels, the.target, blocks, noise)
+
+
+def measured(
+    the: Case, chosen: dict[str, Method], answers: Answers
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
+    """Every measure of every method, [N] each, by method and measure; and what a map of equal shares gets by knowing nothing."""
     x, target, counts, size = the.pixels, the.target, the.counts, the.pixels.shape[2:]
-    cells, coarse = ask.grid(*size, counts.cells), ask.grid(*size, 6)
+    cells, coarse, blocks = ask.grid(*size, counts.cells), ask.grid(*size, 6), ask.grid(*size, 4)
     masks = {**ask.removed_parts(cells, counts.removals), "cells": ask.single_cells(cells)}
     found = {name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in masks.items()}
     changes = answers("redrawn", redrawn, the, coarse)
+    noise = ask.noise_pictures(x.shape[1:])
+    published = ask.Overwriting(blocks, noise, answers("drops published", overwritten, the, blocks, noise))
+
+    def on_the_whole(method: Method, maps: Tensor) -> dict[str, Tensor]:
+        """What is asked without explaining anew."""
+        shares = method.shares(x, maps)
+        found_here = {
+            **ask.removals_judged(shares, found),
+            "infidelity, published": ask.infidelity_published(lambda instead: method.shares(x, maps, instead), published),
+            "faithfulness estimate": ask.correlation(shares, found["cells"]),
+            "monotonicity": ask.monotonicity(shares, coarse, changes),
+        }
+        if the.masks is not None:
+            found_here["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
+            found_here["pointing game"] = pointing(torch.ones_like(shares), shares, the.masks).double()
+        return found_here
+
     results: dict[str, dict[str, Tensor]] = {}
     for name, method in chosen.items():
         explained = InBatches(method, counts.batch)
         maps = answers(f"{name} maps", explained, x, target)
         shares = method.shares(x, maps)
-        result = results[name] = {
-            **ask.removals_judged(shares, found),
-            "faithfulness estimate": ask.correlation(shares, found["cells"]),
-            "monotonicity": ask.monotonicity(shares, coarse, changes),
-        }
-        if the.masks is not None:
-            result["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
-            result["pointing game"] = pointing(torch.ones_like(shares), shares, the.masks).double()
+        result = results[name] = on_the_whole(method, maps)
         if counts.curves:
             result["deletion"], result["insertion"] = answers(f"{name} curves", curves, the, shares, cells)
         if name not in counts.stable_too and method.passes > counts.dear:
@@ -129,7 +147,8 @@ def measured(the: Case, chosen: dict[str, Method], answers: Answers) -> dict[str
             result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
         if the.mosaics is not None:
             result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
-    return results
+    equal = on_the_whole(Method(lambda x, target: torch.ones_like(x), 0, "share"), torch.ones_like(x))
+    return results, {"equal shares": {name: equal[name] for name in KNOWING_NOTHING if name in equal}}
 
 
 def randomised(the: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str, dict[str, Tensor]]:
@@ -176,13 +195,13 @@ def run(name: str, args: argparse.Namespace) -> None:
     facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
              "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
     answers = Answers(args.work, facts, args.deadline)
-    results = measured(the, chosen, answers)
+    results, controls = measured(the, chosen, answers)
     maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
     for method, parts in randomised(the, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
-    listed = rows(results, {n: m.passes for n, m in chosen.items()})
+    listed, unranked = rows(results, {n: m.passes for n, m in chosen.items()}), rows(controls, dict.fromkeys(controls, 0))
     record = {**provenance(), "command": "python bench/fidelity.py", **facts, "radii": RADII, "methods": listed,
-              "not applicable": left, "comparisons": compared(results), "measures": METRICS}  # fmt: skip
+              "controls": unranked, "not applicable": left, "comparisons": compared(results), "measures": METRICS}  # fmt: skip
     if the.fresh:
         fresh = {m: {measure: values[the.fresh :] for measure, values in found.items()} for m, found in results.items()}
         record |= {"fresh": f"those from number {the.fresh} on, which no default was chosen on"}

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 # What each measure is best at: "low", "high", or nearest to 0; the headline ones come first.
 METRICS = {
-    "infidelity": "low",
+    "infidelity, small": "low",
     "infidelity, large": "low",
     "infidelity, scattered": "low",
+    "infidelity, published": "low",
     "faithfulness correlation": "high",
     "max-sensitivity 0.02": "low",
     "max-sensitivity 0.1": "low",
@@ -40,14 +41,14 @@ METRICS = {
     "random top 0.5": "zero",
     "random top 1.0": "zero",
 }
-HEADLINE = tuple(METRICS)[:7]
+HEADLINE = tuple(METRICS)[:8]
 OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "guided-CAM pullback")
 PAIRS = [
     *[(f"{ours}", other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
 ]
-SHORT = ("Infid. ↓", "Infid. large ↓", "Infid. scattered ↓", "Faith. corr. ↑", "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓",
-         "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
+SHORT = ("Infid. small ↓", "Infid. large ↓", "Infid. scattered ↓", "Infid. published ↓", "Faith. corr. ↑",
+         "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
          "Rand. logit → 0", "Focus ↑", "Del. ↓", "Ins. ↑", "Point. ↑",
          "¼ random → 0", "½ random → 0", "all random → 0")  # fmt: skip
 FEW = 10  # fewer values give a mean without an interval
@@ -115,7 +116,7 @@ def markdown(record: dict[str, Any], names: tuple[str, ...], intervals: bool) ->
     marks = {name: best(listed, name) for name in known}
     head = ["", "passes", *(SHORT[list(METRICS).index(name)] for name in known)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for method, row in listed.items():
+    for method, row in {**listed, **record["controls"]}.items():  # controls are not ranked
         cells = [marks[name].get(method, "{}").format(f"{row[name]['mean']:.3g}") if name in row else "-" for name in known]
         if intervals:
             cells = [f"{cell} {interval(row.get(name, {}))}".strip() for cell, name in zip(cells, known)]
@@ -167,13 +168,17 @@ def plotted(record: dict[str, Any]) -> Figure:
                 [found.get("low", found["mean"]), found.get("high", found["mean"])], [at, at], color=colour, lw=2, alpha=0.5
             )
             axis.plot(found["mean"], at, "o", color=colour, ms=4)
+        for row in record["controls"].values():
+            if name in row:
+                axis.axvline(row[name]["mean"], color="#999999", ls=":", lw=1)
         if METRICS[name] == "low":
             axis.set_xscale("log")
         axis.set_title(f"{name} ({'lower' if METRICS[name] == 'low' else 'higher'} is better)", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)
-    figure.suptitle(f"{record['network']}, {record['samples']}; means with 95 % intervals, passes in brackets", fontsize=9)
+    told = "means with 95 % intervals, passes in brackets; dotted: equal shares"
+    figure.suptitle(f"{record['network']}, {record['samples']}; {told}", fontsize=9)
     return figure
 
 

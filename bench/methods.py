@@ -33,8 +33,9 @@ class Method:
     passes: int
     kind: Literal["slope", "share"] = "slope"
 
-    def shares(self, x: Tensor, maps: Tensor) -> Tensor:
-        return maps if self.kind == "share" else maps * x
+    def shares(self, x: Tensor, maps: Tensor, instead: Tensor | float = 0) -> Tensor:
+        """What pixels add against those of a picture `instead`. A share knows of 0 only, the mean of noise in [-1, 1] too."""
+        return maps if self.kind == "share" else maps * (x - instead)
 
 
 def methods(

@@ -15,6 +15,7 @@ if not BENCH.exists():
 sys.path.insert(0, str(BENCH))
 
 import faithfulness as ask  # noqa: E402
+from methods import Method  # noqa: E402
 
 G = torch.Generator().manual_seed(0)
 W = torch.randn(3, 3, 8, 8, generator=G)
@@ -69,6 +70,40 @@ def test_infidelity_is_captums():
                                max_examples_per_batch=1, normalize=True)  # fmt: skip
     ours = ask.infidelity(SHARES, ask.removal(score, X, CLASSES, MASKS))[i]
     assert ours.tolist() == pytest.approx(theirs.tolist(), rel=1e-3)  # theirs sums squares in float32
+
+
+def test_infidelity_as_published():
+    """Blocks overwritten one after the other and not put back, each sum and score written out."""
+    blocks, noise = ask.grid(8, 8, 2), torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    slopes = torch.randn(X.shape, generator=torch.Generator().manual_seed(5))
+    found = ask.Overwriting(blocks, noise, ask.overwritten(score, X, CLASSES, blocks, noise))
+    got = ask.infidelity_published(lambda instead: slopes * (X - instead), found)
+    for i in range(5):
+        told, drops, t = [], [], CLASSES[i : i + 1]
+        for picture in noise:
+            after = X[i].clone()
+            for top, left in ((0, 0), (0, 4), (4, 0), (4, 4)):
+                after[:, top : top + 4, left : left + 4] = picture[:, top : top + 4, left : left + 4]
+                told.append(float((slopes[i] * (X[i] - after)).double().sum()))
+                drops.append(float(score(X[i : i + 1], t)) - float(score(after[None], t)))
+        b = sum(a * d for a, d in zip(told, drops, strict=True)) / sum(a * a for a in told)
+        expected = statistics.fmean((b * a - d) ** 2 for a, d in zip(told, drops, strict=True))
+        assert float(got[i]) == pytest.approx(expected, rel=1e-4)  # float32 scores
+
+
+def test_noise_pictures():
+    noise = ask.noise_pictures(torch.Size([3, 40, 40]))
+    assert noise.shape == (5, 3, 40, 40) and torch.equal(noise, ask.noise_pictures(torch.Size([3, 40, 40])))
+    assert -1 <= noise.min() < -0.999 and 0.999 < noise.max() <= 1 and abs(noise.mean()) < 0.01
+    assert not torch.equal(noise[0], noise[1])
+
+
+def test_shares_of_a_slope_and_of_a_share():
+    slope, share = (Method(lambda x, target: x, 1, kind) for kind in ("slope", "share"))
+    assert torch.equal(slope.shares(X, SHARES), SHARES * X) and torch.equal(
+        slope.shares(X, SHARES, X[0])[1], SHARES[1] * (X[1] - X[0])
+    )
+    assert share.shares(X, SHARES) is SHARES and share.shares(X, SHARES, X[0]) is SHARES
 
 
 def test_exact_shares_of_a_linear_model_are_perfect():

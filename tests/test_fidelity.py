@@ -63,12 +63,12 @@ def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys
     assert {"rules", "seed", "versions", "weights_sha256", "threads", "counts", "command"} <= set(first)
     rows = first["methods"]
     assert set(rows["pullback"]) - {"passes"} == set(METRICS)
-    assert (
-        rows["pullback"]["infidelity"]["low"] <= rows["pullback"]["infidelity"]["mean"] <= rows["pullback"]["infidelity"]["high"]
-    )
-    assert rows["gradient"]["infidelity"] == pytest.approx(
-        rows["InputXGradient"]["infidelity"]
-    )  # one question, two ways to answer
+    found = rows["pullback"]["infidelity, small"]
+    assert found["low"] <= found["mean"] <= found["high"]
+    same = [rows[name]["infidelity, small"] for name in ("gradient", "InputXGradient")]
+    assert same[0] == pytest.approx(same[1])  # one question, two ways to answer
+    assert first["controls"]["equal shares"]["mask mass"]["mean"] == 0.25
+    assert set(first["controls"]["equal shares"]) - {"passes"} == set(fidelity.KNOWING_NOTHING)
     assert "random logit" not in rows["SmoothGrad-50"] and "max-sensitivity 0.1" in rows["SmoothGrad-50"]
     assert {c["verdict"] for c in first["comparisons"]} <= {"better", "worse", "no difference shown"}
     assert all(c["holm"] >= c["p"] for c in first["comparisons"])
@@ -97,7 +97,7 @@ def test_another_seed_and_cheap_methods(run, tmp_path):
     other = json.loads((tmp_path / "out" / "fidelity_tiny_seed3.json").read_text())
     assert (tmp_path / "out" / "fidelity_tiny.json").read_text() == first
     assert other["seed"] == 3 and max(row["passes"] for row in other["methods"].values()) == 2
-    assert other["methods"]["pullback"]["infidelity"] != json.loads(first)["methods"]["pullback"]["infidelity"]
+    assert other["methods"]["pullback"]["infidelity, small"] != json.loads(first)["methods"]["pullback"]["infidelity, small"]
 
 
 def test_samples_that_no_default_was_chosen_on(run, monkeypatch):
@@ -118,7 +118,7 @@ def test_the_readme_s_tables(run, tmp_path):
     text = readme.read_text()
     assert text.startswith("before\n<!-- fidelity: tiny -->\n|  | passes |") and text.endswith("<!-- end -->\nafter\n")
     row = next(line for line in text.splitlines() if line.startswith("| SmoothGrad-50 |"))
-    found = json.loads((tmp_path / "out" / "fidelity_tiny.json").read_text())["methods"]["SmoothGrad-50"]["infidelity"]
+    found = json.loads((tmp_path / "out" / "fidelity_tiny.json").read_text())["methods"]["SmoothGrad-50"]["infidelity, small"]
     assert f"{found['mean']:.3g}" in row and f"[{found['low']:.2g}, {found['high']:.2g}]" in row
     assert main(options) == 0 and readme.read_text() == text
     readme.write_text("nothing to fill")
@@ -155,8 +155,9 @@ def test_too_few_samples(run, capsys):
 def test_comparisons_by_hand():
     """A method that is better by one on every one of 12 samples."""
     base = torch.arange(12.0, dtype=torch.float64)
-    results = {name: {"infidelity": base + 5} for name in ("pullback", "gradient", "SmoothGrad-50", "pullback, paper's rules")}
-    results["pullback"] = {"infidelity": base + 4}
+    others = ("pullback", "gradient", "SmoothGrad-50", "pullback, paper's rules")
+    results = {name: {"infidelity, small": base + 5} for name in others}
+    results["pullback"] = {"infidelity, small": base + 4}
     found = [c for c in compared({**results, "ascent": {}, "double pullback": {}, "integrated pullback-10": {}})]
     assert [c["other"] for c in found] == ["gradient", "SmoothGrad-50", "pullback, paper's rules"]
     assert all(c["mean"] == -1 and c["low"] == c["high"] == -1 and c["verdict"] == "better" for c in found)
