@@ -32,7 +32,7 @@ def products_of(run: Pass, softmax: fx.Node) -> tuple[list[fx.Node], set[fx.Node
         if any(n not in weights for n in inputs):
             if name.strip("_") in PRODUCTS | OTHERS:
                 products.append(node)
-        elif run.is_view(node) or name in AFFINE or isinstance(run.leaf(node), AFFINE_LEAVES):
+        elif run.storage.is_view(node) or name in AFFINE or isinstance(run.leaf(node), AFFINE_LEAVES):
             weights.add(node)
     return products, weights
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .adjoints import TABLE, rule_of, wide
-from .capture import passes
+from .capture import lets_through
 from .dual import dual_path
 from .report import Report, Site
 from .rules import KINDS, UNTEMPERED
@@ -176,7 +176,7 @@ def keeps_values(module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module":
         return node.op in ("call_function", "call_method") and name_of(node) in KEEPERS
     called = module.get_submodule(str(node.target))
-    return called.__dict__.get("forward") is passes or isinstance(called, nn.Identity | nn.modules.dropout._DropoutNd)
+    return lets_through(called) or isinstance(called, nn.Identity | nn.modules.dropout._DropoutNd)
 
 
 def fetched(module: nn.Module, name: str) -> Tensor:

@@ -100,6 +100,11 @@ def passes(x: Any) -> Any:
     return x
 
 
+def lets_through(module: nn.Module) -> bool:
+    """Whether a module is there to be named and hooked alone."""
+    return module.__dict__.get("forward") is passes
+
+
 def blame(error: BaseException) -> str:
     """The innermost line outside torch that `error` came through."""
     place, step = "no Python line", error.__traceback__

@@ -18,8 +18,7 @@ from torch import fx, nn
 from .arguments import checked
 from .multihead import multihead_attention
 from .report import Report
-from .rewrite import Pass
-from .rules import Rules
+from .storage import Storage
 from .vocabulary import writes
 
 
@@ -82,13 +81,13 @@ def starting_at(modules: nn.Module, graph: fx.Graph, name: str) -> fx.Graph:
 
 
 def pruned(modules: nn.Module, graph: fx.Graph, needed_only: bool = False) -> fx.Graph:
-    run = Pass(modules, graph, Rules())
-    run.protect()
+    storage = Storage(modules, graph)
+    storage.protect()
     for node in reversed(list(graph.nodes)):
         kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node.target == "activation_"))
         if node.users or kept or (node.target is checked and not needed_only):
             continue
-        if not (writes(node) and run.later_readers(node.all_input_nodes[0], node)):
+        if not (writes(node) and storage.later_readers(node.all_input_nodes[0], node)):
             graph.erase_node(node)
     graph.lint()
     return graph

@@ -10,20 +10,17 @@ from __future__ import annotations
 import inspect
 import operator
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints import FROZEN, TABLE, Temperature, nothing, rule_of
-from .arguments import rebuilt
 from .attention import freeze_softmax, products_of
 from .axes import Axis, sample_axis
-from .capture import Capture, passes
+from .capture import Capture, lets_through, passes
 from .dual import dual_path
 from .gates import READERS, SOFTMAX, Gate, Unread
 from .multihead import multihead_attention
@@ -31,6 +28,7 @@ from .patterns import Graph, Statistic, Written, written_gate, written_norm
 from .register import registered_gate, unmark
 from .report import Report, Site, Status
 from .rules import KINDS, Rules
+from .storage import Storage
 from .vocabulary import (
     ACTIVATIONS,
     AFFINE_MODULES,
@@ -44,7 +42,6 @@ from .vocabulary import (
     SHAPES,
     SHARES,
     SMOOTH,
-    VIEW,
     known,
     name_of,
     op_of,
@@ -65,7 +62,7 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
         run.visit(node)
     for leaf in run.opened:
         leaf.__dict__["forward"] = passes
-    run.protect()
+    run.notes += run.storage.protect()
     run.mark_steering()
     rules.check_places(site.place for site in run.sites if site.kind)
     graph.lint()
@@ -86,7 +83,7 @@ class Pass:
         self.parts: dict[fx.Node, fx.Node] = {}  # calls inside a gate that is written out, and the one that closes it
         self.calls: Counter[str] = Counter()
         self.opened: list[nn.Module] = []  # leaves whose calls are written out, and which are identities once all of them are
-        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self.storage = Storage(modules, graph)
         self.varying: set[fx.Node] = set()  # what depends on the values of the input, not on its shape
         self.axes: dict[fx.Node, Axis] = {}  # where each of them has the sample
         self.entering: dict[fx.Node, Axis] = {}  # and where its first input has it
@@ -104,31 +101,10 @@ class Pass:
         return self.modules.get_submodule(str(node.target))
 
     def passes(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and self.module(node).__dict__.get("forward") is passes
+        return node.op == "call_module" and lets_through(self.module(node))
 
     def op(self, node: fx.Node) -> str:
         return type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
-
-    def is_view(self, node: fx.Node) -> bool:
-        """Whether the output may share the storage of the first input."""
-        if node.op == "call_module":
-            keepers = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
-            return self.passes(node) or isinstance(self.module(node), keepers)
-        return node.op in ("call_function", "call_method") and (name_of(node) in VIEW or writes(node))
-
-    def owner(self, node: fx.Node) -> fx.Node:
-        """The node whose storage `node` may share."""
-        while self.is_view(node) and node.all_input_nodes:
-            node = node.all_input_nodes[0]
-        return node
-
-    def later_readers(self, source: fx.Node, node: fx.Node, through: Collection[fx.Node] = ()) -> list[fx.Node]:
-        """What comes after `node` and reads the storage of `source`, other than through `node` and `through`."""
-        sharers = [self.owner(source)]
-        for sharer in sharers:
-            views = [n for n in sharer.users if self.is_view(n) and n.all_input_nodes[0] is sharer]
-            sharers += [n for n in views if n is not node and n not in through]
-        return [user for n in sharers for user in n.users if self.position.get(user, -1) > self.position[node]]
 
     def place(self, node: fx.Node) -> str:
         """A module's path for its own call; for a function called in a module, the path and the function's name."""
@@ -170,8 +146,8 @@ class Pass:
         used = all(user in gate.inside or self.passes(user) for n in gate.inside if n is not node for user in n.users)
         if not any(map(writes, gate.inside)):
             return used
-        first = min(gate.inside, key=self.position.__getitem__)
-        later = self.later_readers(gate.source, first, gate.inside)
+        first = min(gate.inside, key=self.storage.position.__getitem__)
+        later = self.storage.later_readers(gate.source, first, gate.inside)
         return used and all(user in gate.inside for user in later)
 
     def visit(self, node: fx.Node) -> None:
@@ -271,8 +247,8 @@ class Pass:
 
     def replace(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> None:
         source = node.all_input_nodes[0]
-        later = self.later_readers(source, node) if writes(node) else []
-        redirected = all(source in user.all_input_nodes for user in later) and not self.is_view(source)
+        later = self.storage.later_readers(source, node) if writes(node) else []
+        redirected = all(source in user.all_input_nodes for user in later) and not self.storage.is_view(source)
         with self.graph.inserting_before(node):
             if later and not redirected:  # views of what was written over are read afterwards: they must see it
                 copy = self.graph.call_method("clone", (source,))
@@ -335,7 +311,7 @@ class Pass:
             self.amend(op=f"{name_of(node)}, written out")
         if tau is None:
             return
-        first, source = min(gate.inside, key=self.position.__getitem__), self.instead.get(gate.source, gate.source)
+        first, source = min(gate.inside, key=self.storage.position.__getitem__), self.instead.get(gate.source, gate.source)
         with self.graph.inserting_before(first):
             cut = self.graph.call_method("detach", (source,))
             if any(map(writes, gate.inside)):
@@ -384,7 +360,7 @@ class Pass:
             inputs = [n for n in node.all_input_nodes if n in self.varying]
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             multiple = name in ("mul", "truediv", "div", "rsub", "sub", "add") and len(inputs) == 1
-            if not inputs or not (self.is_view(node) or multiple):
+            if not inputs or not (self.storage.is_view(node) or multiple):
                 return name
             node = inputs[0]
 
@@ -448,37 +424,6 @@ class Pass:
                 status: Status = "kept" if site.status == "NOT REWRITTEN" else site.status
                 self.sites[i] = replace(site, status=status, reason="steers a frozen gate: no signal passes here")
 
-    # -- storage
-
-    def protect(self) -> None:
-        """Copies where an in-place call would write over what a dual-path call has saved, or over the caller's input."""
-        keepers: list[fx.Node] = []
-        for node in list(self.graph.nodes):
-            if node.target in (dual_path, multihead_attention):
-                keepers.append(node)
-            if not writes(node) or not node.all_input_nodes:
-                continue
-            owner = self.owner(node.all_input_nodes[0])
-            if owner.op in ("placeholder", "get_attr"):  # the caller's input, or the model's buffer
-                owner = self.copied(owner)
-            for keeper in keepers:
-                for kept in keeper.all_input_nodes:
-                    if kept.op != "get_attr" and self.owner(kept) is owner:
-                        with self.graph.inserting_before(keeper):
-                            keeper.replace_input_with(kept, self.graph.call_method("clone", (kept,)))
-
-    def copied(self, owner: fx.Node) -> fx.Node:
-        """A copy made before anything else reads `owner`, which everything reads in place of it."""
-        same = [n for n in self.graph.nodes if n is owner or (n.op == owner.op == "get_attr" and n.target == owner.target)]
-        if owner.op == "get_attr":
-            self.notes.append(f"the forward writes over {owner.target}: each call over a copy of it, the model's own stays")
-        with self.graph.inserting_after(same[0]):
-            copy = self.graph.call_function(copied, (same[0],))
-        for each in same:
-            for user in [user for user in each.users if user is not copy]:
-                user.replace_input_with(each, copy)
-        return copy
-
 
 def with_first(result: Any, first: Any) -> Any:
     """`result` with another first element."""
@@ -499,10 +444,3 @@ def receivers(node: fx.Node) -> list[fx.Node]:
     if node.target is multihead_attention:
         return [node.args[2]]  # type: ignore[list-item]
     return node.all_input_nodes
-
-
-def copied(x: Any) -> Any:
-    """The tensors of an input, which may be a container of them, in storage of their own."""
-    if has_torch_function((x,)):
-        return handle_torch_function(copied, (x,), x)
-    return rebuilt(x, lambda t: t.clone() if isinstance(t, Tensor) else t)
