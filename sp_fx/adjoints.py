@@ -6,26 +6,31 @@ Gaussian `eps`, or, where the gate is smooth already, by its own gain at tempera
 Formulas: Satkiewicz, Corizzo, Pietron, "Pulling Back the Curtain on Deep Networks", arXiv:2507.22832, and the same two
 principles carried over to the kinds that the paper does not list.
 
-A temperature is a positive number, or a tensor of them, one a sample, that broadcasts (the soft adjoint), or `FROZEN` (the
-gate of the forward pass itself, hard where it is hard, which makes the network an affine map of its input). Gates are
-computed in float32 at least.
+Gates are computed in float32 at least.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FROZEN: Literal["frozen"] = "frozen"
-Temperature = float | Literal["frozen"]
-Tau = float | Tensor | Literal["frozen"]  # what a formula gets: a temperature, or one for each sample
+from .pooling import (
+    adaptive_max_pool,
+    adaptive_max_pool_adjoint,
+    amax,
+    amax_adjoint,
+    fractional_max_pool,
+    fractional_max_pool_adjoint,
+    max_pool,
+    max_pool_adjoint,
+)
+from .temperature import FROZEN, Tau, Temperature, at_once, wide
 
 
 @dataclass(frozen=True)
@@ -50,11 +55,6 @@ class Row:
     registered: bool = False  # by a user
 
 
-def wide(x: Tensor) -> Tensor:
-    """At least float32: a gain with the 8 bits of bfloat16 would be coarser than the softening it stands for."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
 def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], default: Temperature, **facts: Any) -> Row:
     """A gate that multiplies: `v -> v * gain(z)`. `gain` takes the tensors (wide), the temperature and the arguments."""
 
@@ -65,40 +65,6 @@ def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], defaul
 
 
 # -- pointwise gates ----------------------------------------------------------------------------------------------------
-
-
-def at_once() -> bool:
-    """Whether what is computed now only runs: nothing traces, batches or differentiates it. Shortcuts are taken then."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
-
-
-def deviation(z: Tensor) -> Tensor:
-    """The standard deviation of each sample over its own axes, [B, 1, ...]: the scale of a pre-activation.
-
-    Biased; at least 1e-30, so that a constant sample has a hard gate; 1 where it is not finite.
-    """
-    z, axes = wide(z), tuple(range(1, z.dim()))
-    if not axes or 0 in z.shape[1:]:
-        return z.new_full((*z.shape[:1], *[1] * len(axes)), 1e-30)
-    root, spread = math.sqrt(math.prod(z.shape[1:])), None
-    # From the moments where their difference does not cancel: 6 ms on CPU over ResNet-50's gates at batch 4, against 84 from the
-    # centred values and 92 by torch.var. To ask whether it cancels would stall a GPU.
-    if z.device.type == "cpu" and at_once():
-        flat = z.flatten(1)
-        mean = flat.mean(1)
-        square = torch.linalg.vector_norm(flat, dim=1) / root
-        spread = (square * square - mean * mean).clamp_min(0).sqrt()
-        spread = spread.view(-1, *[1] * len(axes)) if bool((spread > 0.1 * square).all()) else None
-    if spread is None:
-        # In one pass, about the mean of one row: at most sqrt(rows) deviations off, which loses rows * 6e-8 of the variance.
-        # Over the axes, not flattened: Inductor follows any layout so, 0.1 against 5.3 ms for [4, 64, 56, 56]. Not by
-        # vector_norm, which sums in one row over several axes: 1.7e-4 off on ResNet-18's stem.
-        centred = z - z.narrow(min(2, len(axes)), 0, 1).mean(axes, keepdim=True)
-        mean, square = centred.mean(axes, keepdim=True), centred.square().mean(axes, keepdim=True)
-        spread = (square - mean * mean).clamp_min(0).sqrt()
-    return torch.where(spread.isfinite(), spread, 1.0).clamp_min(1e-30)
 
 
 OFFSET = torch.full((), 1e-30)
@@ -262,146 +228,6 @@ def instance_norm(x, gamma, beta, eps):
 
 def batch_norm(x, gamma, beta, eps):
     return F.batch_norm(x, None, None, gamma, beta, True, 0.1, eps)
-
-
-# -- max pooling --------------------------------------------------------------------------------------------------------
-
-
-def max_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
-    return pool(x, kernel, stride, padding, dilation, ceil_mode)
-
-
-def max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    """Spread each window's cotangent over the window by `softmax(window / tau)`; frozen, over its maxima equally.
-
-    `x` [..., *spatial], its maxima `y` and `v` [..., *windows]; kernel, stride, padding, dilation: a tuple, one number an axis.
-    A gather without scatter or unfold: with stride s, tap i of window o reads pixel `s o + i dilation`, that is, place
-    `o + j` of phase `a` for `i dilation = s j + a`. Each phase is a strided slice; the phases are interleaved at the end.
-    """
-    n, lead, lowest = len(kernel), v.dim() - len(kernel), torch.finfo(wide(x).dtype).min
-    windows, spatial = v.shape[lead:], x.shape[lead:]
-    reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(windows, stride, dilation, kernel)]
-    places = [-(-max(r, p + m) // s) for r, p, m, s in zip(reach, padding, spatial, stride)]
-    margins = [(p, q * s - p - m) for p, q, s, m in zip(padding, places, stride, spatial)]
-    # Finite bounds keep inf - inf out of the differences: equal infinities tie, as they do in the forward pass.
-    padded = F.pad(wide(x), flat(margins), value=-math.inf).clamp(lowest, -lowest)
-    y = wide(y).clamp(lowest, -lowest)
-    split = padded.reshape(*x.shape[:lead], *(size for pair in zip(places, stride) for size in pair))
-    phase_axes, place_axes = range(lead + 1, lead + 2 * n, 2), range(lead, lead + 2 * n, 2)
-    phases = split.permute(*phase_axes, *range(lead), *place_axes).contiguous()  # [*stride, ..., *places]
-
-    taps = []  # (phase, shift, weight of this tap in each window [..., *windows])
-    for index in itertools.product(*map(range, kernel)):
-        shift, phase = zip(*(divmod(i * d, s) for i, d, s in zip(index, dilation, stride)))
-        seen: Any = (*phase, ..., *(slice(j, j + o) for j, o in zip(shift, windows)))
-        difference = phases[seen] - y
-        weight = (difference >= 0).to(y.dtype) if isinstance(tau, str) else torch.exp((difference * (1 / tau)).clamp_min(-60))
-        taps.append((phase, shift, weight))
-    per_weight = v / sum(weight for _, _, weight in taps)  # the maximum itself weighs 1: never a division by zero
-
-    shares: dict[tuple[int, ...], Tensor] = {}
-    for phase, shift, weight in taps:
-        room = [(j, q - o - j) for j, q, o in zip(shift, places, windows)]
-        share = F.pad(per_weight * weight, flat(room))
-        shares[phase] = shares[phase] + share if phase in shares else share
-    nothing = torch.zeros_like(next(iter(shares.values())))
-    spread = torch.stack([shares.get(phase, nothing) for phase in itertools.product(*map(range, stride))])
-    spread = spread.reshape(*stride, *spread.shape[1:])
-    interleaved = [axis for i in range(n) for axis in (n + lead + i, i)]  # [..., place, stride, place, stride, ...]
-    spread = spread.permute(*range(n, n + lead), *interleaved).reshape(padded.shape)
-    inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
-    spread = spread[inside]
-    return spread.to(x.dtype)
-
-
-def flat(margins: list[tuple[int, int]]) -> list[int]:
-    """Per-axis (before, after) in the order `F.pad` reads them."""
-    return [side for pair in reversed(margins) for side in pair]
-
-
-def amax(x: Tensor, dim, keepdim: bool) -> Tensor:
-    return torch.amax(x, dim, keepdim)
-
-
-def amax_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) -> Tensor:
-    """Global max pooling: a maximum's cotangent over what it was taken from, by `softmax(x / tau)`; frozen, its ties equally."""
-    if not keepdim:
-        for axis in sorted(d % x.dim() for d in dim or range(x.dim())):
-            v, y = v.unsqueeze(axis), y.unsqueeze(axis)
-    lowest = torch.finfo(wide(x).dtype).min
-    difference = wide(x).clamp(lowest, -lowest) - wide(y).clamp(lowest, -lowest)
-    if isinstance(tau, str):
-        weight = (difference >= 0).to(difference.dtype)
-    else:
-        weight = torch.exp((difference * (1 / tau)).clamp_min(-60))
-    return (weight * (v / weight.sum(dim or tuple(range(x.dim())), keepdim=True))).to(x.dtype)
-
-
-def adaptive_max_pool(x: Tensor, size) -> Tensor:
-    pool: Any = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(size) - 1]
-    return pool(x, size)
-
-
-def adaptive_max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, size) -> Tensor:
-    """As `max_pool_adjoint`, over windows from `floor(i n / m)` to `ceil((i + 1) n / m)`, for n pixels and m windows an axis."""
-    starts, ends = [], []
-    for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :]):
-        place = torch.arange(m, device=x.device)
-        starts.append(place * n // m)
-        ends.append(-(-(place + 1) * n // m))
-    taps = [-(-n // m) + 1 for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :])]
-    return spread_over(v, x, y, tau, starts, ends, taps)
-
-
-def fractional_max_pool(x: Tensor, samples: Tensor, kernel, size, ratio) -> Tensor:
-    pool: Any = F.fractional_max_pool2d if len(kernel) == 2 else F.fractional_max_pool3d
-    return pool(x, kernel, size, ratio, _random_samples=samples)
-
-
-def fractional_max_pool_adjoint(v: Tensor, x: Tensor, samples: Tensor, y: Tensor, tau: Tau, kernel, size, ratio) -> Tensor:
-    """As `max_pool_adjoint`, over the windows that `samples` [B, C, axes] choose (Graham, "Fractional Max-Pooling",
-    arXiv:1412.6071): with a = (n - k) / (m - 1), window i starts at floor((i + s) a) - floor(s a), the last one at n - k."""
-    lead = x.shape[: -len(kernel)]
-    samples = samples.reshape(*lead, len(kernel)) if len(lead) == 2 else samples.reshape(*lead, -1)
-    starts = []
-    for axis, (n, m, k) in enumerate(zip(x.shape[-len(kernel) :], v.shape[-len(kernel) :], kernel)):
-        s = samples[..., axis if len(kernel) == 3 else 1 - axis, None].to(x.dtype)  # torch's 2-d form has the width first
-        step = (n - k) / (m - 1) if m > 1 else 0.0
-        begin = ((torch.arange(m, device=x.device) + s) * step).int() - (s * step).int()
-        begin[..., -1] = n - k
-        starts.append(begin.long())
-    return spread_over(v, x, y, tau, starts, [start + k for start, k in zip(starts, kernel)], kernel)
-
-
-def spread_over(v: Tensor, x: Tensor, y: Tensor, tau: Tau, starts: list[Tensor], ends: list[Tensor], widest) -> Tensor:
-    """Spread the cotangents of windows of any place and size: for each pooled axis `starts` and `ends` [..., windows], and
-    a bound on the pixels that a window has."""
-    n, lowest = len(starts), torch.finfo(wide(x).dtype).min
-    lead, spatial, windows = x.shape[:-n], x.shape[-n:], v.shape[-n:]
-    index = torch.zeros((), dtype=torch.long, device=x.device)
-    inside = torch.ones((), dtype=torch.bool, device=x.device)
-    for axis, (start, end, pixels, most) in enumerate(zip(starts, ends, spatial, widest)):
-        place = start[..., None] + torch.arange(most, device=x.device)  # [..., windows, taps]
-        shape = [*place.shape[:-2], *(place.shape[-2] if a == axis else 1 for a in range(n))]
-        shape += [place.shape[-1] if a == axis else 1 for a in range(n)]
-        inside = inside & (place < end[..., None]).reshape(shape)
-        index = index * pixels + place.clamp_max(pixels - 1).reshape(shape)
-    taps = math.prod(index.shape[-n:])
-    index, inside = (t.flatten(-n).expand(*lead, *windows, taps).flatten(-n - 1) for t in (index, inside))
-    value = wide(x).clamp(lowest, -lowest).flatten(-n).gather(-1, index).reshape(*v.shape, taps)
-    difference = value - wide(y).clamp(lowest, -lowest)[..., None]
-    if isinstance(tau, str):
-        weight = (difference >= 0).to(value.dtype)
-    else:
-        fitted = tau[..., None] if isinstance(tau, Tensor) else tau
-        weight = torch.exp((difference * (1 / fitted)).clamp(-60, 0))  # what is outside may be above the maximum
-    weight = weight * inside.reshape(*v.shape, taps)
-    share = weight * (v / weight.sum(-1))[..., None]
-    spread = share.new_zeros(*lead, math.prod(spatial)).scatter_add(
-        -1, index, share.reshape(*lead, math.prod(share.shape[len(lead) :]))
-    )
-    return spread.reshape(x.shape).to(x.dtype)
 
 
 # -- attention: through the values only ---------------------------------------------------------------------------------

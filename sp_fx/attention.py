@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from .adjoints import FROZEN, Temperature, tempered_softmax
+from .adjoints import tempered_softmax
 from .dual import dual_path
+from .temperature import FROZEN, Temperature
 
 if TYPE_CHECKING:
     from .rewrite import Pass

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .adjoints import TABLE, rule_of, wide
+from .adjoints import TABLE, rule_of
 from .capture import lets_through
 from .dual import dual_path
 from .report import Report, Site
 from .rules import KINDS, UNTEMPERED
+from .temperature import wide
 from .vocabulary import name_of
 
 STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from .adjoints import FROZEN, TABLE, rule_of
+from .adjoints import TABLE, rule_of
 from .arguments import rebuilt
 from .clone import EvalClone
 from .coverage import dispatched, listed
@@ -20,6 +20,7 @@ from .dual import dual_path
 from .explainer import Explainer
 from .multihead import multihead_attention
 from .targets import primary
+from .temperature import FROZEN
 
 HARD = frozenset("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split())  # the gradient, as tau -> 0
 Verdict = Literal["ok", "FAILED", "not applicable"]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints import TABLE, Temperature, at_once, deviation
+from .adjoints import TABLE
+from .temperature import Temperature, at_once, deviation
 
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 

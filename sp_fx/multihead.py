@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints import FROZEN, Temperature, tempered_softmax
+from .adjoints import tempered_softmax
 from .dual import dual_path
+from .temperature import FROZEN, Temperature
 
 
 def multihead_attention(

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from .adjoints import FROZEN
 from .ascent import Ascent
 from .inductor import by_batch, compiled, packs
 from .onegraph import folded, one_graph
 from .rules import NORMS
 from .targets import primary
+from .temperature import FROZEN
 
 if TYPE_CHECKING:
     from .explainer import Explainer

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .adjoints import TABLE, Temperature
+from .adjoints import TABLE
 from .rules import Rules
+from .temperature import Temperature
 
 Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
 HARD, OPEN = 0.05, 20.0  # where a Gaussian pre-activation's gain is on average 0.016 from the step, and from one half

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .adjoints import FROZEN, TABLE, Temperature, nothing, rule_of
+from .adjoints import TABLE, nothing, rule_of
 from .attention import freeze_softmax, products_of
 from .axes import Axis, sample_axis
 from .capture import Capture, lets_through, passes
@@ -29,6 +29,7 @@ from .register import registered_gate, unmark
 from .report import Report, Site, Status
 from .rules import KINDS, Rules
 from .storage import Storage
+from .temperature import FROZEN, Temperature
 from .vocabulary import (
     ACTIVATIONS,
     AFFINE_MODULES,

@@ -9,7 +9,8 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Literal
 
-from .adjoints import FROZEN, TABLE, Temperature
+from .adjoints import TABLE
+from .temperature import FROZEN, Temperature
 
 NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
 UNTEMPERED = (*NORMS, "product")
