@@ -317,7 +317,8 @@ def glu_adjoint(v: Tensor, z: Tensor, tau: Tau, dim: int) -> Tensor:
 
 
 def linear_adjoint(v: Tensor, like: Tensor, weight: Tensor, bias: Tensor | None, tau: Tau) -> Tensor:
-    return (v @ weight.to(v.dtype)).to(like.dtype)
+    weight = weight.to(v.dtype)
+    return (v @ weight if weight.dim() > 1 else v.unsqueeze(-1) * weight).to(like.dtype)
 
 
 def conv(x, weight, bias, stride, padding, dilation, groups) -> Tensor:
@@ -358,7 +359,7 @@ TABLE: dict[str, Row] = {
     "abs": gain_row(torch.abs, lambda z, tau: opening(z, tau) - opening(-z, tau), 1.0, homogeneous=True),
     "elu": gain_row(elu, elu_gain, 0.6),
     "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
-    "silu": gain_row(lambda z, rate=1.0: F.silu(z), silu_gain, 1.6),
+    "silu": gain_row(lambda z, rate=1.0: F.silu(z) if rate == 1 else z * torch.sigmoid(rate * z), silu_gain, 1.6),
     "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, 1.0),
     "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
     "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),

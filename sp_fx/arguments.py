@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
@@ -73,6 +74,24 @@ def rebuilt(value: Any, each: Callable[[Any], Any]) -> Any:
     if hasattr(value, "_fields"):
         return type(value)(*inner.values())
     return (list if isinstance(value, list) else tuple)(inner.values())
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Those in the containers of `value`, in order."""
+    found: list[Tensor] = []
+    rebuilt(value, lambda t: found.append(t) if isinstance(t, Tensor) else None)
+    return found
+
+
+def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """The tensors of `value` copied, since a forward may write over its inputs; floating ones to `dtype`, if there is one."""
+
+    def each(t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+
+    return rebuilt(value, each)
 
 
 def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]:

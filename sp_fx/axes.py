@@ -7,29 +7,45 @@ folded into one axis): harmless, until something unfolds them. None: not known.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import fx, nn
 
 ROWS: Literal["rows"] = "rows"
 Axis = int | Literal["rows"] | None
 
+# Where operands are broadcast: a constant of more axes than the others puts its own before the sample's.
+BROADCAST = frozenset(
+    """add iadd sub isub rsub mul imul multiply truediv itruediv div divide true_divide pow maximum minimum fmax fmin where lerp
+    addcmul addcdiv matmul clamp clamp_min clamp_max""".split()
+)
 SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes checked".split())  # these return a tuple
+KEEPS_RANK = frozenset(
+    """relu gelu silu sigmoid tanh hardswish dropout transpose swapaxes movedim contiguous to float cat layer_norm softmax clone
+    linear add mul sub truediv div""".split()
+)
+SPATIAL = re.compile(r"([123])d$")
 SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
                     nn.modules.dropout._DropoutNd)  # fmt: skip
 
 
-def sample_axis(node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], module: nn.Module | None) -> Axis:
+def sample_axis(
+    node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable[[fx.Node], nn.Module | None],
+    shape_of: Callable[[fx.Node], torch.Size | None],
+) -> Axis:  # fmt: skip
     """The sample's axis in the output of `node`, from those of its inputs.
 
-    `axes` has every input that varies with the data, `name_of` gives an op's plain name, `module` is what the node calls if it
-    calls a module.
+    `axes` has every input that varies with the data, `name_of` gives an op's plain name, `leaf` what a node calls if it calls a
+    module that is no identity, `shape_of` the shape of a constant, where it is known.
     """
     if node.op == "placeholder":
         return 0
     found = [axes[n] for n in node.all_input_nodes if n in axes]
     axis = found[0] if found and all(a == found[0] for a in found) else None
+    module = leaf(node)
     name, args, kwargs = name_of(node), node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
     if node.target is getattr:  # x.T
         name, args = str(node.args[1]), ()
@@ -40,7 +56,7 @@ def sample_axis(node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.
     if name == "getitem" and isinstance(node.args[0], fx.Node):
         several = node.args[0].op == "call_module" or name_of(node.args[0]) in SEVERAL
         return axis if several else item(axis, node.args[1])
-    if name in ("view", "reshape", "_unsafe_view"):
+    if name in ("view", "reshape", "unsafe_view"):
         return reshaped(axis, node)
     if name == "einsum":
         return contracted(axis, node, axes)
@@ -49,6 +65,12 @@ def sample_axis(node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.
             return MOVES[name](axis, *args, **kwargs)
         except TypeError:  # arguments that are computed at run time
             return None
+    if name in ("expand", "broadcast_to"):
+        return expanded(axis, rank_of(node.args[0], axes, name_of, leaf), *args)
+    if name in BROADCAST and axis is not None:
+        shapes = [shape for n in node.all_input_nodes if n not in axes and (shape := shape_of(n)) is not None]
+        varying = [rank_of(n, axes, name_of, leaf) for n in node.all_input_nodes if n in axes]
+        return broadcast(axis, max(varying, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
     return axis
 
 
@@ -139,6 +161,45 @@ def joined(axis: Axis, dim: int = 0) -> Axis:
 def repeated(axis: Axis, *times: Any) -> Axis:
     first = times[0][0] if isinstance(times[0], tuple | list) else times[0]
     return axis if first == 1 else ROWS if place(axis) == 0 else None
+
+
+def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
+    sizes = tuple(sizes[0]) if sizes and isinstance(sizes[0], tuple | list) else sizes
+    if not isinstance(axis, int):
+        return None
+    axis += 0 if rank is None else len(sizes) - rank
+    size = sizes[axis] if axis < len(sizes) else 1
+    return axis if isinstance(size, fx.Node) or size == -1 else None  # a number: the sample's axis may be further on
+
+
+def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
+    """With a constant of that shape. Where the rank is not known, a constant that leads with several is taken for the longer."""
+    if rank is None:
+        return axis if len(constant) < 3 or constant[0] == 1 else None
+    if len(constant) <= rank:
+        return axis
+    return axis + len(constant) - rank if isinstance(axis, int) else None
+
+
+def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable) -> int | None:
+    """How many axes a value has, as far as what made it says so."""
+    while isinstance(node, fx.Node) and node in axes:
+        if "val" in node.meta:
+            return node.meta["val"].dim()
+        module, args = leaf(node), node.args[1:]
+        name = "" if node.op == "call_module" else name_of(node)
+        flat = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+        spatial = SPATIAL.search(name if module is None else type(module).__name__)
+        if spatial is not None and not isinstance(module, nn.BatchNorm1d):  # which takes two axes too
+            return int(spatial[1]) + 2
+        if name in ("view", "reshape", "permute", "expand"):
+            return len(flat)
+        if name == "flatten" and tuple(flat) == (1,):
+            return 2
+        if not isinstance(module, SEQUENCE_MODULES) and name and name not in KEEPS_RANK:
+            return None
+        node = next((n for n in node.all_input_nodes if n in axes), None)
+    return None
 
 
 def item(axis: Axis, index: Any) -> Axis:

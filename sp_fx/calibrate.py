@@ -85,30 +85,34 @@ def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
 def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Mapping[str, Any]) -> list[Spread]:
     """One forward over `batches`; the spread of each scaled gate's pre-activation over all of them.
 
-    `batches` is a tensor or an iterable of batches; a batch is a tensor, or a tuple of tensors where the model takes several.
+    `batches` is a tensor or an iterable of batches; a batch is a tensor, or a tuple or a mapping of them where the model takes
+    several.
 
     Raises:
         ValueError: no batch, or none with a sample in it; a batch that the model cannot take; inputs that are all constant;
             pre-activations that are not finite.
-        TypeError: a batch that is neither a tensor nor a tuple of them.
+        TypeError: a batch that is neither a tensor nor a tuple or a mapping of them.
     """
     gauge, varied = Gauge(module), False
     takes = len(module.graph.find_nodes(op="placeholder"))
     with torch.inference_mode(False), torch.no_grad():
         for i, batch in enumerate((batches,) if isinstance(batches, Tensor) else batches):
-            inputs = batch if isinstance(batch, tuple) else (batch,)
+            by_name = isinstance(batch, Mapping)
+            inputs = () if by_name else batch if isinstance(batch, tuple) else (batch,)
             if not all(isinstance(x, Tensor) for x in inputs):
                 got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type(batch).__name__
-                raise TypeError(f"batch {i} of the calibration set is {got}; expected a tensor, or a tuple of the model's inputs")
+                expected = "a tensor, or a tuple or a mapping of the model's inputs"
+                raise TypeError(f"batch {i} of the calibration set is {got}; expected {expected}")
             if len(inputs) > takes:
                 raise TypeError(f"batch {i} of the calibration set is a tuple of {len(inputs)} inputs; the model takes {takes}")
-            gauge.given = kwargs
+            gauge.given = {**kwargs, **batch} if by_name else kwargs
+            given = [x for x in batch.values() if isinstance(x, Tensor)] if by_name else inputs
             try:
                 gauge.run(*inputs)
             except (RuntimeError, ValueError, TypeError) as error:
-                told = f"{', '.join(str(list(x.shape)) for x in inputs)}: {str(error).splitlines()[0]}"
+                told = f"{', '.join(str(list(x.shape)) for x in given)}: {str(error).splitlines()[0]}"
                 raise ValueError(f"the model cannot take batch {i} of the calibration set, of shape {told}") from error
-            varied = varied or any(bool((x != x.flatten()[0]).any()) for x in inputs if x.is_floating_point() and x.numel())
+            varied = varied or any(bool((x != x.flatten()[0]).any()) for x in given if x.numel())
     spreads = list(gauge.spreads.values())
     if any(not spread.count for spread in spreads) or (not spreads and not varied):
         raise ValueError("the calibration set is empty: expected at least one batch with one sample")

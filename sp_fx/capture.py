@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from .arguments import settings
 from .clone import CaptureError, EvalClone, adopt_forward
 from .register import registered, seen
 
-GATING_MODULES = (
+tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
+
+OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
     *(nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.GLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softmax, nn.Softmin, nn.Softmax2d),
     *(nn.LogSoftmax, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softsign, nn.Threshold, nn.LogSigmoid),
@@ -52,7 +55,9 @@ def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Captu
 
 
 def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
-    clone = EvalClone()(model)
+    clones = EvalClone()
+    clone = clones(model)
+    hooks = clones.hooks_left(model)
     adopt_forward(clone)
     before = {path: (dict(m.__dict__), dict(m._buffers)) for path, m in clone.named_modules()}
     if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
@@ -79,7 +84,7 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    return Capture(clone, graph, "torch.fx", tuple(map(note.format, replaced)))
+    return Capture(clone, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
 
 
 def restored(clone: nn.Module, before: Mapping[str, tuple[dict, dict]]) -> list[str]:
@@ -124,14 +129,17 @@ class PlaceTracer(fx.Tracer):
         self.proxy_buffer_attributes = buffers
         self.passed: dict[str, None] = {}
         self.record_stack_traces = True
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if registered(m) is not None:
             return True
-        opened = isinstance(m, GATING_MODULES) or written_out(m) is not None or "forward" in m.__dict__
+        opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:  # fx patches the class nn.Module, and other models may be running
+            return forward(*args, **kwargs)
         name = self.path_of_module(m)
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if isinstance(result, fx.Proxy) and not self.is_leaf_module(m, name):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from .adjoints import TABLE, rule_of
-from .arguments import rebuilt
+from .arguments import cloned, tensors_of
 from .clone import EvalClone
 from .coverage import dispatched, listed
 from .dual import dual_path
@@ -94,56 +94,58 @@ def check(
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = dict(forward_kwargs or {})
     with torch.inference_mode(False):
-        clone = EvalClone()(source)
+        clone = hookless(source)
+
+        def in_double() -> Any:
+            return hookless(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
+
         lines = [
             forward(explainer, clone, args, kwargs),
-            guarded("affine identity", affine, explainer, args, kwargs),
-            guarded("tau -> 0", limit, explainer, clone, args, kwargs),
+            guarded("affine identity", in_double, affine, explainer, args, kwargs),
+            guarded("tau -> 0", in_double, limit, explainer, clone, args, kwargs),
             coverage(explainer, clone, args, kwargs),
         ]
     return Checks(explainer.report().model, tuple(lines))
 
 
-def guarded(name: str, run: Callable[..., Line], *given: Any) -> Line:
-    """`run`, or a line that says that this model cannot be checked so: ops without a float64 or a forward-mode formula."""
+def hookless(model: nn.Module) -> nn.Module:
+    clones = EvalClone()
+    clone = clones(model)
+    clones.hooks_left(model)
+    return clone
+
+
+def guarded(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *given: Any) -> Line:
+    """`run`, or a line that says that this model cannot be checked so: it does not run `in_double`, or an op of it has no
+    forward-mode formula."""
     try:
         return run(name, *given)
-    except NotImplementedError as error:
-        return Line(name, "not applicable", note=str(error).splitlines()[0][:120])
-    except RuntimeError as error:
-        if "dtype" not in str(error) and "expected scalar type" not in str(error) and "forward AD" not in str(error):
-            raise
-        return Line(name, "not applicable", note=str(error).splitlines()[0][:120])
-
-
-def cloned(values: Any, dtype: torch.dtype | None = None) -> Any:
-    def each(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
-
-    return rebuilt(values, each)
+    except RuntimeError as error:  # NotImplementedError is one
+        told = str(error)
+        if not isinstance(error, NotImplementedError) and "forward AD" not in told and "not implemented for" not in told:
+            try:
+                in_double()
+            except RuntimeError:
+                pass
+            else:
+                raise
+        return Line(name, "not applicable", note=told.splitlines()[0][:120])
 
 
 def forward(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
     with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
-        expected = [t.detach() for t in leaves(clone(*cloned(args), **cloned(kwargs)))]
-        found = [t.detach() for t in leaves(explainer(*cloned(args), **cloned(kwargs)))]
+        expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
+        found = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
     if [t.shape for t in found] != [t.shape for t in expected]:
         return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in found]}, {[list(t.shape) for t in expected]}")
     if all(torch.equal(a, b) or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
            for a, b in zip(found, expected)):  # fmt: skip
         return Line("forward", "ok", 0.0, 0.0, "bitwise")
-    error = max(float((a - b).double().norm() / b.double().norm().clamp_min(1e-30)) for a, b in zip(found, expected) if b.numel())
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected) if b.numel()]
+    error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     fused = any(site.op == "MultiheadAttention" for site in explainer.report().sites)
     bar = 1e-5 if fused else 0.0
     return Line("forward", "ok" if error <= bar else "FAILED", error, bar, "PyTorch fuses attention" if fused else "")
-
-
-def leaves(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    rebuilt(value, lambda t: found.append(t) if isinstance(t, Tensor) else None)
-    return found
 
 
 def retempered(explainer: Explainer, tau: Any) -> Explainer:

@@ -1,18 +1,26 @@
 """The eval clone of a model: its structure, flags and dictionaries, and the storage of its tensors, in objects of its own.
 
 Nothing done to the clone reaches the model, while a later in-place update of the model's weights (an optimiser step,
-`load_state_dict`) reaches the clone. It has no hooks.
+`load_state_dict`) reaches the clone. It has no hooks: those of `torch.nn.utils` that compute a weight have done so once, and
+`hooks_left` tells of them and of the others.
 """
 
 from __future__ import annotations
 
+import collections
+import copy
+import dataclasses
 import functools
 import sys
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 class CaptureError(RuntimeError):
@@ -72,7 +80,9 @@ class EvalClone:
         return self.clones[id(tensor)]
 
     def rebind(self, value: Any) -> Any:
-        """A plain attribute; what refers to a module of the tree refers to its clone."""
+        """A plain attribute, in containers of its own; what refers to a module of the tree refers to its clone."""
+        if id(value) in self.clones:
+            return self.clones[id(value)]
         match value:
             case nn.Module():
                 return self(value)
@@ -82,11 +92,49 @@ class EvalClone:
                 return types.MethodType(value.__func__, self(value.__self__))
             case functools.partial():
                 return functools.partial(self.rebind(value.func), *map(self.rebind, value.args), **self.rebind(value.keywords))
+            case tuple() if hasattr(value, "_fields"):
+                return type(value)(*map(self.rebind, value))
             case list() | tuple() | set() if type(value) in (list, tuple, set):
                 return type(value)(map(self.rebind, value))
-            case dict() if type(value) is dict:
-                return {key: self.rebind(item) for key, item in value.items()}
-        return value
+            case collections.deque():
+                return collections.deque(map(self.rebind, value), value.maxlen)
+            case dict():
+                return self.refilled(value, lambda own: own, value)
+        fields = dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
+        return self.refilled(value, vars, vars(value)) if fields or isinstance(value, types.SimpleNamespace) else value
+
+    def refilled(self, value: Any, inside: Callable[[Any], dict], held: dict) -> Any:
+        """A copy of a container, of whatever kind it is, which may hold itself."""
+        self.clones[id(value)] = own = copy.copy(value)
+        self.kept.append(value)
+        inside(own).update({key: self.rebind(item) for key, item in held.items()})
+        return own
+
+    def hooks_left(self, model: nn.Module) -> list[str]:
+        """What is to be told of the hooks of `model`, which was cloned; weights that hooks compute are computed for the clone."""
+        notes = []
+        for path, module in model.named_modules():
+            if (clone := self.clones.get(id(module))) is None:
+                continue
+            where = f"the hook of {path}" if path else "the model's own hook"
+            for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+                if isinstance(hook, WEIGHT_HOOKS):
+                    with torch.no_grad():
+                        hook(clone, ())
+                    told = "as it was at transform: after an update, transform again"
+                    notes.append(f"{where} computes its {weight_of(hook)}, {told}")
+                else:
+                    kind = getattr(hook, "__qualname__", type(hook).__name__)
+                    notes.append(f"{where}, {kind}, does not run: if it changes anything, the outputs are not the model's")
+        return notes
+
+
+# Those that set a plain attribute before each forward; parametrizations need none.
+WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
+
+
+def weight_of(hook: Any) -> str:
+    return str(getattr(hook, "name", None) or hook._tensor_name)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

@@ -26,6 +26,7 @@ ATEN = {
     **dict.fromkeys((f"scaled_dot_product_{how}_attention" for how in ("flash", "efficient", "cudnn", "fused")), "softmax"),
     "scaled_dot_product_flash_attention_for_cpu": "softmax",
     **dict.fromkeys(("selu", "celu"), "elu"),
+    **dict.fromkeys("sign sgn heaviside round floor ceil trunc frac fmod remainder".split()),
     "native_layer_norm": "layer_norm",
     "native_group_norm": "group_norm",
 }

@@ -67,7 +67,8 @@ def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[
 
 def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:
     kind, tau, scale, args = gate
-    fitted = tau * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, arg-type]
+    # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
+    fitted = max(tau, 1e-7) * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, type-var, arg-type]
     fused = by_kernel(kind, v, saved, fitted, dict(args)) if reached(v) and at_once() else None
     return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args)) if fused is None else fused
 

@@ -17,7 +17,7 @@ from .arguments import bound, rebuilt
 from .ascent import Ascent, Bounds, Clip
 from .calibrate import by_norms, calibrated, measure, measured
 from .call import Call, usable
-from .capture import Capture, capture
+from .capture import Capture, capture, tracing
 from .clone import CaptureError
 from .cut import ending_at, place, places, starting_at, within
 from .export import export
@@ -46,8 +46,8 @@ def transform(
 
     The explainer is in eval mode and shares the storage of the weights: updating them in place (an optimiser step,
     `load_state_dict`) updates it too, while replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled,
-    DataParallel and DistributedDataParallel models are unwrapped. Tracing patches PyTorch while it lasts: transform one model
-    at a time; explainers may be used by any number of threads.
+    DataParallel and DistributedDataParallel models are unwrapped. Explainers may be used by any number of threads, also while
+    another one transforms or compiles, but for a transform by `torch.export`, which patches PyTorch for all of them.
 
     Args:
         model: any module that one of the tracers can capture.
@@ -79,12 +79,15 @@ def transform(
         raise ValueError(f"tracer is 'auto', 'fx' or 'export', got {tracer!r}")
     if tracer == "export" and example_inputs is None:
         raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
-    with torch.inference_mode(False):
-        captured, report = read(model, Rules() if rules is None else rules, tracer, example_inputs)
+    with tracing, torch.inference_mode(False):
+        rules = Rules() if rules is None else rules
+        captured, report = read(model, rules, tracer, example_inputs)
         graph = captured.graph
+        rules.check_places(report.sites)
         if output is not None:
             graph = ending_at(captured.modules, graph, output)
             report = within(report, graph)
+        rules.check_scales(report.sites)
         left = report.of("NOT REWRITTEN")
         if left and strict:
             heading = f"{len(left)} calls that gate, or may, have no rule; sp_fx.register_gate gives one to your own:"
@@ -348,13 +351,13 @@ class Explainer(fx.GraphModule):
         pre-activation has, over the data that it was trained on; the others keep the scale they had, as the report shows.
 
         Args:
-            batches: a tensor, or an iterable of batches: tensors, or tuples of the inputs of a model that takes several.
+            batches: a tensor, or an iterable of batches: tensors, or tuples or mappings of several inputs.
             forward_kwargs: keyword arguments of the model, the same for every batch.
 
         Raises:
             ValueError: no sample; a batch that the model cannot take; only constant inputs; pre-activations that are not finite;
                 without `batches`, no gate is fed by a BatchNorm.
-            TypeError: a batch that is neither a tensor nor a tuple.
+            TypeError: a batch that is neither a tensor nor a tuple or a mapping.
 
         Warns:
             UserWarning: gates that are constant over the data, which stay hard, and gates that are never active on it.

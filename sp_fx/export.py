@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import PLAIN, VARIADIC, checked, form, items, rebuilt
+from .arguments import PLAIN, VARIADIC, checked, cloned, form, items, rebuilt, tensors_of
 from .capture import Capture, blame, passes
 from .clone import CaptureError, EvalClone, adopt_forward
 from .register import seen
@@ -72,10 +72,12 @@ def cut(example: Any, sizes: torch.Size, size: int) -> Any:
     return rebuilt(example, each)
 
 
-def tensors_of(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    rebuilt(value, lambda t: found.append(t) if isinstance(t, Tensor) else None)
-    return found
+def alike(a: Tensor, b: Tensor) -> bool:
+    """To a hundredth of the largest number; what is not floating, exactly."""
+    if a.shape != b.shape or a.dtype != b.dtype or not (b.is_floating_point() or b.is_complex()):
+        return torch.equal(a, b)
+    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
+    return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
 
 
 class Slot:
@@ -89,13 +91,15 @@ class Exported:
     """One export, made into a graph over a clone; with `varying`, for all sizes of axis 0 where the example has `sizes`."""
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], sizes: torch.Size, varying: bool) -> None:
-        self.clone = EvalClone()(model)
+        clones = EvalClone()
+        self.clone = clones(model)
+        hooks = clones.hooks_left(model)
         adopt_forward(self.clone)
         self.reference = EvalClone()(self.clone)  # the modules of the clone become identities
         for module in self.reference.modules():
             module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
         self.parameters = inspect.signature(self.clone.forward).parameters
-        self.arguments, self.notes = dict(arguments), list[str]()
+        self.arguments, self.notes = dict(arguments), hooks
         self.tensors = tensors = tensors_of(self.arguments)
         batch = max(*sizes, 2) if varying else None
         self.varies = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
@@ -160,10 +164,8 @@ class Exported:
         with torch.no_grad():
             expected = tensors_of(self.reference(*cloned(call.args), **cloned(call.kwargs)))
             found = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
-        for a, b in zip(found, expected):
-            close = 1e-2 * float(b.abs().max()) if b.numel() else 0.0
-            if a.shape != b.shape or not torch.allclose(a.double(), b.double(), 1e-2, close, equal_nan=True):
-                raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
+        if len(found) != len(expected) or not all(map(alike, found, expected)):
+            raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
 
     # -- the graph
 
@@ -325,8 +327,3 @@ def all_require_grad(module: nn.Module) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
-
-
-def cloned(value: Any) -> Any:
-    """The tensors of `value` copied: a forward may write over its inputs."""
-    return rebuilt(value, lambda t: t.clone() if isinstance(t, Tensor) else t)

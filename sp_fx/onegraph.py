@@ -26,6 +26,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 
 from .capture import lets_through
+from .clone import EvalClone
 from .decompose import TABLE
 from .dual import dual_path
 
@@ -145,16 +146,18 @@ def folded(explainer: fx.GraphModule) -> fx.GraphModule:
     """The explainer's graph with every BatchNorm that a convolution feeds folded into it.
 
     Before capture, because Inductor's own folding does not see through the adjoint, which would scale by it once more on the
-    way back. The explainer's modules are shared, and not touched.
+    way back. The modules are clones of the explainer's: a trace puts stand-ins for the weights into them, and the explainer may
+    be running in another thread.
     """
-    module = fx.GraphModule(explainer, copy.deepcopy(explainer.graph))
+    module = fx.GraphModule(EvalClone()(explainer), copy.deepcopy(explainer.graph))
     for node in list(module.graph.nodes):
         if node.op == "call_module" and lets_through(module.get_submodule(node.target)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     for i, node in enumerate(list(module.graph.nodes)):
         conv: Any = node.args[1] if is_row(node, "affine_norm") else None
-        if is_row(conv, "conv") and len(conv.users) == 1:
+        fits = is_row(conv, "conv") and len(conv.users) == 1
+        if fits and all(n is None or n.op == "get_attr" for n in (*conv.args[2:4], *node.args[2:6])):  # not computed in the pass
             fold(module, conv, node, f"folded_{i}")
     for node in list(module.graph.nodes):
         average_by_mean(module, node)

@@ -52,7 +52,7 @@ def save(
     draft = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         ENGINES[path.suffix].write(program, draft, manifest)
-        load(draft, device=str(program.device))
+        load(draft, device=None if path.suffix == ".onnx" else str(program.device))  # ONNX Runtime runs on the CPU here
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)

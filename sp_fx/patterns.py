@@ -29,12 +29,14 @@ LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
 
 @dataclass(frozen=True)
 class Written:
-    """A gate of `source`, by the calls `inside`: what the rules call it, its row of the table and the row's arguments."""
+    """A gate of `source`, by the calls `inside`: what the rules call it, its row of the table and the row's arguments, and the
+    weights that these were read from."""
 
     kind: str
     args: dict[str, Any]
     source: fx.Node
     inside: tuple[fx.Node, ...]
+    weights: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,27 @@ def written_gate(graph: Graph, node: fx.Node) -> Written | None:
     for source, inside in cones(graph, node):
         if sum(source in n.all_input_nodes for n in inside) < 2 and not repeated(node, source):
             continue
-        z = torch.linspace(-8, 8, 33, dtype=torch.float64)
+        z = torch.cat([torch.linspace(-8, 8, 33, dtype=torch.float64), far_points(inside)])
         try:
             y = computed(graph, source, inside, z)
         except Exception:  # a form that does not run on the grid is none of these gates
             continue
         found = named(z, y) if isinstance(y, Tensor) and y.shape == z.shape else None
         if found is not None:
-            return Written(*found, source, tuple(inside))
+            return Written(*found, source, tuple(inside), read_by(inside) if found[1] else ())
     return None
+
+
+def far_points(inside: list[fx.Node]) -> Tensor:
+    """Where a form may have other pieces: far out, and beside each number that is written in it."""
+    numbers = {abs(float(a)) for n in inside for a in (*n.args, *n.kwargs.values()) if isinstance(a, int | float)}
+    beside = [factor * number for number in sorted(numbers) if 0 < number < 200 for factor in (0.9, 1.1, 1.5)]  # no exp overflows
+    return torch.tensor([sign * at for at in (20.0, 100.0, *beside) for sign in (-1, 1)], dtype=torch.float64)
+
+
+def read_by(inside: list[fx.Node]) -> tuple[str, ...]:
+    """The names of the weights in a form."""
+    return tuple(dict.fromkeys(str(a.target) for n in inside for a in n.all_input_nodes if a.op == "get_attr"))
 
 
 def repeated(node: fx.Node, source: fx.Node) -> bool:
@@ -149,8 +163,7 @@ def computed(graph: Graph, source: fx.Node, inside: list[fx.Node], z: Tensor) ->
 
 def named(z: Tensor, y: Tensor) -> tuple[str, dict[str, Any]] | None:
     """The gate whose values on `z` are `y`."""
-    one = len(z) // 2 + 2  # z = 1
-    at_one, at_minus = float(y[one]), float(y[-one - 1])
+    at_one, at_minus = (float(y[z == at][0]) for at in (1.0, -1.0))
     rate = math.log(at_one / (1 - at_one)) if 0 < at_one < 1 else 1.0
     slope = -at_minus
     alpha = at_minus / math.expm1(-1)

@@ -25,6 +25,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .ascent import Ascent
+from .capture import tracing
 from .inductor import by_batch, compiled, packs
 from .onegraph import folded, one_graph
 from .rules import NORMS
@@ -118,10 +119,12 @@ class Program:
                 self.aim = y.argmax(1)
             starts = [given[i] for i in self.explained] if self.looped else []
             self.example = [*given, *starts, self.aim]
-            self.graph = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic_batch)
+            with tracing:
+                self.graph = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic_batch)
             self.run = compiled(self.graph, self.example)
             if dynamic_batch and packs(self.graph):
-                fixed = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic=False)
+                with tracing:
+                    fixed = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic=False)
                 self.run = by_batch(self.batch, compiled(fixed, self.example), self.run)
             self.error = self._compare(explainer, given)
         self.seconds = time.perf_counter() - started

@@ -35,7 +35,10 @@ from .vocabulary import (
     AFFINE_MODULES,
     AFFINE_ROWS,
     CELLS,
+    CHOICES,
+    COMPARISONS,
     FUSED,
+    LOGICAL,
     PIECEWISE,
     PRODUCT,
     QUOTIENT,
@@ -53,8 +56,8 @@ from .vocabulary import (
 def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
     """Rewrite the captured graph of the model of that name in place; returns what became of its gates.
 
-    Raises:
-        ValueError: an override of `rules` that fits no gate.
+    Whether `rules` fit the model (`Rules.check_places`, `Rules.check_scales`) is for the caller to ask of the report, since
+    another capture may have other places.
     """
     graph = capture.graph
     run = Pass(capture.modules, graph, rules)
@@ -65,7 +68,6 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
         leaf.__dict__["forward"] = passes
     run.notes += run.storage.protect()
     run.mark_steering()
-    rules.check_places(site.place for site in run.sites if site.kind)
     graph.lint()
     return Report(model, rules, tuple(run.sites), capture.tracer, (*capture.notes, *run.notes))
 
@@ -92,8 +94,7 @@ class Pass:
             name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and any(n in self.varying for n in node.all_input_nodes)):
                 self.varying.add(node)
-                inside = None if self.passes(node) else self.leaf(node)
-                self.axes[node] = sample_axis(node, self.axes, name_of, inside)
+                self.axes[node] = sample_axis(node, self.axes, name_of, self.called, self.constant_shape)
                 self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
 
     # -- facts about nodes
@@ -103,6 +104,14 @@ class Pass:
 
     def passes(self, node: fx.Node) -> bool:
         return node.op == "call_module" and lets_through(self.module(node))
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The leaf that a node calls, if it is no identity."""
+        return None if self.passes(node) else self.leaf(node)
+
+    def constant_shape(self, node: fx.Node) -> torch.Size | None:
+        held = operator.attrgetter(str(node.target))(self.modules) if node.op == "get_attr" else node.meta.get("val")
+        return held.shape if isinstance(held, torch.Tensor) else None
 
     def op(self, node: fx.Node) -> str:
         return type(self.module(node)).__name__ if node.op == "call_module" else name_of(node)
@@ -152,7 +161,12 @@ class Pass:
         return used and all(user in gate.inside for user in later)
 
     def visit(self, node: fx.Node) -> None:
-        if node not in self.varying or node.op not in ("call_module", "call_function", "call_method") or self.passes(node):
+        if node.op not in ("call_module", "call_function", "call_method") or self.passes(node):
+            return
+        if node not in self.patterns and (leaf := self.leaf(node)) is not None and is_affine_row(leaf):
+            self.replace_affine(node, leaf)  # of constants too: a leaf is opened for all of its calls
+            return
+        if node not in self.varying:
             return
         if isinstance(pattern := self.patterns.get(node), Written):
             self.visit_written(node, pattern)
@@ -176,6 +190,8 @@ class Pass:
             self.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
         elif name in SMOOTH:
             self.note(node, "kept", "smooth, no gate")
+        elif any(map(self.by_comparison, self.masks(node))):
+            self.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
         elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
             factors = self.factors(node) if name in ("mul", "imul", "multiply") else []
             if len(factors) == 1:
@@ -184,6 +200,33 @@ class Pass:
                 self.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
         elif node.op == "call_function" and (name in FUSED or not known(target)):
             self.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
+
+    @staticmethod
+    def masks(node: fx.Node) -> list[Any]:
+        """The arguments of a call that may choose between others."""
+        name = name_of(node)
+        if name in CHOICES:
+            return [node.args[0 if name == "where" and node.op == "call_function" else 1]] if len(node.args) > 1 else []
+        return list(node.args[:2]) if name in ("mul", "imul", "multiply") else []
+
+    def by_comparison(self, node: Any) -> bool:
+        """Whether a mask is made by comparing what the model's weights had a part in: masks made of inputs alone are the
+        caller's, as those of token ids are."""
+        while isinstance(node, fx.Node) and node in self.varying and name_of(node) not in COMPARISONS:
+            inputs = [n for n in node.all_input_nodes if n in self.varying]
+            if not inputs or not (self.storage.is_view(node) or name_of(node) in LOGICAL):
+                return False
+            node = inputs[0]
+        if not isinstance(node, fx.Node) or node not in self.varying:
+            return False
+        seen, queue = set(), [node]
+        while queue:
+            at = queue.pop()
+            if at.op == "get_attr" or (at.op == "call_module" and not self.passes(at)):
+                return True
+            queue += [n for n in at.all_input_nodes if n not in seen]
+            seen.update(at.all_input_nodes)
+        return False
 
     def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
         self.sites.append(Site(self.place(node), self.op(node), "", status, None, reason, opaque=opaque))
@@ -194,8 +237,6 @@ class Pass:
             tau = self.temperature(node, "attention")
             if tau is not None:
                 self.replace_multihead(node, leaf, tau)
-        elif type(leaf) in AFFINE_ROWS and leaf._buffers.get("running_mean", 0) is not None and not is_parametrized(leaf):
-            self.replace_affine(node, leaf)
         elif isinstance(leaf, nn.RNNBase | nn.RNNCellBase):
             self.note(node, "NOT REWRITTEN", RECURRENT)
         elif not isinstance(leaf, AFFINE_MODULES):
@@ -223,7 +264,7 @@ class Pass:
 
     def visit_gate(self, node: fx.Node, reader: Any) -> None:
         try:
-            gate = reader(*node.args, **{k: v for k, v in node.kwargs.items() if k != "_stacklevel"})
+            gate = reader(*node.args, **keywords(node))
         except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
             gate = Unread(f"its arguments are not constants of the graph: {error}")
         if isinstance(gate, Gate) and gate.fixed:
@@ -310,6 +351,9 @@ class Pass:
         tau = self.temperature(node, rule_of(gate.kind))
         if not TABLE[gate.kind].registered:
             self.amend(op=f"{name_of(node)}, written out")
+        if gate.weights:
+            reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
+            self.amend(reason="; ".join(filter(None, (self.sites[-1].reason, reason))))
         if tau is None:
             return
         first, source = min(gate.inside, key=self.storage.position.__getitem__), self.instead.get(gate.source, gate.source)
@@ -368,8 +412,6 @@ class Pass:
     def replace_affine(self, node: fx.Node, leaf: Any) -> None:
         """An affine leaf as its row of the table; the leaf stays as an identity that can be hooked."""
         kind, names, args = AFFINE_ROWS[type(leaf)]
-        if kind == "conv" and (leaf.padding_mode != "zeros" or isinstance(leaf.padding, str)):
-            return
         with self.graph.inserting_before(node):
             held = [None if getattr(leaf, n) is None else self.graph.get_attr(f"{node.target}.{n}") for n in names]
             soft = self.graph.call_function(dual_path, (kind, *node.args, *node.kwargs.values(), *held),
@@ -400,7 +442,11 @@ class Pass:
         if not products:
             self.note(node, "kept", "a softmax that multiplies no values")
             return
-        read = reader(*node.args, **node.kwargs)
+        try:
+            read = reader(*node.args, **keywords(node))
+        except TypeError as error:
+            self.note(node, "NOT REWRITTEN", f"its arguments are not constants of the graph: {error}")
+            return
         if read[1] is None:
             self.note(node, "NOT REWRITTEN", "softmax without a dim")
             return
@@ -424,6 +470,19 @@ class Pass:
             if self.moved.get(node, node) not in reached and not site.reason.startswith("part of"):
                 status: Status = "kept" if site.status == "NOT REWRITTEN" else site.status
                 self.sites[i] = replace(site, status=status, reason="steers a frozen gate: no signal passes here")
+
+
+def keywords(node: fx.Node) -> dict[str, Any]:
+    """The keyword arguments of a gating call in PyTorch's own names: it takes NumPy's too."""
+    names = {"axis": "dim", "keepdims": "keepdim"}
+    return {names.get(key, key): value for key, value in node.kwargs.items() if key != "_stacklevel"}
+
+
+def is_affine_row(leaf: Any) -> bool:
+    """Whether a leaf computes, by its own tensors, what its row of the table does."""
+    if type(leaf) not in AFFINE_ROWS or is_parametrized(leaf) or leaf._buffers.get("running_mean", 0) is None:
+        return False
+    return AFFINE_ROWS[type(leaf)][0] != "conv" or (leaf.padding_mode == "zeros" and not isinstance(leaf.padding, str))
 
 
 def with_first(result: Any, first: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from .adjoints import TABLE
 from .temperature import FROZEN, Temperature
@@ -92,7 +92,8 @@ class Rules:
                 if kind not in KINDS and kind not in registered():
                     raise ValueError(f"override {pattern!r} names the kind {kind!r}; the kinds are {', '.join(KINDS)}")
                 _check(f"override {pattern!r}", kind, tau)
-        object.__setattr__(self, "overrides", MappingProxyType(dict(self.overrides)))
+        own = {pattern: dict(tau) if isinstance(tau, Mapping) else tau for pattern, tau in self.overrides.items()}
+        object.__setattr__(self, "overrides", MappingProxyType(own))
 
     def __reduce__(self):  # a mappingproxy does not pickle
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -122,24 +123,18 @@ class Rules:
         return tau
 
     def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
-        """What `tau`, the temperature of the gate of `kind` at `place`, is measured in.
-
-        Raises:
-            ValueError: the scales are measured ones, and this gate's is not among them.
-        """
+        """What `tau`, the temperature of the gate of `kind` at `place`, is measured in; "missing" where the scales are measured
+        ones and this gate's is not among them."""
         if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
             return "absolute"
         if not isinstance(self.scale, Mapping):
             return self.scale
-        if place not in self.scale:
-            measured = f"no scale was measured for the {kind} gate at {place!r}, but for {len(self.scale)} others"
-            raise ValueError(f"{measured}: calibrate an explainer of this model")
-        scale = self.scale[place]
+        scale = self.scale.get(place, "missing")
         return scale if isinstance(scale, str) else float(scale)
 
-    def check_places(self, places: Iterable[str]) -> None:
-        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of `places`."""
-        known = sorted(set(places))
+    def check_places(self, gates: Iterable[Any]) -> None:
+        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of the `gates`, sites of a report."""
+        known = sorted({site.place for site in gates if site.kind})
         unknown = [place for place in self.scale if place not in known] if isinstance(self.scale, Mapping) else []
         if unknown:
             raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
@@ -147,6 +142,13 @@ class Rules:
             if not any(fnmatchcase(place, pattern) for place in known):
                 gates = ", ".join(known) or "none"
                 raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {gates}")
+
+    def check_scales(self, gates: Iterable[Any]) -> None:
+        """Raise ValueError if the scales are measured ones, and that of one of the `gates` is not among them."""
+        for site in gates:
+            if site.scale == "missing":
+                measured = f"no scale was measured for the {site.kind} gate at {site.place!r}, but for {len(self.scale)} others"
+                raise ValueError(f"{measured}: calibrate an explainer of this model")
 
     def __str__(self) -> str:
         return f"Rules({', '.join(f'{name}={told}' for name, told in self._changed().items())})"

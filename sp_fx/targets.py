@@ -9,6 +9,7 @@ predicted one; an ascent asks anew at every step, so name the class there.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ def primary(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     named = dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        named = output._asdict()
     if not named and isinstance(output, Sequence):
         named = {str(i): value for i, value in enumerate(output)}
     tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
@@ -111,7 +114,7 @@ def indices_of(target: Any, y: Tensor) -> Tensor:
         if target.dim() == 0:
             index = target.expand(1, batch, 1)
         elif target.dim() in (1, 2) and target.shape[0] == batch:
-            index = target.reshape(batch, -1).T[..., None]
+            index = (target[None] if target.dim() == 1 else target.T)[..., None]
         else:
             raise ValueError(f"a target tensor has shape [{batch}] or [{batch}, T] for this batch, got {_shape(target)}")
     elif not isinstance(target, list):
@@ -192,6 +195,8 @@ def margin(target: Class = None, rivals: int | None = None) -> Direction:
 
     def of(y: Tensor) -> Tensor:
         own = chosen(y, target)
+        if y.shape[1] < 2:
+            raise ValueError(f"a margin needs a rival: the output {list(y.shape)} has one class")
         others = y.masked_fill(own > 0, -torch.inf)
         if rivals is not None:
             if not 1 <= rivals < y.shape[1]:
@@ -237,11 +242,7 @@ def neuron(*index: int) -> Direction:
 def channel(index: int) -> Direction:
     """The mean over places of channel `index`, axis 1: of a layer's output, what feature visualisation calls a channel."""
 
-    def of(y: Tensor) -> Tensor:
-        u = at(y, (index,), full=False)
-        return u * (u.shape[0] / u.sum().clamp_min(1))
-
-    return Direction(of)
+    return Direction(lambda y: at(y, (index,), full=False) / max(math.prod(y.shape[2:]), 1))
 
 
 def free(u: Tensor) -> Direction:

@@ -34,7 +34,8 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
 # What chooses by value, and has no rule: reported as not rewritten.
 PIECEWISE = frozenset(
     """max min amax amin maximum minimum aminmax topk kthvalue sort msort median nanmedian quantile nanquantile mode cummax cummin
-    logcumsumexp sign lp_pool1d lp_pool2d lp_pool3d gumbel_softmax""".split()
+    logcumsumexp sign sgn heaviside round floor ceil trunc frac fmod remainder mod lp_pool1d lp_pool2d lp_pool3d
+    gumbel_softmax""".split()
 )
 # What is no gate, and keeps its derivative, as products and quotients of two things that vary do.
 SMOOTH = frozenset(
@@ -45,6 +46,9 @@ PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addb
 QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
 SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
 ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
+COMPARISONS = frozenset("gt ge lt le greater less greater_equal less_equal".split())
+CHOICES = frozenset("where masked_fill".split())
+LOGICAL = frozenset("logical_not logical_and logical_or logical_xor invert bitwise_not and or xor bool half double type".split())
 CELLS = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 RECURRENT = "a recurrent cell, whose gates keep their derivative"
 FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention".split())  # torch's own, with gates inside
