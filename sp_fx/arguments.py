@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,9 @@ def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
         TypeError: arguments that the forward does not take.
     """
     signature = inspect.signature(module.forward)
+    if isinstance(example_inputs, PLAIN):
+        expected = "a tensor, a tuple of positional arguments, or a mapping of keyword arguments"
+        raise TypeError(f"example_inputs is {expected}, got {example_inputs!r}")
     try:
         if isinstance(example_inputs, Mapping):
             arguments = signature.bind(**example_inputs)
@@ -76,6 +80,13 @@ def rebuilt(value: Any, each: Callable[[Any], Any]) -> Any:
     return (list if isinstance(value, list) else tuple)(inner.values())
 
 
+class Slot:
+    """Stands for value number `index` in a container. No dataclass: those are containers."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """Those in the containers of `value`, in order."""
     found: list[Tensor] = []
@@ -92,6 +103,29 @@ def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
         return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
 
     return rebuilt(value, each)
+
+
+def encoded(value: Any) -> Any:
+    """Plain arguments as `ast.literal_eval` reads their `repr`: sizes as tuples, dtypes by name, infinities in words."""
+    if isinstance(value, tuple | list):
+        return tuple(map(encoded, value))
+    if isinstance(value, dict):
+        return {"dict": tuple((key, encoded(item)) for key, item in value.items())}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return {"float": repr(value)} if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def decoded(value: Any) -> Any:
+    """What `encoded` was given, lists as tuples."""
+    if isinstance(value, tuple):
+        return tuple(map(decoded, value))
+    if not isinstance(value, dict):
+        return value
+    (kind, held), = value.items()
+    if kind == "dict":
+        return {key: decoded(item) for key, item in held}
+    return getattr(torch, held) if kind == "dtype" else float(held)
 
 
 def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]:

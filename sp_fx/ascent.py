@@ -40,11 +40,14 @@ class Ascent:
             raise ValueError(f"steps is a whole number of at least 1, got {self.steps!r}")
         for name in ("step_size", "radius"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value < math.inf):
                 raise ValueError(f"{name} is a finite L2 length above 0, or None, got {value!r}")
         if self.clip not in ("every", "last", "never"):
             raise ValueError(f"clip is 'every', 'last' or 'never', got {self.clip!r}")
         if self.bounds is not None:
+            if not isinstance(self.bounds, tuple | list) or len(self.bounds) != 2:
+                raise ValueError(f"bounds are (low, high), two numbers or tensors, got {self.bounds!r}")
             low, high = (torch.as_tensor(bound) for bound in self.bounds)
             if not bool((low < high.to(low.device)).all()):
                 raise ValueError(f"bounds are (low, high) with low < high throughout, got {self.bounds!r}")
@@ -54,8 +57,18 @@ class Ascent:
         numel = sum(x[:1].numel() for x in start) if start[0].shape[0] else 0
         return PAPER_STEP * math.sqrt(numel / PAPER_NUMEL) if self.step_size is None else self.step_size
 
+    def check(self, start: Sequence[Tensor]) -> None:
+        """Raise ValueError where the bounds are not those of inputs like `start`."""
+        for bound in self.bounds or ():
+            shape = torch.as_tensor(bound).shape
+            for x in start:
+                fits = len(shape) <= x.dim() and all(n in (1, m) for n, m in zip(shape[::-1], x.shape[::-1]))
+                if not fits:
+                    raise ValueError(f"a bound broadcasts to the inputs, {list(x.shape)}, got one of shape {list(shape)}")
+
     def path(self, start: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]]) -> list[list[Tensor]]:
         """All iterates, the start first; `pull` maps inputs to their pullbacks."""
+        self.check(start)
         iterates = [start]
         for number in range(1, self.steps + 1):
             clamp = self.clip == "every" or (self.clip == "last" and number == self.steps)

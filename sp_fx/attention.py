@@ -55,10 +55,10 @@ def freeze_softmax(
     run.supersede(node, hard)
     graph.erase_node(node)
     weights = (weights - {node}) | {hard}
-    run.moved[node] = hard
     again: dict[fx.Node, fx.Node] = {} if soft is None else {hard: soft}
     for product in products:
         form = mixing(product, weights, run)
+        run.moved[node] = product  # where the signal passes: the weights are constants
         if form is None:
             if hot:
                 run.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {run.op(product)}")
@@ -69,7 +69,7 @@ def freeze_softmax(
             mixed = graph.call_function(dual_path, ("mix", mixed_by, tempered, values), {"tau": tau, **args})
         mixed.meta.update(product.meta)
         run.supersede(product, mixed)
-        run.moved[product] = mixed
+        run.moved[product] = run.moved[node] = mixed
         graph.erase_node(product)
 
 

@@ -97,7 +97,9 @@ class Batcher:
     def _answer(self, batch: list[tuple[Any, Future]]) -> None:
         started = time.perf_counter()
         try:
-            answers = self.run([sample for sample, _ in batch])
+            answers = list(self.run([sample for sample, _ in batch]))
+            if len(answers) != len(batch):
+                raise RuntimeError(f"{len(answers)} answers to {len(batch)} samples")
         except Exception as error:
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
@@ -107,5 +109,5 @@ class Batcher:
             return
         self.seconds += time.perf_counter() - started
         self.batches[len(batch)] += 1
-        for (_, future), answer in zip(batch, answers, strict=True):
+        for (_, future), answer in zip(batch, answers):
             future.set_result(answer)

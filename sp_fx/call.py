@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .targets import Target
+from .targets import Direction, Target
 
 
 def usable(x: Any) -> Tensor:
@@ -36,6 +36,7 @@ class Call:
     kwargs: dict[str, Any]
     target: Target
     names: tuple[str, ...] = ()
+    along: tuple[Any, ...] = ()  # what broadcasts to an input, and may have the batch on its axis 0
 
     def __post_init__(self) -> None:
         given = self.values[: self.inputs]
@@ -59,8 +60,8 @@ class Call:
         if explains and not self.explained:
             dtypes = ", ".join(str(x.dtype) for x in given)
             raise TypeError(
-                f"nothing to explain: the inputs are {dtypes}; expected a floating one. Token ids have no gradient: explain with "
-                "respect to their embedding, wrt='its name'"
+                f"nothing to explain: the inputs are {dtypes}; expected a floating one. Whole numbers have no gradient: make "
+                "pictures floating, and explain token ids with respect to their embedding, wrt='its name'"
             )
         for x in given:
             if devices and x.device not in devices:
@@ -105,5 +106,8 @@ class Call:
             return change(value) if has_batch else value
 
         target = change(self.target) if isinstance(self.target, list) else each(self.target)
+        target = target.mapped(each) if isinstance(target, Direction) else target
         kwargs = {name: each(value) for name, value in self.kwargs.items()}
-        return replace(self, values=[each(v) for v in self.values], kwargs=kwargs, target=target)
+        rank = max((x.dim() for x in self.explained), default=0)
+        along = tuple(each(b) if isinstance(b, Tensor) and b.dim() == rank else b for b in self.along)
+        return replace(self, values=[each(v) for v in self.values], kwargs=kwargs, target=target, along=along)

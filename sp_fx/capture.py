@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .arguments import settings
+from .arguments import rebuilt, settings
 from .clone import CaptureError, EvalClone, adopt_forward
 from .register import registered, seen
+from .vocabulary import APPLIED, applied
 
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
 
@@ -66,11 +71,14 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
     versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = settings(clone, example)
-        with seen(clone):
+        with seen(clone), functions_recorded(tracer):
             graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
+        for node in graph.find_nodes(op="call_function", target=torch._assert):
+            if isinstance(node.args[1], str) and "has been specialized to have value" in node.args[1]:
+                node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
         inline_wrapped(graph)
         written = [n for n, (b, version) in versions.items() if b._version != version]
         if written:
@@ -97,7 +105,34 @@ def restored(clone: nn.Module, before: Mapping[str, tuple[dict, dict]]) -> list[
         for name in [n for n, value in module.__dict__.items() if isinstance(value, fx.Proxy)]:
             module.__dict__.pop(name)
             module.__dict__.update({name: attributes[name]} if name in attributes else {})
+        for value in module.__dict__.values():
+            without_proxies(value, set())
     return names
+
+
+def without_proxies(value: Any, seen: set[int]) -> None:
+    """Take what a traced forward has put into a container, in place."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    match value:
+        case dict():
+            inside = value
+        case types.SimpleNamespace():
+            inside = vars(value)
+        case list() | collections.deque():
+            kept = [item for item in value if not isinstance(item, fx.Proxy)]
+            value.clear()
+            value.extend(kept)
+            inside = dict(enumerate(kept))
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            inside = getattr(value, "__dict__", {})
+        case _:
+            return
+    for key in [key for key, item in inside.items() if isinstance(item, fx.Proxy)]:
+        inside[key] = None
+    for item in list(inside.values()):
+        without_proxies(item, seen)
 
 
 def passes(x: Any) -> Any:
@@ -137,6 +172,15 @@ class PlaceTracer(fx.Tracer):
         opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 
+    def create_arg(self, a: Any) -> Any:
+        """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
+        if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
+            given = {f.name: self.create_arg(value) for f in dataclasses.fields(a) if (value := getattr(a, f.name)) is not None}
+            return self.create_node("call_function", type(a), (), given)
+        if isinstance(a, Mapping) and type(a) is not dict and not isinstance(a, fx.immutable_collections.immutable_dict):
+            return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if threading.get_ident() != self.thread:  # fx patches the class nn.Module, and other models may be running
             return forward(*args, **kwargs)
@@ -146,6 +190,28 @@ class PlaceTracer(fx.Tracer):
             self.passed[name] = None
             result = self.create_proxy("call_module", name, (result,), {})
         return result
+
+
+@contextmanager
+def functions_recorded(tracer: PlaceTracer) -> Iterator[None]:
+    """While it lasts an `autograd.Function` is one call of the trace, which would otherwise go into its forward and lose its
+    backward without a word."""
+    inherited = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = []
+        rebuilt((args, kwargs), given.append)
+        if threading.get_ident() == tracer.thread and any(isinstance(a, fx.Proxy) for a in given):
+            name = f"{cls.__module__}:{cls.__qualname__}"
+            APPLIED[name] = cls
+            return tracer.create_proxy("call_function", applied, (name, *args), kwargs)
+        return inherited.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = inherited
 
 
 def inline_wrapped(graph: fx.Graph) -> None:

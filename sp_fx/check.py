@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -71,7 +72,7 @@ def check(
     model: nn.Module | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> Checks:
-    """Check `explainer` on `inputs`, a tensor or a tuple of them, as its methods take them.
+    """Check `explainer` on `inputs`, a tensor, a tuple of them, or a mapping of arguments, as its methods take them.
 
     - forward: its outputs are the model's, bit for bit; 1e-5 relative where PyTorch fuses attention.
     - affine identity: with every gate frozen the network is a linear map W(x) plus a constant, and its pullback nu of a direction
@@ -91,13 +92,16 @@ def check(
     source = explainer.origin if model is None else model
     if source is None:
         raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
     kwargs = dict(forward_kwargs or {})
+    if isinstance(inputs, Mapping):
+        call = inspect.signature(explainer.forward).bind(**inputs, **kwargs)
+        inputs, kwargs = call.args, call.kwargs
+    args = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.inference_mode(False):
-        clone = hookless(source)
+        clone = EvalClone().with_hooks(source)
 
         def in_double() -> Any:
-            return hookless(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
+            return EvalClone().with_hooks(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
 
         lines = [
             forward(explainer, clone, args, kwargs),
@@ -106,13 +110,6 @@ def check(
             coverage(explainer, clone, args, kwargs),
         ]
     return Checks(explainer.report().model, tuple(lines))
-
-
-def hookless(model: nn.Module) -> nn.Module:
-    clones = EvalClone()
-    clone = clones(model)
-    clones.hooks_left(model)
-    return clone
 
 
 def guarded(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *given: Any) -> Line:
@@ -266,7 +263,7 @@ def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) 
         return STATISTICS[kind](z, t, gamma, **args)
     if kind not in HARD and rule_of(kind) not in HARD and kind not in ("linear", "conv", "affine_norm"):
         return TABLE[kind].adjoint(t, z, *tensors[1:], tau=FROZEN, **args)  # a registered gate multiplies, by its own word
-    dual = [forward_ad.make_dual(z, t.clone()) if other is z else other for other in tensors]
+    dual = [forward_ad.make_dual(z.contiguous(), t.clone()) if other is z else other for other in tensors]  # z may be expanded
     return forward_ad.unpack_dual(TABLE[kind].forward(*dual, **args)).tangent
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -54,7 +55,7 @@ class EvalClone:
         if type(module).__module__.startswith(QUANTISED):
             raise CaptureError(f"a quantised {type(module).__name__} has no derivative: transform the model before quantisation")
         if id(module) not in self.clones:
-            clone = type(module).__new__(type(module))
+            clone = object.__new__(type(module))  # not by GraphModule.__new__, which makes a class without a forward
             self.clones[id(module)] = clone
             self.kept.append(module)
             state = {name: value for name, value in module.__dict__.items() if name not in REGISTRIES}
@@ -125,10 +126,21 @@ class EvalClone:
                     notes.append(f"{where} computes its {weight_of(hook)}, {told}")
                 else:
                     kind = getattr(hook, "__qualname__", type(hook).__name__)
-                    notes.append(f"{where}, {kind}, does not run: if it changes anything, the outputs are not the model's")
+                    told = f"{where}, {kind}, does not run: if it changes anything, the outputs are not the model's"
+                    warnings.warn(told, stacklevel=4)
+                    notes.append(told)
         return notes
 
+    def with_hooks(self, model: nn.Module) -> nn.Module:
+        """The clone of `model`, which runs the model's own forward hooks."""
+        clone = self(model)
+        for module in model.modules():
+            if id(module) in self.clones:
+                self.clones[id(module)].__dict__.update({name: copy.copy(getattr(module, name)) for name in FORWARD_HOOKS})
+        return clone
 
+
+FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 # Those that set a plain attribute before each forward; parametrizations need none.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 

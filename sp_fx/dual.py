@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints import TABLE
+from .arguments import decoded, encoded
 from .temperature import Temperature, at_once, deviation
 
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
@@ -135,10 +136,12 @@ def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str =
     """
     if has_torch_function(tensors):
         return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **args)
+    if tensors[0] is not None and tensors[0].is_complex():  # the modulus is no gate, and keeps its derivative
+        return TABLE[kind].forward(*tensors, **args)
     gate = (kind, tau, scale, tuple(args.items()))
     if torch.compiler._is_exporting_flag:  # is_exporting() itself is true of every compilation in torch 2.11's Dynamo
         padded = (*tensors, None, None, None, None)[:5]
-        return torch.ops.sp_fx.dual_path(*padded, repr(gate))
+        return torch.ops.sp_fx.dual_path(*padded, repr(encoded(gate)))
     return DualPath.apply(gate, *distinct(tensors))
 
 
@@ -155,14 +158,14 @@ def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
     "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, str gate) -> Tensor"
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None, gate: str) -> Tensor:
-    spec = ast.literal_eval(gate)
+    spec = decoded(ast.literal_eval(gate))
     output = hard(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
     return output.clone() if spec[0] == "written" else output  # an op may not return its input
 
 
 def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *padded, gate = inputs
-    ctx.gate = ast.literal_eval(gate)
+    ctx.gate = decoded(ast.literal_eval(gate))
     ctx.save_for_backward(*kept(ctx.gate, padded[: TABLE[ctx.gate[0]].tensors], output))
 
 

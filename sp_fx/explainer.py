@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -29,6 +30,7 @@ from .targets import Target, only_output, resolve, seed
 if TYPE_CHECKING:
     from .program import Program
 
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
 Batches = Tensor | Iterable[Inputs]
 
@@ -73,6 +75,8 @@ def transform(
     Warns:
         UserWarning: calls that gate, or may, were not rewritten; or there is nothing to rewrite at all.
     """
+    if rules is not None and not isinstance(rules, Rules):
+        raise TypeError(f"rules is a sp_fx.Rules, such as Rules.paper(), or None, got {rules!r}")
     if isinstance(model, Explainer):
         raise TypeError("got an Explainer: transform the model it was made from, with the rules you want")
     if tracer not in ("auto", "fx", "export"):
@@ -102,6 +106,7 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
+        report = replace(report, notes=(*report.notes, *own_names(captured.modules, graph)))
         explainer = Explainer(captured.modules, graph, report)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         return explainer
@@ -143,6 +148,22 @@ def read(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tu
     except CaptureError as error:
         return captured, replace(report, notes=(*report.notes, str(error)))
     return exported if sum(site.opaque for site in exported[1].sites) < len(opaque) else (captured, report)
+
+
+def own_names(modules: nn.Module, graph: fx.Graph) -> list[str]:
+    """Give the model's attributes that are called like an explainer's own another name; what is to be told of that."""
+    notes = []
+    for table in (modules._modules, modules._parameters, modules._buffers):
+        for name in [name for name in table if hasattr(Explainer, name) or name in ("meta", "_graph", "_code")]:
+            new = f"{name}_"
+            while hasattr(modules, new):
+                new += "_"
+            table[new] = table.pop(name)  # type: ignore[assignment]
+            for node in graph.nodes:
+                if node.op in ("call_module", "get_attr") and str(node.target).split(".")[0] == name:
+                    node.target = new + str(node.target)[len(name) :]
+            notes.append(f"the model's {name} is called {new} here, since an explainer has a {name} of its own")
+    return notes
 
 
 class NotRewrittenError(ValueError):
@@ -222,6 +243,9 @@ class Explainer(fx.GraphModule):
     ) -> Any:
         """The pullback at `x + step * pullback(x)`; with target None, of the class predicted at `x`."""
 
+        if not math.isfinite(step):
+            raise ValueError(f"step is a finite multiple of the first pullback, got {step!r}")
+
         def run(explainer: Explainer, call: Call) -> list[Tensor]:
             first = explainer._pull(call, call.explained)
             return explainer._pull(call, [x.detach() + step * v for x, v in zip(call.explained, first)])
@@ -256,16 +280,18 @@ class Explainer(fx.GraphModule):
             return_path: return (map, path), where path has all iterates, [steps + 1, B, ...], the input first.
         """
         rule = Ascent(steps, step_size, bounds, radius, clip)
+        along = () if bounds is None else tuple(bounds)
 
         def run(explainer: Explainer, call: Call) -> list[Tensor]:
-            path = rule.path(call.explained, lambda x: explainer._pull(call, x))
+            here = replace(rule, bounds=call.along or None)  # type: ignore[arg-type]
+            path = here.path([x.detach() for x in call.explained], lambda x: explainer._pull(call, x))
             if return_path:
                 return [torch.stack(iterates) for iterates in zip(*path)]
             return [end - start for start, end in zip(path[0], path[-1])]
 
         if not return_path:
-            return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size)
-        path = self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, batch_axis=1)
+            return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, along=along)
+        path = self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, batch_axis=1, along=along)
         return rebuilt(path, lambda p: None if p is None else p[-1] - p[0]), path
 
     def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
@@ -275,7 +301,7 @@ class Explainer(fx.GraphModule):
             AssertionError: `target` is None and the model has more than one output for each sample.
         """
         extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-        if isinstance(target, Tensor) and target.numel() == 1:
+        if isinstance(target, Tensor) and target.numel() == 1 and target.dtype in INTEGERS:
             target = int(target)
         return self._explain(
             lambda explainer, call: explainer._pull(call, call.explained),
@@ -384,6 +410,7 @@ class Explainer(fx.GraphModule):
         extra: tuple[Any, ...] = (),
         many: bool = False,
         batch_axis: int = 0,
+        along: tuple[Any, ...] = (),
     ) -> Any:
         """Check the inputs, `run` a piece at a time, and put the maps together. `many`: whether `run` takes targets [B, T]."""
         kwargs, names = dict(forward_kwargs or {}), tuple[str, ...]()
@@ -393,14 +420,16 @@ class Explainer(fx.GraphModule):
             positional = tuple(inputs[name] for name in names)
             kwargs |= {name: value for name, value in inputs.items() if name not in names}
         with torch.inference_mode(False), torch.enable_grad():
-            call = Call([*map(usable, positional), *extra], len(positional), kwargs, target, names)
+            call = Call([*map(usable, positional), *extra], len(positional), kwargs, target, names, along)
             call.check({t.device for t in (*self.parameters(), *self.buffers())}, explains=wrt is None)
             if wrt is not None:
                 tail, activation, needed = self._reached(wrt, call, batch_size)
                 if activation.shape[:1] != (call.batch,) and not (many and batch_size is None):
                     told = f"{wrt} has the shape {list(activation.shape)}, without the batch on axis 0"
                     raise ValueError(f"{told}: only pullback(), without batch_size, can explain with respect to it")
-                return tail._explain(run, activation, target, needed, None, batch_size, many=many, batch_axis=batch_axis)
+                return tail._explain(
+                    run, activation, target, needed, None, batch_size, many=many, batch_axis=batch_axis, along=along
+                )
             times = None if many else call.targets_each
             if times is not None:
                 call = call.repeated(times)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import PLAIN, VARIADIC, checked, cloned, form, items, rebuilt, tensors_of
+from .arguments import PLAIN, VARIADIC, Slot, checked, cloned, form, items, rebuilt, tensors_of
 from .capture import Capture, blame, passes
 from .clone import CaptureError, EvalClone, adopt_forward
 from .register import seen
@@ -78,13 +78,6 @@ def alike(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
     return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
-
-
-class Slot:
-    """Stands for output number `index` of the exported graph."""
-
-    def __init__(self, index: int) -> None:
-        self.index = index
 
 
 class Exported:

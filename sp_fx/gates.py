@@ -393,6 +393,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
 
 SOFTMAX: dict[Any, Callable[..., tuple]] = {
     **dict.fromkeys((F.softmax, "softmax"), lambda input, dim=None, _stacklevel=3, dtype=None: (input, dim, dtype)),
-    **dict.fromkeys((torch.softmax, aten.softmax), lambda input, dim, dtype=None: (input, dim, dtype)),
+    **dict.fromkeys((torch.softmax, torch.special.softmax, aten.softmax, aten.special_softmax),
+                    lambda input, dim, dtype=None: (input, dim, dtype)),
     aten._softmax: lambda input, dim, half_to_float=False: (input, dim, torch.float32 if half_to_float else None),
-}
+}  # fmt: skip

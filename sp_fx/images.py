@@ -84,7 +84,7 @@ def read(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
                 image = ImageOps.exif_transpose(file)
                 if file.getexif().get(0x0112, 1) != 1:
                     done.append("rotated as its EXIF says")
-                image, how = _to_rgb(image)
+                image, how = to_rgb(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, the most that are read") from None
         except UnidentifiedImageError:
@@ -96,7 +96,8 @@ def read(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
     return image, mode, (*done, *how)
 
 
-def _to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
+def to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
+    """The picture as eight-bit RGB, and what that took. Errors as of `Preprocessing`."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:

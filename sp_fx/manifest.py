@@ -7,6 +7,7 @@ its formula (`weyl`).
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .arguments import Slot
 from .ascent import Ascent
 from .version import __version__
 
 if TYPE_CHECKING:
     from .program import Program
 
-FORMAT = 1
+FORMAT = 2
 SKETCH = 256  # numbers that stand for a map
 
 
@@ -39,14 +41,20 @@ def described(
     outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
     explained = [m for m in ([maps] if program.single else maps) if m is not None]
     values = [v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    slots, structure = pytree.tree_flatten(program.skeleton)
+    remedy = "Return a tensor, a tuple, a list or a dict"
+    if strange := sorted({type(leaf).__name__ for leaf in slots if not isinstance(leaf, Slot)}):
+        raise PackageError(f"outputs of this kind do not travel: {', '.join(strange)}. {remedy}")
     try:
-        spec = pytree.treespec_dumps(program.output_spec)
+        spec = pytree.treespec_dumps(structure)
     except (NotImplementedError, ValueError) as error:
-        raise PackageError(f"outputs of this kind do not travel: {error}. Return a tensor, a tuple, a list or a dict") from error
+        raise PackageError(f"outputs of this kind do not travel: {error}. {remedy}") from error
     ascent = program.ascent and {
         **{name: getattr(program.ascent, name) for name in ("steps", "step_size", "radius", "clip")},
         "bounds": program.ascent.bounds and [torch.as_tensor(b).tolist() for b in program.ascent.bounds],
     }
+    facts = zip(program.dtypes, program.shapes, program.rows)  # rows: of the embedding that an input is an index into
+    inputs_of = [{"dtype": told(dtype), "shape": list(shape), "rows": rows} for dtype, shape, rows in facts]
     names = [f"input_{i}" if i else "inputs" for i in range(len(program.shapes))]
     starts = [f"start_{i}" for i in range(len(program.explained))] if program.looped else []
     return {
@@ -61,7 +69,7 @@ def described(
         "target": program.target,
         "arguments_of_the_graph": [*names, *starts, "target"],
         "results_of_the_graph": [f"output_{i}" for i in range(len(values))] + [f"map_{i}" for i in range(len(explained))],
-        "inputs": [{"dtype": told(d), "shape": list(s)} for d, s in zip(program.dtypes, program.shapes)],
+        "inputs": inputs_of,
         "single": program.single,
         "explained": program.explained,
         "batch": None if program.dynamic_batch else program.batch,
@@ -88,7 +96,7 @@ def described(
 def restored(manifest: dict[str, Any], run: Callable[..., Sequence[Tensor]], device: str | None) -> Program:
     from .program import Program
 
-    program = Program.__new__(Program)
+    program = Program.__new__(Program)  # without what only compiling knows: the class has None for it
     climbs = manifest["ascent"]
     if climbs is not None:
         bounds = climbs["bounds"] and tuple(torch.tensor(b) for b in climbs["bounds"])
@@ -104,15 +112,30 @@ def restored(manifest: dict[str, Any], run: Callable[..., Sequence[Tensor]], dev
     program.device = torch.empty(0, device=device or manifest["device"]).device
     program.dynamic_batch, program.batch = manifest["batch"] is None, manifest["batch"] or 0
     program.constants, program.output_shape = manifest["output_constants"], torch.Size(manifest["output_shape"])
-    program.output_spec = pytree.treespec_loads(manifest["output_spec"])
+    structure = pytree.treespec_loads(manifest["output_spec"])
+    program.skeleton = pytree.tree_unflatten([Slot(i) for i in range(structure.num_leaves)], structure)
+    program.rows = [i["rows"] for i in manifest["inputs"]]
     program.aim = torch.empty(0, dtype=getattr(torch, manifest["output_dtype"]), device=program.device)
     program.tolerance = manifest["probe"]["tolerance"]
     return program
 
 
-def same_format(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With a digest of its own, which `whole` checks: names of classes are as dear as weights."""
+    return {**manifest, "manifest_sha256": seal(manifest)}
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def whole(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Raise PackageError for another format, or a manifest that was altered."""
     if manifest.get("format") != FORMAT:
         raise PackageError(f"{path} has format {manifest.get('format')!r}, and this sp_fx {__version__} reads {FORMAT}")
+    if manifest.get("manifest_sha256") != seal(manifest):
+        raise PackageError(f"{path} was altered after it was written: its manifest has another digest than it says")
     return manifest
 
 

@@ -46,6 +46,8 @@ def save(
     if getattr(program, "graph", None) is None:
         raise ValueError("this program was loaded from a package: copy that file, or save the program it was made from")
     classes = program.output_shape[0] if program.target == "class" else None
+    if isinstance(class_names, str):
+        raise TypeError(f"class_names is a sequence of names, got the string {class_names!r}")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"got {len(class_names)} class names for an output of {classes} classes")
     manifest = described(program, path.suffix, class_names, input_space)

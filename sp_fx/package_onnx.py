@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .engine import blamed, export_graph
-from .manifest import PackageError, same_format
+from .manifest import PackageError, sealed, whole
 
 if TYPE_CHECKING:
     from .program import Program
@@ -51,7 +51,7 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     if (size := model.ByteSize()) >= 1 << 31:
         raise PackageError(f"an .onnx file holds less than 2 GiB, and this one has {size / 2**30:.1f}: save it as .pt2")
     body = model.SerializeToString()
-    held = {**manifest, "digest": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}}
+    held = sealed({**manifest, "digest": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}})
     tail = onnx.ModelProto()
     entry = tail.metadata_props.add()
     entry.key, entry.value = "sp_fx", json.dumps(held)
@@ -95,11 +95,20 @@ def manifest_in(body: bytes, path: Path) -> dict[str, Any]:
         text = body[start:]
         manifest = json.loads(text[text.index(b"{") :].decode())
         digest = manifest["digest"]
+        # The tag of the field, and its length in groups of seven bits: nothing stands between the graph and the manifest.
+        if body[digest["bytes"] : start] != b"\x72" + varint(len(text)):
+            raise ValueError("its manifest does not follow its graph")
     except (ValueError, KeyError, TypeError) as error:
         raise PackageError(f"{path} is not a whole package of this library: {type(error).__name__}: {error}") from error
     if hashlib.sha256(body[: digest["bytes"]]).hexdigest() != digest["sha256"]:
         raise PackageError(f"{path} was altered after it was written: its graph has another digest than its manifest says")
-    return same_format(manifest, path)
+    return whole(manifest, path)
+
+
+def varint(number: int) -> bytes:
+    """As protocol buffers write it."""
+    groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
+    return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
 
 def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .engine import blamed, export_graph
-from .manifest import PackageError, machine, same_format
+from .manifest import PackageError, machine, sealed, whole
 
 if TYPE_CHECKING:
     from .program import Program
@@ -41,7 +41,7 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     place = metadata_place(members)
-    held = {**manifest, "digest": digest_of({k: v for k, v in members.items() if k != place})}
+    held = sealed({**manifest, "digest": digest_of({k: v for k, v in members.items() if k != place})})
     members[place] = json.dumps({**json.loads(members[place]), "sp_fx": json.dumps(held)}).encode()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
@@ -70,7 +70,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise PackageError(f"{path} is not a whole package of this library: {type(error).__name__}: {error}") from error
     if digest_of(members) != manifest.get("digest"):
         raise PackageError(f"{path} was altered after it was written: its members have another digest than its manifest says")
-    return same_format(manifest, path)
+    return whole(manifest, path)
 
 
 def fits_here(manifest: dict[str, Any], path: Path, device: str | None) -> None:

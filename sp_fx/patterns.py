@@ -71,20 +71,22 @@ def written_gate(graph: Graph, node: fx.Node) -> Written | None:
     for source, inside in cones(graph, node):
         if sum(source in n.all_input_nodes for n in inside) < 2 and not repeated(node, source):
             continue
-        z = torch.cat([torch.linspace(-8, 8, 33, dtype=torch.float64), far_points(inside)])
+        z = torch.cat([torch.linspace(-8, 8, 33, dtype=torch.float64), far_points(graph, inside)])
         try:
             y = computed(graph, source, inside, z)
         except Exception:  # a form that does not run on the grid is none of these gates
             continue
         found = named(z, y) if isinstance(y, Tensor) and y.shape == z.shape else None
         if found is not None:
-            return Written(*found, source, tuple(inside), read_by(inside) if found[1] else ())
+            return Written(*found, source, tuple(inside), read_by(inside))
     return None
 
 
-def far_points(inside: list[fx.Node]) -> Tensor:
-    """Where a form may have other pieces: far out, and beside each number that is written in it."""
+def far_points(graph: Graph, inside: list[fx.Node]) -> Tensor:
+    """Where a form may have other pieces: far out, and beside each number that it has, written or read."""
+    held = [operator.attrgetter(name)(graph.modules) for name in read_by(inside)]
     numbers = {abs(float(a)) for n in inside for a in (*n.args, *n.kwargs.values()) if isinstance(a, int | float)}
+    numbers |= {abs(float(t.detach())) for t in held if t.numel() == 1}
     beside = [factor * number for number in sorted(numbers) if 0 < number < 200 for factor in (0.9, 1.1, 1.5)]  # no exp overflows
     return torch.tensor([sign * at for at in (20.0, 100.0, *beside) for sign in (-1, 1)], dtype=torch.float64)
 

@@ -6,6 +6,8 @@ import io
 
 import numpy as np
 
+from .images import to_rgb
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that allocate what the header says, and no more
 
 
@@ -33,7 +35,7 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
             raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
         height, width = size
         file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
-        picture = ImageOps.exif_transpose(file).convert("RGB")
+        picture, _ = to_rgb(ImageOps.exif_transpose(file))
     except PictureError:
         raise
     except Image.DecompressionBombError as error:

@@ -14,6 +14,7 @@ end, as `Program._climb` does. `program.example` has tensors that the graph take
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -22,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
+from .arguments import Slot, rebuilt, tensors_of
 from .ascent import Ascent
 from .capture import tracing
 from .inductor import by_batch, compiled, packs
@@ -35,6 +36,7 @@ from .temperature import FROZEN
 if TYPE_CHECKING:
     from .explainer import Explainer
 
+aten = torch.ops.aten
 # The largest relative L2 distance of a program's maps from the eager explainer's; ten times that for an ascent, each of whose
 # steps amplifies it. Another order of sums, and BatchNorms folded in float64 and rounded, make 1e-6 to 3e-5 in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -64,11 +66,15 @@ class Program:
         report: the explainer's.
         tolerance, error: the relative L2 distance from the eager explainer that was allowed, and that was found on the example.
         seconds: how long tracing and compiling took.
+
+    A program that was loaded from a package has a `manifest`, and None for graph, report, error and seconds.
     """
 
-    graph: fx.GraphModule
-    error: float
-    manifest: dict[str, Any] | None = None  # of the package that it was loaded from
+    manifest: dict[str, Any] | None = None  # of the package that it was loaded from; such a program knows none of these:
+    graph: Any = None  # a fx.GraphModule
+    report: Any = None
+    error: float | None = None
+    seconds: float | None = None
 
     def __init__(
         self,
@@ -106,8 +112,10 @@ class Program:
 
         with torch.inference_mode(False), torch.no_grad():
             given = [x.detach().clone() for x in given]
+            if self.ascent is not None:
+                self.ascent.check([given[i] for i in self.explained])
             outputs = explainer(*given)
-            leaves, self.output_spec = pytree.tree_flatten(outputs)
+            self.skeleton, leaves = slotted(outputs)
             self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
             y = primary(outputs)
@@ -121,6 +129,7 @@ class Program:
             self.example = [*given, *starts, self.aim]
             with tracing:
                 self.graph = one_graph(self._formula(len(given)), folded(explainer), self.example, dynamic_batch)
+            self.rows = [rows_of(node, self.graph) for node in self.graph.graph.find_nodes(op="placeholder")][: len(given)]
             self.run = compiled(self.graph, self.example)
             if dynamic_batch and packs(self.graph):
                 with tracing:
@@ -132,9 +141,6 @@ class Program:
     # -- what the graph computes
 
     def _formula(self, inputs: int) -> Callable[..., list[Tensor]]:
-        def values(outputs: Any) -> list[Tensor]:
-            return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
         def formula(model: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
             given, starts, aim = list(tensors[:inputs]), list(tensors[inputs:-1]), tensors[-1]
             first: list[Tensor] = []
@@ -145,7 +151,7 @@ class Program:
                 def at(*points: Tensor) -> tuple[Tensor, list[Tensor]]:
                     rest = iter(points)
                     outputs = model(*[next(rest) if i in self.explained else x for i, x in enumerate(given)])
-                    return primary(outputs), values(outputs)
+                    return primary(outputs), tensors_of(outputs)
 
                 y, back, outputs = torch.func.vjp(at, *points, has_aux=True)  # type: ignore[misc]
                 first.extend(outputs if not first else [])
@@ -193,7 +199,7 @@ class Program:
         maps: list[Tensor | None] = [None] * len(given)
         for place, value in zip(self.explained, results[len(self.tensors) :]):
             maps[place] = value
-        return pytree.tree_unflatten(leaves, self.output_spec), maps[0] if self.single else tuple(maps)
+        return filled(self.skeleton, leaves), maps[0] if self.single else tuple(maps)
 
     def _climb(self, given: list[Tensor], aim: Tensor) -> list[Tensor]:
         """The steps of an ascent; nothing waits for the device."""
@@ -217,7 +223,7 @@ class Program:
         leaves = list(self.constants)
         for place, value in zip(self.tensors, values):
             leaves[place] = value
-        return primary(pytree.tree_unflatten(leaves, self.output_spec))
+        return primary(filled(self.skeleton, leaves))
 
     def _check(self, given: list[Tensor]) -> None:
         found = [(x.shape[1:], x.dtype, x.device) for x in given]
@@ -230,6 +236,10 @@ class Program:
         batches = {x.shape[0] for x in given}
         if len(batches) > 1 or 0 in batches:
             raise ValueError(f"the inputs have one batch size, of at least 1: got {shapes(given)}")
+        for x, rows in zip(given, self.rows):
+            # Compiled code ends the process at a wrong index. Not on a GPU, which would be waited for.
+            if rows is not None and x.device.type == "cpu" and not 0 <= int(x.min()) <= int(x.max()) < rows:
+                raise IndexError(f"the indices of an input are 0 to {rows - 1}, got {int(x.min())} to {int(x.max())}")
         if not self.dynamic_batch and batches != {self.batch}:
             raise ValueError(
                 f"this program was made for a batch of {self.batch} alone (dynamic_batch=False); got {shapes(given)}"
@@ -277,9 +287,12 @@ class Program:
         for count in (self.batch, 1 if self.batch > 1 else 2) if self.dynamic_batch else (self.batch,):
             few, aim = tuple(torch.cat([x, x])[:count] for x in given), torch.cat([self.aim, self.aim])[:count]
             outputs, maps = self(few[0] if self.single else few, aim)
-            wanted = pytree.tree_leaves(explainer(*few)), method(few, aim, **arguments)
-            pairs = [*zip(pytree.tree_leaves(outputs), wanted[0]), *zip([maps] if self.single else maps, wanted[1])]
+            wanted = slotted(explainer(*few))[1], method(few, aim, **arguments)
+            pairs = [*zip(slotted(outputs)[1], wanted[0], strict=True), *zip([maps] if self.single else maps, wanted[1])]
             for got, want in pairs:
+                if not isinstance(want, Tensor) and want != got:
+                    told = f"the model returns {want!r} for {shapes(few)}, where its program would return {got!r}"
+                    raise ProgramError(f"{told}: what varies has to be a tensor. Return it as one, or leave it out")
                 if isinstance(want, Tensor) and want.is_floating_point():
                     error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
                     if not error <= self.tolerance:
@@ -289,6 +302,38 @@ class Program:
                         )
                     worst = max(worst, error)
         return worst
+
+
+def slotted(outputs: Any) -> tuple[Any, list[Any]]:
+    """The containers of `outputs`, with numbered slots in place of what they hold; and that."""
+    leaves: list[Any] = []
+
+    def slot(leaf: Any) -> Slot:
+        leaves.append(leaf)
+        return Slot(len(leaves) - 1)
+
+    return rebuilt(outputs, slot), leaves
+
+
+def filled(skeleton: Any, leaves: list[Any]) -> Any:
+    return rebuilt(skeleton, lambda slot: leaves[slot.index])
+
+
+def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
+    """Of an input that is an index into an embedding: how many rows the least of them has."""
+    queue, found = [node], []
+    while queue:
+        at = queue.pop()
+        for user in at.users:
+            if user.target is aten.embedding.default and user.args[1] is at:
+                found.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
+            elif user.target in PASSING and user.args[0] is at:
+                queue.append(user)
+    return min(found, default=None)
+
+
+PASSING = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
+           aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
 
 
 def resolved(y: Tensor, aim: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints import TABLE, Row, gain_row
-from .arguments import PLAIN
+from .arguments import PLAIN, decoded, encoded
 from .patterns import Written
 
 FUNCTIONS: dict[Any, str] = {}  # functions, their stand-ins and ops
@@ -57,6 +57,8 @@ def register_gate(
     if not (is_class or is_op or isinstance(target, types.FunctionType | types.BuiltinFunctionType)):
         kind = type(target).__name__
         raise TypeError(f"register_gate takes a function, an op of torch.ops or a subclass of nn.Module, got a {kind}")
+    if not callable(gain):
+        raise TypeError(f"gain is a function of z and tau, got {gain!r}")
     name = name or target.__name__
     known = {**FUNCTIONS, **MODULES}
     if name in TABLE and known.get(target) != name:
@@ -117,7 +119,7 @@ def named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
 
 def marked(name: str, z: Tensor, y: Tensor, args: dict[str, Any]) -> Tensor:
     if torch.compiler._is_exporting_flag and isinstance(z, Tensor):
-        return torch.ops.sp_fx.registered(z, y, name, repr(args))
+        return torch.ops.sp_fx.registered(z, y, name, repr(encoded(args)))
     return y
 
 
@@ -140,7 +142,8 @@ def seen(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
     """While it lasts the modules of `clone` call the stand-ins of registered functions; for an export its registered modules mark
     what they do."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
-    spaces = {id(space): space for m in clone.modules() for space in namespaces(m)}
+    homes = [file.__dict__ for f in STAND_INS if (file := sys.modules.get(getattr(f, "__module__", None) or "")) is not None]
+    spaces = {id(space): space for space in (*homes, *(space for m in clone.modules() for space in namespaces(m)))}
     try:
         for space in spaces.values():
             for key, value in list(space.items()):
@@ -200,4 +203,4 @@ def unmark(node: fx.Node) -> tuple[fx.Node, Written] | None:
             queue.extend(at.all_input_nodes)  # type: ignore[union-attr]
     node.replace_all_uses_with(y)  # type: ignore[arg-type]
     node.graph.erase_node(node)
-    return y, Written(str(name), ast.literal_eval(str(args)), source, tuple(reversed(inside)))  # type: ignore[arg-type,return-value]
+    return y, Written(str(name), decoded(ast.literal_eval(str(args))), source, tuple(reversed(inside)))  # type: ignore[arg-type,return-value]

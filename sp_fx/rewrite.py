@@ -37,6 +37,7 @@ from .vocabulary import (
     CELLS,
     CHOICES,
     COMPARISONS,
+    COMPLEX,
     FUSED,
     LOGICAL,
     PIECEWISE,
@@ -274,20 +275,22 @@ class Pass:
                 gate = replace(gate, tensors=gate.tensors[::-1])
         if isinstance(gate, Unread):
             self.note(node, "NOT REWRITTEN", gate.reason)
+        elif gate is not None and gate.kind == "abs" and self.made_by(node.all_input_nodes[0]).startswith(COMPLEX):
+            self.note(node, "kept", "the modulus of a complex number, no gate")
         elif gate is not None and (rule := rule_of(gate.kind)) in KINDS:
             tau = self.temperature(node, rule)
             if tau is None and gate.kind == "glu":
                 self.amend(reason="product rule")
             elif tau is not None and gate.first:
-                self.replace_first(node, gate, tau)
+                self.put_dual_first(node, gate, tau)
             elif tau is not None:
-                self.replace(node, gate, tau, self.sites[-1].scale)
+                self.put_dual(node, gate, tau, self.sites[-1].scale)
         elif gate is not None and not any(t in self.varying for t in gate.tensors[1:]):
-            self.replace(node, gate, FROZEN, "absolute")  # affine
+            self.put_dual(node, gate, FROZEN, "absolute")  # affine
         elif gate is not None:
             self.note(node, "kept", "product rule")  # its weights are computed from the input
 
-    def replace(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> None:
+    def put_dual(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> None:
         source = node.all_input_nodes[0]
         later = self.storage.later_readers(source, node) if writes(node) else []
         redirected = all(source in user.all_input_nodes for user in later) and not self.storage.is_view(source)
@@ -325,7 +328,7 @@ class Pass:
         self.instead[node] = by
         self.varying.add(by)
 
-    def replace_first(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
+    def put_dual_first(self, node: fx.Node, gate: Gate, tau: Temperature) -> None:
         """A gate whose call returns indices too: they still come from that call."""
         with self.graph.inserting_before(node):
             soft = self.dual(node, gate, tau, self.sites[-1].scale)

@@ -87,6 +87,8 @@ class Rules:
             object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
         elif self.scale not in ("absolute", "sample"):
             raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides is a mapping from patterns of places to temperatures, got {self.overrides!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
                 if kind not in KINDS and kind not in registered():

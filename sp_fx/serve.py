@@ -166,6 +166,8 @@ class Served:
     # -- writing the answer
 
     def prediction(self, logits: np.ndarray) -> dict[str, Any]:
+        if not np.isfinite(logits).all():
+            raise Refused(500, "the model's output is not finite for this input")
         shifted = np.exp(logits.astype(np.float64) - logits.max())
         chances = shifted / shifted.sum()
         best = int(logits.argmax())
@@ -182,9 +184,11 @@ class Served:
             for (_, found), told, aim in zip(answers, content["predictions"], targets):
                 skip = below is not None and told["confidence"] >= below
                 shown.append(None if skip else self.explanation(found, told["class"] if aim < 0 else aim, form))
-        return json.dumps(content).encode()
+        return json.dumps(content, allow_nan=False).encode()
 
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:
+        if not np.isfinite(map).all():
+            raise Refused(500, "the map is not finite for this input")
         shown = base64.b64encode(map_png(map)).decode() if form == "png" else map.tolist()
         return {"target": target, "label": self.names[target] if self.names else str(target), "format": form, "map": shown}
 
@@ -203,7 +207,9 @@ def settings(parameters: dict[str, Any]) -> tuple[Any, float | None, str]:
         raise Refused(400, f"unknown parameters {', '.join(unknown)[:100]}; expected {', '.join(sorted(known))}")
     below, form = parameters.get("below"), parameters.get("format", "array")
     try:
-        below = None if below is None or isinstance(below, bool) else float(below)
+        if isinstance(below, bool):
+            raise TypeError
+        below = None if below is None else float(below)
     except (TypeError, ValueError) as error:
         raise Refused(400, f'"below" is a confidence from 0 to 1, got {str(below)[:50]!r}') from error
     if below is not None and not 0 <= below <= 1:

@@ -70,6 +70,8 @@ def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
                 f"a floating target is a direction of the output and has its shape and kind: expected {_shape(y)}, "
                 f"got {_shape(target)} of {target.dtype}"
             )
+        if bool(target.isnan().any()):
+            raise ValueError(f"the direction of shape {_shape(target)} has NaN in it")
         return y, target.to(y)
     indices = indices_of(target, y)  # [T or 1, B, axes]
     u = torch.zeros((indices.shape[0], *y.shape), dtype=y.dtype, device=y.device)
@@ -158,22 +160,30 @@ def _shape(t: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Direction:
-    """A target: `of(y)` is the direction at the output `y`, and what is explained is its inner product with `y`."""
+    """A target: `of(y)` is the direction at the output `y`, and what is explained is its inner product with `y`.
+
+    `part(change)` is the same of a part of the batch, `change` being what takes that part of a tensor [B, ...]; None where it
+    holds nothing of the kind.
+    """
 
     of: Callable[[Tensor], Tensor]
+    part: Callable[[Callable[[Any], Any]], Direction] | None = None
+
+    def mapped(self, change: Callable[[Any], Any]) -> Direction:
+        return self if self.part is None else self.part(change)
 
     def __call__(self, output: Any) -> Tensor:
         y = primary(output)
         return (self.of(y.detach()).detach() * y).flatten(1).sum(1)
 
     def __add__(self, other: Direction) -> Direction:
-        return Direction(lambda y: self.of(y) + other.of(y))
+        return Direction(lambda y: self.of(y) + other.of(y), lambda change: self.mapped(change) + other.mapped(change))
 
     def __sub__(self, other: Direction) -> Direction:
         return self + -1.0 * other
 
     def __rmul__(self, factor: float) -> Direction:
-        return Direction(lambda y: factor * self.of(y))
+        return Direction(lambda y: factor * self.of(y), lambda change: factor * self.mapped(change))
 
     __mul__ = __rmul__
 
@@ -183,7 +193,7 @@ class Direction:
 
 def score(target: Class = None) -> Direction:
     """The score of a class: `e_c`. What an integer target means."""
-    return Direction(lambda y: chosen(y, target))
+    return Direction(lambda y: chosen(y, target), lambda change: score(change(target)))
 
 
 def margin(target: Class = None, rivals: int | None = None) -> Direction:
@@ -204,12 +214,12 @@ def margin(target: Class = None, rivals: int | None = None) -> Direction:
             others = others.masked_fill(others < others.topk(rivals, 1).values.amin(1, keepdim=True), -torch.inf)
         return own - others.softmax(1)
 
-    return Direction(of)
+    return Direction(of, lambda change: margin(change(target), rivals))
 
 
 def log_probability(target: Class = None) -> Direction:
     """The log-probability of a class: `e_c - p`, the gradient of `log softmax(y)_c`."""
-    return Direction(lambda y: chosen(y, target) - y.softmax(1))
+    return Direction(lambda y: chosen(y, target) - y.softmax(1), lambda change: log_probability(change(target)))
 
 
 def fisher_rao(target: Class = None, damping: float = 1e-3) -> Direction:
@@ -231,7 +241,7 @@ def fisher_rao(target: Class = None, damping: float = 1e-3) -> Direction:
         u = solved + p / diagonal * left
         return (u - u.mean(1, keepdim=True)).to(y.dtype)
 
-    return Direction(of)
+    return Direction(of, lambda change: fisher_rao(change(target), damping))
 
 
 def neuron(*index: int) -> Direction:
@@ -247,6 +257,9 @@ def channel(index: int) -> Direction:
 
 def free(u: Tensor) -> Direction:
     """The direction `u`, shaped like one sample's output, for every sample."""
+
+    if bool(u.isnan().any()):
+        raise ValueError(f"the free direction of shape {list(u.shape)} has NaN in it")
 
     def of(y: Tensor) -> Tensor:
         if u.shape != y.shape[1:]:

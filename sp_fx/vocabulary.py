@@ -6,6 +6,7 @@ Ensures: a name means the same however a model spells it, as a function, a metho
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -34,7 +35,7 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
 # What chooses by value, and has no rule: reported as not rewritten.
 PIECEWISE = frozenset(
     """max min amax amin maximum minimum aminmax topk kthvalue sort msort median nanmedian quantile nanquantile mode cummax cummin
-    logcumsumexp sign sgn heaviside round floor ceil trunc frac fmod remainder mod lp_pool1d lp_pool2d lp_pool3d
+    logcumsumexp sign sgn heaviside round floor ceil trunc frac fmod remainder mod argmax argmin lp_pool1d lp_pool2d lp_pool3d
     gumbel_softmax""".split()
 )
 # What is no gate, and keeps its derivative, as products and quotients of two things that vary do.
@@ -46,12 +47,14 @@ PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addb
 QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
 SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
 ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
+COMPLEX = ("stft", "fft_", "rfft", "ifft", "complex", "polar", "view_as_complex")  # what gives complex numbers
 COMPARISONS = frozenset("gt ge lt le greater less greater_equal less_equal".split())
 CHOICES = frozenset("where masked_fill".split())
 LOGICAL = frozenset("logical_not logical_and logical_or logical_xor invert bitwise_not and or xor bool half double type".split())
 CELLS = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
 RECURRENT = "a recurrent cell, whose gates keep their derivative"
-FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention".split())  # torch's own, with gates inside
+# torch's own, with gates inside
+FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_forward".split())
 # What may share the storage of its first input.
 VIEW = frozenset(
     """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
@@ -67,10 +70,30 @@ def op_of(node: fx.Node) -> Any:
     return node.target.overloadpacket if isinstance(node.target, torch._ops.OpOverload) else node.target
 
 
+APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
+
+
+def applied(name: str, *args: Any, **kwargs: Any) -> Any:
+    """`Function.apply`, as a graph has it.
+
+    Raises:
+        LookupError: no such class in this process, which has unpickled the graph.
+    """
+    if name not in APPLIED:
+        module, _, path = name.partition(":")
+        try:
+            APPLIED[name] = operator.attrgetter(path)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise LookupError(f"the autograd.Function {name} of an unpickled graph is not found here: {error}") from error
+    return APPLIED[name].apply(*args, **kwargs)
+
+
 def name_of(node: fx.Node) -> str:
     """An op's plain name: `relu` for `F.relu`, `torch.relu_`, `Tensor.relu_` and `aten.relu_.default`."""
     if node.target is call_registered:
         return str(node.args[0])
+    if node.target is applied:
+        return str(node.args[0]).rpartition(".")[2].rpartition(":")[2]
     target = op_of(node)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
@@ -97,6 +120,8 @@ SHAPES = frozenset(
 
 def known(target: Any) -> bool:
     """Whether a function is one of torch's or Python's own, whose derivative torch knows."""
+    if target is applied:
+        return False
     if isinstance(target, torch._ops.OpOverloadPacket):  # anyone's ops live under torch.ops
         return target._qualified_op_name.split("::")[0] in ("aten", "prims", "sp_fx")
     if isinstance(target, torch._ops.HigherOrderOperator):

@@ -9,7 +9,7 @@ from torch import nn
 
 import sp_fx
 from helpers import fill
-from sp_fx import package_pt2, program
+from sp_fx import manifest, package_pt2, program
 
 
 class Small(nn.Module):
@@ -29,15 +29,15 @@ def small(**arguments):
     return explainer, x, explainer.compile(**{"method": "pullback", "example_inputs": x, **arguments})
 
 
-def rewritten(path, to, change):
-    """A copy of the archive with a changed manifest, or changed members under the old manifest."""
+def rewritten(path, to, change, seal=manifest.sealed):
+    """A copy of the archive with a changed manifest, sealed anew, or changed members under the old manifest."""
     with zipfile.ZipFile(path) as archive:
         members = {n: archive.read(n) for n in archive.namelist()}
     place = package_pt2.metadata_place(members)
     metadata = json.loads(members[place])
-    manifest = json.loads(metadata["sp_fx"])
-    change(manifest, members)
-    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(manifest)}).encode()
+    held = json.loads(metadata["sp_fx"])
+    change(held, members)
+    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(seal(held))}).encode()
     with zipfile.ZipFile(to, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)

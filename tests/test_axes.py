@@ -132,3 +132,49 @@ def test_modules_that_take_sequences_first():
     assert next(s for s in explainer.report().sites if s.kind == "relu").scale == "sample"
     x = torch.randn(3, 6, 8) * torch.tensor([0.1, 1.0, 10.0]).view(3, 1, 1)
     assert relative(explainer.pullback(x, 1)[1:2], explainer.pullback(x[1:2], 1)) <= 1e-5
+
+
+class Broadcast(nn.Module):
+    """[B, 5] met with something of more axes."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.layer, self.run = nn.Linear(5, 6), run
+        self.stack, self.bias = nn.Parameter(torch.randn(4, 6, 5)), nn.Parameter(torch.randn(4, 1, 6))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: torch.relu(m.layer(x).expand(4, -1, -1)),
+        lambda m, x: torch.relu(torch.matmul(m.layer(x), m.stack)),
+        lambda m, x: torch.relu(m.layer(x) + m.bias),
+    ],
+    ids=["expand", "matmul", "add"],
+)
+def test_a_constant_of_more_axes_does_not_share_the_scale(run):
+    torch.manual_seed(0)
+    explainer, x = sp_fx.transform(Broadcast(run).eval()), torch.randn(2, 5)
+    other = torch.stack([x[0], 100 * x[1]])
+    maps, others = (explainer.pullback(t, lambda y: y.sum()) for t in (x, other))
+    assert torch.equal(maps[0], others[0])
+
+
+def test_constants_that_stand_within_the_sample_keep_its_scale():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.gamma, self.places = (
+                nn.Conv2d(3, 6, 3),
+                nn.Parameter(torch.ones(6, 1, 1)),
+                nn.Parameter(torch.zeros(1, 36, 6)),
+            )
+
+        def forward(self, x):
+            y = torch.relu(self.conv(x) * self.gamma)
+            return torch.relu(y.flatten(2).transpose(1, 2) + self.places).mean(1)
+
+    assert {site.scale for site in sp_fx.transform(Net()).report().of("rewritten")} == {"sample"}

@@ -273,6 +273,50 @@ def test_several_inputs_and_keywords():
         explainer.calibrate([x.split(1)])
 
 
+def test_token_ids_and_mappings():
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer = nn.Embedding(9, 4), fill(nn.Linear(4, 3))
+
+        def forward(self, ids, scale):
+            return torch.relu(self.layer(self.embed(ids) * scale)).mean(1)
+
+    model, ids, scale = Tokens(), torch.randint(9, (6, 5)), torch.rand(6, 1, 1)
+    explainer = sp_fx.transform(model)
+    with torch.no_grad():
+        expected = float(np.std(model.layer(model.embed(ids) * scale).numpy()))
+    for batches in ([(ids, scale)], [{"ids": ids, "scale": scale}], [{"scale": scale[:3], "ids": ids[:3]}, (ids[3:], scale[3:])]):
+        assert explainer.calibrate(batches).report().rules.scale["relu"] == pytest.approx(expected, rel=1e-5)
+    assert explainer.calibrate(ids, forward_kwargs={"scale": scale}).report().rules.scale["relu"] == pytest.approx(
+        expected, rel=1e-5
+    )
+
+
+def test_measured_rules_fit_a_cut_and_an_exported_model():
+    model = network(dtype=torch.float32)
+    cut = sp_fx.transform(model, output="2")
+    rules = cut.calibrate(SAMPLES).report().rules
+    again = sp_fx.transform(model, output="2", rules=rules)
+    assert torch.equal(again.pullback(SAMPLES, (0, 1, 1)), cut.calibrate(SAMPLES).pullback(SAMPLES, (0, 1, 1)))
+    with pytest.raises(ValueError, match="no scale was measured"):
+        sp_fx.transform(model, rules=rules)
+
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fill(nn.Linear(4, 4))
+
+        def forward(self, x):
+            x = torch.relu(self.layer(x))
+            return torch.relu(self.layer(x)) if x.shape[1] == 4 else x
+
+    x = torch.randn(5, 4)
+    found = sp_fx.transform(Branching(), example_inputs=x).calibrate(x).report()
+    assert found.tracer == "torch.export"
+    assert sp_fx.transform(Branching(), rules=found.rules, example_inputs=x).report().sites == found.sites
+
+
 # -- the report
 
 

@@ -1,7 +1,10 @@
 """The model goes in and comes out as it was; the graph sees every call site."""
 
+import collections
 import copy
+import dataclasses
 import functools
+import threading
 import types
 import warnings
 
@@ -9,10 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 import sp_fx
 from helpers import relative
 from sp_fx.clone import EvalClone
+from sp_fx.onegraph import folded, one_graph
 
 
 class Shared(nn.Module):
@@ -281,3 +286,79 @@ def test_parametrised_and_normed_weights():
     frozen = sp_fx.transform(model, rules=sp_fx.Rules.frozen()).pullback(x, 1)
     y = x.clone().requires_grad_()
     assert relative(frozen, torch.autograd.grad(model(y)[:, 1].sum(), y)[0]) <= 1e-6
+
+
+def test_weights_that_hooks_compute():
+    """As the hook would compute them now, which is not what it left at the last forward."""
+    x = torch.randn(3, 4)
+    for hooked in (nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # these forms are deprecated
+            model = nn.Sequential(hooked(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
+        model.load_state_dict({name: torch.rand_like(value) for name, value in model.state_dict().items()})
+        explainer = sp_fx.transform(model)
+        assert torch.equal(explainer(x), model(x))
+        assert explainer.report().notes == (
+            "the hook of 0 computes its weight, as it was at transform: after an update, transform again",
+        )
+
+
+def test_hooks_that_do_not_run_are_told():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    def triple(module, args, output):
+        return 3 * output
+
+    model[0].register_forward_hook(triple)
+    model.register_forward_pre_hook(lambda module, args: None)
+    told = " ".join(sp_fx.transform(model).report().notes)
+    assert "the hook of 0, " in told and "triple, does not run" in told and "the model's own hook" in told
+
+
+def test_containers_of_every_kind_stay_the_models():
+    @dataclasses.dataclass
+    class Record:
+        last: object = None
+
+    class Logging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.log, self.space, self.record = collections.deque(maxlen=2), types.SimpleNamespace(last=None), Record()
+            self.ordered, self.layers = collections.OrderedDict(last=None), collections.OrderedDict(first=self.layer)
+            self.round = {}
+            self.round["itself"] = self.round
+
+        def forward(self, x):
+            y = self.layers["first"](x)
+            self.log.append(y)
+            self.space.last = self.record.last = self.ordered["last"] = y
+            return y.relu()
+
+    model, x = Logging(), torch.randn(2, 4)
+    explainer = sp_fx.transform(model)
+    assert not model.log and model.space.last is model.record.last is model.ordered["last"] is None
+    assert torch.equal(explainer(x), model(x)) and len(model.log) == 1
+
+
+def test_an_explainer_runs_while_others_are_made():
+    """`torch.fx` patches nn.Module for all threads, and a compilation puts stand-ins for weights into modules."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).eval()
+    explainer, x = sp_fx.transform(model), torch.randn(2, 3, 8, 8)
+    expected, failed, done = explainer.pullback(x, 1), [], threading.Event()
+
+    def work():
+        while not done.is_set():
+            try:
+                assert torch.equal(explainer.pullback(x, 1), expected)
+            except Exception as error:
+                failed.append(repr(error))
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    for _ in range(20):
+        sp_fx.transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.ReLU()))
+    one_graph(lambda model, x: [model(x)], folded(explainer), [x], False)
+    done.set()
+    worker.join(30)
+    assert not failed, failed[0]

@@ -188,6 +188,23 @@ def test_batch_norms_are_folded(interpreted):
     assert [n for n in explainer.graph.nodes if n.args and n.args[0] == "affine_norm"]  # the explainer's own graph is as it was
 
 
+def test_weights_that_are_computed_in_the_pass(interpreted):
+    """A convolution whose weight is centred, before a BatchNorm: nothing to fold."""
+
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.norm = nn.Parameter(torch.randn(4, 3, 3, 3)), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return self.norm(F.conv2d(x, weight)).relu().mean((2, 3))
+
+    explainer, x = sp_fx.transform(Centred()), torch.randn(2, 3, 8, 8)
+    program = explainer.compile(example_inputs=x)
+    assert relative(program(x, 1)[1], explainer.pullback(x, 1)) <= 1e-5
+
+
 # -- what a program is
 
 

@@ -112,6 +112,7 @@ LISTED = {
     lambda x: torch.maximum(x, x.flip(1)): "maximum",
     lambda x: torch.clamp(x, -x.abs().mean(), x.abs().mean()): "clamp",
     lambda x: F.fractional_max_pool2d(x[None, None], 2, 2): "fractional_max_pool2d",
+    lambda x: torch.round(x) * x: "round",
 }
 
 
@@ -203,3 +204,93 @@ def test_modules_that_are_called_like_functions():
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(model(leaf).sum(), leaf)[0]
     assert expected.any() and relative(explainer.pullback(x, lambda y: y.sum()), expected) <= 1e-12
+
+
+class Layered(nn.Module):
+    """What `run` makes of [B, 4], with a layer, a token and a number of its own."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.layer, self.norm, self.run = nn.Linear(4, 4), nn.BatchNorm1d(4), run
+        self.token, self.rate = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def layered(run):
+    torch.manual_seed(0)
+    return Layered(run).eval()
+
+
+@pytest.mark.parametrize("name", ["layer", "norm", "again"])
+def test_a_leaf_that_is_called_on_a_constant_too(name):
+    """It becomes an identity for all of its calls, so all of them are rewritten."""
+    model = layered(lambda m, x: F.relu(getattr(m, name)(x) + m.layer(m.token) + m.norm(m.token)))
+    model.again = model.layer  # one module under two names
+    explainer, x = sp_fx.transform(model), torch.randn(2, 4)
+    assert torch.equal(explainer(x), model(x))
+    y = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(y).sum(), y)[0]
+    assert relative(sp_fx.transform(model, rules=sp_fx.Rules.frozen()).pullback(x, lambda y: y.sum()), expected) <= 1e-6
+
+
+CHOOSING = {
+    "where": lambda m, x: torch.where(m.layer(x) > 0.5, 2 * x, x * x),
+    "masked_fill": lambda m, x: m.layer(x).masked_fill(m.layer(x) < 0.5, 0.0),
+    "mul": lambda m, x: m.layer(x) * (m.layer(x) > 0.5).float(),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choosing_by_comparison_is_visible(name):
+    with pytest.warns(UserWarning, match="NOT REWRITTEN"):
+        report = sp_fx.transform(layered(CHOOSING[name])).report()
+    assert [(s.op, "comparing what the model computed" in s.reason) for s in report.of("NOT REWRITTEN")] == [(name, True)]
+
+
+def test_masks_made_of_inputs_are_the_callers():
+    explainer = sp_fx.transform(layered(lambda m, x: F.relu(m.layer(x)).masked_fill(x > 0, 0.0)), strict=True)
+    assert len(explainer.report().of("rewritten")) == 1
+
+
+WITH_OTHER_PIECES = {
+    "clipped far out": ("where", lambda m, h: torch.where(h > 20.0, torch.full_like(h, 20.0), F.relu(h))),
+    "silu clipped at 60": ("where", lambda m, h: torch.where(h > 60, h * 0, h * torch.sigmoid(h))),
+    "a threshold beside 0": ("mul", lambda m, h: h * (h > 0.3)),
+    "a threshold that is learned": ("mul", lambda m, h: h * (h > m.rate / 10)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:1 calls")
+@pytest.mark.parametrize("name", WITH_OTHER_PIECES)
+def test_a_form_with_other_pieces_is_no_gate_of_the_table(name):
+    op, run = WITH_OTHER_PIECES[name]
+    report = sp_fx.transform(layered(lambda m, x: run(m, m.layer(x)))).report()
+    assert [s.op for s in report.of("NOT REWRITTEN")] == [op] and f"{op}, written out" not in [s.op for s in report.of("rewritten") if s.kind == "relu"]
+
+
+def test_weights_that_a_written_gate_has_read_are_told():
+    model = layered(lambda m, x: (lambda h: h * torch.sigmoid(m.rate * h))(m.layer(x)))
+    (site,) = sp_fx.transform(model).report().of("rewritten")
+    assert site.kind == "silu" and "with rate as it was at transform" in site.note
+
+
+def test_numpy_names_of_arguments():
+    explainer = sp_fx.transform(layered(lambda m, x: m.layer(x).softmax(axis=-1) @ m.layer(x).T))
+    assert [s.op for s in explainer.report().of("rewritten")] == ["softmax"]
+    x, found = torch.randn(3, 4), []
+    for f in (lambda x: x.amax(axis=1, keepdims=True) * 2, lambda x: x.amax(1, True) * 2):
+        explainer = explain(f)
+        assert explainer.report().of("rewritten")
+        found.append(explainer.pullback(x, 0))
+    assert torch.equal(*found)
+
+
+def test_a_linear_map_to_one_number():
+    """`F.linear` with a weight of one axis."""
+    weight = torch.randn(4, dtype=torch.float64)
+    x = torch.randn(3, 5, 4, dtype=torch.float64)
+    explainer = explain(lambda x: F.linear(x, weight).relu(), rules=sp_fx.Rules.frozen())
+    expected = (F.linear(x, weight) > 0)[:, 2, None, None] * weight * (torch.arange(5) == 2)[:, None]
+    assert relative(explainer.pullback(x, 2), expected) <= 1e-12

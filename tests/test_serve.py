@@ -15,6 +15,7 @@ from helpers import relative
 from shipped import as_graph, small
 from sp_fx import manifest
 from sp_fx.batching import Batcher, Closed, Full
+from sp_fx.serve import Limits, Refused, Served
 
 pytest.importorskip("uvicorn")
 Image = pytest.importorskip("PIL.Image")
@@ -182,6 +183,7 @@ ABUSE = {
     "two targets": (dict(json={"instances": GOOD, "parameters": {"target": [1, 2]}}), 400, "2 targets for 1"),
     "unknown parameter": (dict(json={"instances": GOOD, "parameters": {"file": "/etc/passwd"}}), 400, "unknown parameters file"),
     "below what": (dict(json={"instances": GOOD, "parameters": {"below": 2}}), 400, "below"),
+    "below a word": (dict(json={"instances": GOOD, "parameters": {"below": True}}), 400, "below"),
     "which form": (dict(json={"instances": GOOD, "parameters": {"format": "pickle"}}), 400, "format"),
 }
 
@@ -264,6 +266,17 @@ def test_an_engine_that_fails_is_told_and_the_next_request_served(made, caplog):
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("where", ["output", "map"])
+def test_numbers_that_are_not_finite_are_failures_and_no_json(made, where):
+    served = Served(made[2], "small", Limits())
+    answer = [np.zeros(5, np.float32), np.zeros((3, 16, 16), np.float32)]
+    answer[where == "map"].flat[0] = np.nan
+    with pytest.raises(Refused, match=f"the (model's )?{where} is not finite") as refused:
+        served.reply([tuple(answer)], [1], None, "array")
+    assert refused.value.status == 500
+    served.batcher.close(5)
+
+
 def test_a_graceful_stop_answers_what_waits(made):
     slow = Slow(made[2])
     service = Running(slow, batch=1)
@@ -305,6 +318,14 @@ def test_one_bad_sample_fails_alone():
     batcher.close(5)
     with pytest.raises(Closed):
         batcher.submit(["a"])
+
+
+def test_the_wrong_number_of_answers_fails_the_batch_and_not_the_worker():
+    batcher = Batcher(lambda samples: [] if "bad" in samples else samples, 8, 0.05, 100)
+    with pytest.raises(RuntimeError, match="0 answers to 1 samples"):
+        batcher.submit(["bad"])[0].result(5)
+    assert batcher.submit(["good"])[0].result(5) == "good"
+    batcher.close(5)
 
 
 def test_what_came_while_a_batch_ran_waits_no_longer():

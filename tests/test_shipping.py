@@ -168,12 +168,14 @@ def test_pt2_for_another_machine_is_refused(pt2, tmp_path):
         (lambda m, _: m["machine"].update(architecture="riscv64"), r"compiled for Linux riscv64.*this machine is"),
         (lambda m, _: m["machine"].update(capability="AVX1024"), r"AVX1024"),
         (lambda m, _: m.update(device="cuda", machine={"system": "Linux", "architecture": "x", "capability": "sm_90"}), "cuda"),
-        (lambda m, _: m.update(format=2), "format 2.*reads 1"),
+        (lambda m, _: m.update(format=1), "format 1.*reads 2"),
         (lambda m, _: m["probe"].update(outputs=[[0.0] * 10]), "does not answer its probe.*the outputs differ by"),
         (lambda m, _: m["probe"]["maps"][0].reverse(), "does not answer its probe.*the maps differ by"),
     ):
         with pytest.raises(sp_fx.PackageError, match=message):
             sp_fx.load(rewritten(path, to, change))
+    with pytest.raises(sp_fx.PackageError, match="its manifest has another digest"):
+        sp_fx.load(rewritten(path, to, lambda m, _: m.update(class_names=["another"]), seal=dict))
 
 
 def test_a_truncated_or_altered_pt2_is_refused(pt2, tmp_path):
@@ -208,7 +210,12 @@ def test_a_truncated_or_altered_onnx_is_refused(graph_file, tmp_path):
     start = whole.rindex(b'"maps": [[') + 10
     digit = b"9" if whole[start : start + 1] == b"7" else b"7"
     to.write_bytes(whole[:start] + digit + whole[start + 1 :])
-    with pytest.raises(sp_fx.PackageError, match="probe"):
+    with pytest.raises(sp_fx.PackageError, match="its manifest has another digest"):
+        sp_fx.load(to)
+    between = onnx.ModelProto(producer_name="another").SerializeToString()
+    place = whole.rindex(b"\x0a\x05sp_fx\x12") - 4  # the tag, and a length of three bytes
+    to.write_bytes(whole[:place] + between + whole[place:])
+    with pytest.raises(sp_fx.PackageError, match="does not follow its graph"):
         sp_fx.load(to)
     with pytest.raises(sp_fx.PackageError, match=r"runs on the CPU here, got device='cuda'"):
         sp_fx.load(graph_file[2], device="cuda")

@@ -1,5 +1,7 @@
 """Directions against the derivatives that they are named after, in float64."""
 
+import collections
+
 import pytest
 import torch
 from torch import nn
@@ -126,8 +128,36 @@ def test_channels_of_an_inner_layer():
         (lambda: targets.score(1)(Y[0]), r"got torch.float64 \[7\]"),
         (lambda: targets.score(torch.zeros(5, 2, dtype=torch.long))(Y), "one class a sample, got 2"),
         (lambda: targets.score()(Y[..., None]), "no single predicted class: name one"),
+        (lambda: targets.margin(0)(Y[:, :1]), "a margin needs a rival"),
     ],
 )
 def test_bad_directions(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_channel_of_many_places_in_half_precision():
+    y = torch.ones(1, 2, 256, 257, dtype=torch.float16)
+    assert targets.channel(1).of(y)[0, 1, 0, 0] == pytest.approx(1 / (256 * 257), rel=0.05)  # a subnormal of float16
+
+
+def test_the_logits_of_a_named_tuple():
+    Out = collections.namedtuple("Out", "logits aux")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x):
+            y = self.layer(x).relu()
+            return Out(y, x)
+
+    explainer, x = sp_fx.transform(Net()), torch.randn(2, 4)
+    assert torch.equal(explainer.pullback(x, 1), explainer.pullback(x, lambda out: out.logits[:, 1]))
+
+
+def test_an_empty_batch():
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))
+    assert explainer.pullback(torch.empty(0, 4)).shape == (0, 4)
+    assert explainer.pullback(torch.empty(0, 4), torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 4)
