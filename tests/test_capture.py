@@ -1,9 +1,11 @@
 """The model goes in and comes out as it was; the graph sees every call site."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
+import pickle
 import threading
 import types
 import warnings
@@ -311,7 +313,10 @@ def test_hooks_that_do_not_run_are_told():
 
     model[0].register_forward_hook(triple)
     model.register_forward_pre_hook(lambda module, args: None)
-    told = " ".join(sp_fx.transform(model).report().notes)
+    with pytest.warns(UserWarning, match="triple, does not run"):
+        explainer = sp_fx.transform(model)
+    told = " ".join(explainer.report().notes)
+    assert sp_fx.check(explainer, torch.randn(2, 4), model=model)["forward"].verdict == "FAILED"
     assert "the hook of 0, " in told and "triple, does not run" in told and "the model's own hook" in told
 
 
@@ -362,3 +367,95 @@ def test_an_explainer_runs_while_others_are_made():
     done.set()
     worker.join(30)
     assert not failed, failed[0]
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, v):
+        return v
+
+
+def test_a_function_of_ones_own_keeps_its_backward():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return StraightThrough.apply(self.layer(x)).relu()
+
+    model, x = Net(), torch.randn(2, 4)
+    apply = torch.autograd.Function.__dict__["apply"]
+    with pytest.warns(UserWarning, match="StraightThrough is opaque to the trace"):
+        explainer = sp_fx.transform(model, rules=sp_fx.Rules(relu=None))
+    assert torch.autograd.Function.__dict__["apply"] is apply
+    y = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(y)[:, 1].sum(), y)[0]
+    assert torch.equal(explainer.pullback(x, 1), expected) and expected.any()
+    again = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(again.pullback(x, 1), expected)
+
+
+def test_graph_modules_go_through():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(3, 4)
+    traced = torch.fx.symbolic_trace(model)
+    explainer = sp_fx.transform(traced)
+    assert torch.equal(explainer(x), traced(x))
+    assert torch.equal(explainer.pullback(x, 1), sp_fx.transform(model).pullback(x, 1))
+
+
+def test_children_with_an_explainers_names():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph, self.meta, self.split = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+            self.report, self.graph_ = nn.Parameter(torch.rand(4)), nn.Identity()
+
+        def forward(self, x):
+            return self.split(self.meta(self.graph_(self.graph(x) * self.report)))
+
+    model, x = Net(), torch.randn(3, 4)
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(x), model(x)) and explainer.get_submodule("graph__").weight.shape == (4, 4)
+    assert any("the model's graph is called graph__ here" in note for note in explainer.report().notes)
+    assert explainer.pullback(x, 1, wrt="meta_").shape == (3, 4)
+    assert {name for name, _ in model.named_children()} == {"graph", "meta", "split", "graph_"}
+
+
+def test_outputs_stay_of_their_kind():
+    class Net(nn.Module):
+        def __init__(self, kind):
+            super().__init__()
+            self.layer, self.kind = nn.Linear(4, 2), kind
+
+        def forward(self, x):
+            return self.kind(logits=self.layer(x).relu())
+
+    kinds = [collections.OrderedDict, dict]
+    with contextlib.suppress(ImportError):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        kinds.append(SequenceClassifierOutput)
+    for kind in kinds:
+        explainer, x = sp_fx.transform(Net(kind)), torch.randn(3, 4)
+        assert type(explainer(x)) is kind and explainer.pullback(x, 1).shape == x.shape
+
+
+def test_what_a_trace_puts_into_containers_is_taken_out():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.cache = nn.Linear(4, 2), {}
+
+        def forward(self, x):
+            self.cache["last"] = self.layer(x)
+            self.cache.setdefault("all", []).append(self.cache["last"])
+            return self.cache["last"].relu()
+
+    explainer, x = sp_fx.transform(Caching()), torch.randn(3, 4)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(explainer)))
+    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))

@@ -207,8 +207,8 @@ def test_bad_inputs(vgg, name):
 
 BAD_ASCENTS = [
     *({"steps": steps} for steps in (0, 1.5, True)),
-    *({"step_size": size} for size in (0.0, -1.0, float("nan"))),
-    *({"bounds": bounds} for bounds in [(1, -1), (1.0, 1.0), (torch.tensor([0.0, 2.0]), 1.0)]),
+    *({"step_size": size} for size in (0.0, -1.0, float("nan"), "a")),
+    *({"bounds": bounds} for bounds in [(1, -1), (1.0, 1.0), (torch.tensor([0.0, 2.0]), 1.0), 1.0]),
     {"radius": 0.0},
     {"clip": "sometimes"},
 ]
@@ -218,6 +218,25 @@ BAD_ASCENTS = [
 def test_bad_ascents(vgg, options):
     with pytest.raises(ValueError, match=next(iter(options)).split("_")[0] + ".*got"):
         vgg[0].ascend(vgg[1], 1, **options)
+
+
+def test_bounds_of_each_sample_are_cut_with_the_batch(vgg):
+    explainer, x = vgg[:2]
+    x = x[:3]
+    box = (x - 0.1, x + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1))
+    whole = explainer.ascend(x, 1, steps=2, bounds=box)
+    assert relative(explainer.ascend(x, 1, steps=2, bounds=box, batch_size=2), whole) <= 1e-5
+    twice = explainer.ascend(x, torch.tensor([[1, 0]] * 3), steps=2, bounds=box)
+    assert relative(twice[:, 0], whole) <= 1e-5
+    with pytest.raises(ValueError, match=r"a bound broadcasts to the inputs, .* got one of shape \[7, 1, 1, 1\]"):
+        explainer.ascend(x[:1], 1, bounds=(torch.zeros(7, 1, 1, 1), 1.0))
+
+
+def test_no_method_keeps_the_callers_graph(vgg):
+    explainer, x = vgg[:2]
+    given = x[:1].clone().requires_grad_()
+    assert not explainer.pullback(given, 1).requires_grad and not explainer.double_pullback(given, 1).requires_grad
+    assert not any(t.requires_grad for t in explainer.ascend(given, 1, steps=1, return_path=True))
 
 
 def test_bad_batch_size(vgg):

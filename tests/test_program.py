@@ -1,6 +1,7 @@
 """Programs against the published maps, the eager explainer, and what they refuse."""
 
 import copy
+import dataclasses
 import sys
 import threading
 import types
@@ -126,6 +127,53 @@ def test_several_inputs_and_outputs(interpreted):
     assert outputs.keys() == {"logits", "hidden"} and maps[1] is None
     assert relative(outputs["hidden"], explainer(x, ids)["hidden"]) <= 1e-5
     assert relative(maps[0], explainer.pullback((x, ids), 2)[0]) <= 1e-5
+
+
+@dataclasses.dataclass
+class Answer:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    name: str = "answer"
+
+
+class Answering(nn.Module):
+    def __init__(self, make):
+        super().__init__()
+        self.layer, self.head, self.make = nn.Linear(5, 6), nn.Linear(6, 3), make
+
+    def forward(self, x):
+        hidden = self.layer(x).relu()
+        return self.make(self.head(hidden), hidden)
+
+
+@pytest.mark.parametrize("make", [Answer, lambda y, h: {"logits": y, "rest": [h, ("a", None)]}], ids=["dataclass", "nested"])
+def test_outputs_of_every_kind(interpreted, make):
+    explainer = sp_fx.transform(fill(Answering(make)))
+    made = explainer.compile(example_inputs=torch.randn(2, 5))
+    x = torch.randn(7, 5)  # another batch: nothing of the example's may come back
+    outputs, maps = made(x, 1)
+    expected = explainer(x)
+    assert type(outputs) is type(expected) and relative(maps, explainer.pullback(x, 1)) <= 1e-5
+    if make is Answer:
+        assert relative(outputs.logits, expected.logits) <= 1e-5 and outputs.name == "answer"
+    else:
+        assert relative(outputs["rest"][0], expected["rest"][0]) <= 1e-5 and outputs["rest"][1] == ("a", None)
+
+
+def test_an_output_that_varies_and_is_no_tensor_is_refused(interpreted):
+    explainer = sp_fx.transform(fill(Answering(lambda y, h: {"logits": y, "count": h.shape[0]})))
+    with pytest.raises(sp_fx.ProgramError, match=r"the model returns 1 for .* where its program would return 2"):
+        explainer.compile(example_inputs=torch.randn(2, 5))
+
+
+def test_an_index_that_no_row_has(interpreted):
+    """Compiled code would end the process."""
+    explainer = sp_fx.transform(fill(Odd()))
+    made = explainer.compile(example_inputs=(torch.randn(3, 5), torch.tensor([0, 3, 6])))
+    assert made.rows == [None, 7]
+    for bad in ([0, 7, 1], [0, -1, 1]):
+        with pytest.raises(IndexError, match=rf"0 to 6, got {min(bad)} to {max(bad)}"):
+            made((torch.randn(3, 5), torch.tensor(bad)), 1)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -267,7 +267,9 @@ WITH_OTHER_PIECES = {
 def test_a_form_with_other_pieces_is_no_gate_of_the_table(name):
     op, run = WITH_OTHER_PIECES[name]
     report = sp_fx.transform(layered(lambda m, x: run(m, m.layer(x)))).report()
-    assert [s.op for s in report.of("NOT REWRITTEN")] == [op] and f"{op}, written out" not in [s.op for s in report.of("rewritten") if s.kind == "relu"]
+    assert [s.op for s in report.of("NOT REWRITTEN")] == [op] and f"{op}, written out" not in [
+        s.op for s in report.of("rewritten") if s.kind == "relu"
+    ]
 
 
 def test_weights_that_a_written_gate_has_read_are_told():
@@ -294,3 +296,29 @@ def test_a_linear_map_to_one_number():
     explainer = explain(lambda x: F.linear(x, weight).relu(), rules=sp_fx.Rules.frozen())
     expected = (F.linear(x, weight) > 0)[:, 2, None, None] * weight * (torch.arange(5) == 2)[:, None]
     assert relative(explainer.pullback(x, 2), expected) <= 1e-12
+
+
+def test_attention_of_other_spellings():
+    special = sp_fx.transform(layered(lambda m, x: torch.special.softmax(m.layer(x) @ x.T, -1) @ m.layer(x)))
+    assert [s.kind for s in special.report().of("rewritten")] == ["attention"]
+    weights = [torch.randn(12, 4), torch.zeros(12), None, None, False, 0.0, torch.eye(4), torch.zeros(4)]
+    with pytest.warns(UserWarning, match="multi_head_attention_forward is opaque"):
+        explain(lambda x: F.multi_head_attention_forward(x[:, None], x[:, None], x[:, None], 4, 2, *weights, False)[0])
+
+
+def test_the_modulus_of_complex_numbers_is_no_gate():
+    explainer = explain(lambda x: torch.fft.rfft(x).abs().relu())
+    assert [(s.op, s.status) for s in explainer.report().sites] == [("abs", "kept"), ("relu", "rewritten")]
+    x = torch.randn(3, 8)
+    y = x.clone().requires_grad_()
+    expected = torch.autograd.grad(torch.fft.rfft(y).abs()[:, 1].sum(), y)[0]
+    assert (
+        relative(explain(lambda x: torch.fft.rfft(x).abs().relu(), rules=sp_fx.Rules.frozen()).pullback(x, 1), expected) <= 1e-5
+    )
+
+
+def test_written_attention_passes_the_signal():
+    """Its weights are constants; the site is the place where the values come through."""
+    explainer = sp_fx.transform(layered(lambda m, x: F.relu(m.layer((x @ x.T).softmax(-1) @ m.layer(x)))))
+    softmax = next(s for s in explainer.report().sites if s.kind == "attention")
+    assert softmax.status == "rewritten" and not softmax.reason

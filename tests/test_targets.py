@@ -161,3 +161,21 @@ def test_an_empty_batch():
     explainer = sp_fx.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)))
     assert explainer.pullback(torch.empty(0, 4)).shape == (0, 4)
     assert explainer.pullback(torch.empty(0, 4), torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 4)
+
+
+def test_the_classes_of_a_direction_are_cut_with_the_batch():
+    torch.manual_seed(0)
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)))
+    x, classes = torch.randn(5, 6), torch.tensor([0, 4, 2, 2, 1])
+    direction = targets.margin(classes) - 0.5 * targets.fisher_rao(classes) + targets.log_probability(3)
+    whole = explainer.pullback(x, direction)
+    assert relative(explainer.pullback(x, direction, batch_size=2), whole) <= 1e-6
+    assert relative(explainer.ascend(x, direction, steps=2, batch_size=3), explainer.ascend(x, direction, steps=2)) <= 1e-5
+
+
+def test_directions_that_are_no_numbers():
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)))
+    with pytest.raises(ValueError, match=r"direction of shape \[2, 5\] has NaN"):
+        explainer.pullback(torch.randn(2, 6), torch.full((2, 5), float("nan")))
+    with pytest.raises(ValueError, match=r"free direction of shape .* has NaN"):
+        targets.free(torch.tensor([float("nan")]))
