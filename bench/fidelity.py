@@ -27,7 +27,7 @@ from typing import Any
 import faithfulness as ask
 import torch
 from fidelity_cases import SEED, Case, case
-from fidelity_table import METRICS, compared, plotted, rows, table
+from fidelity_table import METRICS, compared, draw_plot, rows, table
 from measures import mass_inside, pointing
 from methods import Method, methods
 from provenance import provenance
@@ -209,7 +209,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{the.seed}" if the.seed != SEED else "")
     (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    plotted(record).savefig(args.out / f"{stem}.png", metadata={"Comment": json.dumps({**provenance(), **facts})})
+    draw_plot(record, args.out / f"{stem}.png")
     print(table(record))
 
 

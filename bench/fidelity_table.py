@@ -1,7 +1,7 @@
 """What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot.
 
-`python bench/fidelity_table.py [--results DIR] [--readme FILE]` makes the README's tables from the JSON files: each stands
-between `<!-- fidelity: NAME -->` and `<!-- end -->`.
+`python bench/fidelity_table.py [--results DIR] [--readme FILE] [--plots]` makes the README's tables from the JSON files: each
+stands between `<!-- fidelity: NAME -->` and `<!-- end -->`; with `--plots` it draws the plots anew, too.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ def best(listed: dict[str, Any], name: str) -> dict[str, str]:
 def plotted(record: dict[str, Any]) -> Figure:
     """The headline measures with their intervals, a method a line."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     names = [name for name in HEADLINE if any(name in row for row in record["methods"].values())]
     figure = Figure(figsize=(2.4 * len(names) + 1.5, 0.26 * len(record["methods"]) + 1.2), layout="constrained", dpi=100)
@@ -173,6 +174,9 @@ def plotted(record: dict[str, Any]) -> Figure:
                 axis.axvline(row[name]["mean"], color="#999999", ls=":", lw=1)
         if METRICS[name] == "low":
             axis.set_xscale("log")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("")
         axis.set_title(f"{name} ({'lower' if METRICS[name] == 'low' else 'higher'} is better)", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
@@ -182,11 +186,23 @@ def plotted(record: dict[str, Any]) -> Figure:
     return figure
 
 
+def draw_plot(record: dict[str, Any], path: Path) -> None:
+    """The plot, with what it is of written into the file."""
+    facts = {key: value for key, value in record.items() if key not in RESULTS}
+    plotted(record).savefig(path, metadata={"Comment": json.dumps(facts)})
+
+
+RESULTS = ("methods", "controls", "not applicable", "comparisons", "comparisons_fresh", "measures", "radii", "command", "fresh")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--plots", action="store_true")
     args = parser.parse_args(argv)
+    for path in sorted(args.results.glob("fidelity_*.json")) if args.plots else ():
+        draw_plot(json.loads(path.read_text()), path.with_suffix(".png"))
 
     def filled(found: re.Match[str]) -> str:
         record = json.loads((args.results / f"fidelity_{found[2]}.json").read_text())

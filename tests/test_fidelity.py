@@ -121,6 +121,11 @@ def test_the_readme_s_tables(run, tmp_path):
     found = json.loads((tmp_path / "out" / "fidelity_tiny.json").read_text())["methods"]["SmoothGrad-50"]["infidelity, small"]
     assert f"{found['mean']:.3g}" in row and f"[{found['low']:.2g}, {found['high']:.2g}]" in row
     assert main(options) == 0 and readme.read_text() == text
+    assert text.count("| equal shares | 0 | ") == 2  # the level to beat, unranked
+    plot = tmp_path / "out" / "fidelity_tiny.png"
+    drawn = plot.read_bytes()
+    plot.unlink()
+    assert main([*options, "--plots"]) == 0 and plot.read_bytes() == drawn and b"weights_sha256" in drawn
     readme.write_text("nothing to fill")
     assert main(options) == 2
 
