@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import sys
 import types
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -126,9 +125,7 @@ class EvalClone:
                     notes.append(f"{where} computes its {weight_of(hook)}, {told}")
                 else:
                     kind = getattr(hook, "__qualname__", type(hook).__name__)
-                    told = f"{where}, {kind}, does not run: if it changes anything, the outputs are not the model's"
-                    warnings.warn(told, stacklevel=4)
-                    notes.append(told)
+                    notes.append(f"{where}, {kind}, {NOT_RUN}")
         return notes
 
     def with_hooks(self, model: nn.Module) -> nn.Module:
@@ -140,6 +137,7 @@ class EvalClone:
         return clone
 
 
+NOT_RUN = "does not run: if it changes anything, the outputs are not the model's"
 FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 # Those that set a plain attribute before each forward; parametrizations need none.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)

@@ -19,7 +19,7 @@ from .ascent import Ascent, Bounds, Clip
 from .calibrate import by_norms, calibrated, measure, measured
 from .call import Call, usable
 from .capture import Capture, capture, tracing
-from .clone import CaptureError
+from .clone import NOT_RUN, CaptureError
 from .cut import ending_at, place, places, starting_at, within
 from .export import export
 from .report import Report
@@ -73,7 +73,8 @@ def transform(
             names no activation, with the nearest names.
 
     Warns:
-        UserWarning: calls that gate, or may, were not rewritten; or there is nothing to rewrite at all.
+        UserWarning: calls that gate, or may, were not rewritten; there is nothing to rewrite at all; the model has forward hooks,
+            which an explainer does not run.
     """
     if rules is not None and not isinstance(rules, Rules):
         raise TypeError(f"rules is a sp_fx.Rules, such as Rules.paper(), or None, got {rules!r}")
@@ -92,6 +93,8 @@ def transform(
             graph = ending_at(captured.modules, graph, output)
             report = within(report, graph)
         rules.check_scales(report.sites)
+        if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:
+            warnings.warn("; ".join(unrun[:3]) + ("; ..." if len(unrun) > 3 else ""), stacklevel=2)
         left = report.of("NOT REWRITTEN")
         if left and strict:
             heading = f"{len(left)} calls that gate, or may, have no rule; sp_fx.register_gate gives one to your own:"
@@ -457,7 +460,13 @@ class Explainer(fx.GraphModule):
     def _pull(self, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:
         """The pullbacks at `points`, which stand in for the explained inputs; fixes the call's target if it was open."""
         leaves = [x.detach().requires_grad_() for x in points]
-        output = call.of(self, leaves)
+        try:
+            output = call.of(self, leaves)
+        except RuntimeError as error:
+            dtypes = {x.dtype for x in leaves} - {t.dtype for t in self.parameters()}
+            if dtypes and "dtype" in str(error):
+                error.add_note(f"the inputs are {', '.join(map(str, dtypes))}, which no weight of the model is")
+            raise
         if call.target is None:
             call.target = resolve(output, None)
         y, u = seed(output, call.target)

@@ -7,6 +7,7 @@ signal times or over a statistic of itself, which is made of its squares (or oth
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -78,22 +79,32 @@ def written_gate(graph: Graph, node: fx.Node) -> Written | None:
             continue
         found = named(z, y) if isinstance(y, Tensor) and y.shape == z.shape else None
         if found is not None:
-            return Written(*found, source, tuple(inside), read_by(inside))
+            return Written(*found, source, tuple(inside), read_by(graph, inside))
     return None
 
 
 def far_points(graph: Graph, inside: list[fx.Node]) -> Tensor:
     """Where a form may have other pieces: far out, and beside each number that it has, written or read."""
-    held = [operator.attrgetter(name)(graph.modules) for name in read_by(inside)]
     numbers = {abs(float(a)) for n in inside for a in (*n.args, *n.kwargs.values()) if isinstance(a, int | float)}
-    numbers |= {abs(float(t.detach())) for t in held if t.numel() == 1}
+    value = evaluator(graph, {})
+    for constant in {a for n in inside for a in n.all_input_nodes if not graph.varies(a)}:
+        with contextlib.suppress(Exception):  # what is no number
+            numbers.add(abs(float(value(constant))))
     beside = [factor * number for number in sorted(numbers) if 0 < number < 200 for factor in (0.9, 1.1, 1.5)]  # no exp overflows
     return torch.tensor([sign * at for at in (20.0, 100.0, *beside) for sign in (-1, 1)], dtype=torch.float64)
 
 
-def read_by(inside: list[fx.Node]) -> tuple[str, ...]:
-    """The names of the weights in a form."""
-    return tuple(dict.fromkeys(str(a.target) for n in inside for a in n.all_input_nodes if a.op == "get_attr"))
+def read_by(graph: Graph, inside: list[fx.Node]) -> tuple[str, ...]:
+    """The names of the weights that a form is computed with."""
+    found: dict[str, None] = {}
+    queue = [a for n in inside for a in n.all_input_nodes if a not in inside]
+    while queue:
+        at = queue.pop()
+        if at.op == "get_attr":
+            found[str(at.target)] = None
+        elif not graph.varies(at):
+            queue += at.all_input_nodes
+    return tuple(found)
 
 
 def repeated(node: fx.Node, source: fx.Node) -> bool:
@@ -135,7 +146,15 @@ def cones(graph: Graph, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]
 
 def computed(graph: Graph, source: fx.Node, inside: list[fx.Node], z: Tensor) -> Any:
     """The value of the last of `inside` where `source` is `z`."""
-    env: dict[fx.Node, Any] = {source: z.clone()}
+    value = evaluator(graph, {source: z.clone()})
+    with torch.no_grad():
+        for n in inside:
+            last = value(n)
+    return last
+
+
+def evaluator(graph: Graph, env: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
+    """What gives the value of a node where those of `env` are known; weights are to be one number."""
 
     def value(n: fx.Node) -> Any:
         if n not in env:
@@ -157,10 +176,7 @@ def computed(graph: Graph, source: fx.Node, inside: list[fx.Node], z: Tensor) ->
             return getattr(args[0], str(n.target))(*args[1:], **kwargs)
         return n.target(*args, **kwargs)  # type: ignore[operator]
 
-    with torch.no_grad():
-        for n in inside:
-            env[n] = run(n)
-    return env[inside[-1]]
+    return value
 
 
 def named(z: Tensor, y: Tensor) -> tuple[str, dict[str, Any]] | None:

@@ -110,6 +110,8 @@ class Program:
         if hard and dtype != torch.float64:
             self.tolerance = max(self.tolerance, HARD_TOLERANCE)
 
+        if torch.is_autocast_enabled(self.device.type):
+            raise ValueError("compile outside autocast: a program computes in the dtypes of its weights and inputs")
         with torch.inference_mode(False), torch.no_grad():
             given = [x.detach().clone() for x in given]
             if self.ascent is not None:
@@ -118,7 +120,11 @@ class Program:
             self.skeleton, leaves = slotted(outputs)
             self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             self.tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            y = primary(outputs)
+            try:
+                y = primary(outputs)
+            except TypeError as error:
+                told = f"{str(error).split(':')[0]}: a program explains one of them"
+                raise TypeError(f"{told}. Wrap the model to return it alone, or as `logits`") from None
             self.output_shape = y.shape[1:]
             if target == "class" and y.dim() < 2:
                 raise ValueError(f"an output of shape {list(y.shape)} has no class axis: compile with target='direction'")

@@ -39,6 +39,7 @@ from .vocabulary import (
     COMPARISONS,
     COMPLEX,
     FUSED,
+    INDICES,
     LOGICAL,
     PIECEWISE,
     PRODUCT,
@@ -187,7 +188,7 @@ class Pass:
             self.visit_gate(node, READERS[target])
         elif (name := name_of(node)) in CELLS:
             self.note(node, "NOT REWRITTEN", RECURRENT)
-        elif name in PIECEWISE:
+        elif name in PIECEWISE and (name not in INDICES or any(map(self.weighed, node.all_input_nodes))):
             self.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
         elif name in SMOOTH:
             self.note(node, "kept", "smooth, no gate")
@@ -218,8 +219,10 @@ class Pass:
             if not inputs or not (self.storage.is_view(node) or name_of(node) in LOGICAL):
                 return False
             node = inputs[0]
-        if not isinstance(node, fx.Node) or node not in self.varying:
-            return False
+        return isinstance(node, fx.Node) and node in self.varying and self.weighed(node)
+
+    def weighed(self, node: fx.Node) -> bool:
+        """Whether weights of the model had a part in `node`."""
         seen, queue = set(), [node]
         while queue:
             at = queue.pop()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .register import call_registered
 
@@ -38,6 +39,7 @@ PIECEWISE = frozenset(
     logcumsumexp sign sgn heaviside round floor ceil trunc frac fmod remainder mod argmax argmin lp_pool1d lp_pool2d lp_pool3d
     gumbel_softmax""".split()
 )
+INDICES = frozenset(("argmax", "argmin"))  # of token ids, which are the caller's, they say where a text ends
 # What is no gate, and keeps its derivative, as products and quotients of two things that vary do.
 SMOOTH = frozenset(
     """sigmoid tanh softplus softsign logsigmoid hardsigmoid tanhshrink exp expm1 log log1p sin cos erf atan log_softmax
@@ -79,6 +81,8 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
     Raises:
         LookupError: no such class in this process, which has unpickled the graph.
     """
+    if has_torch_function(args):  # where an unpickled graph is traced again
+        return handle_torch_function(applied, args, name, *args, **kwargs)
     if name not in APPLIED:
         module, _, path = name.partition(":")
         try:

@@ -162,7 +162,7 @@ def test_outputs_of_every_kind(interpreted, make):
 
 def test_an_output_that_varies_and_is_no_tensor_is_refused(interpreted):
     explainer = sp_fx.transform(fill(Answering(lambda y, h: {"logits": y, "count": h.shape[0]})))
-    with pytest.raises(sp_fx.ProgramError, match=r"the model returns 1 for .* where its program would return 2"):
+    with pytest.raises(program.ProgramError, match=r"the model returns 1 for .* where its program would return 2"):
         explainer.compile(example_inputs=torch.randn(2, 5))
 
 
