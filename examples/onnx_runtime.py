@@ -1,7 +1,7 @@
 """Explain with an .onnx package, NumPy and ONNX Runtime alone: `python onnx_runtime.py PACKAGE.onnx IN.npy OUT.npz [--target N]`.
 
 IN.npy has the inputs, float32 [B, ...]; OUT.npz gets `outputs` and `map`. Neither torch nor sp_fx is imported. As `sp_fx.load`
-does, it serves only a file whose digest is that of its manifest and whose answer to its probe is the one that was packaged.
+does, it serves only a file whose digests are those of its manifest and whose answer to its probe is the one that was packaged.
 """
 
 import argparse
@@ -18,7 +18,10 @@ def load(path):
     body = Path(path).read_bytes()
     session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
     manifest = json.loads(session.get_modelmeta().custom_metadata_map["sp_fx"])
-    if hashlib.sha256(body[: manifest["digest"]["bytes"]]).hexdigest() != manifest["digest"]["sha256"]:
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    told = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    graph = hashlib.sha256(body[: manifest["digest"]["bytes"]]).hexdigest()
+    if told != manifest["manifest_sha256"] or graph != manifest["digest"]["sha256"]:
         raise ValueError(f"{path} was altered after it was written")
     if manifest["looped"] or len(manifest["inputs"]) != 1 or manifest["target"] != "class":
         raise ValueError("this example runs packages of one input, class targets and one graph; unroll an ascent to make it one")

@@ -17,7 +17,9 @@ import torch
 import sp_fx
 from helpers import relative
 from shipped import rewritten
+from sp_fx import manifest, package_onnx
 
+onnx = pytest.importorskip("onnx")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside these tests")]
 NO_TORCH = """
@@ -47,9 +49,14 @@ def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):
     assert relative(torch.from_numpy(found["map"]), explainer.pullback(x, 2)) <= 1e-4
     body, weights = path.read_bytes(), explainer.head.bias.detach().numpy().tobytes()
     assert weights in body
+    other = package_onnx.manifest_in(body, path)
+    other["probe"]["maps"][0].reverse()
+    tail = onnx.ModelProto()
+    tail.metadata_props.add(key="sp_fx", value=json.dumps(manifest.sealed(other)))
     for altered, said in (
         (body.replace(weights, weights[:4] * 5), "was altered after it was written"),
-        (re.sub(rb'("maps": \[\[-?)\d', rb"\g<1>9", body, count=1), "does not answer its probe"),
+        (re.sub(rb'("maps": \[\[-?)\d', rb"\g<1>9", body, count=1), "was altered after it was written"),
+        (body[: other["digest"]["bytes"]] + tail.SerializeToString(), "does not answer its probe"),
     ):
         (tmp_path / "altered.onnx").write_bytes(altered)
         assert said in run(tmp_path / "altered.onnx").stderr
