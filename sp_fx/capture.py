@@ -65,6 +65,7 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
     before = {path: (dict(m.__dict__), dict(m._buffers)) for path, m in clone.named_modules()}
+    beside = [(held, dict(vars(held))) for m in clone.modules() for held in m.__dict__.values() if is_plain_object(held)]
     if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
         for module in clone.modules():
             module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
@@ -89,6 +90,10 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
             "forward may not branch on the values or shapes of tensors"
         ) from error
     replaced = restored(clone, before)
+    for held, attributes in beside:  # which the model shares
+        for name in [name for name, value in vars(held).items() if isinstance(value, fx.Proxy)]:
+            vars(held).pop(name)
+            vars(held).update({name: attributes[name]} if name in attributes else {})
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
@@ -108,6 +113,11 @@ def restored(clone: nn.Module, before: Mapping[str, tuple[dict, dict]]) -> list[
         for value in module.__dict__.values():
             without_proxies(value, set())
     return names
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether it is one that has attributes and is neither module, tensor, function nor class."""
+    return hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType)
 
 
 def without_proxies(value: Any, seen: set[int]) -> None:
@@ -200,8 +210,9 @@ def functions_recorded(tracer: PlaceTracer) -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         given: list[Any] = []
-        rebuilt((args, kwargs), given.append)
-        if threading.get_ident() == tracer.thread and any(isinstance(a, fx.Proxy) for a in given):
+        if threading.get_ident() == tracer.thread:
+            rebuilt((args, kwargs), given.append)
+        if any(isinstance(a, fx.Proxy) for a in given):
             name = f"{cls.__module__}:{cls.__qualname__}"
             APPLIED[name] = cls
             return tracer.create_proxy("call_function", applied, (name, *args), kwargs)

@@ -326,11 +326,15 @@ def test_containers_of_every_kind_stay_the_models():
     class Record:
         last: object = None
 
+    class Store:
+        last = None
+
     class Logging(nn.Module):
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(4, 4)
             self.log, self.space, self.record = collections.deque(maxlen=2), types.SimpleNamespace(last=None), Record()
+            self.store = Store()
             self.ordered, self.layers = collections.OrderedDict(last=None), collections.OrderedDict(first=self.layer)
             self.round = {}
             self.round["itself"] = self.round
@@ -338,12 +342,13 @@ def test_containers_of_every_kind_stay_the_models():
         def forward(self, x):
             y = self.layers["first"](x)
             self.log.append(y)
-            self.space.last = self.record.last = self.ordered["last"] = y
+            self.space.last = self.record.last = self.ordered["last"] = self.store.last = self.store.new = y
             return y.relu()
 
     model, x = Logging(), torch.randn(2, 4)
     explainer = sp_fx.transform(model)
-    assert not model.log and model.space.last is model.record.last is model.ordered["last"] is None
+    assert not model.log and model.space.last is model.record.last is model.ordered["last"] is model.store.last is None
+    assert not hasattr(model.store, "new")
     assert torch.equal(explainer(x), model(x)) and len(model.log) == 1
 
 
