@@ -44,12 +44,13 @@ def transform(
     output: str | None = None,
     strict: bool = False,
 ) -> Explainer:
-    """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer, but for writes
-    into the weights, whose storage they share.
+    """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer, but for
+    writes into the weights, whose storage they share.
 
-    The explainer is in eval mode. Updating the weights in place (an optimiser step, `load_state_dict`) updates it too, while replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled,
-    DataParallel and DistributedDataParallel models are unwrapped. Explainers may be used by any number of threads, also while
-    another one transforms or compiles, but for a transform by `torch.export`, which patches PyTorch for all of them.
+    The explainer is in eval mode. Updating the weights in place (an optimiser step, `load_state_dict`) updates it too, while
+    replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled, DataParallel and DistributedDataParallel models
+    are unwrapped. Explainers may be used by any number of threads, also while another one transforms or compiles, but for a
+    transform by `torch.export`, which patches PyTorch for all of them.
 
     Args:
         model: any module that one of the tracers can capture.
@@ -191,8 +192,8 @@ class Explainer(fx.GraphModule):
         forward_kwargs: keyword arguments of the model.
         wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`); the result
             is one map, shaped like it. `split` says which names there are.
-        batch_size: the most samples to run at once; inputs, targets, bounds and keyword tensors with the batch on axis 0 are cut: a
-            keyword tensor whose axis 0 is as long as the batch counts as one.
+        batch_size: the most samples to run at once; inputs, targets, bounds and keyword tensors with the batch on axis 0 are cut;
+            a keyword tensor whose axis 0 is as long as the batch counts as one.
 
     and common errors:
 
