@@ -48,9 +48,9 @@ def transform(
     writes into the weights, whose storage they share.
 
     The explainer is in eval mode. Updating the weights in place (an optimiser step, `load_state_dict`) updates it too, while
-    replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled, DataParallel and DistributedDataParallel models
-    are unwrapped. Explainers may be used by any number of threads, also while another one transforms or compiles, but for a
-    transform by `torch.export`, which patches PyTorch for all of them.
+    replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled, DataParallel and DistributedDataParallel
+    models are unwrapped. Explainers may be used by any number of threads, also while another one transforms or compiles, but for
+    a transform by `torch.export`, which patches PyTorch for all of them.
 
     Args:
         model: any module that one of the tracers can capture.
