@@ -2,7 +2,8 @@
 
 from .check import Checks, check
 from .clone import CaptureError
-from .explainer import Explainer, NotRewrittenError, transform
+from .explainer import Explainer
+from .make import NotRewrittenError, transform
 from .manifest import PackageError
 from .package import load
 from .pixels import pixel_space

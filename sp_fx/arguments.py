@@ -87,6 +87,22 @@ class Slot:
         self.index = index
 
 
+def slotted(outputs: Any) -> tuple[Any, list[Any]]:
+    """The containers of `outputs`, with numbered slots in place of what they hold; and that."""
+    leaves: list[Any] = []
+
+    def slot(leaf: Any) -> Slot:
+        leaves.append(leaf)
+        return Slot(len(leaves) - 1)
+
+    return rebuilt(outputs, slot), leaves
+
+
+def filled(skeleton: Any, leaves: list[Any]) -> Any:
+    """The containers of a skeleton with `leaves` in its slots."""
+    return rebuilt(skeleton, lambda slot: leaves[slot.index])
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """Those in the containers of `value`, in order."""
     found: list[Tensor] = []

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .explainer import Explainer, transform
+from .explainer import Explainer
+from .make import transform
 from .rules import Rules
 from .targets import primary
 

@@ -15,8 +15,8 @@ import torch
 
 from . import records
 from .ascent import Ascent
-from .explainer import transform
 from .images import Picture, Preprocessing
+from .make import transform
 from .models import load_model, untrained
 from .plot import save
 from .rules import KINDS, Rules

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import zoo
-from .explainer import transform
+from .make import transform
 from .models import weights_hash
 from .plot import CHANGE, SLOPE, Cell, picture, save, signed_map, table
 from .records import described

@@ -122,6 +122,23 @@ def put(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
     graph.graph.erase_node(node)
 
 
+def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
+    """Of an input that is an index into an embedding: how many rows the least of them has."""
+    queue, found = [node], []
+    while queue:
+        at = queue.pop()
+        for user in at.users:
+            if user.target is aten.embedding.default and user.args[1] is at:
+                found.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
+            elif user.target in PASSING and user.args[0] is at:
+                queue.append(user)
+    return min(found, default=None)
+
+
+PASSING = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
+           aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
+
+
 def fold_constants(graph: fx.GraphModule) -> None:
     """Compute what depends on buffers alone: flipped and folded weights, positions, causal masks."""
     known: dict[fx.Node, Any] = {}

@@ -14,7 +14,6 @@ end, as `Program._climb` does. `program.example` has tensors that the graph take
 
 from __future__ import annotations
 
-import operator
 import time
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -22,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from .arguments import Slot, rebuilt, tensors_of
+from .arguments import filled, slotted, tensors_of
 from .ascent import Ascent
 from .capture import tracing
 from .inductor import by_batch, compiled, packs
-from .onegraph import folded, one_graph
+from .onegraph import folded, one_graph, rows_of
 from .rules import NORMS
 from .targets import primary
 from .temperature import FROZEN
@@ -36,7 +35,6 @@ from .temperature import FROZEN
 if TYPE_CHECKING:
     from .explainer import Explainer
 
-aten = torch.ops.aten
 # The largest relative L2 distance of a program's maps from the eager explainer's; ten times that for an ascent, each of whose
 # steps amplifies it. Another order of sums, and BatchNorms folded in float64 and rounded, make 1e-6 to 3e-5 in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
@@ -308,38 +306,6 @@ class Program:
                         )
                     worst = max(worst, error)
         return worst
-
-
-def slotted(outputs: Any) -> tuple[Any, list[Any]]:
-    """The containers of `outputs`, with numbered slots in place of what they hold; and that."""
-    leaves: list[Any] = []
-
-    def slot(leaf: Any) -> Slot:
-        leaves.append(leaf)
-        return Slot(len(leaves) - 1)
-
-    return rebuilt(outputs, slot), leaves
-
-
-def filled(skeleton: Any, leaves: list[Any]) -> Any:
-    return rebuilt(skeleton, lambda slot: leaves[slot.index])
-
-
-def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
-    """Of an input that is an index into an embedding: how many rows the least of them has."""
-    queue, found = [node], []
-    while queue:
-        at = queue.pop()
-        for user in at.users:
-            if user.target is aten.embedding.default and user.args[1] is at:
-                found.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
-            elif user.target in PASSING and user.args[0] is at:
-                queue.append(user)
-    return min(found, default=None)
-
-
-PASSING = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
-           aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
 
 
 def resolved(y: Tensor, aim: Tensor) -> Tensor:

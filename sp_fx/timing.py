@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .explainer import Explainer, transform
+from .explainer import Explainer
+from .make import transform
 from .rules import Rules
 
 Way = Callable[[], Any]
