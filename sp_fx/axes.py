@@ -25,7 +25,7 @@ BROADCAST = frozenset(
 SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes checked".split())  # these return a tuple
 KEEPS_RANK = frozenset(
     """relu gelu silu sigmoid tanh hardswish dropout transpose swapaxes movedim contiguous to float cat layer_norm softmax clone
-    linear add mul sub truediv div""".split()
+    linear add mul sub truediv div matmul bmm chunk split where masked_fill iadd imul clamp mT""".split()
 )
 SPATIAL = re.compile(r"([123])d$")
 SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
@@ -173,9 +173,10 @@ def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
 
 
 def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
-    """With a constant of that shape. Where the rank is not known, a constant that leads with several is taken for the longer."""
+    """With a constant of that shape. Where the rank is not known, a constant that leads with several is taken for the longer, but
+    for [C, 1, 1]: what pictures are normalised by, and channels scaled."""
     if rank is None:
-        return axis if len(constant) < 3 or constant[0] == 1 else None
+        return axis if len(constant) < 3 or constant[0] == 1 or set(constant[1:]) == {1} else None
     if len(constant) <= rank:
         return axis
     return axis + len(constant) - rank if isinstance(axis, int) else None
@@ -196,6 +197,13 @@ def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], s
             return len(flat)
         if name == "flatten" and tuple(flat) == (1,):
             return 2
+        if name in ("unbind", "select", "getitem", "unsqueeze"):  # an axis less, or more; of an item, that of what made the tuple
+            source, index = node.args[0], node.args[1] if len(node.args) > 1 else 0
+            several = name == "getitem" and isinstance(source, fx.Node) and name_of(source) in SEVERAL
+            rank = rank_of(source, axes, name_of, leaf)
+            if rank is None or (name == "getitem" and not several and not isinstance(index, int)):
+                return None
+            return rank + (0 if several else 1 if name == "unsqueeze" else -1)
         if not isinstance(module, SEQUENCE_MODULES) and name and name not in KEEPS_RANK:
             return None
         node = next((n for n in node.all_input_nodes if n in axes), None)

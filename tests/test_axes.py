@@ -178,3 +178,37 @@ def test_constants_that_stand_within_the_sample_keep_its_scale():
             return torch.relu(y.flatten(2).transpose(1, 2) + self.places).mean(1)
 
     assert {site.scale for site in sp_fx.transform(Net()).report().of("rewritten")} == {"sample"}
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1)])
+def test_normalised_pixels_keep_the_scale_of_each_sample(shape):
+    """The rank of an input is not known, and the statistics of its channels have three axes, as `pixel_space` has them."""
+
+    class Normalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.conv, self.pool = nn.Buffer(torch.full(shape, 0.4)), nn.Conv2d(3, 4, 3), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            return self.pool(torch.relu(self.conv(((x + 1) / 2 - self.mean) / self.mean))).mean((2, 3))
+
+    inner = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
+    for model in (Normalised(), sp_fx.pixel_space(inner, (0.4, 0.4, 0.4), (0.2, 0.2, 0.2))):
+        assert {site.scale for site in sp_fx.transform(model).report().of("rewritten")} == {"sample"}
+
+
+def test_a_bias_of_heads_keeps_the_scale_of_each_sample():
+    """[heads, places, places] added to [B, heads, places, places], whose rank follows from how heads are made."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.bias, self.out = nn.Linear(8, 24), nn.Parameter(torch.zeros(2, 6, 6)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(x.shape[0], 6, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+            y = (q @ k.transpose(-2, -1) + self.bias).softmax(-1) @ v
+            return torch.relu(self.out(y.transpose(1, 2).flatten(2))).mean(1)
+
+    scales = {site.kind: site.scale for site in sp_fx.transform(Attention()).report().of("rewritten")}
+    assert scales["relu"] == "sample"
