@@ -24,6 +24,7 @@ from provenance import provenance
 from torch import nn
 
 import sp_fx
+from sp_fx.adjoints import TABLE
 from sp_fx.check import coverage, forward
 from sp_fx.clone import EvalClone
 from sp_fx.targets import primary
@@ -116,6 +117,9 @@ def examine(build: Any) -> dict[str, Any]:
         report = explainer.report()
         row |= {"transform_s": round(time.perf_counter() - begun, 2), "tracer": report.tracer}
         row |= {status: len(report.of(status)) for status in ("rewritten", "kept", "NOT REWRITTEN")}  # type: ignore[arg-type]
+        # Gates whose temperature could follow the sample's scale, and does not since the trace has lost where the sample is.
+        scaled = [s for s in report.of("rewritten") if s.kind in TABLE and TABLE[s.kind].homogeneous]
+        row["absolute"] = sum(s.scale == "absolute" for s in scaled)
         clone = EvalClone()(model)
         lines = [forward(explainer, clone, (x,), {}), coverage(explainer, clone, (x,), {})]
         row |= {"forward": lines[0].found, "coverage": lines[1].note}
