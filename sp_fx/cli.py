@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     service.add_argument("package", type=Path, metavar="PACKAGE")
     service.add_argument("--name", help="of the model in addresses (default: the file's, without its ending)")
     service.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1, which other machines do not reach)")
-    service.add_argument("--port", type=positive, choices=range(1, 65_536), metavar="N", default=8080, help="(default: 8080)")
+    service.add_argument("--port", type=port, default=8080, help="(default: 8080)")
     service.add_argument("--device", help="such as cuda:1 (default: the package's)")
     service.add_argument("--threads", type=positive, metavar="N", help="of ONNX Runtime for a batch (default: its own)")
     service.add_argument("--batch", type=positive, default=8, metavar="N", help="most samples run at once (default: 8)")
@@ -109,6 +109,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 # -- arguments
+
+
+def port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65_536:
+        raise argparse.ArgumentTypeError(f"a port is 1 to 65535, got {text!r}")
+    return int(text)
 
 
 def positive(text: str) -> int:

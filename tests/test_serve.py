@@ -381,3 +381,13 @@ def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
 
     assert main(["serve", str(tmp_path / "a.onnx")]) == 2
     assert "no package at" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "65536", "http"])
+def test_a_port_that_there_is_not(port, capsys):
+    from sp_fx.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["serve", "a.onnx", "--port", port])
+    told = capsys.readouterr().err
+    assert f"a port is 1 to 65535, got {port!r}" in told and len(told) < 2_000
