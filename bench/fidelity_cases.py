@@ -11,7 +11,7 @@ from photographs import photographs
 from torch import Tensor, nn
 
 from sp_fx import zoo
-from sp_fx.models import load_model, weights_hash
+from sp_fx.figures.models import load_model, weights_hash
 
 SEED = 2_025  # of the scenes; the zoo was trained on others, but the defaults of Rules were chosen on these
 

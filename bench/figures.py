@@ -21,8 +21,8 @@ from torch import Tensor
 
 import sp_fx
 from sp_fx import zoo
+from sp_fx.figures.records import described
 from sp_fx.plot import CHANGE, SLOPE, grid, picture, save, signed_map, table
-from sp_fx.records import described
 
 COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
 WHICH = {"squeezenet1_0": [-3, -2, -1]}  # scikit-image's photographs, whose authors put them in the public domain (CC0)

@@ -15,7 +15,7 @@ from cases import network
 from provenance import provenance
 
 import sp_fx
-from sp_fx import timing
+from sp_fx.cli import timing
 
 
 def main() -> int:

@@ -26,8 +26,9 @@ from provenance import provenance
 from torch import Tensor, nn
 
 import sp_fx
-from sp_fx import dual
-from sp_fx.adjoints import TABLE, Row
+from sp_fx.gates import dual, fused
+from sp_fx.gates.adjoints.row import Row
+from sp_fx.gates.table import TABLE
 
 MIB = 2**20
 
@@ -51,7 +52,7 @@ def in_gates(explainer: nn.Module, x: Tensor) -> int:
     found: dict[int, Any] = {}
 
     def kept(gate: Any, tensors: Any, output: Tensor) -> list[Tensor | None]:
-        if gate[0] in dual.POINTWISE:
+        if gate[0] in fused.POINTWISE:
             found[tensors[0].untyped_storage().data_ptr()] = tensors[0].untyped_storage()
         return original(gate, tensors, output)
 
@@ -76,7 +77,7 @@ def in_bits(row: Row, bits: int) -> Row:
 
 @contextmanager
 def kept_in(bits: int) -> Iterator[None]:
-    changed = {kind: in_bits(TABLE[kind], bits) for kind in dual.POINTWISE}
+    changed = {kind: in_bits(TABLE[kind], bits) for kind in fused.POINTWISE}
     with mock.patch.dict(TABLE, changed):
         yield
 

@@ -29,8 +29,8 @@ from provenance import provenance
 from torch import Tensor, nn
 
 import sp_fx
-from sp_fx import package_onnx
-from sp_fx import program as programs
+from sp_fx.packages import onnx as package_onnx
+from sp_fx.program import program as programs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import fill

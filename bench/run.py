@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 from cases import DTYPES, NETWORKS, UnknownNetwork, network, noise
+from peers import peers
 from provenance import provenance
 
-from sp_fx import timing
+from sp_fx.cli import timing
 
 
 def one(
@@ -36,7 +37,7 @@ def one(
     if dtype == torch.bfloat16:
         model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
     timing.verify(model, x, target)
-    ways = list(timing.ours(model, x, target)) + (list(timing.peers(model, x, target)) if with_peers else [])
+    ways = list(timing.ours(model, x, target)) + (list(peers(model, x, target)) if with_peers else [])
     ways = [(way, make) for way, make in ways if way == timing.FORWARD or wanted(way)]
     rows = timing.measure(iter(ways), x.device, turns)
     print(f"\n{name}, batch {batch}, {size} x {size}, {str(dtype)[6:]}\n{timing.table(rows)}", flush=True)

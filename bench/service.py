@@ -27,8 +27,8 @@ from PIL import Image
 from provenance import provenance
 
 import sp_fx
-from sp_fx import program as programs
 from sp_fx import zoo
+from sp_fx.program import program as programs
 
 PORT = 8931
 

@@ -24,9 +24,9 @@ from provenance import provenance
 from torch import nn
 
 import sp_fx
-from sp_fx.adjoints import TABLE
-from sp_fx.check import coverage, forward
-from sp_fx.clone import EvalClone
+from sp_fx.capture.clone import EvalClone
+from sp_fx.checks.check import coverage, forward
+from sp_fx.gates.table import TABLE
 from sp_fx.targets import primary
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

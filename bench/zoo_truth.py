@@ -19,10 +19,10 @@ from torch import nn
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.ascent import Ascent
-from sp_fx.demo import class_gradient
-from sp_fx.models import weights_hash
-from sp_fx.records import described
+from sp_fx.figures.demo import class_gradient
+from sp_fx.figures.models import weights_hash
+from sp_fx.figures.records import described
+from sp_fx.methods.ascent import Ascent
 
 STEPS = 10
 

@@ -1,15 +1,15 @@
 """Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`."""
 
-from .check import Checks, check
-from .clone import CaptureError
+from .build import NotRewrittenError, transform
+from .capture.capture import CaptureError
+from .checks.check import Checks, check
 from .explainer import Explainer
-from .make import NotRewrittenError, transform
-from .manifest import PackageError
-from .package import load
-from .pixels import pixel_space
-from .register import register_gate
-from .report import Report, Site
-from .rules import Rules
+from .figures.pixel_space import pixel_space
+from .gates.registry import register_gate
+from .gates.rules import Rules
+from .packages.errors import PackageError
+from .packages.package import load
+from .rewrite.report import Report, Site
 from .version import __version__
 
 __all__ = [

@@ -14,19 +14,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from .arguments import rebuilt
-from .ascent import Ascent, Bounds, Clip
-from .calibrate import by_norms, calibrated, measure, measured
-from .call import Call, usable
-from .cut import ending_at, place, places, starting_at, within
-from .report import Report
+from .containers import rebuilt
+from .methods.ascent import Ascent, Bounds, Clip
+from .methods.calibration import by_norms, calibrated, measure, measured
+from .methods.calls import Call, usable
+from .methods.subgraphs import ending_at, place, places, starting_at, within
+from .rewrite.report import Report
 from .targets import Target, only_output, resolve, seed
 
 if TYPE_CHECKING:
-    from .program import Program
+    from .program.program import Program
+
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+
+
 Batches = Tensor | Iterable[Inputs]
 
 
@@ -212,7 +217,7 @@ class Explainer(fx.GraphModule):
             ProgramError: the compiled program differs from this explainer.
             ModuleNotFoundError: the inputs are on a GPU, and Triton is not installed.
         """
-        from .program import Program
+        from .program.program import Program
 
         if example_inputs is None:
             raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")

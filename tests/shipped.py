@@ -9,7 +9,9 @@ from torch import nn
 
 import sp_fx
 from helpers import fill
-from sp_fx import manifest, package_pt2, program
+from sp_fx.packages import manifest
+from sp_fx.packages import pt2 as package_pt2
+from sp_fx.program import program
 
 
 class Small(nn.Module):

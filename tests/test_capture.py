@@ -18,8 +18,9 @@ from torch.nn.utils import prune
 
 import sp_fx
 from helpers import relative
-from sp_fx.clone import EvalClone
-from sp_fx.onegraph import folded, one_graph
+from sp_fx.capture.clone import EvalClone
+from sp_fx.program.folding import folded
+from sp_fx.program.graph import one_graph
 
 
 class Shared(nn.Module):

@@ -11,9 +11,9 @@ from torch import nn
 
 import sp_fx
 from helpers import fill
-from sp_fx import adjoints
-from sp_fx.coverage import dispatched, listed
-from sp_fx.multihead import multihead_attention
+from sp_fx.checks.coverage import dispatched, listed
+from sp_fx.gates import table
+from sp_fx.gates.multihead import multihead_attention
 
 
 def convolutional():
@@ -66,9 +66,9 @@ def test_every_row_passes(rules):
 @pytest.mark.parametrize("kind", ["relu", "max_pool", "leaky_relu"])
 def test_a_wrong_adjoint_breaks_the_identity(kind, monkeypatch):
     model = convolutional()
-    row = adjoints.TABLE[kind]
+    row = table.TABLE[kind]
     wrong = dataclasses.replace(row, adjoint=lambda *args, **kwargs: 1.01 * row.adjoint(*args, **kwargs))
-    monkeypatch.setitem(adjoints.TABLE, kind, wrong)
+    monkeypatch.setitem(table.TABLE, kind, wrong)
     found = sp_fx.check(sp_fx.transform(model), X)
     assert not found and found["affine identity"].verdict == found["tau -> 0"].verdict == "FAILED"
     assert "a check FAILED" in str(found)
@@ -76,9 +76,9 @@ def test_a_wrong_adjoint_breaks_the_identity(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["attention", "mix", "layer_norm", "rms_norm", "gelu", "written", "glu", "amax", "normalize"])
 def test_a_wrong_adjoint_of_a_smooth_gate_breaks_the_identity(kind, monkeypatch):
-    row = adjoints.TABLE[kind]
+    row = table.TABLE[kind]
     wrong = dataclasses.replace(row, adjoint=lambda *args, **kwargs: 1.01 * row.adjoint(*args, **kwargs))
-    monkeypatch.setitem(adjoints.TABLE, kind, wrong)
+    monkeypatch.setitem(table.TABLE, kind, wrong)
     found = sp_fx.check(sp_fx.transform(fill(Everything()), rules=sp_fx.Rules(product="frozen")), X)
     assert found["affine identity"].verdict == "FAILED"
 

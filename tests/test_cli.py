@@ -12,8 +12,9 @@ from PIL import Image
 import sp_fx
 from helpers import fill
 from sp_fx import zoo
-from sp_fx.cli import Progress, main
-from sp_fx.models import class_index, load_model, weights_hash
+from sp_fx.cli.commands import main
+from sp_fx.cli.progress import Progress
+from sp_fx.figures.models import class_index, load_model, weights_hash
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 WEIGHTS = DATA / "squeezenet1_0_imagenet.safetensors"
@@ -150,7 +151,7 @@ def test_class_names():
 
 
 def test_timm_models_know_their_classes():
-    from sp_fx.models import untrained
+    from sp_fx.figures.models import untrained
 
     named = untrained("timm/resnet18")
     assert class_index("tench", named.labels) == 0 and class_index("English springer", named.labels) == 217

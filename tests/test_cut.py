@@ -79,7 +79,7 @@ def test_the_output_is_the_activation(cut, name):
 
 def test_with_respect_to_an_activation(cut):
     explainer, model, x = cut
-    frozen = sp_fx.transform(model, rules=sp_fx.Rules(**{**dict.fromkeys(sp_fx.rules.KINDS), "relu": "frozen"}))
+    frozen = sp_fx.transform(model, rules=sp_fx.Rules(**{**dict.fromkeys(sp_fx.gates.rules.KINDS), "relu": "frozen"}))
     h = model.stem(x).detach().requires_grad_()
     expected = torch.autograd.grad(model.after(h, x)[:, 1].sum(), h)[0]
     found = frozen.pullback(x, 1, wrt="act")

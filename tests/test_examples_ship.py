@@ -17,7 +17,8 @@ import torch
 import sp_fx
 from helpers import relative
 from shipped import rewritten
-from sp_fx import manifest, package_onnx
+from sp_fx.packages import manifest
+from sp_fx.packages import onnx as package_onnx
 
 onnx = pytest.importorskip("onnx")
 EXAMPLES = Path(__file__).parents[1] / "examples"

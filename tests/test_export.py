@@ -83,7 +83,7 @@ def test_both_tracers_give_one_map():
     by_export = sp_fx.transform(model, tracer="export", example_inputs=image())
     assert by_export.report().sites == by_fx.report().sites
     assert torch.equal(by_fx.pullback(image(3), 1), by_export.pullback(image(3), 1))
-    plain = sp_fx.Rules(**dict.fromkeys(sp_fx.rules.KINDS))
+    plain = sp_fx.Rules(**dict.fromkeys(sp_fx.gates.rules.KINDS))
     with pytest.warns(UserWarning, match="plain gradient"):
         plainly = sp_fx.transform(model, rules=plain, tracer="export", example_inputs=image())
     u = torch.eye(3)[1].expand(3, 3)

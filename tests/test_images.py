@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
-from sp_fx.images import Preprocessing, read
+from sp_fx.figures.images import Preprocessing, read
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (31, 40, 3), dtype=np.uint8)

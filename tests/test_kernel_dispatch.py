@@ -5,12 +5,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from sp_fx import dual
-from sp_fx.adjoints import TABLE
-from sp_fx.ascent import Ascent
+from sp_fx.gates import dual, fused
+from sp_fx.gates.table import TABLE
+from sp_fx.methods.ascent import Ascent
 
 pytestmark = pytest.mark.skipif(
-    not dual.kernels() or not (torch.cuda.is_available() or __import__("triton").knobs.runtime.interpret),
+    not fused.kernels() or not (torch.cuda.is_available() or __import__("triton").knobs.runtime.interpret),
     reason="needs a GPU, or TRITON_INTERPRET=1 in a process of its own",
 )
 

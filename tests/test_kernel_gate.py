@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kernel_case import DTYPES, kernels, runs_kernels, triton, unit
-from sp_fx.adjoints import TABLE
+from sp_fx.gates.table import TABLE
 
 pytestmark = runs_kernels
 

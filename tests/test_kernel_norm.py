@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kernel_case import DTYPES, kernels, runs_kernels, unit
-from sp_fx.adjoints import TABLE
+from sp_fx.gates.table import TABLE
 
 pytestmark = runs_kernels
 

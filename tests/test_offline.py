@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sp_fx.offline import Batches, begin, pictures, whole
-from sp_fx.pictures import decode
+from sp_fx.serving.uploads import decode
 
 Image = pytest.importorskip("PIL.Image")
 

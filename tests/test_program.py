@@ -13,8 +13,10 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
-from sp_fx import decompose, dual, inductor, program
-from sp_fx.onegraph import folded
+from sp_fx.gates import fused
+from sp_fx.program import decompositions as decompose
+from sp_fx.program import inductor, program
+from sp_fx.program.folding import folded
 
 
 @pytest.fixture
@@ -382,8 +384,8 @@ def test_a_gpu_without_triton_is_told_so(monkeypatch):
 
 def test_without_triton_eager_adjoints_are_the_table_s(monkeypatch):
     monkeypatch.setitem(sys.modules, "sp_fx_kernels", None)  # importing it fails
-    dual.kernels.cache_clear()
+    fused.kernels.cache_clear()
     try:
-        assert dual.kernels() is None
+        assert fused.kernels() is None
     finally:
-        dual.kernels.cache_clear()
+        fused.kernels.cache_clear()

@@ -9,8 +9,8 @@ from torch import nn
 
 import sp_fx
 from helpers import relative
-from sp_fx import register
-from sp_fx.adjoints import TABLE
+from sp_fx.gates import registry
+from sp_fx.gates.table import TABLE
 
 
 def sharp(z, rate=2.0):
@@ -60,7 +60,7 @@ def gates():
     yield
     for name in ("sharp", "snake", "squash"):
         del TABLE[name]
-    for held in (register.FUNCTIONS, register.MODULES, register.STAND_INS):
+    for held in (registry.FUNCTIONS, registry.MODULES, registry.STAND_INS):
         held.clear()
 
 

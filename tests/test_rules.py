@@ -3,8 +3,8 @@ import pickle
 import pytest
 
 import sp_fx
-from sp_fx.adjoints import TABLE, rule_of
-from sp_fx.rules import KINDS, NORMS
+from sp_fx.gates.rules import KINDS, NORMS
+from sp_fx.gates.table import TABLE, rule_of
 
 
 def test_every_kind_of_the_table_has_a_rule_with_its_default():

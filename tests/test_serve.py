@@ -13,9 +13,9 @@ import torch
 
 from helpers import relative
 from shipped import as_graph, small
-from sp_fx import manifest
-from sp_fx.batching import Batcher, Closed, Full
-from sp_fx.serve import Limits, Refused, Served
+from sp_fx.packages import manifest
+from sp_fx.serving.batching import Batcher, Closed, Full
+from sp_fx.serving.service import Limits, Refused, Served
 
 pytest.importorskip("uvicorn")
 Image = pytest.importorskip("PIL.Image")
@@ -43,7 +43,7 @@ class Running:
     def __init__(self, program, **limits):
         import uvicorn
 
-        from sp_fx.serve import Limits, Served, application
+        from sp_fx.serving.service import Limits, Served, application
 
         self.served = Served(program, "small", Limits(**limits))
         app = application(self.served)
@@ -293,7 +293,7 @@ def test_a_graceful_stop_answers_what_waits(made):
 
 
 def test_what_cannot_be_served(made, monkeypatch):
-    from sp_fx.serve import Limits, Served
+    from sp_fx.serving.service import Limits, Served
 
     as_graph(monkeypatch)
     _, _, direction = small(target="direction")
@@ -377,7 +377,7 @@ def test_the_queue_is_bounded():
 
 
 def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
-    from sp_fx.cli import main
+    from sp_fx.cli.commands import main
 
     assert main(["serve", str(tmp_path / "a.onnx")]) == 2
     assert "no package at" in capsys.readouterr().err
@@ -385,7 +385,7 @@ def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
 
 @pytest.mark.parametrize("port", ["0", "65536", "http"])
 def test_a_port_that_there_is_not(port, capsys):
-    from sp_fx.cli import main
+    from sp_fx.cli.commands import main
 
     with pytest.raises(SystemExit):
         main(["serve", "a.onnx", "--port", port])

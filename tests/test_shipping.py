@@ -14,7 +14,7 @@ from torch import nn
 import sp_fx
 from helpers import NETS, fill, golden, relative
 from shipped import rewritten, small
-from sp_fx import manifest, package
+from sp_fx.packages import package, probe
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -144,8 +144,8 @@ def test_the_probe_is_its_formula():
         x = x * 2246822519 % 2**32
         return (x >> 8) / 2**23 - 1
 
-    assert manifest.weyl(1000).tolist() == [one(i) for i in range(1000)]
-    many = manifest.weyl(200_000)
+    assert probe.weyl(1000).tolist() == [one(i) for i in range(1000)]
+    many = probe.weyl(200_000)
     assert abs(many.mean()) < 0.01 and abs(many.std() - 3**-0.5) < 0.01
 
 
@@ -153,7 +153,7 @@ def test_a_sketch_keeps_distances():
     g = np.random.default_rng(0)
     a, b = torch.from_numpy(g.standard_normal(30_000)), torch.from_numpy(g.standard_normal(30_000))
     # 256 sums estimate a squared distance to about sqrt(2 / 256)
-    assert np.linalg.norm(manifest.sketch(a) - manifest.sketch(b)) == pytest.approx(float((a - b).norm()), rel=0.2)
+    assert np.linalg.norm(probe.sketch(a) - probe.sketch(b)) == pytest.approx(float((a - b).norm()), rel=0.2)
 
 
 # -- what is refused

@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from sp_fx import cli, timing
+from sp_fx import cli
+from sp_fx.cli import timing
 
 
 def fails():
@@ -37,7 +38,7 @@ def test_rows_and_ratios():
 
 def test_peak_memory_is_what_was_held():
     """In a process of its own: what other tests' threads take or give back meanwhile is not this one's."""
-    code = "import torch; from sp_fx import timing; print(timing.peak(lambda: torch.ones(2**24), torch.device('cpu')))"
+    code = "import torch; from sp_fx.cli import timing; print(timing.peak(lambda: torch.ones(2**24), torch.device('cpu')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     # 64 MiB, and what else the process touches; where the kernel does not say what is resident, nothing is claimed
     assert found == "None" or 56 * 2**20 <= int(found) <= 112 * 2**20

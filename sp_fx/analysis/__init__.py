@@ -1,0 +1,1 @@
+"""Analysis: facts about a captured graph. Nothing here changes one."""

@@ -1,0 +1,284 @@
+"""Which axis of each tensor of a graph is the sample: what a sample's own scale may be taken over.
+
+Inputs have the batch on axis 0. Operations that move axes are followed by their arguments alone, since a symbolic trace knows
+no shapes. `ROWS` is said of tensors whose rows along axis 0 each belong to one sample, in whatever order (times and samples
+folded into one axis): harmless, until something unfolds them. None: not known.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+ROWS: Literal["rows"] = "rows"
+
+
+Axis = int | Literal["rows"] | None
+
+
+# Where operands are broadcast: a constant of more axes than the others puts its own before the sample's.
+BROADCAST = frozenset(
+    """add iadd sub isub rsub mul imul multiply truediv itruediv div divide true_divide pow maximum minimum fmax fmin where lerp
+    addcmul addcdiv matmul clamp clamp_min clamp_max""".split()
+)
+
+
+SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes checked".split())  # these return a tuple
+
+
+KEEPS_RANK = frozenset(
+    """relu gelu silu sigmoid tanh hardswish dropout transpose swapaxes movedim contiguous to float cat layer_norm softmax clone
+    linear add mul sub truediv div matmul bmm chunk split where masked_fill iadd imul clamp mT""".split()
+)
+
+
+SPATIAL = re.compile(r"([123])d$")
+
+
+SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
+                    nn.modules.dropout._DropoutNd)  # fmt: skip
+
+
+def sample_axis(
+    node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable[[fx.Node], nn.Module | None],
+    shape_of: Callable[[fx.Node], torch.Size | None],
+) -> Axis:  # fmt: skip
+    """The sample's axis in the output of `node`, from those of its inputs.
+
+    `axes` has every input that varies with the data, `name_of` gives an op's plain name, `leaf` what a node calls if it calls a
+    module that is no identity, `shape_of` the shape of a constant, where it is known.
+    """
+    if node.op == "placeholder":
+        return 0
+    found = [axes[n] for n in node.all_input_nodes if n in axes]
+    axis = found[0] if found and all(a == found[0] for a in found) else None
+    module = leaf(node)
+    name, args, kwargs = name_of(node), node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
+    if node.target is getattr:  # x.T
+        name, args = str(node.args[1]), ()
+    if axis is None or (module is not None and axis not in (0, ROWS) and not isinstance(module, SEQUENCE_MODULES)):
+        return None
+    if node.op == "call_module" and module is None:  # an identity, whatever it is called
+        return axis
+    if name == "getitem" and isinstance(node.args[0], fx.Node):
+        several = node.args[0].op == "call_module" or name_of(node.args[0]) in SEVERAL
+        return axis if several else item(axis, node.args[1])
+    if name in ("view", "reshape", "unsafe_view"):
+        return reshaped(axis, node)
+    if name == "einsum":
+        return contracted(axis, node, axes)
+    if module is None and name in MOVES:
+        try:
+            return MOVES[name](axis, *args, **kwargs)
+        except TypeError:  # arguments that are computed at run time
+            return None
+    if name in ("expand", "broadcast_to"):
+        return expanded(axis, rank_of(node.args[0], axes, name_of, leaf), *args)
+    if name in BROADCAST and axis is not None:
+        shapes = [shape for n in node.all_input_nodes if n not in axes and (shape := shape_of(n)) is not None]
+        varying = [rank_of(n, axes, name_of, leaf) for n in node.all_input_nodes if n in axes]
+        return broadcast(axis, max(varying, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
+    return axis
+
+
+# -- what moves axes: (the sample's axis, the op's own arguments) -> the sample's axis ----------------------------------
+
+
+def place(axis: Axis) -> int:
+    return axis if isinstance(axis, int) else 0
+
+
+def permute(axis: Axis, *dims: Any) -> Axis:
+    order = dims[0] if isinstance(dims[0], tuple | list) else dims
+    at = [d % len(order) for d in order].index(place(axis))
+    return at if isinstance(axis, int) else ROWS if at == 0 else None
+
+
+def transpose(axis: Axis, dim0: int, dim1: int) -> Axis:
+    first, second = sorted((dim0, dim1), key=lambda d: d < 0)
+    if first < 0:  # of the matrices in a batch
+        return axis if place(axis) == 0 else None
+    if second < 0:
+        return axis if place(axis) == 0 and first > 0 else None
+    if place(axis) not in (first, second):
+        return axis
+    return (second if axis == first else first) if isinstance(axis, int) else None
+
+
+def matrix_transpose(axis: Axis) -> Axis:
+    return 1 - axis if axis in (0, 1) else None  # type: ignore[operator]
+
+
+def movedim(axis: Axis, source: int, destination: int) -> Axis:
+    if not isinstance(axis, int) or source < 0 or destination < 0:
+        return axis if place(axis) == 0 and source != 0 and destination != 0 else None
+    if source == axis:
+        return destination
+    return axis - (source < axis) + (destination <= axis - (source < axis))
+
+
+def flatten(axis: Axis, start_dim: int = 0, end_dim: int = -1) -> Axis:
+    at = place(axis)
+    if at == 0 or start_dim > at:
+        return axis
+    if end_dim >= 0 and end_dim < at:
+        return at - (end_dim - start_dim)
+    return ROWS if start_dim == 0 else None
+
+
+def unflatten(axis: Axis, dim: int, sizes: Any) -> Axis:
+    at = place(axis)
+    if dim < 0 or dim > at:
+        return axis
+    return (at + len(sizes) - 1 if dim < at else axis if at == 0 else None) if isinstance(axis, int) else None
+
+
+def unsqueeze(axis: Axis, dim: int = 0) -> Axis:
+    if dim < 0 or dim > place(axis):
+        return axis
+    return axis + 1 if isinstance(axis, int) else None
+
+
+def squeeze(axis: Axis, dim: Any = None) -> Axis:
+    if isinstance(dim, int) and (dim < 0 or dim > place(axis)):
+        return axis
+    return axis if dim is None and axis == 0 else None
+
+
+def removed(axis: Axis, dim: Any, *_: Any) -> Axis:
+    """One axis goes: `select`, `unbind`."""
+    if dim < 0 or dim > place(axis):
+        return axis
+    return axis - 1 if isinstance(axis, int) and dim < axis else None
+
+
+def reduced(axis: Axis, dim: Any = None, keepdim: bool = False, **_: Any) -> Axis:
+    if isinstance(dim, fx.Node):  # `max` of two tensors
+        return axis
+    dims = (dim,) if isinstance(dim, int) else dim
+    if not isinstance(dims, tuple | list) or place(axis) in dims:
+        return None
+    return axis - sum(0 <= d < axis for d in dims) if isinstance(axis, int) and not keepdim else axis
+
+
+def joined(axis: Axis, dim: int = 0) -> Axis:
+    return axis if dim != place(axis) else ROWS if dim == 0 else None
+
+
+def repeated(axis: Axis, *times: Any) -> Axis:
+    first = times[0][0] if isinstance(times[0], tuple | list) else times[0]
+    return axis if first == 1 else ROWS if place(axis) == 0 else None
+
+
+def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
+    sizes = tuple(sizes[0]) if sizes and isinstance(sizes[0], tuple | list) else sizes
+    if not isinstance(axis, int):
+        return None
+    axis += 0 if rank is None else len(sizes) - rank
+    size = sizes[axis] if axis < len(sizes) else 1
+    return axis if isinstance(size, fx.Node) or size == -1 else None  # a number: the sample's axis may be further on
+
+
+def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
+    """With a constant of that shape. Where the rank is not known, a constant that leads with several is taken for the longer, but
+    for [C, 1, 1]: what pictures are normalised by, and channels scaled."""
+    if rank is None:
+        return axis if len(constant) < 3 or constant[0] == 1 or set(constant[1:]) == {1} else None
+    if len(constant) <= rank:
+        return axis
+    return axis + len(constant) - rank if isinstance(axis, int) else None
+
+
+def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable) -> int | None:
+    """How many axes a value has, as far as what made it says so."""
+    while isinstance(node, fx.Node) and node in axes:
+        if "val" in node.meta:
+            return node.meta["val"].dim()
+        module, args = leaf(node), node.args[1:]
+        name = "" if node.op == "call_module" else name_of(node)
+        flat = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+        spatial = SPATIAL.search(name if module is None else type(module).__name__)
+        if spatial is not None and not isinstance(module, nn.BatchNorm1d):  # which takes two axes too
+            return int(spatial[1]) + 2
+        if name in ("view", "reshape", "permute", "expand"):
+            return len(flat)
+        if name == "flatten" and tuple(flat) == (1,):
+            return 2
+        if name in ("unbind", "select", "getitem", "unsqueeze"):  # an axis less, or more; of an item, that of what made the tuple
+            source, index = node.args[0], node.args[1] if len(node.args) > 1 else 0
+            several = name == "getitem" and isinstance(source, fx.Node) and name_of(source) in SEVERAL
+            rank = rank_of(source, axes, name_of, leaf)
+            if rank is None or (name == "getitem" and not several and not isinstance(index, int)):
+                return None
+            return rank + (0 if several else 1 if name == "unsqueeze" else -1)
+        if not isinstance(module, SEQUENCE_MODULES) and name and name not in KEEPS_RANK:
+            return None
+        node = next((n for n in node.all_input_nodes if n in axes), None)
+    return None
+
+
+def item(axis: Axis, index: Any) -> Axis:
+    """Of `x[index]`."""
+    read, out = 0, place(axis)
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is Ellipsis or read > place(axis):
+            break
+        if part is None:
+            out += 1
+            continue
+        if read == place(axis) and part != slice(None):
+            return None
+        if read < place(axis) and not isinstance(part, slice | int):
+            return None
+        out -= isinstance(part, int)
+        read += 1
+    return out if isinstance(axis, int) else ROWS if out == 0 else None
+
+
+def reshaped(axis: Axis, node: fx.Node) -> Axis:
+    """Samples that lead stay together, unless the new first size says otherwise. An exported graph knows the shapes."""
+    sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    before, after = (n.meta["val"].shape if "val" in n.meta else None for n in (node.args[0], node))  # type: ignore[union-attr]
+    at = place(axis)
+    if before is not None and after is not None:
+        if list(map(str, before[: at + 1])) == list(map(str, after[: at + 1])):
+            return axis
+        divides = isinstance(before[0], int) and len(after) > 0 and isinstance(after[0], int) and after[0] % before[0] == 0
+        return axis if axis == 0 and divides else None
+    if axis == 0:
+        return 0 if sizes[0] == -1 or not isinstance(sizes[0], int) else None
+    return ROWS if axis != ROWS and sizes[0] == -1 and len(sizes) == 2 else None
+
+
+def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
+    """Of `einsum`."""
+    equation, operands = node.args[0], node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
+    if not isinstance(axis, int) or not isinstance(equation, str) or "->" not in equation or "." in equation:
+        return None
+    left, right = equation.replace(" ", "").split("->")
+    letters = {term[axis] for term, operand in zip(left.split(","), operands) if operand in axes}
+    letter = letters.pop() if len(letters) == 1 else ""
+    return right.index(letter) if letter and letter in right else None
+
+
+REDUCTIONS = "mean sum amax amin max min prod std var norm logsumexp all any argmax argmin median".split()
+
+
+MOVES: dict[str, Callable[..., Axis]] = {
+    "permute": permute,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
+    **dict.fromkeys(("T", "t", "numpy_T"), matrix_transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), movedim),
+    "flatten": flatten,
+    "unflatten": unflatten,
+    **dict.fromkeys(("unsqueeze", "stack"), unsqueeze),
+    "squeeze": squeeze,
+    **dict.fromkeys(("select", "unbind"), removed),
+    **dict.fromkeys(REDUCTIONS, reduced),
+    **dict.fromkeys(("cat", "concat", "concatenate"), joined),
+    **dict.fromkeys(("repeat", "tile"), repeated),
+}

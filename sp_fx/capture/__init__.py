@@ -1,0 +1,1 @@
+"""Capture: a model becomes a graph over an eval clone of its modules."""

@@ -1,0 +1,101 @@
+"""The arguments that a model is traced with, and what a traced graph checks of those it is called with.
+
+A *form* says what an argument looked like: `("tensor", shape)` with None for an axis of any size, `("is", constant)`,
+`("items", {key: form})` of a mapping, a tuple or a list, `("fields", {name: form})` of a dataclass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..containers import PLAIN, items
+
+VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+
+
+def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
+    """The example arguments by parameter of the forward, defaults included; `example_inputs` is a tensor, a tuple of positional
+    arguments, or a mapping of keyword arguments.
+
+    Raises:
+        TypeError: arguments that the forward does not take.
+    """
+    signature = inspect.signature(module.forward)
+    if isinstance(example_inputs, PLAIN):
+        expected = "a tensor, a tuple of positional arguments, or a mapping of keyword arguments"
+        raise TypeError(f"example_inputs is {expected}, got {example_inputs!r}")
+    try:
+        if isinstance(example_inputs, Mapping):
+            arguments = signature.bind(**example_inputs)
+        else:
+            arguments = signature.bind(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))
+    except TypeError as error:
+        raise TypeError(
+            f"example_inputs do not fit {type(module).__name__}.forward{signature}: {error}. Pass a tensor, a tuple of "
+            "positional arguments, or a mapping of keyword arguments"
+        ) from None
+    arguments.apply_defaults()
+    return arguments.arguments
+
+
+def settings(module: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The arguments of a forward that a symbolic trace fixes, since `if mask is not None` is true of every proxy: those that are
+    plain in the example, or else have plain defaults. Another value is refused when the graph runs."""
+    if example is not None:
+        return {name: value for name, value in example.items() if isinstance(value, PLAIN)}
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN) and p.default is not p.empty}
+
+
+def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]:
+    """The form of `value`; `any_size(tensor, axis)` says where the size does not matter.
+
+    Raises:
+        TypeError: an object that is neither tensor, container nor plain.
+    """
+    if isinstance(value, Tensor):
+        return "tensor", tuple(None if any_size(value, axis) else size for axis, size in enumerate(value.shape))
+    held = items(value)
+    if held is not None:
+        return held[0], {key: form(item, any_size) for key, item in held[1].items()}
+    if isinstance(value, PLAIN):
+        return "is", value
+    raise TypeError(f"an argument is a {type(value).__name__}: expected tensors, plain values, and containers of them")
+
+
+def checked(value: Any, name: str, expected: tuple[str, Any]) -> Any:
+    """`value`, if it has the form of the argument that the graph was traced with.
+
+    Raises:
+        ValueError: it has not; the message says what is different.
+    """
+    if has_torch_function((value,)):
+        return handle_torch_function(checked, (value,), value, name, expected)
+    kind, content = expected
+    remedy = "the graph was captured by torch.export for its example_inputs: transform the model with some of this kind"
+    if kind == "tensor":
+        wanted = f"a tensor [{', '.join('*' if n is None else str(n) for n in content)}]"
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected {wanted}, got {value!r}; {remedy}")
+        if len(content) != value.dim() or any(n is not None and n != m for n, m in zip(content, value.shape)):
+            raise ValueError(f"{name}: expected {wanted}, got {list(value.shape)}; {remedy}")
+    elif kind == "is":
+        if isinstance(value, Tensor) or items(value) is not None or value != content:
+            got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name}: expected {content!r}, got {got}; {remedy}")
+    else:
+        held = items(value)
+        if held is None or set(held[1]) != set(content):
+            got = f"a {type(value).__name__}" + ("" if held is None else f" of {list(held[1])}")
+            raise ValueError(f"{name}: expected one of {list(content)}, got {got}; {remedy}")
+        for key, item in held[1].items():
+            checked(item, f"{name}[{key!r}]" if kind == "items" else f"{name}.{key}", content[key])
+    return value
+
+
+fx.node.has_side_effect(checked)

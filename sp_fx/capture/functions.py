@@ -1,0 +1,98 @@
+"""Functions that a trace keeps as one call: an `autograd.Function`, whose backward would be lost if the trace went into its
+forward, and the gates that users have registered.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import operator
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..containers import rebuilt
+from ..gates.registry import STAND_INS, marked, named, registered
+
+APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
+
+
+def applied(name: str, *args: Any, **kwargs: Any) -> Any:
+    """`Function.apply`, as a graph has it.
+
+    Raises:
+        LookupError: no such class in this process, which has unpickled the graph.
+    """
+    if has_torch_function(args):  # where an unpickled graph is traced again
+        return handle_torch_function(applied, args, name, *args, **kwargs)
+    if name not in APPLIED:
+        module, _, path = name.partition(":")
+        try:
+            APPLIED[name] = operator.attrgetter(path)(importlib.import_module(module))
+        except (ImportError, AttributeError) as error:
+            raise LookupError(f"the autograd.Function {name} of an unpickled graph is not found here: {error}") from error
+    return APPLIED[name].apply(*args, **kwargs)
+
+
+@contextmanager
+def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
+    """While it lasts an `autograd.Function` is one call of the trace, which would otherwise go into its forward and lose its
+    backward without a word."""
+    inherited = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        given: list[Any] = []
+        if threading.get_ident() == thread:
+            rebuilt((args, kwargs), given.append)
+        if any(isinstance(a, fx.Proxy) for a in given):
+            name = f"{cls.__module__}:{cls.__qualname__}"
+            APPLIED[name] = cls
+            return tracer.create_proxy("call_function", applied, (name, *args), kwargs)
+        return inherited.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = inherited
+
+
+@contextmanager
+def seen(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
+    """While it lasts the modules of `clone` call the stand-ins of registered functions; for an export its registered modules mark
+    what they do."""
+    changed: list[tuple[dict[str, Any], str, Any]] = []
+    homes = [file.__dict__ for f in STAND_INS if (file := sys.modules.get(getattr(f, "__module__", None) or "")) is not None]
+    spaces = {id(space): space for space in (*homes, *(space for m in clone.modules() for space in namespaces(m)))}
+    try:
+        for space in spaces.values():
+            for key, value in list(space.items()):
+                if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in STAND_INS:
+                    changed.append((space, key, value))
+                    space[key] = STAND_INS[value]
+        for m in clone.modules() if exporting else ():
+            if (name := registered(m)) is not None and "forward" not in m.__dict__:
+                inner = type(m).forward
+                m.__dict__["forward"] = functools.partial(bracketed, inner, m, name)
+        yield
+    finally:
+        for space, key, value in changed:
+            space[key] = value
+
+
+def namespaces(module: nn.Module) -> list[dict[str, Any]]:
+    """Where its calls are looked up: its own attributes and the globals of the files that its classes are from."""
+    own = [cls.__module__ for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
+    files = map(sys.modules.get, own)
+    return [module.__dict__, *(file.__dict__ for file in files if file is not None)]
+
+
+def bracketed(inner: Callable, module: nn.Module, name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return marked(name, z, inner(module, z, *args, **kwargs), named(inner, (module, z, *args), kwargs) if args or kwargs else {})

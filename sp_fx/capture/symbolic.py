@@ -1,0 +1,169 @@
+"""Capture by symbolic tracing: `torch.fx` follows the forward with stand-ins for tensors, for inputs of every size."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from ..gates.registry import registered
+from .arguments import settings
+from .capture import Capture, CaptureError, blame
+from .clone import EvalClone, adopt_forward, passes
+from .functions import functions_recorded, seen
+from .proxies import is_plain_object, restored
+
+OPENED_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
+    *(nn.Hardswish, nn.Hardsigmoid, nn.Mish, nn.GLU, nn.Sigmoid, nn.Tanh, nn.Softplus, nn.Softmax, nn.Softmin, nn.Softmax2d),
+    *(nn.LogSoftmax, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softsign, nn.Threshold, nn.LogSigmoid),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+    *(nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.LocalResponseNorm, nn.Identity, nn.Sequential, nn.ModuleList),
+)
+
+
+def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture:
+    """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in `example`, or have no default, are inputs.
+
+    Modules of `torch.nn` that gate are traced into, down to the function they call; others of `torch.nn` and
+    `nn.MultiheadAttention` stay leaves. Every module that was traced into appears in the graph as an identity under its own
+    name, through which its output passes: so `layer4` can still be hooked, and each node knows its place.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
+        CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
+    """
+    try:
+        return traced(model, example, PlaceTracer(buffers=True))
+    except CaptureError:  # perhaps since the forward reads a setting from a buffer
+        return traced(model, example, PlaceTracer(buffers=False))
+
+
+def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
+    clones = EvalClone()
+    clone = clones(model)
+    hooks = clones.hooks_left(model)
+    adopt_forward(clone)
+    before = {path: (dict(m.__dict__), dict(m._buffers)) for path, m in clone.named_modules()}
+    beside = [(held, dict(vars(held))) for m in clone.modules() for held in m.__dict__.values() if is_plain_object(held)]
+    if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
+        for module in clone.modules():
+            module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+    versions = {n: (b, b._version) for n, b in clone.named_buffers()}
+    try:
+        fixed = settings(clone, example)
+        with seen(clone), functions_recorded(tracer, tracer.thread):
+            graph = tracer.trace(clone, concrete_args=fixed)
+        for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
+            if name in fixed:
+                node.target = name  # fx numbers the arguments that it fixes
+        for node in graph.find_nodes(op="call_function", target=torch._assert):
+            if isinstance(node.args[1], str) and "has been specialized to have value" in node.args[1]:
+                node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
+        inline_wrapped(graph)
+        written = [n for n, (b, version) in versions.items() if b._version != version]
+        if written:
+            raise RuntimeError(f"the forward writes over {', '.join(written)} and reads it as a constant")
+    except Exception as error:
+        raise CaptureError(
+            f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
+            "forward may not branch on the values or shapes of tensors"
+        ) from error
+    replaced = restored(clone, before)
+    for held, attributes in beside:  # which the model shares
+        for name in [name for name, value in vars(held).items() if isinstance(value, fx.Proxy)]:
+            vars(held).pop(name)
+            vars(held).update({name: attributes[name]} if name in attributes else {})
+    for name in tracer.passed:
+        clone.get_submodule(name).__dict__["forward"] = passes
+    note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
+    return Capture(clone, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
+
+
+class PlaceTracer(fx.Tracer):
+    """Symbolic tracing that opens gating modules and marks every module that it went through."""
+
+    def __init__(self, buffers: bool = True) -> None:
+        super().__init__()
+        self.proxy_buffer_attributes = buffers
+        self.passed: dict[str, None] = {}
+        self.record_stack_traces = True
+        self.thread = threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if registered(m) is not None:
+            return True
+        opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
+        return not opened and super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
+        if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
+            given = {f.name: self.create_arg(value) for f in dataclasses.fields(a) if (value := getattr(a, f.name)) is not None}
+            return self.create_node("call_function", type(a), (), given)
+        if isinstance(a, Mapping) and type(a) is not dict and not isinstance(a, fx.immutable_collections.immutable_dict):
+            return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:  # fx patches the class nn.Module, and other models may be running
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        result = super().call_module(m, written_out(m) or forward, args, kwargs)
+        if isinstance(result, fx.Proxy) and not self.is_leaf_module(m, name):
+            self.passed[name] = None
+            result = self.create_proxy("call_module", name, (result,), {})
+        return result
+
+
+def inline_wrapped(graph: fx.Graph) -> None:
+    """Open the functions that `torch.fx.wrap` made opaque, where they can be traced; the others stay as they are."""
+    for node in list(graph.nodes):
+        if not node.meta.get("is_wrapped") or (node.target.__module__ or "").startswith("torch."):
+            continue
+        before = set(graph.nodes)
+        tracer = fx.proxy.GraphAppendingTracer(graph)
+        with graph.inserting_before(node):
+            proxies: Any = lambda n, tracer=tracer: fx.Proxy(n, tracer)  # noqa: E731
+            args, kwargs = fx.map_arg((node.args, node.kwargs), proxies)
+            try:
+                result = node.target(*args, **kwargs)
+                inlined = fx.node.map_aggregate(result, lambda r: r.node if isinstance(r, fx.Proxy) else r)
+            except Exception:  # whatever the function does with what is not a tensor; rewrite lists it as opaque
+                inlined = None
+        added = [n for n in graph.nodes if n not in before]
+        if isinstance(inlined, fx.Node):
+            for n in added:
+                n.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
+            node.replace_all_uses_with(inlined)
+            graph.erase_node(node)
+        else:
+            for n in reversed(added):
+                graph.erase_node(n)
+
+
+def written_out(m: Any) -> Callable[..., Any] | None:
+    """For norms of torch.nn that take their statistics from the input: their forward without its check of the input's
+    rank, which a proxy cannot answer."""
+    if getattr(m, "running_mean", None) is not None:
+        return None
+    if type(m).forward is nn.BatchNorm1d.forward:  # of every rank
+        return lambda x: F.batch_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)
+    if type(m).forward is nn.InstanceNorm1d.forward:
+        rank = next(rank for cls, rank in INSTANCE_NORMS.items() if isinstance(m, cls))
+
+        def instance_norm(x: Tensor) -> Tensor:
+            torch._assert(x.dim() == rank, f"{type(m).__name__} takes a batch when it is traced: {rank} axes")
+            return F.instance_norm(x, None, None, m.weight, m.bias, True, 0.0, m.eps)
+
+        return instance_norm
+    return None
+
+
+INSTANCE_NORMS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}

@@ -1,0 +1,5 @@
+"""The command `sp-fx`."""
+
+from .commands import main
+
+__all__ = ["main"]

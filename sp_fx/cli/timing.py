@@ -1,0 +1,217 @@
+"""What explanations cost: the ways of one model side by side, in turns, with their memory, and none of them timed if it is wrong.
+
+The harness of `python bench/run.py` and of `sp-fx bench`. A way is a function of nothing that explains one batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..build import transform
+from ..explainer import Explainer
+from ..gates.rules import Rules
+
+Way = Callable[[], Any]
+
+
+FORWARD, PROGRAM = "forward, compiled", "program pullback"
+
+
+@dataclass
+class Row:
+    """One way: seconds over the turns, the most memory it needed beyond what was held before (bytes), and what making it took."""
+
+    way: str
+    median_s: float = 0.0
+    low_s: float = 0.0  # quartiles
+    high_s: float = 0.0
+    min_s: float = 0.0
+    turns: int = 0
+    peak_bytes: int | None = None
+    made_s: float = 0.0
+    error: str = ""  # why there is no number
+    x_forward: float | None = None  # its median over that of the compiled forward
+    x_program: float | None = None
+
+    def record(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    y = model(leaf)
+    return torch.autograd.grad(y, leaf, torch.zeros_like(y).scatter_(1, target[:, None], 1.0))[0]
+
+
+def compiled_forward(model: nn.Module, x: Tensor) -> Way:
+    """The bar: the model's forward as Inductor compiles it, weights frozen; on CUDA with CUDA graphs."""
+    from torch._inductor import config
+
+    run = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
+
+    def forward() -> Tensor:
+        with torch.no_grad(), config.patch(freezing=True):
+            return run(x)
+
+    forward()
+    return forward
+
+
+def ours(
+    model: nn.Module, x: Tensor, target: Tensor, rules: Rules | None = None, steps: int = 5
+) -> Iterator[tuple[str, Callable[[], Way]]]:
+    """Our ways and the two they are measured by, each with what makes it."""
+    explainer = transform(model, rules=rules)
+
+    def eager_forward() -> Tensor:
+        with torch.no_grad():
+            return model(x)
+
+    def program(explainer: Explainer, method: str, **arguments: Any) -> Way:
+        made = explainer.compile(method, example_inputs=x, **arguments)
+        return lambda: made(x, target)
+
+    def compiled_gradient() -> Way:
+        run = torch.compile(model, fullgraph=True, dynamic=False)
+        gradient(run, x, target)
+        return lambda: gradient(run, x, target)
+
+    yield FORWARD, lambda: compiled_forward(model, x)
+    yield "forward, eager", lambda: eager_forward
+    yield "gradient, eager", lambda: lambda: gradient(model, x, target)
+    yield "gradient, compiled", compiled_gradient
+    yield "pullback, eager", lambda: lambda: explainer.pullback(x, target)
+    yield f"ascend, {steps} steps, eager", lambda: lambda: explainer.ascend(x, target, steps=steps)
+
+    def of_another_batch() -> Way:
+        made = explainer.compile("pullback", example_inputs=x[:1] if len(x) > 1 else torch.cat([x, x]))
+        return lambda: made(x, target)
+
+    yield PROGRAM, lambda: program(explainer, "pullback")
+    yield "program pullback, another batch's", of_another_batch
+    yield "program pullback, hard gates", lambda: program(transform(model, rules=Rules.frozen()), "pullback")
+    yield "program double_pullback", lambda: program(explainer, "double_pullback")
+    yield f"program ascend, {steps} steps", lambda: program(explainer, "ascend", steps=steps)
+
+
+def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
+    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient: in
+    float64 to 1e-9, and as it is timed to 1e-2 (half types: 5e-2), since a pre-activation that rounds to zero has a gate half
+    open, and closed in PyTorch's gradient: one of them is 1.1e-3 on ResNet-50 at 112 x 112. Programs hold themselves against the
+    explainer.
+
+    Raises:
+        ArithmeticError: a result that is wrong, which is not timed.
+    """
+    explainer = transform(model, rules=Rules.frozen())
+    with torch.enable_grad():
+        same = torch.equal(explainer(x), model(x))
+    if not same:
+        raise ArithmeticError("the explainer's forward is not the model's")
+    if {site.kind for site in explainer.report().of("rewritten")} <= {"relu", "max_pool"}:
+        exact = copy.deepcopy(model).double()
+        expected = gradient(exact, x.double(), target)
+
+        for found, allowed in (
+            (transform(exact, rules=Rules.frozen()).pullback(x.double(), target), 1e-9),
+            (explainer.pullback(x, target).double(), 1e-2 if x.dtype == torch.float32 else 5e-2),
+        ):
+            error = float((found - expected).norm() / expected.norm())
+            if not error <= allowed:
+                raise ArithmeticError(f"the frozen pullback is off the gradient by {error:.1e}, {allowed:.0e} is allowed")
+
+
+def measure(ways: Iterator[tuple[str, Callable[[], Way]]], device: torch.device, turns: int, long_turns: int = 1) -> list[Row]:
+    """Make the ways, then let them take turns, so that a slow minute of the machine falls on all of them.
+
+    A way that takes more than twenty times the first is given `long_turns` turns. One that cannot be made or run keeps its row.
+    """
+    rows, made = [], []
+    for name, make in ways:
+        row, started = Row(name), time.perf_counter()
+        rows.append(row)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                run = make()
+                row.made_s = time.perf_counter() - started
+                run()  # warm
+                row.peak_bytes = peak(run, device)
+        except Exception as error:  # whatever stands in a peer's way is the row's content
+            row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+            continue
+        made.append((row, run))
+    taken: dict[int, list[float]] = {id(row): [] for row, _ in made}
+    for turn in range(turns):
+        for row, run in made:
+            if turn >= long_turns and taken[id(row)][0] > 20 * taken[id(made[0][0])][0]:
+                continue
+            synchronize(device)
+            started = time.perf_counter()
+            run()
+            synchronize(device)
+            taken[id(row)].append(time.perf_counter() - started)
+    for row, _ in made:
+        times = sorted(taken[id(row)])
+        quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
+        row.low_s, row.median_s, row.high_s, row.min_s, row.turns = quarters[0], quarters[1], quarters[2], times[0], len(times)
+    for attribute, base in (("x_forward", FORWARD), ("x_program", PROGRAM)):
+        bar = next((row.median_s for row, _ in made if row.way == base), None)
+        for row, _ in made:
+            setattr(row, attribute, row.median_s / bar if bar else None)
+    return rows
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak(run: Way, device: torch.device) -> int | None:
+    """The most memory that `run` held beyond what was held before; on CPU by Linux's count of resident pages, else None."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # else what was freed before, and is still resident, would be taken again unseen
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present
+        before = resident("VmRSS")
+        if resident("VmHWM") > before + 2**24:  # a kernel that keeps the old peak: what follows would be that
+            return None
+        run()
+        return max(resident("VmHWM") - before, 0)
+    except (OSError, StopIteration, AttributeError):
+        return None
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def table(rows: list[Row]) -> str:
+    lines = [f"{'way':34} {'median ms':>10} {'quartiles':>15} {'MiB':>7} {'made in s':>9} {'x forward':>9} {'x program':>9}"]
+    for row in rows:
+        if row.error:
+            lines.append(f"{row.way:34} {row.error}")
+            continue
+        ratios = [f"{ratio:9.2f}" if ratio is not None else f"{'':9}" for ratio in (row.x_forward, row.x_program)]
+        memory = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
+        spread = f"{1e3 * row.low_s:.1f}-{1e3 * row.high_s:.1f}"
+        lines.append(f"{row.way:34} {1e3 * row.median_s:10.1f} {spread:>15} {memory:>7} {row.made_s:9.1f} " + " ".join(ratios))
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Pictures in, pictures of maps out: files, models by name, drawing, records."""

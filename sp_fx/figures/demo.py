@@ -1,0 +1,97 @@
+"""`sp-fx demo`: what the library is for, offline, on the networks and scenes that ship with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import zoo
+from ..build import transform
+from ..gates.rules import Rules
+from ..version import __version__
+from .drawing import CHANGE, SLOPE, Cell, picture, save, signed_map, table
+from .models import weights_hash
+from .records import described
+
+SEED = 7  # of the scenes; training drew others
+
+
+STEPS = 10  # of the counterfactual
+
+
+T = TypeVar("T")
+
+
+def run_demo(out: Path, scenes: int = 3, format: str = "png") -> Path:
+    """Explain `scenes` scenes by every network of the zoo: print what is found, write `demo.png` into `out`, return its path.
+
+    `format` is another that matplotlib writes, such as pdf.
+    """
+    pixels, labels, _ = zoo.draw(SEED, scenes)
+    rows = [row for name in zoo.NAMES for row in explained(name, pixels, labels)]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"demo.{format}"
+    hashes = {name: weights_hash(zoo.load(name)) for name in zoo.NAMES}
+    versions = {"sp_fx": __version__, "torch": torch.__version__}
+    save(table(rows), path, {"rules": described(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
+    return path
+
+
+def explained(name: str, pixels: Tensor, labels: Tensor) -> list[list[Cell]]:
+    """What the network `name` says of scenes [B, 3, 96, 96], printed; and a row of cells for each scene."""
+    network = zoo.load(name)
+    explainer = transform(network)
+    explainer.pullback(pixels)  # the first call also pays for what torch sets up once
+    before = chances(network, pixels)
+    seen = before.argmax(1)
+    aim = (seen + 1) % len(zoo.KINDS)  # towards the next kind in the list: "what would make it that?"
+
+    gradient, plain = timed(lambda: class_gradient(network, pixels))
+    pullback, soft = timed(lambda: explainer.pullback(pixels, seen))
+    ascent, five = timed(lambda: explainer.ascend(pixels, seen, bounds=(-1.0, 1.0)))
+    change, ten = timed(lambda: explainer.ascend(pixels, aim, steps=STEPS, bounds=(-1.0, 1.0)))
+    after = chances(network, pixels + change)
+    print(
+        f"{name}, {len(pixels)} scenes: plain gradient {1e3 * plain:.0f} ms, soft pullback {1e3 * soft:.0f} ms, "
+        f"ascent of 5 steps {1e3 * five:.0f} ms, counterfactual of {STEPS} steps {1e3 * ten:.0f} ms"
+    )
+    rows = []
+    for i, (one, other) in enumerate(zip(seen.tolist(), aim.tolist())):
+        print(
+            f"  {zoo.KINDS[labels[i]]}, seen as {zoo.KINDS[one]} ({before[i, one]:.3f}); towards {zoo.KINDS[other]}: "
+            f"{before[i, other]:.3f} before, {after[i, other]:.3f} after {STEPS} steps"
+        )
+        rows.append(
+            [
+                picture(pixels[i], f"{name} sees\n{zoo.KINDS[one]} {before[i, one]:.2f}"),
+                signed_map(gradient[i], "plain gradient", SLOPE),
+                signed_map(pullback[i], "soft pullback", SLOPE),
+                signed_map(ascent[i], "pullback ascent, 5 steps", CHANGE),
+                picture(pixels[i] + change[i], f"counterfactual, {STEPS} steps\n{zoo.KINDS[other]} {after[i, other]:.2f}"),
+            ]
+        )
+    return rows
+
+
+def chances(network: nn.Module, pixels: Tensor) -> Tensor:
+    """The class probabilities, [B, classes]."""
+    with torch.no_grad():
+        return network(pixels).softmax(1)
+
+
+def class_gradient(network: nn.Module, pixels: Tensor) -> Tensor:
+    """What the soft pullback is compared with: the gradient of the predicted class's score, [B, C, H, W]."""
+    x = pixels.detach().requires_grad_()
+    return torch.autograd.grad(network(x).amax(1).sum(), x)[0]
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """What `run` returns, and the seconds it took."""
+    started = time.perf_counter()
+    result = run()
+    return result, time.perf_counter() - started

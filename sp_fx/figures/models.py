@@ -1,0 +1,180 @@
+"""Models by name, with the preprocessing they were trained for. The zoo's need the extra `demo`, others `vision`."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import urllib.error
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import zoo
+from .images import Preprocessing
+from .pixel_space import pixel_space
+
+
+@dataclass(frozen=True)
+class NamedModel:
+    """`model` takes pixels in [-1, 1]; `labels` names its classes where they are known."""
+
+    name: str
+    model: nn.Module
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    weights: str
+
+    def provenance(self) -> dict[str, Any]:
+        return {"model": self.name, "weights": self.weights, "weights_sha256": weights_hash(self.model),
+                "preprocessing": asdict(self.preprocessing)}  # fmt: skip
+
+
+Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]
+
+
+def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
+    """A torchvision classification model, `timm/NAME` or `zoo/NAME` (one that ships with the package), in eval mode.
+
+    Args:
+        weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
+        input_size: side of the square crop; None is the published one. The picture is resized as published, or, for a crop
+            that is larger than that, in the published proportion.
+
+    Raises:
+        ValueError: an unknown name (the nearest are suggested), or weights that do not fit the model.
+        FileNotFoundError: no such weights file.
+        RuntimeError: the published weights cannot be downloaded.
+    """
+    net: nn.Module
+    labels: tuple[str, ...] | None
+    if name.startswith("zoo/"):
+        net, published, labels = zoo.load(name[4:], weights), ZOO, zoo.labels
+    else:
+        try:
+            net, published, labels = _loader(name)(name.removeprefix("timm/"), weights is None)
+        except (urllib.error.URLError, OSError) as error:
+            raise RuntimeError(
+                f"the weights of {name} could not be downloaded ({error}); pass a file with --weights FILE"
+            ) from error
+        if weights is not None:
+            fill(net, Path(weights))
+    crop = input_size or published.crop
+    resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
+    used = Preprocessing(resize, crop, published.interpolation, published.mean, published.std)
+    source = "published" if weights is None else Path(weights).name
+    return NamedModel(name, _of_pixels(net, used), used, labels, source)
+
+
+def untrained(name: str) -> NamedModel:
+    """The model without its weights, for what depends on its structure alone; a zoo network has its own."""
+    if name.startswith("zoo/"):
+        return load_model(name)
+    net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
+    return NamedModel(name, _of_pixels(net, published), published, labels, "none")
+
+
+# The zoo's networks take pixels in [-1, 1] as they are.
+ZOO = Preprocessing(96, 96, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def _of_pixels(net: nn.Module, used: Preprocessing) -> nn.Module:
+    return net.eval() if used.mean == used.std == ZOO.mean else pixel_space(net.eval(), used.mean, used.std)
+
+
+def _loader(name: str) -> Callable[[str, bool], Loaded]:
+    return timm_model if name.startswith("timm/") else torchvision_model
+
+
+def torchvision_model(name: str, pretrained: bool) -> Loaded:
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        others = "timm's are timm/NAME, the shipped ones zoo/NAME"
+        raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. {others}")
+    entry = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    # GoogLeNet and Inception initialise by slow rejection sampling unless told not to.
+    quick = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    net = models.get_model(name, weights=entry if pretrained else None, **quick)
+    t = entry.transforms()
+    published = Preprocessing(t.resize_size[0], t.crop_size[0], t.interpolation.value, tuple(t.mean), tuple(t.std))
+    return net, published, tuple(entry.meta["categories"])
+
+
+def timm_model(name: str, pretrained: bool) -> Loaded:
+    import timm
+
+    known = timm.list_models()
+    if name.split(".")[0] not in known:
+        raise ValueError(f"timm has no model {name!r}; {nearest(name, known, 'timm/')}")
+    net = timm.create_model(name, pretrained=pretrained)
+    config = timm.data.resolve_model_data_config(net)
+    crop = config["input_size"][-1]
+    if config["crop_mode"] != "center":
+        warnings.warn(f"timm crops for {name} by {config['crop_mode']!r}; here the centre is cropped", stacklevel=2)
+    # timm rounds down, torchvision's entries are given.
+    resize = int(crop / config["crop_pct"])
+    published = Preprocessing(resize, crop, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
+    subset = timm.data.infer_imagenet_subset(net)
+    labels = tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else None
+    return net, published, labels
+
+
+def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"the nearest: {', '.join(prefix + c for c in close)}" if close else f"it has {len(known)}, such as {prefix}{known[0]}"
+
+
+def class_index(name: str, labels: Sequence[str] | None) -> int:
+    """The index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters only where
+    names differ by nothing else.
+
+    Raises:
+        ValueError: no class or several are called so (the nearest or all are named), or there are no labels.
+    """
+    if labels is None:
+        raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
+    called = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
+    for same in (str, str.casefold):
+        found = sorted({i for i, synonym in called if same(synonym) == same(name)})
+        if len(found) == 1:
+            return found[0]
+        if found:
+            several = ", ".join(f"{i} ({labels[i]})" for i in found)
+            raise ValueError(f"several classes are called {name!r}: pass one of the indices {several}")
+    folded = {synonym.casefold(): synonym for _, synonym in called}
+    close = difflib.get_close_matches(name.casefold(), folded, 3, 0.5)
+    hint = f"the nearest: {', '.join(folded[c] for c in close)}" if close else f"it has {len(labels)}, such as {labels[0]}"
+    raise ValueError(f"no class is called {name!r}; {hint}")
+
+
+def fill(net: nn.Module, path: Path) -> None:
+    """Load a state dict from `path`, or raise a ValueError that names what does not fit."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Mapping[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+        net.load_state_dict(state)
+    except Exception as error:  # safetensors, zip, pickle and torch each have their own; all mean the same to the user
+        raise ValueError(f"the weights in {path} do not fit {type(net).__name__}: {str(error)[:400]}") from error
+    zoo.store.check_finite(path, state)
+
+
+def weights_hash(net: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and values of the state dict."""
+    digest = hashlib.sha256()
+    for name, tensor in net.state_dict().items():
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,141 @@
+"""What `sp-fx explain` makes of a batch of pictures: a figure and a record of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..explainer import Explainer
+from ..gates.rules import Rules
+from .drawing import CHANGE, SLOPE, Cell, overlay, picture, signed_map, table
+from .images import Picture
+from .models import class_index
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+METHODS = ("pullback", "double_pullback", "ascend")
+
+
+Wanted = tuple[str, int]  # ("top", N): the N likeliest classes; ("index", I)
+
+
+def wanted(texts: Sequence[str], labels: Sequence[str] | None) -> list[Wanted]:
+    """Targets as they are typed: an index, topN or a class name, or several with commas between them.
+
+    Raises:
+        ValueError: a name that no class has, or top0.
+    """
+    found: list[Wanted] = []
+    for text in texts:
+        whole = labels is not None and text in labels  # some labels have commas in them
+        for part in [text] if whole else text.split(","):
+            part = part.strip()
+            if part.isdecimal():
+                found.append(("index", int(part)))
+            elif part.startswith("top") and part[3:].isdecimal():
+                if int(part[3:]) < 1:
+                    raise ValueError(f"topN is the N likeliest classes, N at least 1, got {part!r}")
+                found.append(("top", int(part[3:])))
+            else:
+                found.append(("index", class_index(part, labels)))
+    return found
+
+
+def described(rules: Rules) -> dict[str, Any]:
+    """Every temperature, not only what differs from this version's defaults."""
+    values = {f.name: getattr(rules, f.name) for f in fields(rules)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+
+def explain(
+    explainer: Explainer,
+    pictures: Sequence[Picture],
+    labels: Sequence[str] | None,
+    targets: Sequence[Wanted],
+    methods: Mapping[str, Mapping[str, Any]],
+    device: torch.device | str = "cpu",
+) -> list[tuple[dict[str, Any], Figure]]:
+    """Explain each of `pictures` by each of `methods`, which have their keyword arguments, for each of `targets`.
+
+    Raises:
+        IndexError: a target that the model does not have.
+        ValueError: its output is not finite, or has no single class axis.
+    """
+    x = torch.stack([p.pixels for p in pictures]).to(device)
+    probabilities = _probabilities(explainer, x)
+    ranking = probabilities.argsort(-1, descending=True)
+    indices = torch.tensor([[i for one in targets for i in _indices(one, order)] for order in ranking.tolist()])
+    maps: dict[str, Tensor] = {}
+    seconds = {}
+    for method, options in methods.items():
+        started = time.perf_counter()
+        maps[method] = getattr(explainer, method)(x, indices.to(device), **options, batch_size=len(x)).cpu()
+        seconds[method] = round((time.perf_counter() - started) / len(x), 4)
+    after = None
+    if "ascend" in maps:
+        moved = x[:, None].cpu() + maps["ascend"]
+        after = _probabilities(explainer, moved.flatten(0, 1).to(device)).view(*indices.shape, -1).cpu()
+
+    def named(i: int, index: int) -> dict[str, Any]:
+        known = labels is not None and len(labels) == probabilities.shape[1]
+        label = labels[index] if known and labels is not None else f"class {index}"
+        return {"index": index, "label": label, "probability": round(probabilities[i, index].item(), 6)}
+
+    found = []
+    for i, (shown, chosen) in enumerate(zip(pictures, indices.tolist())):
+        prediction = [named(i, index) for index in ranking[i, :5].tolist()]
+        told, rows = [], []
+        for k, index in enumerate(chosen):
+            target = named(i, index)
+            target["maps"] = {method: {"l2": of[i, k].norm().item()} for method, of in maps.items()}
+            cells: list[Cell] = [picture(shown.pixels, "predicted: {label} ({probability:.2f})".format(**prediction[0]))]
+            for method, of in maps.items():
+                title = f"{method}: {target['label']} ({target['probability']:.2f})"
+                if after is None or method != "ascend":
+                    cells += [signed_map(of[i, k], title, SLOPE), overlay(shown.pixels, of[i, k])]
+                else:
+                    then = target["maps"][method]["probability_after"] = round(after[i, k, index].item(), 6)
+                    cells += [
+                        signed_map(of[i, k], title, CHANGE),
+                        picture(shown.pixels + of[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"),
+                    ]
+            told.append(target)
+            rows.append(cells)
+        record = {
+            "size": list(shown.size),
+            "mode": shown.mode,
+            "conversions": list(shown.conversions),
+            "prediction": prediction,
+            "targets": told,
+            "method": [{"name": method, **options} for method, options in methods.items()],
+            "seconds": seconds,
+        }
+        found.append((record, table(rows)))
+    return found
+
+
+def _probabilities(explainer: Explainer, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = explainer(x)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {what}")
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's scores are not finite: NaN or infinity")
+    return logits.float().softmax(-1)
+
+
+def _indices(one: Wanted, ranking: list[int]) -> list[int]:
+    kind, number = one
+    if kind == "top":
+        return ranking[:number]
+    if number >= len(ranking):
+        raise IndexError(f"target {number} is outside 0 to {len(ranking) - 1}, the classes of the model")
+    return [number]

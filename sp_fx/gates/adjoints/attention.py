@@ -1,0 +1,86 @@
+"""Attention: the signal goes back through the values only, by softmax weights at a temperature.
+
+Queries, keys and the weights that they make are constants.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .row import Row, Tau, cooled, wide
+
+# -- attention: through the values only ---------------------------------------------------------------------------------
+
+
+def attention(q, k, value, mask, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
+    # The mask goes in as given: detached, another CPU kernel would be chosen and the last bits would differ.
+    return F.scaled_dot_product_attention(q, k, value, mask, 0.0, is_causal, scale=score_scale, enable_gqa=enable_gqa)
+
+
+def attention_adjoint(v, q, k, value, mask, tau, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
+    """`softmax((q k^T scale + mask) / tau)^T v`: q [..., Hq, N, D], k and value [..., Hk, M, D], v [..., Hq, N, Dv]."""
+    groups = q.shape[-3] // k.shape[-3] if enable_gqa else 1
+    keys = k.repeat_interleave(groups, -3) if groups > 1 else k
+    scores = (wide(q) * (1 / math.sqrt(q.shape[-1]) if score_scale is None else score_scale)) @ wide(keys).mT
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + wide(mask)
+    received = tempered_softmax(scores, tau).mT @ wide(v)
+    if groups > 1:
+        received = received.reshape(*k.shape[:-2], groups, *received.shape[-2:]).sum(-3)
+    return received.sum_to_size(value.shape).to(value.dtype)
+
+
+def tempered_softmax(scores: Tensor, tau: Tau, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """`softmax(scores / tau)` over `dim`; a slice that is -inf throughout gives 0, and masks of finfo.min may not overflow."""
+    scores = wide(scores if dtype is None else scores.to(dtype))
+    lowest = torch.finfo(scores.dtype).min
+    alive = scores.amax(dim, keepdim=True) > -math.inf
+    return torch.softmax(cooled(scores, tau).clamp(lowest, -lowest), dim) * alive
+
+
+def softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.softmax(scores, dim, dtype=dtype)
+
+
+def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
+    """Attention weights that are written out are constants: what they multiply gets the signal, the scores none."""
+
+
+def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:
+    if form == "weights @ values":
+        return weights @ value
+    if form == "values @ weights":
+        return value @ weights
+    return torch.einsum(form, *((value, weights) if swapped else (weights, value)))
+
+
+def mix_adjoint(v, weights, soft_weights, value, tau, form="weights @ values", swapped=False) -> Tensor:
+    """Through the values by `soft_weights`; by `weights` themselves where None, a row that was masked throughout giving 0.
+
+    `form` is one of the two products or the equation of an einsum, whose second operand is the weights where `swapped`.
+    """
+    soft = torch.nan_to_num(weights, nan=0.0) if soft_weights is None else soft_weights
+    v = v.to(soft.dtype)
+    if form == "weights @ values":
+        received = soft.mT @ v
+    elif form == "values @ weights":
+        received = v @ soft.mT
+    else:
+        terms, out = form.split("->")
+        mixing, mixed = reversed(terms.split(",")) if swapped else terms.split(",")
+        received = torch.einsum(f"{mixing},{out}->{mixed}", soft, v)
+    return received.sum_to_size(value.shape).to(value.dtype)
+
+
+ROWS: dict[str, Row] = {
+    "attention": Row(attention, attention_adjoint, 1.0, receives=2, tensors=4),
+    "softmax": Row(softmax, nothing, 1.0),
+    "mix": Row(mix, mix_adjoint, 1.0, receives=2, tensors=3),
+}

@@ -1,0 +1,31 @@
+"""Gates that are smooth already, `f(z) = z g(z)`: GELU, SiLU, Hardswish, Mish. The way back multiplies by `g(z / tau)`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .relu import normal_cdf
+from .row import Row, Tau, cooled, gain_row
+
+
+def silu_gain(z: Tensor, tau: Tau, rate: float = 1.0) -> Tensor:
+    return torch.sigmoid(cooled(z, tau) * rate)
+
+
+def gelu_gain(z: Tensor, tau: Tau, approximate: str = "none") -> Tensor:
+    if isinstance(tau, str) and approximate == "tanh":  # the forward's own gain, which differs from Phi by up to 5e-4
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
+    return normal_cdf(z, 1.0 if isinstance(tau, str) else tau)
+
+
+ROWS: dict[str, Row] = {
+    "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
+    "silu": gain_row(lambda z, rate=1.0: F.silu(z) if rate == 1 else z * torch.sigmoid(rate * z), silu_gain, 1.6),
+    "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, 1.0),
+    "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
+    "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
+}

@@ -1,0 +1,127 @@
+"""`nn.MultiheadAttention` with dual-path attention inside: one call, the module's own arithmetic, soft through the values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .adjoints.attention import tempered_softmax
+from .adjoints.row import FROZEN, Temperature
+from .dual import dual_path
+
+
+def multihead_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    weights: dict[str, Tensor | None],
+    *,
+    num_heads: int,
+    tau: Temperature,
+    batch_first: bool = False,
+    add_zero_attn: bool = False,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """What `nn.MultiheadAttention` in eval mode returns for the same arguments, by the same operations in the same order.
+
+    `weights` holds its parameters by name. Its fused fast path (nothing requires grad) is not taken: there the results
+    differ in the last bits.
+    """
+    if has_torch_function((query, key, value)):
+        return handle_torch_function(
+            multihead_attention, (query, key, value), query, key, value, weights, num_heads=num_heads, tau=tau,
+            batch_first=batch_first, add_zero_attn=add_zero_attn, key_padding_mask=key_padding_mask,
+            need_weights=need_weights, attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
+        )  # fmt: skip
+    batched = query.dim() == 3
+    self_attention, shared_key = query is key and key is value, key is value
+    if not batched:
+        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    elif batch_first:
+        query, key, value = (t.transpose(1, 0) for t in (query, key, value))
+    length, batch, width = query.shape
+
+    mask = merged_mask(query, attn_mask, key_padding_mask, num_heads, need_weights, is_causal)
+    is_causal = is_causal and key_padding_mask is None and not need_weights
+
+    q, k, v = project(query, key, value, weights, 3 if self_attention else 2 if shared_key else 1)
+    if weights["bias_k"] is not None and weights["bias_v"] is not None:
+        k = torch.cat([k, weights["bias_k"].repeat(1, batch, 1)])
+        v = torch.cat([v, weights["bias_v"].repeat(1, batch, 1)])
+        mask = None if mask is None else F.pad(mask, (0, 1))
+    q, k, v = (t.reshape(t.shape[0], batch * num_heads, width // num_heads).transpose(0, 1) for t in (q, k, v))
+    if add_zero_attn:
+        k, v = (torch.cat([t, t.new_zeros(t.shape[0], 1, t.shape[2])], 1) for t in (k, v))
+        mask = None if mask is None else F.pad(mask, (0, 1))
+
+    averaged = None
+    if need_weights:
+        scaled = q * math.sqrt(1.0 / q.shape[-1])
+        scores = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
+        attended = torch.softmax(scores, -1)
+        soft = None if tau in (1, FROZEN) else tempered_softmax(scores, tau).detach()
+        mixed = dual_path("mix", attended.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
+        averaged = attended.view(batch, num_heads, length, k.shape[1])
+        averaged = averaged.mean(1) if average_attn_weights else averaged
+    else:
+        if mask is not None:
+            mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(batch, num_heads, -1, k.shape[1])
+        q, k, v = (t.view(batch, num_heads, t.shape[1], t.shape[2]) for t in (q, k, v))
+        mixed = dual_path("attention", q, k, v, mask, tau=tau, is_causal=is_causal)
+        mixed = mixed.permute(2, 0, 1, 3).reshape(batch * length, width)
+    out = F.linear(mixed, weights["out_proj.weight"], weights["out_proj.bias"]).view(length, batch, -1)  # type: ignore[arg-type]
+    if not batched:
+        return out.squeeze(1), None if averaged is None else averaged.squeeze(0)
+    return (out.transpose(1, 0) if batch_first else out), averaged
+
+
+def project(query: Tensor, key: Tensor, value: Tensor, weights: dict[str, Tensor | None], shared: int) -> list[Tensor]:
+    """Queries, keys and values, each [length, batch, width]; the last `shared` inputs are one tensor."""
+    packed, bias = weights["in_proj_weight"], weights["in_proj_bias"]
+    if packed is None:
+        each = [weights[f"{name}_proj_weight"] for name in ("q", "k", "v")]
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        return [F.linear(t, w, b) for t, w, b in zip((query, key, value), each, biases)]  # type: ignore[arg-type]
+    width = query.shape[-1]
+    parts = {3: [(query, 3)], 2: [(query, 1), (key, 2)], 1: [(query, 1), (key, 1), (value, 1)]}[shared]
+    projected: list[Tensor] = []
+    for t, count in parts:
+        rows = slice(len(projected) * width, (len(projected) + count) * width)
+        joint = F.linear(t, packed[rows], None if bias is None else bias[rows])
+        if count > 1:  # torch regroups a shared product, so that each part is contiguous
+            joint = joint.unflatten(-1, (count, width)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+        projected.extend(joint.unbind(0) if count > 1 else [joint])
+    return projected
+
+
+def merged_mask(
+    query: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, need_weights: bool, is_causal: bool
+) -> Tensor | None:
+    """Both masks as one float mask to be added to the scores: [1 or batch * heads, length, keys]."""
+
+    def added(mask: Tensor | None) -> Tensor | None:
+        if mask is None or mask.is_floating_point():
+            return mask
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask, -math.inf)
+
+    if is_causal and attn_mask is None:
+        raise ValueError("is_causal=True is a hint about attn_mask, which is None: pass the mask as well")
+    if is_causal and key_padding_mask is None and not need_weights:
+        return None  # the causal kernel stands for it
+    mask = added(attn_mask)
+    if mask is not None and mask.dim() == 2:
+        mask = mask.unsqueeze(0)
+    if key_padding_mask is not None:
+        batch, keys = key_padding_mask.shape
+        padding = added(key_padding_mask).view(batch, 1, 1, keys).expand(-1, heads, -1, -1).reshape(batch * heads, 1, keys)  # type: ignore[union-attr]
+        mask = padding if mask is None else mask + padding
+    return mask

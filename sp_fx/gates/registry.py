@@ -1,0 +1,138 @@
+"""Gates that users register: an activation of their own gets a soft adjoint, in every call form and under both tracers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ..containers import PLAIN, encoded
+from .adjoints.row import Row, gain_row
+from .table import TABLE
+
+FUNCTIONS: dict[Any, str] = {}  # functions, their stand-ins and ops
+
+
+MODULES: dict[type[nn.Module], str] = {}
+
+
+STAND_INS: dict[Any, Callable] = {}  # what a trace calls in place of a function
+
+
+def register_gate(
+    target: Any, gain: Callable[..., Tensor], *, tau: float = 1.0, frozen_at: float = 1.0, name: str | None = None
+) -> Any:
+    """Give an activation of your own a soft adjoint: `v -> v * gain(z, tau)` for `y = target(z)`; the forward stays what it is.
+
+    From then on `transform` finds it in every model: a function where it is called by its name or held by a module, an op of
+    `torch.ops`, a class of modules with its subclasses. `Rules(registered={name: ...})` and overrides by place set its
+    temperature; None restores its plain derivative. Register in every process that uses, or unpickles, an explainer with it.
+
+    Args:
+        target: the function, the op, or the `nn.Module` subclass. Its first argument is the pre-activation, the
+            output is shaped like it.
+        gain: from `z` (float32 at least), `tau` and the call's further plain arguments, by keyword, to the factor on the
+            cotangent, shaped like `z`. For a gate `f(z) = z g(z)` that is `g(z / tau)`; for one that is hard, the average of its
+            derivative under Gaussian noise of deviation `tau`.
+        tau: the temperature that `Rules()` gives it.
+        frozen_at: the temperature at which `gain` is the gate of the forward pass itself: 1 where it is smooth, 1e-9 where it is
+            hard.
+        name: what reports and rules call it; by default the target's own name.
+
+    Returns:
+        `target` itself, or a stand-in for a function, so that this can be partially applied as a decorator.
+
+    Raises:
+        TypeError: a target that is none of the three.
+        ValueError: a name that the table has already for another target, or a temperature that is not above 0.
+    """
+    target = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    is_class = isinstance(target, type) and issubclass(target, nn.Module)
+    is_op = isinstance(target, torch._ops.OpOverloadPacket)
+    if not (is_class or is_op or isinstance(target, types.FunctionType | types.BuiltinFunctionType)):
+        kind = type(target).__name__
+        raise TypeError(f"register_gate takes a function, an op of torch.ops or a subclass of nn.Module, got a {kind}")
+    if not callable(gain):
+        raise TypeError(f"gain is a function of z and tau, got {gain!r}")
+    name = name or target.__name__
+    known = {**FUNCTIONS, **MODULES}
+    if name in TABLE and known.get(target) != name:
+        raise ValueError(f"the table has a row called {name!r} already: pass another name=")
+    if not tau > 0 or not frozen_at > 0:
+        raise ValueError(f"temperatures are above 0, got tau={tau!r}, frozen_at={frozen_at!r}")
+
+    def tempered(z: Tensor, tau: Any, **args: Any) -> Tensor:
+        return gain(z, frozen_at if isinstance(tau, str) else tau, **args)
+
+    row = gain_row(lambda z, **args: target(z, **args), tempered, tau)
+    TABLE[name] = Row(row.forward, row.adjoint, tau, registered=True)
+    if is_class:
+        MODULES[target] = name
+        return target
+    FUNCTIONS[target] = name
+    if is_op:
+        return target
+    STAND_INS[target] = stand_in(target, name)
+    FUNCTIONS[STAND_INS[target]] = name
+    return STAND_INS[target]
+
+
+def stand_in(function: Callable, name: str) -> Callable:
+    """`function`, which a symbolic trace records as one call and an export brackets by a marker."""
+
+    @functools.wraps(function)
+    def call(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if has_torch_function((z,)):
+            return handle_torch_function(call, (z,), z, *args, **kwargs)
+        return marked(name, z, function(z, *args, **kwargs), named(function, (z, *args), kwargs))
+
+    return call
+
+
+def call_registered(name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Call the function that is registered as `name`.
+
+    Raises:
+        LookupError: there is none in this process.
+    """
+    if has_torch_function((z,)):
+        return handle_torch_function(call_registered, (z,), name, z, *args, **kwargs)
+    function = next((f for f in STAND_INS if FUNCTIONS[f] == name), None)
+    if function is None:
+        raise LookupError(f"no function is registered as {name!r} in this process: call sp_fx.register_gate first")
+    return function(z, *args, **kwargs)
+
+
+def named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The plain arguments of a call after the first, by name."""
+    try:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # builtins have no signature
+        given = {"": None, **kwargs}
+    return {name: value for name, value in list(given.items())[1:] if isinstance(value, PLAIN)}
+
+
+def marked(name: str, z: Tensor, y: Tensor, args: dict[str, Any]) -> Tensor:
+    if torch.compiler._is_exporting_flag and isinstance(z, Tensor):
+        return torch.ops.sp_fx.registered(z, y, name, repr(encoded(args)))
+    return y
+
+
+@torch.library.custom_op("sp_fx::registered", mutates_args=(), schema="(Tensor z, Tensor y, str name, str args) -> Tensor")
+def marker(z: Tensor, y: Tensor, name: str, args: str) -> Tensor:
+    return y.clone()
+
+
+marker.register_fake(lambda z, y, name, args: torch.empty_like(y))
+marker.register_autograd(lambda ctx, v: (None, v, None, None))
+
+
+def registered(module: nn.Module) -> str | None:
+    """The name under which the module's class, or one that it derives from, is registered."""
+    return next((MODULES[cls] for cls in type(module).__mro__ if cls in MODULES), None)

@@ -1,0 +1,194 @@
+"""Rules: which temperature each gate gets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Any, Literal
+
+from .adjoints.row import FROZEN, Temperature
+from .table import TABLE
+
+NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
+
+
+UNTEMPERED = (*NORMS, "product")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """The temperature of every kind of gate, and exceptions by place.
+
+    Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), `"frozen"` (the gate
+    of the forward pass itself, kept constant) or `None` (the op's plain derivative). Normalisations and products have no
+    temperature: `"frozen"` (their statistics, or the gate that multiplies, are constants) or `None`.
+
+    `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
+    and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
+    `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all its own axes;
+    a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
+    `Explainer.calibrate` measures.
+
+    `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
+    from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
+    no gate is an error.
+
+    Defaults: one deviation of the sample for the gates that a scale applies to, by `bench/temperatures.py`: on the zoo's CNN and
+    on SqueezeNet better than the published 0.6 and 0.3, absolute, in fidelity and stability. For the others arXiv:2507.22832,
+    and for kinds that it does not list those of the nearest kind it does.
+
+    Raises:
+        ValueError: a temperature that is not a finite number above 0, `"frozen"` or `None`; an unknown kind; an unknown scale.
+    """
+
+    relu: Temperature | None = 1.0
+    leaky_relu: Temperature | None = 1.0
+    prelu: Temperature | None = 1.0
+    hardtanh: Temperature | None = 0.6  # ReLU6, clamp, maximum with a constant and threshold are this kind
+    hardshrink: Temperature | None = 0.6
+    softshrink: Temperature | None = 0.6
+    abs: Temperature | None = 1.0
+    elu: Temperature | None = 0.6  # and SELU, CELU
+    gelu: Temperature | None = 1.0
+    quick_gelu: Temperature | None = 1.0
+    silu: Temperature | None = 1.6
+    hardswish: Temperature | None = 1.6
+    mish: Temperature | None = 1.6
+    max_pool: Temperature | None = 1.0  # adaptive, fractional and global (amax) too
+    attention: Temperature | None = 1.0
+    layer_norm: Temperature | None = FROZEN
+    rms_norm: Temperature | None = FROZEN
+    group_norm: Temperature | None = FROZEN
+    instance_norm: Temperature | None = FROZEN
+    batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
+    local_response_norm: Temperature | None = FROZEN
+    normalize: Temperature | None = FROZEN  # division by a norm
+    product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
+    registered: Mapping[str, Temperature | None] = field(default_factory=dict)  # temperatures of registered gates, by name
+    scale: Literal["absolute", "sample"] | Mapping[str, float | str] = "sample"
+    overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            _check(f"Rules({kind}=...)", kind, getattr(self, kind))
+        for name, tau in self.registered.items():
+            if name not in registered():
+                told = ", ".join(registered()) or "none"
+                raise ValueError(f"no gate is registered as {name!r}; registered are: {told}")
+            _check(f"registered gate {name!r}", name, tau)
+        object.__setattr__(self, "registered", MappingProxyType(dict(self.registered)))
+        if isinstance(self.scale, Mapping):
+            for place, scale in self.scale.items():
+                number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
+                if not number and scale not in ("absolute", "sample"):
+                    told = f"the scale of {place!r} is a finite number above 0, 'sample' or 'absolute'"
+                    raise ValueError(f"{told}, got {scale!r}")
+            object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
+        elif self.scale not in ("absolute", "sample"):
+            raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
+        if not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides is a mapping from patterns of places to temperatures, got {self.overrides!r}")
+        for pattern, override in self.overrides.items():
+            for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
+                if kind not in KINDS and kind not in registered():
+                    raise ValueError(f"override {pattern!r} names the kind {kind!r}; the kinds are {', '.join(KINDS)}")
+                _check(f"override {pattern!r}", kind, tau)
+        own = {pattern: dict(tau) if isinstance(tau, Mapping) else tau for pattern, tau in self.overrides.items()}
+        object.__setattr__(self, "overrides", MappingProxyType(own))
+
+    def __reduce__(self):  # a mappingproxy does not pickle
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return _restore, ({name: dict(v) if isinstance(v, Mapping) else v for name, v in values.items()},)
+
+    @classmethod
+    def paper(cls) -> Rules:
+        """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
+        beyond = ("leaky_relu", "prelu", "hardtanh", "hardshrink", "softshrink", "abs", "elu", "quick_gelu", "hardswish", "mish",
+                  "local_response_norm", "normalize")  # fmt: skip
+        return cls(scale="absolute", relu=0.6, max_pool=0.3, **dict.fromkeys(beyond))  # type: ignore[arg-type]
+
+    @classmethod
+    def frozen(cls) -> Rules:
+        """Every gate as the forward pass set it: the network as the affine map of its input that it acts as, `W(x) x + b(x)`."""
+        return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered(), FROZEN))  # type: ignore[arg-type]
+
+    def temperature(self, kind: str, place: str) -> Temperature | None:
+        """The temperature of the gate of `kind` at `place`."""
+        tau = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(place, pattern):
+                if isinstance(override, Mapping):
+                    tau = override.get(kind, tau)
+                elif kind not in UNTEMPERED or override in (None, FROZEN):
+                    tau = override
+        return tau
+
+    def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
+        """What `tau`, the temperature of the gate of `kind` at `place`, is measured in; "missing" where the scales are measured
+        ones and this gate's is not among them."""
+        if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
+            return "absolute"
+        if not isinstance(self.scale, Mapping):
+            return self.scale
+        scale = self.scale.get(place, "missing")
+        return scale if isinstance(scale, str) else float(scale)
+
+    def check_places(self, gates: Iterable[Any]) -> None:
+        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of the `gates`, sites of a report."""
+        known = sorted({site.place for site in gates if site.kind})
+        unknown = [place for place in self.scale if place not in known] if isinstance(self.scale, Mapping) else []
+        if unknown:
+            raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
+        for pattern in self.overrides:
+            if not any(fnmatchcase(place, pattern) for place in known):
+                gates = ", ".join(known) or "none"
+                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {gates}")
+
+    def check_scales(self, gates: Iterable[Any]) -> None:
+        """Raise ValueError if the scales are measured ones, and that of one of the `gates` is not among them."""
+        for site in gates:
+            if site.scale == "missing":
+                measured = f"no scale was measured for the {site.kind} gate at {site.place!r}, but for {len(self.scale)} others"
+                raise ValueError(f"{measured}: calibrate an explainer of this model")
+
+    def __str__(self) -> str:
+        return f"Rules({', '.join(f'{name}={told}' for name, told in self._changed().items())})"
+
+    def brief(self) -> str:
+        """As it prints, measured scales only counted."""
+        found = self.scale.values() if isinstance(self.scale, Mapping) else []
+        numbers = sum(not isinstance(scale, str) for scale in found)
+        of = "" if numbers == len(found) else f" of {len(found)}"
+        measured = {"scale": f"<measured at {numbers}{of} gates>"} if isinstance(self.scale, Mapping) else {}
+        return f"Rules({', '.join(f'{name}={told}' for name, told in {**self._changed(), **measured}.items())})"
+
+    def _changed(self) -> dict[str, str]:
+        """What differs from the default."""
+        values = {name: (getattr(self, name), getattr(Rules(), name)) for name in (*KINDS, "registered", "scale", "overrides")}
+        return {n: repr(dict(v) if isinstance(v, Mapping) else v) for n, (v, default) in values.items() if v != default}
+
+
+KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "overrides", "registered"))
+
+
+def registered() -> tuple[str, ...]:
+    """The names of the gates that users have registered."""
+    return tuple(name for name, row in TABLE.items() if row.registered)
+
+
+def _restore(values: dict) -> Rules:
+    return Rules(**values)
+
+
+def _check(where: str, kind: str, tau: object) -> None:
+    if tau is None or (isinstance(tau, str) and tau == FROZEN):
+        return
+    if kind in UNTEMPERED:
+        what = "a product" if kind == "product" else "a normalisation"
+        raise ValueError(f"{where}: {what} has no temperature: expected 'frozen' or None, got {tau!r}")
+    if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
+        choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
+        raise ValueError(f"{where}: expected {choices}, got {tau!r}")

@@ -1,0 +1,73 @@
+"""The probe of a package: an input that anyone can make from its formula, and whether the package answers it as it did."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .errors import PackageError
+
+if TYPE_CHECKING:
+    from ..program.program import Program
+
+
+SKETCH = 256  # numbers that stand for a map
+
+
+# -- the probe ----------------------------------------------------------------------------------------------------------
+
+
+def weyl(count: int) -> np.ndarray:
+    """`count` numbers in [-1, 1), float32, that any language makes alike: the top 24 bits of `2654435769 (i + 1) mod 2^32`,
+    mixed once (x ^= x >> 15; x *= 2246822519), over 2^23, less 1."""
+    x = (np.arange(1, count + 1, dtype=np.uint64) * np.uint64(2654435769)) & np.uint64(0xFFFFFFFF)
+    x ^= x >> np.uint64(15)
+    x = (x * np.uint64(2246822519)) & np.uint64(0xFFFFFFFF)
+    return ((x >> np.uint64(8)).astype(np.float64) / 2**23 - 1).astype(np.float32)
+
+
+def probe(program: Program) -> list[Tensor]:
+    """The inputs that a package is asked: `weyl` in row-major order; integer inputs are zeros."""
+    count = program.batch if not program.dynamic_batch else 2
+    values = []
+    for shape, dtype in zip(program.shapes, program.dtypes):
+        size = (count, *shape)
+        value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if dtype.is_floating_point else torch.zeros(size)
+        values.append(value.to(program.device, dtype))
+    return values
+
+
+def probe_target(program: Program) -> Any:
+    """Class 0, since the predicted one may hang on the last bits; a direction of ones."""
+    count = program.batch if not program.dynamic_batch else 2
+    return 0 if program.target == "class" else torch.ones((count, *program.output_shape), device=program.device)
+
+
+def sketch(values: Tensor) -> np.ndarray:
+    """256 signed sums of `values`: number i goes to sum `i mod 256` with the sign of `weyl`'s number i. The L2 distance of two
+    sketches is, in the mean over signs, that of what they are of."""
+    flat = values.detach().double().cpu().flatten().numpy()
+    signed = np.where(weyl(len(flat)) < 0, -flat, flat)
+    return np.pad(signed, (0, -len(flat) % SKETCH)).reshape(-1, SKETCH).sum(0)
+
+
+def answer(program: Program, path: Path) -> None:
+    """Ask the probe, and raise PackageError where the answer is not the one that was packaged."""
+    assert program.manifest is not None
+    held, inputs = program.manifest["probe"], probe(program)
+    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
+    values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    sketches = [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
+    for kind, found, wanted in (("outputs", values, held["outputs"]), ("maps", sketches, held["maps"])):
+        for got, want in zip(found, map(np.asarray, wanted), strict=True):
+            error = float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
+            if not error <= held["tolerance"]:
+                raise PackageError(
+                    f"{path} does not answer its probe as it did when it was made: the {kind} differ by {error:.1e} in relative "
+                    f"L2 distance, where {held['tolerance']:.0e} is allowed; it is not served"
+                )

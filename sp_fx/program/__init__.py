@@ -1,0 +1,1 @@
+"""Programs: an explanation as one compiled inference graph."""

@@ -1,0 +1,1 @@
+"""Packages at work: behind HTTP, and over folders of pictures."""

@@ -1,0 +1,47 @@
+"""Pictures from strangers: decoded with limits. Needs Pillow (extra `serve`)."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from ..figures.images import to_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that allocate what the header says, and no more
+
+
+class PictureError(ValueError):
+    """Not a picture that is taken; `too_large` where its size is the reason."""
+
+    def __init__(self, message: str, too_large: bool = False) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
+    """The picture in `content` as float32 [3, *size] in [-1, 1]: its shorter side resized to fit, its centre cropped.
+
+    The header is read first, and nothing is decoded beyond `max_pixels`.
+
+    Raises:
+        PictureError: no picture of the known formats, a truncated one, or one of more pixels.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        file = Image.open(io.BytesIO(content), formats=FORMATS)
+        if file.width * file.height > max_pixels:
+            raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
+        height, width = size
+        file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
+        picture, _ = to_rgb(ImageOps.exif_transpose(file))
+    except PictureError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise PictureError(str(error), too_large=True) from error
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...: all mean a damaged file
+        # Not in Pillow's own words, which hold the address of an object.
+        raise PictureError(f"not a whole picture of {', '.join(FORMATS)} ({type(error).__name__})") from error
+    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
+    return np.asarray(fitted, np.float32).transpose(2, 0, 1) / 127.5 - 1
