@@ -43,7 +43,7 @@ def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
     return arguments.arguments
 
 
-def settings(module: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
+def fixed_arguments(module: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a forward that a symbolic trace fixes, since `if mask is not None` is true of every proxy: those that are
     plain in the example, or else have plain defaults. Another value is refused when the graph runs."""
     if example is not None:

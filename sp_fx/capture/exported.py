@@ -14,52 +14,49 @@ import io
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..containers import PLAIN, Slot, cloned, items, rebuilt, tensors_of
-from ..rewrite.report import Report
+from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import seen
+from .functions import seen, take_markers
 
 aten = torch.ops.aten
 
 
-def export(model: nn.Module, example: Mapping[str, Any], finish: Callable[[Capture], Report]) -> tuple[Capture, Report]:
-    """The capture of `model` on `example`, its arguments by name, and what `finish` makes of it; for batches of any size where
-    the forward takes one path for all of them.
+def batch_sizes(example: Mapping[str, Any]) -> torch.Size:
+    """The size of axis 0 of the example's first floating tensor, or of its first tensor; empty for a tensor of no axes.
+
+    Raises:
+        CaptureError: the example has no tensor.
+    """
+    tensors = tensors_of(example)
+    if not tensors:
+        raise CaptureError("torch.export needs a tensor among the example_inputs")
+    return next((t for t in tensors if t.is_floating_point()), tensors[0]).shape[:1]
+
+
+def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Capture:
+    """The capture of `model` on `example`, its arguments by name; for `any_batch`, or for the batch of the example alone.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
-        CaptureError: `torch.export` refuses it, or the graph does not compute what the model does.
+        CaptureError: `torch.export` refuses it, or its forward is another one for another batch.
     """
-    given = tensors_of(example)
-    if not given:
-        raise CaptureError("torch.export needs a tensor among the example_inputs")
-    sizes = next((t for t in given if t.is_floating_point()), given[0]).shape[:1]
-    refusal = ""
-    for varying in (True, False) if sizes else (False,):
-        try:  # torch.export takes an axis of size 1 for a constant
-            exported = Exported(model, cut(example, sizes, max(*sizes, 2)) if varying else example, sizes, varying)
-        except Exception as error:
-            refusal, cause = f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})", error
-            continue
-        notes = [f"the batch is fixed at {sizes[0]}, since {refusal.splitlines()[0]}"] if refusal else []
-        captured = Capture(exported.clone, exported.graph, "torch.export", (*notes, *exported.notes))
-        report = finish(captured)
-        try:
-            for arguments in (example, cut(example, sizes, 1)) if varying else (example,):
-                exported.verify(arguments)
-        except Exception as error:
-            refusal, cause = f"the graph of {type(model).__name__} by torch.export is wrong: {error}", error
-            continue
-        return captured, report
-    raise CaptureError(refusal) from cause
+    sizes = batch_sizes(example)
+    try:  # torch.export takes an axis of size 1 for a constant
+        exported = Exported(model, cut(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
+    except Exception as error:
+        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
+    examples = (example, cut(example, sizes, 1)) if any_batch else (example,)
+    return Capture(
+        exported.clone, exported.graph, "torch.export", tuple(exported.notes), exported.marked, exported.reference, examples
+    )
 
 
 def cut(example: Any, sizes: torch.Size, size: int) -> Any:
@@ -71,14 +68,6 @@ def cut(example: Any, sizes: torch.Size, size: int) -> Any:
         return t[:size] if size <= sizes[0] else torch.cat([t] * size)[:size]
 
     return rebuilt(example, each)
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    """To a hundredth of the largest number; what is not floating, exactly."""
-    if a.shape != b.shape or a.dtype != b.dtype or not (b.is_floating_point() or b.is_complex()):
-        return torch.equal(a, b)
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
 
 
 class Exported:
@@ -109,6 +98,7 @@ class Exported:
         self.source = program.module(check_guards=False)
         self.graph = fx.Graph()
         self.build(skeleton[0])
+        self.marked = tuple(take_markers(self.graph))
         self.graph.lint()
 
     def require_any_batch(self, program: torch.export.ExportedProgram) -> None:
@@ -146,20 +136,6 @@ class Exported:
         kind = type(self.clone)
         self.clone.__class__ = type(kind.__name__, (kind,), {"forward": flat, "__module__": kind.__module__})
         return self.clone, skeleton
-
-    def verify(self, example: Mapping[str, Any]) -> None:
-        """Raise where the graph does not compute on `example` what the model does.
-
-        To a hundredth of the largest output, for half precision and for attention by other kernels: a graph that is wrong is
-        wrong by more.
-        """
-        call = inspect.BoundArguments(inspect.Signature(list(self.parameters.values())), dict(example))  # type: ignore[arg-type]
-        graph = fx.GraphModule(self.clone, self.graph)
-        with torch.no_grad():
-            expected = tensors_of(self.reference(*cloned(call.args), **cloned(call.kwargs)))
-            found = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
-        if len(found) != len(expected) or not all(map(alike, found, expected)):
-            raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
 
     # -- the graph
 
