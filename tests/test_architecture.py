@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import sp_fx
 
@@ -57,11 +58,18 @@ def test_import_is_light():
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside these tests")
-def test_the_readmes_lines_run():
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    """As they stand, but for the weights, which would be downloaded; the photograph is drawn here."""
+    monkeypatch.chdir(tmp_path)
+    noise = torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save("photo.jpg")
     code = README.read_text().split("```python")[1].split("```")[0].replace('weights="DEFAULT"', "weights=None")
-    scope = {"x": torch.rand(1, 3, 64, 64) * 2 - 1}
+    scope = {}
     exec(code, scope)
-    assert scope["map"].shape == scope["other"].shape == scope["x"].shape and scope["maps"].shape == (1, 3, 3, 64, 64)
+    x = scope["x"]
+    assert x.shape == (1, 3, 224, 224) and -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
+    assert scope["map"].shape == scope["change"].shape == x.shape and scope["maps"].shape == (1, 3, 3, 224, 224)
+    assert Path("map.png").stat().st_size > 10_000
 
 
 def test_the_public_names():
