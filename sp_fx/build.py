@@ -190,7 +190,9 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 def own_names(modules: nn.Module, graph: fx.Graph) -> list[str]:
-    """Give the model's attributes that are called like an explainer's own another name; what is to be told of that."""
+    """Give those attributes of the model another name that an explainer has of its own, as a child called `compile`; returns a
+    note on
+    each."""
     notes = []
     for table in (modules._modules, modules._parameters, modules._buffers):
         for name in [name for name in table if hasattr(Explainer, name) or name in ("meta", "_graph", "_code")]:

@@ -37,5 +37,5 @@ def registered_gate(node: fx.Node, module: nn.Module | None) -> Written | None:
 
 
 def marked_gate(marked: Marked) -> Written:
-    """The registered gate that a marker of an export told of."""
+    """Returns the registered gate that a marker of an export names."""
     return Written(marked.name, marked.arguments, marked.source, marked.inside)

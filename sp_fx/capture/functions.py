@@ -50,10 +50,10 @@ def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
     inherited = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        given: list[Any] = []
+        leaves: list[Any] = []
         if threading.get_ident() == thread:
-            rebuilt((args, kwargs), given.append)
-        if any(isinstance(a, fx.Proxy) for a in given):
+            rebuilt((args, kwargs), leaves.append)
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             name = f"{cls.__module__}:{cls.__qualname__}"
             APPLIED[name] = cls
             return tracer.create_proxy("call_function", applied, (name, *args), kwargs)

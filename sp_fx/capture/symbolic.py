@@ -101,8 +101,9 @@ class PlaceTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
-            given = {f.name: self.create_arg(value) for f in dataclasses.fields(a) if (value := getattr(a, f.name)) is not None}
-            return self.create_node("call_function", type(a), (), given)
+            values = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            fields = {name: self.create_arg(value) for name, value in values.items() if value is not None}
+            return self.create_node("call_function", type(a), (), fields)
         if isinstance(a, Mapping) and type(a) is not dict and not isinstance(a, fx.immutable_collections.immutable_dict):
             return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
         return super().create_arg(a)

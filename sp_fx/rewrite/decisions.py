@@ -98,38 +98,38 @@ def gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     reader = READERS.get(op_of(node))
     if reader is None:
         return False
-    found = read(node, reader, facts)
-    if isinstance(found, Unread):
-        plan.note(node, "NOT REWRITTEN", found.reason)
-    elif found is None:
+    call = gate_of(node, reader, facts)
+    if isinstance(call, Unread):
+        plan.note(node, "NOT REWRITTEN", call.reason)
+    elif call is None:
         pass
-    elif found.kind == "abs" and facts.maker(node.all_input_nodes[0], plan.rows).startswith(COMPLEX):
+    elif call.kind == "abs" and facts.maker(node.all_input_nodes[0], plan.rows).startswith(COMPLEX):
         plan.note(node, "kept", "the modulus of a complex number, no gate")
-    elif (rule := rule_of(found.kind)) in KINDS:
+    elif (rule := rule_of(call.kind)) in KINDS:
         tau = plan.gate(node, rule)
-        if tau is None and found.kind == "glu":
+        if tau is None and call.kind == "glu":
             plan.amend(reason="product rule")
         elif tau is not None:
-            replace_call(node, found, tau, plan.scale, plan)
-    elif not any(tensor in facts.varying for tensor in found.tensors[1:]):
-        replace_call(node, found, FROZEN, "absolute", plan)  # affine
+            replace_call(node, call, tau, plan.scale, plan)
+    elif not any(tensor in facts.varying for tensor in call.tensors[1:]):
+        replace_call(node, call, FROZEN, "absolute", plan)  # affine
     else:
         plan.note(node, "kept", "product rule")  # its weights are computed from the input
     return True
 
 
-def read(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: Facts) -> Gate | Unread | None:
+def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: Facts) -> Gate | Unread | None:
     """Returns the gate that a reader makes of a call, its varying tensor first."""
     try:
-        found = reader(*node.args, **keywords(node))
+        call = reader(*node.args, **keywords(node))
     except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
         return Unread(f"its arguments are not constants of the graph: {error}")
-    if isinstance(found, Gate) and found.fixed:
-        if sum(tensor in facts.varying for tensor in found.tensors) > 1:
+    if isinstance(call, Gate) and call.fixed:
+        if sum(tensor in facts.varying for tensor in call.tensors) > 1:
             return Unread(f"{name_of(node)} of two things that both vary has no rule")
-        if found.tensors[0] not in facts.varying:
-            return replace(found, tensors=found.tensors[::-1])
-    return found
+        if call.tensors[0] not in facts.varying:
+            return replace(call, tensors=call.tensors[::-1])
+    return call
 
 
 def replace_call(node: fx.Node, gate: Gate, tau: Temperature, scale: str | float, plan: Plan) -> None:
