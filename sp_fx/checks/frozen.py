@@ -11,14 +11,15 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from ..explainer import Explainer
+from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual import dual_path
 from ..gates.multihead import multihead_attention
-from ..gates.table import TABLE, rule_of
+from ..gates.table import KINKED, TABLE, rule_of
 
 # -- the frozen network, forwards ---------------------------------------------------------------------------------------
 
-HARD = frozenset("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split())  # the gradient, as tau -> 0
+HARD = KINKED  # the gradient, as tau -> 0
 
 
 class Forwards(fx.Interpreter):
@@ -78,7 +79,7 @@ def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) 
     return forward_ad.unpack_dual(TABLE[kind].forward(*dual, **args)).tangent
 
 
-SHARE = frozenset("gelu silu quick_gelu hardswish mish".split())  # gates f(z) = z share(z): the share is f(z) / z
+SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
 
 
 def weighed(t: Tensor, gamma: Tensor | None, channels: bool) -> Tensor:
