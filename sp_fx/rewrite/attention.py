@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
+from ..analysis.ops import LINEAR, MIXES, MIXES_OTHERWISE
 from ..gates.adjoints.attention import tempered_softmax
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.dual import dual_path
@@ -14,16 +15,14 @@ if TYPE_CHECKING:
     from .rewrite import Pass
 
 
-PRODUCTS = frozenset("matmul bmm mm".split())
+PRODUCTS = MIXES
 
 
-OTHERS = frozenset("einsum baddbmm addmm addbmm".split())
+OTHERS = MIXES_OTHERWISE
 
 
 # What weights may pass through on their way to the values: talking heads, dropout, a mask, a second normalisation.
-AFFINE = frozenset(
-    "mul imul truediv itruediv div add iadd sub isub sum mean masked_fill where linear conv2d clone flip roll".split()
-)
+AFFINE = LINEAR
 
 
 AFFINE_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)

@@ -24,9 +24,11 @@ from ..analysis.ops import (
     CHOICES,
     COMPARISONS,
     COMPLEX,
+    FACTORS,
     FUSED,
     INDICES,
     LOGICAL,
+    MULTIPLES,
     PIECEWISE,
     PRODUCT,
     QUOTIENT,
@@ -193,7 +195,7 @@ class Pass:
         elif any(map(self.by_comparison, self.masks(node))):
             self.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
         elif name in PRODUCT | QUOTIENT and sum(n in self.varying for n in node.all_input_nodes) > 1:
-            factors = self.factors(node) if name in ("mul", "imul", "multiply") else []
+            factors = self.factors(node) if name in FACTORS else []
             if len(factors) == 1:
                 self.visit_product(node, factors[0])
             else:
@@ -207,7 +209,7 @@ class Pass:
         name = name_of(node)
         if name in CHOICES:
             return [node.args[0 if name == "where" and node.op == "call_function" else 1]] if len(node.args) > 1 else []
-        return list(node.args[:2]) if name in ("mul", "imul", "multiply") else []
+        return list(node.args[:2]) if name in FACTORS else []
 
     def by_comparison(self, node: Any) -> bool:
         """Whether a mask is made by comparing what the model's weights had a part in: masks made of inputs alone are the
@@ -408,7 +410,7 @@ class Pass:
                 return str(node.kwargs.get("row", node.args[0]))
             inputs = [n for n in node.all_input_nodes if n in self.varying]
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
-            multiple = name in ("mul", "truediv", "div", "rsub", "sub", "add") and len(inputs) == 1
+            multiple = name in MULTIPLES and len(inputs) == 1
             if not inputs or not (self.storage.is_view(node) or multiple):
                 return name
             node = inputs[0]
