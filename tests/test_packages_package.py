@@ -269,7 +269,9 @@ class Alone(nn.Module):
         return self.head(torch.special.i1e(x))
 
 
-@pytest.mark.parametrize("model, place", [(Unheard, r"odd \(OddOp\)"), (Alone, r"the model itself \(test_packages_package\.py:\d+\)")])
+@pytest.mark.parametrize(
+    "model, place", [(Unheard, r"odd \(OddOp\)"), (Alone, r"the model itself \(test_packages_package\.py:\d+\)")]
+)
 def test_an_op_that_onnx_has_not_is_named_with_its_layer(interpreted, model, place, tmp_path):
     x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
     made = sp_fx.transform(fill(model())).compile(example_inputs=x)

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.functions import applied
 from ..gates.registry import call_registered
-from .ops import CHOICES, MULTIPLICATION
+from .ops import CHOICES, FACTORS
 
 # Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
 AFFINE_MODULES = (
@@ -101,7 +101,7 @@ def is_affine_row(leaf: Any) -> bool:
 
 
 def is_multiplication(node: fx.Node) -> bool:
-    return name_of(node) in MULTIPLICATION
+    return name_of(node) in FACTORS
 
 
 def masks_of(node: fx.Node) -> list[Any]:
@@ -110,7 +110,7 @@ def masks_of(node: fx.Node) -> list[Any]:
     name = name_of(node)
     if name in CHOICES:
         return [node.args[0 if name == "where" and node.op == "call_function" else 1]] if len(node.args) > 1 else []
-    return list(node.args[:2]) if name in MULTIPLICATION else []
+    return list(node.args[:2]) if name in FACTORS else []
 
 
 def operands(node: fx.Node) -> list[fx.Node]:

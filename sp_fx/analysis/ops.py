@@ -1,89 +1,399 @@
-"""The table of ops: what is known of each name that a call may have."""
+"""The table of ops: what is known of each name that a call in a graph may have, and the sets of names drawn from it.
+
+A name is the one that `calls.name_of` gives, the same however a model spells the op: `relu` for `F.relu`, `torch.relu_`,
+`Tensor.relu_` and `aten.relu_.default`; `iadd` for `x += y`. No other file of the package lists names of ops.
+"""
 
 from __future__ import annotations
 
-# What chooses by value, and has no rule: reported as not rewritten.
-PIECEWISE = frozenset(
-    """max min amax amin maximum minimum aminmax topk kthvalue sort msort median nanmedian quantile nanquantile mode cummax cummin
-    logcumsumexp sign sgn heaviside round floor ceil trunc frac fmod remainder mod argmax argmin lp_pool1d lp_pool2d lp_pool3d
-    gumbel_softmax""".split()
-)
+import re
+from dataclasses import dataclass
+
+# What each trait says of an op, with an example. A trait that ends in "=" has a value.
+TRAITS = {
+    # what it computes
+    "product": "multiplies operands that may both vary with the input, and keeps the product rule: `matmul`",
+    "quotient": "divides operands that may both vary with the input, and keeps the quotient rule: `div`",
+    "factor": "is the elementwise product of two tensors, one of which may be the gate of the other: `mul`",
+    "scales": "gives a multiple of its only varying operand: `div` in `x / 2`",
+    "shifts": "gives its only varying operand plus a constant, up to sign: `rsub` in `2 - x`",
+    "minus": "subtracts, as a mean is taken off a signal: `sub` in `x - x.mean(-1, True)`",
+    "power": "raises to a power: `pow` in `x ** 2`",
+    "linear": "is linear in its only varying operand, so that it may stand between a softmax and its product: `masked_fill`",
+    "mixes": "applies the weights of attention to values, by a product that the table of gates has: `bmm`",
+    "mixes_otherwise": "applies weights to values in a form of its own, which may have no adjoint at a temperature: `einsum`",
+    "smooth": "has a continuous derivative, and keeps it: `exp`",
+    "share": "says which share of a product's other factor passes: `sigmoid` in `sigmoid(a) * b`",
+    "activation": "gates a product in which nothing is a share: `gelu` in `gelu(a) * b`",
+    "piecewise": "chooses by value and has no rule, unless a reader knows the call: `topk`",
+    "indices": "gives positions; of token ids, which are the caller's, they say where a text ends: `argmax`",
+    "comparison": "compares values, and gives a mask: `gt` in `x > 0`",
+    "chooser": "takes each element from one of two operands, by a mask: `where`",
+    "logical": "makes a mask of masks, or casts one: `logical_and`",
+    "complex": "gives complex numbers, as do all ops whose names begin so: `fft_` of `fft_rfft2`",
+    "cell": "is a recurrent network, with gates inside: `lstm`",
+    "fused": "is an op of torch with gates inside: `native_multi_head_attention`",
+    # storage, values and shapes
+    "view": "may share the storage of its first input: `transpose`; `dropout`, which in eval mode gives its input",
+    "same_values": "gives in eval mode the numbers that it got, in order or not: `flatten`",
+    "shape": "depends on the shape, dtype or device of its input alone: `zeros_like`",
+    "broadcasts": "broadcasts its operands, so that a constant of more axes puts its own before the sample's: `add`",
+    "several": "returns a tuple of tensors: `chunk`",
+    "rank=": "how many axes the output has: the `same` as the input, one `more`, one `less`, as many as `sizes`, or `flat`",
+    "moves=": "what becomes of the sample's axis, by a function of `sample_axis`: moves=transpose",
+    # gates and norms that a model writes out
+    "pointwise": "maps element by element, and may be part of a written gate: `sigmoid` in `x * sigmoid(x)`",
+    "closes": "may be the last call of a written gate or norm: `mul` in `x * sigmoid(x)`",
+    "carries": "carries the values of a norm's signal or statistic into another dtype or shape: `unsqueeze`",
+    "reduces": "reduces a signal to a norm's statistic: `mean` in `x.pow(2).mean(-1, True)`",
+    "squares": "takes squares, or other powers of a norm: `std`",
+    "between": "may stand between a signal and its statistic: `rsqrt` in `(x.pow(2).mean(-1, True) + eps).rsqrt()`",
+    "centre": "gives means that may be taken off a signal: `var_mean`",
+    "norm": "is a norm by name, which makes its quotient a `normalize`, not an RMS norm: `linalg_vector_norm`",
+    "window": "averages over windows, as local response norms do over channels: `avg_pool3d`",
+    # coverage: families of gates, counted below a model's Python code and in its report
+    "family=": "the family that it counts for in both: `relu6`, family=clamp, as PyTorch dispatches hardtanh for it",
+    "dispatched=": "the family, where PyTorch dispatches this name and reports have another: `native_layer_norm`",
+    "listed=": "the family, where reports have this name and PyTorch dispatches another: `clip`",
+}
 
 
-INDICES = frozenset(("argmax", "argmin"))  # of token ids, which are the caller's, they say where a text ends
+# A line has the names of ops, a colon, and their traits. After a "?", there or on the next line, stands a mark: the sets disagree
+# about ops that are alike, and a later change is to settle it. `? mul in place: ...` says that an op is mul but for being in
+# place, and lacks traits of mul's that it should have; after the colon, what comes of that. What has no traits is here for that.
+TABLE = """
+# -- products
+mul:                    product factor scales linear pointwise closes between broadcasts rank=same
+imul:                   product factor linear pointwise closes between broadcasts rank=same
+    ? mul in place: after `x *= 2` the signal is no multiple of x, to written norms and gated products
+multiply:               product factor pointwise closes broadcasts  ? mul by another name
+matmul:                 product mixes broadcasts rank=same
+imatmul linalg_matmul:  ? matmul in place and by another name: attention by them is no attention
+bmm:                    product mixes rank=same
+mm:                     product mixes  ? bmm of single matrices
+einsum:                 product mixes_otherwise moves=contracted
+addbmm baddbmm:         product mixes_otherwise
+addmm:                  mixes_otherwise  ? addbmm of single matrices: no product in reports
+bilinear:               product
+addcmul:                product broadcasts
+addcdiv:                broadcasts  ? addcmul with a quotient, which is none in reports
+mv dot vdot inner outer ger addmv addr tensordot kron linalg_vecdot linalg_multi_dot chain_matmul:
+    ? matmul in other forms, of which reports say nothing
+
+# -- quotients
+truediv div:            quotient scales linear pointwise closes between broadcasts rank=same
+itruediv:               quotient linear pointwise closes between broadcasts  ? div in place
+divide:                 quotient pointwise closes broadcasts  ? div by another name
+true_divide:            quotient pointwise broadcasts  ? div by another name: `x / (1 + exp(-x))` by it is no SiLU
+reciprocal:             pointwise between
+
+# -- sums and differences
+add:                    shifts linear pointwise between broadcasts rank=same
+iadd:                   linear pointwise between broadcasts rank=same  ? add in place
+sub:                    shifts minus linear pointwise between broadcasts rank=same
+isub:                   minus linear pointwise between broadcasts  ? sub in place
+rsub:                   shifts pointwise broadcasts  ? sub with its operands exchanged
+subtract:               pointwise  ? sub by another name
+neg negative:           pointwise  ? mul by -1
+lerp:                   broadcasts
+
+# -- powers
+pow:                    power pointwise between broadcasts
+ipow:                   power between  ? pow in place: a written gate with `x **= 3` in it is not recognised
+float_power:            ? pow in float64
+square:                 squares pointwise
+sqrt rsqrt:             pointwise between
+
+# -- smooth
+sigmoid tanh:           smooth share pointwise rank=same
+special_expit:          ? sigmoid by another name
+hardsigmoid:            smooth share pointwise  ? has two kinks: not smooth, and no rule has them; without sigmoid's rank=same
+exp expm1 erf log1p softplus:    smooth pointwise
+special_expm1 special_erf special_log1p:    ? expm1, erf, log1p by other names
+special_ndtr erfc special_erfc:    ? erf but for scale and shift: GELU by `x * ndtr(x)` is none
+log:                    smooth  ? log1p but for a shift: Mish by `x * tanh(log(1 + exp(x)))` is not recognised
+log2 log10 exp2 special_exp2:    ? log and exp to another base, of which reports say nothing
+sin cos atan:           smooth
+arctan:                 ? atan by another name
+tan sinh cosh asin arcsin acos arccos asinh arcsinh acosh arccosh atanh arctanh atan2 arctan2:
+    ? sin and its like, of which reports say nothing
+softsign:               smooth  ? written out as `x / (1 + x.abs())` it is an abs, which gates
+tanhshrink:             smooth
+logsigmoid:             smooth  ? no call has this name: `F.logsigmoid` is called log_sigmoid
+log_sigmoid log_sigmoid_forward:    ? logsigmoid by the names that calls have
+logsumexp:              smooth moves=reduced
+special_logsumexp:      ? logsumexp by another name
+logaddexp logaddexp2:   ? logsumexp of two tensors, of which reports say nothing
+logcumsumexp:           piecewise  ? logsumexp of all that came before: smooth, nothing in it chooses
+
+# -- softmax and attention
+softmax:                share rank=same family=softmax
+special_softmax:        ? softmax by another name: rewritten, it gates no product, and coverage does not see that reports list it
+softmin:                smooth  ? softmax of -x: attention by it keeps its derivative
+log_softmax:            smooth  ? softmax but for the exp: attention by `log_softmax(x).exp()` keeps its derivative
+special_log_softmax:    ? log_softmax by another name
+gumbel_softmax:         piecewise
+scaled_dot_product_attention MultiheadAttention:    listed=softmax
+scaled_dot_product_attention_math scaled_dot_product_flash_attention:    family=softmax
+scaled_dot_product_flash_attention_for_cpu scaled_dot_product_efficient_attention:    family=softmax
+scaled_dot_product_cudnn_attention safe_softmax:    family=softmax
+scaled_dot_product_fused_attention:    family=softmax  ? no op has this name, which ends in _overrideable
+scaled_dot_product_fused_attention_overrideable:    ? scaled_dot_product_fused_attention as torch has it
+transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_forward:    fused
+lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell:    cell
+
+# -- gates that readers know
+relu:                   activation pointwise rank=same family=itself
+gelu silu:              activation rank=same family=itself
+hardswish:              rank=same family=itself  ? silu but for its share: gates no product
+mish:                   family=itself  ? silu but for its share: gates no product
+relu6 hardtanh:         activation pointwise family=clamp  ? relu with another bound: without its rank=same
+leaky_relu prelu hardshrink softshrink:    family=itself
+prelu_kernel:           family=prelu
+rrelu:                  listed=leaky_relu
+elu selu celu:          family=elu
+abs:                    pointwise family=itself
+absolute:               listed=abs  ? abs by another name: a written gate with it inside is not recognised
+threshold:              family=clamp  ? relu where both its numbers are 0: of another family, and part of no written gate
+clamp:                  pointwise between broadcasts rank=same family=itself
+clip:                   pointwise listed=clamp  ? clamp by another name
+clamp_min:              pointwise between broadcasts family=clamp  ? clamp with one bound: without its rank=same
+clamp_max:              pointwise broadcasts family=clamp  ? clamp_min with the other bound
+maximum:                piecewise between broadcasts family=clamp
+minimum:                piecewise broadcasts family=clamp  ? maximum with the other sign
+fmax fmin:              broadcasts listed=clamp  ? maximum and minimum but for NaN: listed, not counted where dispatched
+normalize:              listed=clamp
+max_pool1d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d:    family=max_pool
+adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d:    family=max_pool
+max_pool1d_with_indices max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool1d_with_indices:    listed=max_pool
+adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices:    listed=max_pool
+fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices:    listed=max_pool
+fractional_max_pool1d fractional_max_pool1d_with_indices:    listed=max_pool  ? torch has no such op
+layer_norm:             rank=same listed=layer_norm
+group_norm:             listed=group_norm  ? layer_norm of groups: without its rank=same
+native_layer_norm:      dispatched=layer_norm
+native_group_norm:      dispatched=group_norm
+
+# -- piecewise
+sign:                   piecewise pointwise family=itself
+sgn:                    piecewise family=itself  ? sign, of real numbers
+round floor ceil trunc frac:    piecewise family=itself
+heaviside fmod remainder:    piecewise family=itself  ? broadcast their operands, as maximum does
+mod:                    piecewise  ? remainder by Python's `%`: coverage counts it, and does not see that reports list it
+imod fix special_round: ? remainder in place, trunc and round by other names
+floor_divide floordiv ifloordiv:    ? floor of a quotient, of which reports say nothing
+max:                    piecewise moves=reduced family=max_pool  ? maximum, where it has two tensors: of another family
+amax:                   piecewise moves=reduced family=max_pool
+min amin:               piecewise moves=reduced  ? max and amax with the other sign: of no family
+median:                 piecewise moves=reduced
+aminmax nanmedian kthvalue mode quantile nanquantile:    piecewise
+    ? median in other forms: where they take an axis before the sample's, the sample's is taken to stay
+topk sort msort cummax cummin:    piecewise
+argmax argmin:          piecewise indices moves=reduced
+argsort:                ? argmax of each rank: neither piecewise nor indices
+searchsorted bucketize: ? floor to given steps, of which reports say nothing
+lp_pool1d lp_pool2d lp_pool3d:    piecewise
+
+# -- comparisons, masks and choices
+gt ge lt le:            comparison pointwise  ? broadcast their operands, as where does
+greater greater_equal less less_equal:    comparison  ? gt, ge, lt, le by other names
+eq ne not_equal:        ? gt but for what it asks: choices by them are not in reports
+where:                  chooser linear pointwise closes broadcasts rank=same
+masked_fill:            chooser linear pointwise closes rank=same  ? where with a number: broadcasts its operands too
+masked_scatter index_put setitem:    ? masked_fill in other forms: choices as `x[x < 0] = 0` are not in reports
+nan_to_num:             ? where x is NaN: attention whose weights pass through it is no attention
+logical_and logical_or logical_xor and or xor:    logical  ? broadcast their operands, as where does
+logical_not invert bitwise_not:    logical
+bitwise_and bitwise_or bitwise_xor iand ior ixor:    ? and, or, xor, as exports have them and in place
+bool half double type:  logical  ? float to another dtype: these are no views, that is not logical
+bfloat16 int long short byte char to_copy:    ? float to another dtype, and to as exports have it
+
+# -- casts and copies
+to float:               view carries pointwise rank=same
+type_as:                view carries pointwise  ? to the dtype of another tensor: without its rank=same
+contiguous:             view same_values carries pointwise rank=same
+clone:                  linear carries pointwise rank=same
+detach alias getattr:   view
+dropout:                view same_values rank=same
+dropout1d dropout2d dropout3d alpha_dropout:    view same_values  ? dropout in other forms: without its rank=same
+feature_alpha_dropout:  view  ? alpha_dropout of channels: without its same_values
+
+# -- views that change the shape
+view reshape:           view carries moves=reshaped rank=sizes
+unsafe_view:            view moves=reshaped  ? view by another name
+view_as reshape_as:     view  ? view to the shape of another tensor: the sample's axis is taken to stay
+flatten:                view same_values carries moves=flatten rank=flat
+ravel:                  ? flatten by another name
+unflatten:              view carries moves=unflatten  ? flatten undone: without its same_values
+squeeze:                view carries moves=squeeze
+unsqueeze:              view carries moves=unsqueeze rank=more
+expand:                 view carries moves=expanded rank=sizes
+expand_as:              view carries  ? expand to the shape of another tensor: the sample's axis is taken to stay
+broadcast_to:           moves=expanded  ? expand by another name: what is written over in place may be read through it
+
+# -- views that move axes
+permute:                view moves=permute rank=sizes
+transpose swapaxes:     view moves=transpose rank=same
+swapdims:               moves=transpose  ? transpose by another name: what is written over in place may be read through it
+t T:                    view moves=matrix_transpose
+numpy_T:                moves=matrix_transpose  ? T by the name that exports have
+mT:                     view rank=same  ? transpose(-2, -1): where there are two axes, the sample's is taken to stay
+mH H adjoint:           view  ? mT, and T, of real numbers
+matrix_H:               ? H by the name that exports have
+movedim:                view same_values moves=movedim rank=same
+moveaxis:               view moves=movedim  ? movedim by another name
+
+# -- views of parts
+split chunk:            view several rank=same
+tensor_split:           view several  ? split at given places: without its rank=same
+split_with_sizes:       several  ? split by the name that exports have
+hsplit vsplit dsplit:   ? split along an axis of their own
+unsafe_split unsafe_chunk:    ? split into copies: without its several
+unbind:                 view several moves=removed rank=less
+checked:                view several
+select:                 view moves=removed rank=less
+getitem:                view between moves=item rank=less
+narrow slice diagonal:  view
+linalg_diagonal:        ? diagonal by another name
+unfold:                 view  ? the method is a view; `F.unfold`, which has the same name, is none
+as_strided:             ? view of any shape
+real view_as_real:      view
+imag conj:              ? real, as another view of complex numbers
+view_as_complex:        complex  ? view_as_real undone, and as much a view
+stft complex polar:     complex
+rfft ifft fft_:         complex  ? rfft and ifft begin no name; fft_ begins `fft_irfft`, `fft_hfft` too, which are real
+
+# -- shapes
+shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device:    shape
+zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor:    shape
+nelement ndimension:    ? numel and dim by other names
+rand_like randn_like randint_like:    ? zeros_like with other contents: what is made of them varies
+
+# -- reductions
+mean sum:               linear reduces centre moves=reduced
+nanmean nansum:         ? mean and sum but for NaN
+var std:                reduces squares moves=reduced
+var_mean std_mean:      reduces squares centre  ? var and mean at once: without their moves=reduced
+norm:                   reduces squares norm moves=reduced
+linalg_vector_norm:     reduces squares norm  ? norm by another name: without its moves=reduced
+vector_norm:            reduces squares norm  ? no call has this name: `torch.linalg.vector_norm` is called linalg_vector_norm
+linalg_norm linalg_matrix_norm frobenius_norm:    ? norm by other names: normalisation by them is not recognised
+prod:                   moves=reduced  ? mul of what is in one tensor, of which reports say nothing
+all any:                moves=reduced
+avg_pool2d avg_pool3d:  reduces window
+avg_pool1d:             ? avg_pool2d along one axis
+
+# -- joining, padding, layers
+cat:                    moves=joined rank=same
+concat concatenate:     moves=joined  ? cat by other names
+hstack vstack dstack column_stack row_stack:    ? cat along an axis of their own: the sample's axis is taken to stay
+stack:                  moves=unsqueeze
+repeat tile:            moves=repeated
+repeat_interleave:      ? repeat in another order: the sample's axis is taken to stay
+pad constant_pad_nd:    between
+flip roll:              linear
+fliplr flipud:          ? flip along an axis of their own
+linear:                 linear rank=same
+conv2d:                 linear
+conv1d conv3d:          ? conv2d along other axes: attention whose weights pass through them is no attention
+"""
 
 
-# What is no gate, and keeps its derivative, as products and quotients of two things that vary do.
-SMOOTH = frozenset(
-    """sigmoid tanh softplus softsign logsigmoid hardsigmoid tanhshrink exp expm1 log log1p sin cos erf atan log_softmax
-    logsumexp softmin""".split()
-)
+@dataclass(frozen=True)
+class Op:
+    """What is known of the ops of one name: their traits, and where today's sets disagree about them, in words."""
+
+    traits: frozenset[str]
+    unsettled: str = ""
 
 
-PRODUCT = frozenset("mul imul multiply matmul bmm mm einsum baddbmm addcmul addbmm bilinear".split())
+def parsed(table: str) -> dict[str, Op]:
+    """The ops of a table in the form of `TABLE`, by name.
+
+    Raises:
+        ValueError: a name twice, a trait that `TRAITS` lacks, no colon, no traits and no mark, or a mark without a reason.
+    """
+    ops: dict[str, Op] = {}
+    new: dict[str, Op] = {}
+    for line in table.splitlines():
+        if not line.strip() or line.startswith("#"):
+            continue
+        op, mark, reason = map(str.strip, line.partition("?"))
+        names, colon, after = op.partition(":")
+        traits = frozenset(after.split())
+        if op:
+            ops |= new
+            new = dict.fromkeys(names.split(), Op(traits))
+            unknown = {trait for trait in traits if re.sub("=.+", "=", trait) not in TRAITS}
+            if not colon or unknown or len(new) < len(names.split()) or set(new) & set(ops):
+                raise ValueError(f"expected new names, a colon and traits of the glossary; got {line!r}")
+        if mark:
+            if not reason:
+                raise ValueError(f"expected the reason of a mark; got {line!r}")
+            new = {name: Op(known.traits, reason) for name, known in new.items()}
+    return ops | new
 
 
-QUOTIENT = frozenset("truediv div divide true_divide itruediv".split())
+OPS = parsed(TABLE)
 
 
-SHARES = frozenset("sigmoid hardsigmoid softmax tanh".split())  # what gates a product, before
+def having(trait: str) -> frozenset[str]:
+    """The names of the ops that have a trait: `having("view")`, `having("rank=same")`."""
+    return frozenset(name for name, op in OPS.items() if trait in op.traits)
 
 
-ACTIVATIONS = frozenset("silu gelu relu relu6 hardtanh".split())
+def values(trait: str) -> dict[str, str]:
+    """The values of a trait, by the names of the ops that have it: `values("moves")["t"]` is "matrix_transpose"."""
+    words = ((name, *word.partition("=")) for name, op in OPS.items() for word in op.traits)
+    return {name: name if value == "itself" else value for name, word, equals, value in words if equals and word == trait}
 
 
-COMPLEX = ("stft", "fft_", "rfft", "ifft", "complex", "polar", "view_as_complex")  # what gives complex numbers
-
-
-COMPARISONS = frozenset("gt ge lt le greater less greater_equal less_equal".split())
-
-
-CHOICES = frozenset("where masked_fill".split())
-
-
-LOGICAL = frozenset("logical_not logical_and logical_or logical_xor invert bitwise_not and or xor bool half double type".split())
-
-
-CELLS = frozenset("lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell".split())
-
-
+# Rewriting: what becomes of a call, and what reports say of it.
+PIECEWISE = having("piecewise")  # NOT REWRITTEN: chooses by value
+INDICES = having("indices")  # unless these are the caller's
+SMOOTH = having("smooth")  # kept: smooth, no gate
+PRODUCT = having("product")  # kept: product rule
+QUOTIENT = having("quotient")  # kept: quotient rule
+FACTORS = having("factor")  # products that a gate may be a factor of
+SHARES = having("share")  # such gates
+ACTIVATIONS = having("activation")  # such gates, where no factor is one of SHARES
+COMPLEX = tuple(sorted(having("complex")))  # beginnings of names: of what gives complex numbers, whose abs is no gate
+COMPARISONS = having("comparison")  # what makes masks of values
+LOGICAL = having("logical")  # what makes masks of masks
+CHOICES = having("chooser")  # what chooses by masks
+CELLS = having("cell")  # NOT REWRITTEN, for this reason:
 RECURRENT = "a recurrent cell, whose gates keep their derivative"
+FUSED = having("fused")  # NOT REWRITTEN: torch's own ops with gates inside
+SCALES = having("scales")  # multiples of one thing that varies
+MULTIPLES = SCALES | having("shifts")  # the same, and what differs from it by a constant: back through these a factor is followed
 
+# Attention: what a softmax's weights may meet on their way to the values.
+MIXES = having("mixes")
+MIXES_OTHERWISE = having("mixes_otherwise")
+LINEAR = having("linear")  # talking heads, dropout, a mask, a second normalisation
 
-# torch's own, with gates inside
-FUSED = frozenset("transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_forward".split())
+# Storage, values and shapes.
+VIEW = having("view")  # may share the storage of the first input
+SAME_VALUES = having("same_values")  # gives the numbers it got, so that a BatchNorm before it still says their scale
+SHAPES = having("shape")  # does not vary with the values of the input
+BROADCAST = having("broadcasts")
+SEVERAL = having("several")  # returns a tuple
+RANKS = values("rank")
+MOVEMENTS = values("moves")
 
+# Written gates and norms.
+POINTWISE = having("pointwise")  # inside a written gate
+CLOSERS = having("closes")  # last in a written gate or norm
+CARRIES = having("carries")  # casts and views around a signal and its statistic
+REDUCES = having("reduces")  # makes a statistic of a signal
+SQUARES = having("squares")  # or takes its squares
+STATISTIC = REDUCES | SQUARES | CARRIES | having("between")  # all that a statistic may be made by
+CENTRES = having("centre")
+NORMS = having("norm")
+WINDOWS = having("window")
+POWERS = having("power")
+DIFFERENCES = having("minus")
 
-# What may share the storage of its first input.
-VIEW = frozenset(
-    """view reshape view_as reshape_as flatten unflatten permute transpose swapaxes t T mT H movedim moveaxis squeeze unsqueeze
-    expand expand_as split chunk unbind tensor_split narrow select getitem diagonal contiguous detach to float type_as getattr
-    slice alias adjoint mH unfold real view_as_real unsafe_view checked
-    dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout""".split()
-)
-
-
-# What depends on the shape of its input alone.
-SHAPES = frozenset(
-    """shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device zeros_like ones_like
-    full_like empty_like new_zeros new_ones new_full new_empty new_tensor""".split()
-)
-
-
-MULTIPLICATION = frozenset("mul imul multiply".split())
-
-
-MULTIPLES = frozenset(
-    "mul truediv div rsub sub add".split()
-)  # with one varying input: what a multiple of it, or an offset, is made by
-
-
-MATRIX_PRODUCTS = frozenset("matmul bmm mm".split())
-
-
-ATTENTION_PRODUCTS = MATRIX_PRODUCTS | frozenset("einsum baddbmm addmm addbmm".split())
-
-
-WEIGHTS_PASS = frozenset(
-    "mul imul truediv itruediv div add iadd sub isub sum mean masked_fill where linear conv2d clone flip roll".split()
-)
+# Coverage: families of gates, by the names that PyTorch dispatches and by those that reports have.
+DISPATCHED = values("family") | values("dispatched")
+LISTED = values("family") | values("listed")

@@ -1,8 +1,8 @@
-"""Which axis of each tensor of a graph is the sample: what a sample's own scale may be taken over.
+"""The sample's axis: which axis of each tensor of a graph is the batch's, so that a gate's scale can be each sample's own.
 
-Inputs have the batch on axis 0. Operations that move axes are followed by their arguments alone, since a symbolic trace knows
-no shapes. `ROWS` is said of tensors whose rows along axis 0 each belong to one sample, in whatever order (times and samples
-folded into one axis): harmless, until something unfolds them. None: not known.
+Inputs have the batch on axis 0. `x.transpose(0, 1)` has it on axis 1, known from the call's arguments alone, since a symbolic
+trace knows no shapes. An axis is an int, `ROWS` or None. `ROWS`: times and samples are folded into axis 0, in whatever order, so
+that each row belongs to one sample, and so does a scale taken over it, until something unfolds them. None: not known.
 """
 
 from __future__ import annotations
@@ -14,29 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from .ops import BROADCAST, MOVEMENTS, RANKS, SEVERAL
+
 ROWS: Literal["rows"] = "rows"
 
 
 Axis = int | Literal["rows"] | None
 
 
-# Where operands are broadcast: a constant of more axes than the others puts its own before the sample's.
-BROADCAST = frozenset(
-    """add iadd sub isub rsub mul imul multiply truediv itruediv div divide true_divide pow maximum minimum fmax fmin where lerp
-    addcmul addcdiv matmul clamp clamp_min clamp_max""".split()
-)
-
-
-SEVERAL = frozenset("chunk split unbind tensor_split split_with_sizes checked".split())  # these return a tuple
-
-
-KEEPS_RANK = frozenset(
-    """relu gelu silu sigmoid tanh hardswish dropout transpose swapaxes movedim contiguous to float cat layer_norm softmax clone
-    linear add mul sub truediv div matmul bmm chunk split where masked_fill iadd imul clamp mT""".split()
-)
-
-
-SPATIAL = re.compile(r"([123])d$")
+SPATIAL = re.compile(r"([123])d$")  # `max_pool2d` and `Conv2d` have two axes besides those of batch and channels
 
 
 SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
@@ -47,15 +33,15 @@ def sample_axis(
     node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable[[fx.Node], nn.Module | None],
     shape_of: Callable[[fx.Node], torch.Size | None],
 ) -> Axis:  # fmt: skip
-    """The sample's axis in the output of `node`, from those of its inputs.
+    """The sample's axis in the output of `node`, given those of its inputs.
 
-    `axes` has every input that varies with the data, `name_of` gives an op's plain name, `leaf` what a node calls if it calls a
-    module that is no identity, `shape_of` the shape of a constant, where it is known.
+    `axes` has every node that varies with the model's input, `name_of` gives the plain name of an op, `leaf` the module that a
+    node calls, unless that is an identity, `shape_of` the shape of a constant, where that is known.
     """
     if node.op == "placeholder":
         return 0
-    found = [axes[n] for n in node.all_input_nodes if n in axes]
-    axis = found[0] if found and all(a == found[0] for a in found) else None
+    inputs = [axes[n] for n in node.all_input_nodes if n in axes]
+    axis = inputs[0] if inputs and all(a == inputs[0] for a in inputs) else None
     module = leaf(node)
     name, args, kwargs = name_of(node), node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
     if node.target is getattr:  # x.T
@@ -64,47 +50,49 @@ def sample_axis(
         return None
     if node.op == "call_module" and module is None:  # an identity, whatever it is called
         return axis
-    if name == "getitem" and isinstance(node.args[0], fx.Node):
+    moves = MOVEMENTS.get(name)
+    if moves == "item" and isinstance(node.args[0], fx.Node):
         several = node.args[0].op == "call_module" or name_of(node.args[0]) in SEVERAL
         return axis if several else item(axis, node.args[1])
-    if name in ("view", "reshape", "unsafe_view"):
+    if moves == "reshaped":
         return reshaped(axis, node)
-    if name == "einsum":
+    if moves == "contracted":
         return contracted(axis, node, axes)
     if module is None and name in MOVES:
         try:
             return MOVES[name](axis, *args, **kwargs)
         except TypeError:  # arguments that are computed at run time
             return None
-    if name in ("expand", "broadcast_to"):
+    if moves == "expanded":
         return expanded(axis, rank_of(node.args[0], axes, name_of, leaf), *args)
     if name in BROADCAST and axis is not None:
         shapes = [shape for n in node.all_input_nodes if n not in axes and (shape := shape_of(n)) is not None]
-        varying = [rank_of(n, axes, name_of, leaf) for n in node.all_input_nodes if n in axes]
-        return broadcast(axis, max(varying, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
+        ranks = [rank_of(n, axes, name_of, leaf) for n in node.all_input_nodes if n in axes]
+        return broadcast(axis, max(ranks, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
     return axis
 
 
-# -- what moves axes: (the sample's axis, the op's own arguments) -> the sample's axis ----------------------------------
+# -- ops that move axes: (the sample's axis before, the op's own arguments) -> the sample's axis after -------------------
 
 
-def place(axis: Axis) -> int:
+def index_of(axis: Axis) -> int:
+    """The axis that the sample leads or is: `ROWS` lead axis 0."""
     return axis if isinstance(axis, int) else 0
 
 
 def permute(axis: Axis, *dims: Any) -> Axis:
     order = dims[0] if isinstance(dims[0], tuple | list) else dims
-    at = [d % len(order) for d in order].index(place(axis))
+    at = [d % len(order) for d in order].index(index_of(axis))
     return at if isinstance(axis, int) else ROWS if at == 0 else None
 
 
 def transpose(axis: Axis, dim0: int, dim1: int) -> Axis:
     first, second = sorted((dim0, dim1), key=lambda d: d < 0)
     if first < 0:  # of the matrices in a batch
-        return axis if place(axis) == 0 else None
+        return axis if index_of(axis) == 0 else None
     if second < 0:
-        return axis if place(axis) == 0 and first > 0 else None
-    if place(axis) not in (first, second):
+        return axis if index_of(axis) == 0 and first > 0 else None
+    if index_of(axis) not in (first, second):
         return axis
     return (second if axis == first else first) if isinstance(axis, int) else None
 
@@ -115,14 +103,14 @@ def matrix_transpose(axis: Axis) -> Axis:
 
 def movedim(axis: Axis, source: int, destination: int) -> Axis:
     if not isinstance(axis, int) or source < 0 or destination < 0:
-        return axis if place(axis) == 0 and source != 0 and destination != 0 else None
+        return axis if index_of(axis) == 0 and source != 0 and destination != 0 else None
     if source == axis:
         return destination
     return axis - (source < axis) + (destination <= axis - (source < axis))
 
 
 def flatten(axis: Axis, start_dim: int = 0, end_dim: int = -1) -> Axis:
-    at = place(axis)
+    at = index_of(axis)
     if at == 0 or start_dim > at:
         return axis
     if end_dim >= 0 and end_dim < at:
@@ -131,27 +119,27 @@ def flatten(axis: Axis, start_dim: int = 0, end_dim: int = -1) -> Axis:
 
 
 def unflatten(axis: Axis, dim: int, sizes: Any) -> Axis:
-    at = place(axis)
+    at = index_of(axis)
     if dim < 0 or dim > at:
         return axis
     return (at + len(sizes) - 1 if dim < at else axis if at == 0 else None) if isinstance(axis, int) else None
 
 
 def unsqueeze(axis: Axis, dim: int = 0) -> Axis:
-    if dim < 0 or dim > place(axis):
+    if dim < 0 or dim > index_of(axis):
         return axis
     return axis + 1 if isinstance(axis, int) else None
 
 
 def squeeze(axis: Axis, dim: Any = None) -> Axis:
-    if isinstance(dim, int) and (dim < 0 or dim > place(axis)):
+    if isinstance(dim, int) and (dim < 0 or dim > index_of(axis)):
         return axis
     return axis if dim is None and axis == 0 else None
 
 
 def removed(axis: Axis, dim: Any, *_: Any) -> Axis:
-    """One axis goes: `select`, `unbind`."""
-    if dim < 0 or dim > place(axis):
+    """Of ops that take axis `dim` away: `select`, `unbind`."""
+    if dim < 0 or dim > index_of(axis):
         return axis
     return axis - 1 if isinstance(axis, int) and dim < axis else None
 
@@ -160,18 +148,18 @@ def reduced(axis: Axis, dim: Any = None, keepdim: bool = False, **_: Any) -> Axi
     if isinstance(dim, fx.Node):  # `max` of two tensors
         return axis
     dims = (dim,) if isinstance(dim, int) else dim
-    if not isinstance(dims, tuple | list) or place(axis) in dims:
+    if not isinstance(dims, tuple | list) or index_of(axis) in dims:
         return None
     return axis - sum(0 <= d < axis for d in dims) if isinstance(axis, int) and not keepdim else axis
 
 
 def joined(axis: Axis, dim: int = 0) -> Axis:
-    return axis if dim != place(axis) else ROWS if dim == 0 else None
+    return axis if dim != index_of(axis) else ROWS if dim == 0 else None
 
 
 def repeated(axis: Axis, *times: Any) -> Axis:
     first = times[0][0] if isinstance(times[0], tuple | list) else times[0]
-    return axis if first == 1 else ROWS if place(axis) == 0 else None
+    return axis if first == 1 else ROWS if index_of(axis) == 0 else None
 
 
 def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
@@ -184,8 +172,12 @@ def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
 
 
 def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
-    """With a constant of that shape. Where the rank is not known, a constant that leads with several is taken for the longer, but
-    for [C, 1, 1]: what pictures are normalised by, and channels scaled."""
+    """Of a tensor of `rank` axes with a constant of shape `constant`: one of more axes puts its own before the sample's.
+
+    [B, 5] + [4, 1, 5] is [4, B, 5], so that axis 0 becomes 1. Where the rank is not known, a constant of three axes or more whose
+    first is no 1 is taken to be the longer, and the axis is not known, but for [C, 1, 1], by which channels are scaled and images
+    normalised.
+    """
     if rank is None:
         return axis if len(constant) < 3 or constant[0] == 1 or set(constant[1:]) == {1} else None
     if len(constant) <= rank:
@@ -194,7 +186,7 @@ def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
 
 
 def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable) -> int | None:
-    """How many axes a value has, as far as what made it says so."""
+    """The number of axes of a node's value, where the calls that made it tell: 4 after `conv2d`; None where they do not."""
     while isinstance(node, fx.Node) and node in axes:
         if "val" in node.meta:
             return node.meta["val"].dim()
@@ -204,46 +196,51 @@ def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], s
         spatial = SPATIAL.search(name if module is None else type(module).__name__)
         if spatial is not None and not isinstance(module, nn.BatchNorm1d):  # which takes two axes too
             return int(spatial[1]) + 2
-        if name in ("view", "reshape", "permute", "expand"):
+        known = RANKS.get(name)
+        if known == "sizes":
             return len(flat)
-        if name == "flatten" and tuple(flat) == (1,):
+        if known == "flat" and tuple(flat) == (1,):
             return 2
-        if name in ("unbind", "select", "getitem", "unsqueeze"):  # an axis less, or more; of an item, that of what made the tuple
+        if known in ("less", "more"):
             source, index = node.args[0], node.args[1] if len(node.args) > 1 else 0
             several = name == "getitem" and isinstance(source, fx.Node) and name_of(source) in SEVERAL
             rank = rank_of(source, axes, name_of, leaf)
             if rank is None or (name == "getitem" and not several and not isinstance(index, int)):
                 return None
-            return rank + (0 if several else 1 if name == "unsqueeze" else -1)
-        if not isinstance(module, SEQUENCE_MODULES) and name and name not in KEEPS_RANK:
+            return rank + (0 if several else 1 if known == "more" else -1)  # an item of a tuple: `unbind` took its axis away
+        if not isinstance(module, SEQUENCE_MODULES) and name and known != "same":
             return None
         node = next((n for n in node.all_input_nodes if n in axes), None)
     return None
 
 
 def item(axis: Axis, index: Any) -> Axis:
-    """Of `x[index]`."""
-    read, out = 0, place(axis)
+    """Of `x[index]`: an int before the sample's axis takes an axis away, a None puts one there."""
+    source, target = 0, index_of(axis)  # the axis of x that comes next, and where the sample's goes
     for part in index if isinstance(index, tuple) else (index,):
-        if part is Ellipsis or read > place(axis):
+        if part is Ellipsis or source > index_of(axis):
             break
         if part is None:
-            out += 1
+            target += 1
             continue
-        if read == place(axis) and part != slice(None):
+        if source == index_of(axis) and part != slice(None):
             return None
-        if read < place(axis) and not isinstance(part, slice | int):
+        if source < index_of(axis) and not isinstance(part, slice | int):
             return None
-        out -= isinstance(part, int)
-        read += 1
-    return out if isinstance(axis, int) else ROWS if out == 0 else None
+        target -= isinstance(part, int)
+        source += 1
+    return target if isinstance(axis, int) else ROWS if target == 0 else None
 
 
 def reshaped(axis: Axis, node: fx.Node) -> Axis:
-    """Samples that lead stay together, unless the new first size says otherwise. An exported graph knows the shapes."""
+    """Of `view` and `reshape`, by shapes where an export knows them, else by the sizes asked for.
+
+    Samples on axis 0 stay there, unless the first size is a number: of [B, 6, 8], `reshape(-1, 8)` has rows of samples there,
+    `reshape(3, -1, 8)` may have anything.
+    """
     sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
     before, after = (n.meta["val"].shape if "val" in n.meta else None for n in (node.args[0], node))  # type: ignore[union-attr]
-    at = place(axis)
+    at = index_of(axis)
     if before is not None and after is not None:
         if list(map(str, before[: at + 1])) == list(map(str, after[: at + 1])):
             return axis
@@ -255,7 +252,7 @@ def reshaped(axis: Axis, node: fx.Node) -> Axis:
 
 
 def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
-    """Of `einsum`."""
+    """Of `einsum`: where the letter of the sample's axis is in the output. `einsum("btc,dc->tbd", x, w)` has it on axis 1."""
     equation, operands = node.args[0], node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
     if not isinstance(axis, int) or not isinstance(equation, str) or "->" not in equation or "." in equation:
         return None
@@ -265,20 +262,8 @@ def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
     return right.index(letter) if letter and letter in right else None
 
 
-REDUCTIONS = "mean sum amax amin max min prod std var norm logsumexp all any argmax argmin median".split()
+BY_ARGUMENTS = (permute, transpose, matrix_transpose, movedim, flatten, unflatten, unsqueeze, squeeze, removed, reduced,
+                joined, repeated)  # fmt: skip
 
 
-MOVES: dict[str, Callable[..., Axis]] = {
-    "permute": permute,
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), transpose),
-    **dict.fromkeys(("T", "t", "numpy_T"), matrix_transpose),
-    **dict.fromkeys(("movedim", "moveaxis"), movedim),
-    "flatten": flatten,
-    "unflatten": unflatten,
-    **dict.fromkeys(("unsqueeze", "stack"), unsqueeze),
-    "squeeze": squeeze,
-    **dict.fromkeys(("select", "unbind"), removed),
-    **dict.fromkeys(REDUCTIONS, reduced),
-    **dict.fromkeys(("cat", "concat", "concatenate"), joined),
-    **dict.fromkeys(("repeat", "tile"), repeated),
-}
+MOVES: dict[str, Callable[..., Axis]] = {op: f for op, moves in MOVEMENTS.items() for f in BY_ARGUMENTS if f.__name__ == moves}

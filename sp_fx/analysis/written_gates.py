@@ -1,7 +1,7 @@
 """Gates that a model writes out itself, as `x * torch.sigmoid(1.702 * x)`: recognised by what they compute.
 
-In whatever order such a gate is written, the pointwise calls between one node and a product, quotient or choice are run on a grid
-in float64 and compared with the gates of the table.
+The pointwise calls that lead from one node to a product, quotient or choice are run on a grid in float64, in whatever order they
+are written, and the values compared with those of the gates in the table.
 """
 
 from __future__ import annotations
@@ -17,23 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-POINTWISE = frozenset(
-    """add iadd sub isub rsub subtract mul imul multiply truediv itruediv div divide true_divide neg negative reciprocal pow
-    square sqrt rsqrt sigmoid tanh erf exp expm1 log1p softplus relu relu6 hardtanh clamp clip clamp_min clamp_max hardsigmoid gt
-    ge lt le where masked_fill abs sign to float type_as contiguous clone""".split()
-)
-
-
-CLOSERS = frozenset("mul imul multiply truediv itruediv div divide where masked_fill".split())
-
+from .ops import CLOSERS, POINTWISE
 
 LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
 
 
 @dataclass(frozen=True)
 class Written:
-    """A gate of `source`, by the calls `inside`: what the rules call it, its row of the table and the row's arguments, and the
-    weights that these were read from."""
+    """A gate of `source` that the calls `inside` compute: its row of the table, `kind`, and the row's arguments.
+
+    `weights` names the model's weights that the arguments were read from: "rate" of `x * sigmoid(self.rate * x)`.
+    """
 
     kind: str
     args: dict[str, Any]
@@ -44,7 +38,8 @@ class Written:
 
 @dataclass(frozen=True)
 class Graph:
-    """What the two readers ask of the graph: the plain name of a call, and whether the input's values reach a node."""
+    """What the readers of written gates and norms ask of a graph: the plain name of a call, whether a node varies with the input
+    of the model, whether it is a module that gives what it gets."""
 
     name: Callable[[fx.Node], str]
     varies: Callable[[fx.Node], bool]
@@ -59,53 +54,58 @@ class Graph:
 
 
 def written_gate(graph: Graph, node: fx.Node) -> Written | None:
-    """The gate that `node` closes, if it closes one."""
+    """The gate whose last call is `node`, if there is one."""
     if node.op not in ("call_function", "call_method") or graph.name(node) not in CLOSERS:
         return None
-    for source, inside in cones(graph, node):
-        if sum(source in n.all_input_nodes for n in inside) < 2 and not repeated(node, source):
+    for source, inside in subgraphs(graph, node):
+        if sum(source in n.all_input_nodes for n in inside) < 2 and not squared(node, source):
             continue
         z = torch.cat([torch.linspace(-8, 8, 33, dtype=torch.float64), far_points(graph, inside)])
         try:
             y = computed(graph, source, inside, z)
         except Exception:  # a form that does not run on the grid is none of these gates
             continue
-        found = named(z, y) if isinstance(y, Tensor) and y.shape == z.shape else None
-        if found is not None:
-            return Written(*found, source, tuple(inside), read_by(graph, inside))
+        gate = matching_gate(z, y) if isinstance(y, Tensor) and y.shape == z.shape else None
+        if gate is not None:
+            return Written(*gate, source, tuple(inside), weights_of(graph, inside))
     return None
 
 
 def far_points(graph: Graph, inside: list[fx.Node]) -> Tensor:
-    """Where a form may have other pieces: far out, and beside each number that it has, written or read."""
+    """Points where a form may leave the gate that it is near 0: far out, and beside each number in it, be that a constant of the
+    graph or a weight. `x.clamp(0, 6)` is a ReLU up to 6."""
     numbers = {abs(float(a)) for n in inside for a in (*n.args, *n.kwargs.values()) if isinstance(a, int | float)}
     value = evaluator(graph, {})
     for constant in {a for n in inside for a in n.all_input_nodes if not graph.varies(a)}:
         with contextlib.suppress(Exception):  # what is no number
             numbers.add(abs(float(value(constant))))
     beside = [factor * number for number in sorted(numbers) if 0 < number < 200 for factor in (0.9, 1.1, 1.5)]  # no exp overflows
-    return torch.tensor([sign * at for at in (20.0, 100.0, *beside) for sign in (-1, 1)], dtype=torch.float64)
+    return torch.tensor([sign * point for point in (20.0, 100.0, *beside) for sign in (-1, 1)], dtype=torch.float64)
 
 
-def read_by(graph: Graph, inside: list[fx.Node]) -> tuple[str, ...]:
-    """The names of the weights that a form is computed with."""
-    found: dict[str, None] = {}
+def weights_of(graph: Graph, inside: list[fx.Node]) -> tuple[str, ...]:
+    """The names of the weights that the calls `inside` are computed with."""
+    names: dict[str, None] = {}
     queue = [a for n in inside for a in n.all_input_nodes if a not in inside]
     while queue:
         at = queue.pop()
         if at.op == "get_attr":
-            found[str(at.target)] = None
+            names[str(at.target)] = None
         elif not graph.varies(at):
             queue += at.all_input_nodes
-    return tuple(found)
+    return tuple(names)
 
 
-def repeated(node: fx.Node, source: fx.Node) -> bool:
+def squared(node: fx.Node, source: fx.Node) -> bool:
+    """Whether `node` has `source` for two operands, as `x * x` has."""
     return sum(a is source for a in node.args) > 1
 
 
-def cones(graph: Graph, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
-    """Nodes that alone determine `node` by pointwise calls, the nearest first, and these calls in order."""
+def subgraphs(graph: Graph, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Pairs of a source, which alone determines `node` by pointwise calls, and these calls in the graph's order; nearest first.
+
+    Of `x * sigmoid(1.702 * x)` the product has the source x, with the calls mul, sigmoid and mul. No more than `LIMIT` calls.
+    """
     pointwise: dict[fx.Node, None] = {}
     edge: list[fx.Node] = []
     queue = [node]
@@ -147,7 +147,8 @@ def computed(graph: Graph, source: fx.Node, inside: list[fx.Node], z: Tensor) ->
 
 
 def evaluator(graph: Graph, env: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]:
-    """What gives the value of a node where those of `env` are known; weights are to be one number."""
+    """A function that gives the value of a node, where `env` has those of the nodes that it is computed from. Weights must be one
+    number; the function raises a ValueError for others, and for the model's inputs."""
 
     def value(n: fx.Node) -> Any:
         if n not in env:
@@ -156,10 +157,10 @@ def evaluator(graph: Graph, env: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]
 
     def run(n: fx.Node) -> Any:
         if n.op == "get_attr":
-            held = operator.attrgetter(str(n.target))(graph.modules).detach()
-            if held.numel() != 1:
+            weight = operator.attrgetter(str(n.target))(graph.modules).detach()
+            if weight.numel() != 1:
                 raise ValueError("not one number")
-            return held.double()
+            return weight.double()
         if n.op == "call_module":
             return value(n.all_input_nodes[0])
         if n.op == "placeholder":
@@ -172,8 +173,8 @@ def evaluator(graph: Graph, env: dict[fx.Node, Any]) -> Callable[[fx.Node], Any]
     return value
 
 
-def named(z: Tensor, y: Tensor) -> tuple[str, dict[str, Any]] | None:
-    """The gate whose values on `z` are `y`."""
+def matching_gate(z: Tensor, y: Tensor) -> tuple[str, dict[str, Any]] | None:
+    """The row, and its arguments, of the gate whose values at the points `z` are `y`; None where no gate has them."""
     at_one, at_minus = (float(y[z == at][0]) for at in (1.0, -1.0))
     rate = math.log(at_one / (1 - at_one)) if 0 < at_one < 1 else 1.0
     slope = -at_minus

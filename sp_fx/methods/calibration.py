@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..analysis.calls import name_of
+from ..analysis.ops import SAME_VALUES
 from ..capture.clone import lets_through
 from ..gates.adjoints.row import wide
 from ..gates.dual import dual_path
@@ -23,7 +24,7 @@ from ..rewrite.report import Report, Site
 STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0
 
 
-KEEPERS = frozenset("dropout dropout1d dropout2d dropout3d alpha_dropout contiguous movedim flatten".split())
+KEEPERS = SAME_VALUES
 
 
 SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first

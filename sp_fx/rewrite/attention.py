@@ -8,14 +8,12 @@ from torch import fx, nn
 
 from ..analysis.calls import keywords, op_of
 from ..analysis.facts import Facts
-from ..analysis.ops import ATTENTION_PRODUCTS, MATRIX_PRODUCTS, WEIGHTS_PASS
+from ..analysis.ops import LINEAR, MIXES, MIXES_OTHERWISE
 from ..analysis.readers import SOFTMAX
 from .edits import FreezeSoftmax, is_hot
 from .plan import Plan
 
-WEIGHTS_PASS_LEAVES = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),
-)
+LINEAR_LEAVES = (*(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),)
 
 
 def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
@@ -61,9 +59,9 @@ def products_of(softmax: fx.Node, facts: Facts, absorbed: set[fx.Node]) -> tuple
             continue
         name = facts.op(node) if node.op != "output" else ""
         if any(n not in weights for n in inputs):
-            if name.strip("_") in ATTENTION_PRODUCTS:
+            if name.strip("_") in MIXES | MIXES_OTHERWISE:
                 products.append(node)
-        elif facts.aliasing.is_view(node) or name in WEIGHTS_PASS or isinstance(facts.leaf(node), WEIGHTS_PASS_LEAVES):
+        elif facts.aliasing.is_view(node) or name in LINEAR or isinstance(facts.leaf(node), LINEAR_LEAVES):
             weights.add(node)
     return products, weights
 
@@ -71,7 +69,7 @@ def products_of(softmax: fx.Node, facts: Facts, absorbed: set[fx.Node]) -> tuple
 def mixing(product: fx.Node, weights: set[fx.Node], facts: Facts) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
     """Returns the weights, the values and the arguments of the row `mix`, of a product that it covers: `weights @ values`,
     `values @ weights`, or an einsum of the two."""
-    if facts.op(product).strip("_") in MATRIX_PRODUCTS and len(product.args) == 2:
+    if facts.op(product).strip("_") in MIXES and len(product.args) == 2:
         left, right = product.args
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return None
