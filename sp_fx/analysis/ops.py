@@ -68,3 +68,22 @@ SHAPES = frozenset(
     """shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device zeros_like ones_like
     full_like empty_like new_zeros new_ones new_full new_empty new_tensor""".split()
 )
+
+
+MULTIPLICATION = frozenset("mul imul multiply".split())
+
+
+MULTIPLES = frozenset(
+    "mul truediv div rsub sub add".split()
+)  # with one varying input: what a multiple of it, or an offset, is made by
+
+
+MATRIX_PRODUCTS = frozenset("matmul bmm mm".split())
+
+
+ATTENTION_PRODUCTS = MATRIX_PRODUCTS | frozenset("einsum baddbmm addmm addbmm".split())
+
+
+WEIGHTS_PASS = frozenset(
+    "mul imul truediv itruediv div add iadd sub isub sum mean masked_fill where linear conv2d clone flip roll".split()
+)

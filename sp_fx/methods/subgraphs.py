@@ -15,10 +15,11 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from ..analysis.aliasing import Storage
+from ..analysis.aliasing import Aliasing
 from ..analysis.calls import writes
 from ..capture.arguments import checked
 from ..gates.multihead import multihead_attention
+from ..rewrite.protection import protect
 from ..rewrite.report import Report
 
 
@@ -85,13 +86,13 @@ def pruned(modules: nn.Module, graph: fx.Graph, needed_only: bool = False) -> fx
 
     A call without users stays where it writes over a tensor that a later one reads (`h.add_(1)` and then `relu(h)`).
     """
-    storage = Storage(modules, graph)
-    storage.protect()
+    aliasing = Aliasing(modules, graph)
+    protect(graph, aliasing)
     for node in reversed(list(graph.nodes)):
         kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node.target == "activation_"))
         if node.users or kept or (node.target is checked and not needed_only):
             continue
-        if not (writes(node) and storage.later_readers(node.all_input_nodes[0], node)):
+        if not (writes(node) and aliasing.later_readers(node.all_input_nodes[0], node)):
             graph.erase_node(node)
     graph.lint()
     return graph
