@@ -26,8 +26,8 @@ NAMES = list("abcde")
 
 def packaged(program):
     """As `load` returns it, without the file."""
-    made = manifest.described(program, ".onnx", NAMES)
-    return manifest.restored(made, program.run, None)
+    made = manifest.describe(program, ".onnx", NAMES)
+    return manifest.program_from(made, program.run, None)
 
 
 @pytest.fixture(scope="module")
