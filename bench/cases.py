@@ -1,4 +1,4 @@
-"""What is timed: networks by name, with the size of their pictures, and noise to explain."""
+"""The cases of the benches on cost: networks by name, with the size of their pictures, and noise to explain."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class UnknownNetwork(ValueError):
-    """The message has the choices."""
+    """torchvision has no network of this name; the message has the choices."""
 
 
 def network(name: str) -> nn.Module:
-    """A network in eval mode: the zoo's as trained, others with PyTorch's own initialisation from a fixed seed.
+    """Returns a network in eval mode: the zoo's as trained, others with PyTorch's own initialisation from a fixed seed.
 
     Raises:
         UnknownNetwork: torchvision has no such model.
@@ -46,4 +46,5 @@ def network(name: str) -> nn.Module:
 
 
 def noise(batch: int, size: int, dtype: torch.dtype, device: str) -> Tensor:
+    """Returns [batch, 3, size, size] of standard normal noise, the same at every call."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device, dtype)

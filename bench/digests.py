@@ -1,11 +1,11 @@
 """Are the maps still the same, to the bit? `python bench/digests.py --out before.json` at one commit, and at another
 `python bench/digests.py --against before.json`.
 
-A digest (SHA-256) of everything that an explainer gives: its report, its outputs, its maps by default, paper and frozen rules. Of
-the golden networks, of the zoo, and of every network of `bench/zoo.py` (`--networks golden zoo torchvision timm`; weights filled
-from a seed). Maps depend on the processor, the number of threads and the version of torch, so a file of digests holds for one
-machine: run both commits on it, each in one thread (`OMP_NUM_THREADS=1`). Rows are written as they come; a second call goes on
-where the first ended. Only public names of `sp_fx` are used, so that this file runs in older checkouts too.
+Digests (SHA-256) of everything that an explainer returns, its report, its outputs, its maps by default, paper and frozen rules,
+are taken of the golden networks, of the zoo, and of every network of `bench/zoo.py` (`--networks golden zoo torchvision timm`;
+weights filled from a seed). Maps depend on the processor, the number of threads and the version of torch, so a file of digests
+holds for one machine: run both commits on it, each in one thread (`OMP_NUM_THREADS=1`). Rows are written as they come; a second
+call goes on where the first ended. Only public names of `sp_fx` are used, so that this file runs in older checkouts too.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ RULES = {"default": sp_fx.Rules, "paper": sp_fx.Rules.paper, "frozen": sp_fx.Rul
 
 
 def digest(value: Any) -> str:
-    """Of the bytes of a tensor, or of how anything else prints."""
+    """Returns the digest of the bytes of a tensor, or of how anything else prints."""
     if isinstance(value, Tensor):
         value = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(value if isinstance(value, bytes) else str(value).encode()).hexdigest()[:16]
 
 
 def golden_cases() -> Iterator[tuple[str, Case]]:
+    """Yields the networks of tests/golden."""
     for name in NETS:
 
         def case(name: str = name) -> tuple[nn.Module, Tensor, Any]:
@@ -53,6 +54,7 @@ def golden_cases() -> Iterator[tuple[str, Case]]:
 
 
 def zoo_cases() -> Iterator[tuple[str, Case]]:
+    """Yields the trained networks that ship with the package, on three scenes."""
     from sp_fx import zoo
 
     for name in zoo.NAMES:
@@ -60,6 +62,7 @@ def zoo_cases() -> Iterator[tuple[str, Case]]:
 
 
 def filled_cases(models: Iterator[tuple[str, str, Any]], library: str) -> Iterator[tuple[str, Case]]:
+    """Yields networks of a library, filled from a seed, each with a random direction of its output as the target."""
     for _, name, build in models:
 
         def case(build: Any = build) -> tuple[nn.Module, Tensor, Any]:
@@ -80,8 +83,9 @@ SOURCES: dict[str, Callable[[], Iterator[tuple[str, Case]]]] = {
 }
 
 
-def examined(model: nn.Module, x: Tensor, target: Any, tracer: str, small: bool) -> dict[str, str]:
-    """The digests of one network; of a `small` one also those by the paper's rules and of the other methods."""
+def digests_of(model: nn.Module, x: Tensor, target: Any, tracer: str, small: bool) -> dict[str, str]:
+    """Returns the digests of one network by name, such as "paper pullback"; of a `small` one also those by the
+    paper's rules and of the other methods."""
     row = {}
     for name, rules in RULES.items():
         if name == "paper" and not small:
@@ -113,22 +117,23 @@ def main() -> int:
     warnings.simplefilter("ignore")
     uninitialised()
     rows: dict[str, Any] = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else {}
-    wanted: dict[str, Any] = json.loads(args.against.read_text())["rows"] if args.against else {}
+    expected: dict[str, Any] = json.loads(args.against.read_text())["rows"] if args.against else {}
     started, different = time.perf_counter(), 0
     cases = [case for source in args.networks for case in SOURCES[source]()]
     for name, case in cases[args.part[0] :: args.part[1]]:
         if name in rows or time.perf_counter() - started > 60 * args.minutes:
             continue
         try:
-            rows[name] = examined(*case(), args.tracer, small=name.startswith(("golden", "zoo")))
+            rows[name] = digests_of(*case(), args.tracer, small=name.startswith(("golden", "zoo")))
         except Exception as error:  # the same error before and after is the same behaviour
             rows[name] = {"error": f"{type(error).__name__}: {str(error)[:200]}"}
-        said = "made"
+        verdict = "made"
         if args.against:
-            off = sorted(key for key in wanted.get(name, {}) | rows[name] if wanted.get(name, {}).get(key) != rows[name].get(key))
-            different += bool(off)
-            said = f"DIFFERENT: {', '.join(off)}" if off else "equal"
-        print(f"{name:52} {said}", flush=True)
+            before = expected.get(name, {})
+            changed = sorted(key for key in before | rows[name] if before.get(key) != rows[name].get(key))
+            different += bool(changed)
+            verdict = f"DIFFERENT: {', '.join(changed)}" if changed else "equal"
+        print(f"{name:52} {verdict}", flush=True)
         if args.out:
             args.out.write_text(json.dumps({**provenance(), "tracer": args.tracer, "rows": rows}, indent=1) + "\n")
         gc.collect()

@@ -4,8 +4,8 @@ Why not Quantus or Captum: what a measure asks of the model (the score where som
 that is judged, and both ask it anew for every method, a sample at a time. Here each question is put once, in batches, and all
 methods are judged on the same answers, which also makes every comparison paired. The formulas are theirs, with these deviations:
 features are the cells of a grid, not single pixels (a pixel of a photograph removed alone changes little but rounding); removed
-pixels become 0, mid-grey; and what is held against the change of the score is the share of the removed pixels, for a slope the
-slope times the input. `infidelity_published` alone asks what the paper's evaluation asks.
+pixels become 0, mid-grey; and the change of the score is compared with the share of the removed pixels, for a slope the slope
+times the input. `infidelity_published` alone asks what the paper's evaluation asks.
 
 Shares are [N, C, H, W]; scores are those of one class a sample, before any softmax.
 """
@@ -25,31 +25,31 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (inputs [M, C, H, W], classes [M])
 
 
 def grid(height: int, width: int, cells: int) -> Tensor:
-    """The cell of each pixel, [H, W] in 0 to cells^2 - 1: a grid of `cells` by `cells`."""
+    """Returns the cell of each pixel, [H, W] in 0 to cells^2 - 1: a grid of `cells` by `cells`."""
     rows, columns = torch.arange(height) * cells // height, torch.arange(width) * cells // width
     return rows[:, None] * cells + columns
 
 
 def in_cells(shares: Tensor, cells: Tensor) -> Tensor:
-    """The sum of the shares in each cell, [N, K], in float64."""
+    """Returns the sum of the shares in each cell, [N, K], in float64."""
     flat = shares.double().sum(1).flatten(1)
     return torch.zeros(len(flat), int(cells.max()) + 1, dtype=torch.float64).index_add_(1, cells.flatten(), flat)
 
 
 def single_cells(cells: Tensor) -> Tensor:
-    """One mask a cell, bool [K, H, W]."""
+    """Returns one mask a cell, bool [K, H, W]."""
     return cells == torch.arange(int(cells.max()) + 1)[:, None, None]
 
 
 def random_cells(cells: Tensor, part: float, count: int, draw: torch.Generator) -> Tensor:
-    """Masks of `part` of the cells each, bool [count, H, W]."""
+    """Returns masks of `part` of the cells each, bool [count, H, W]."""
     total = int(cells.max()) + 1
     chosen = torch.stack([torch.randperm(total, generator=draw) < round(part * total) for _ in range(count)])
     return chosen[:, cells]
 
 
 def random_squares(height: int, width: int, sides: tuple[float, float], count: int, draw: torch.Generator) -> Tensor:
-    """Masks of one square each, its side between `sides`, two parts of the picture's height, bool [count, H, W]."""
+    """Returns masks of one square each, its side between `sides`, two parts of the picture's height, bool [count, H, W]."""
     masks = torch.zeros(count, height, width, dtype=torch.bool)
     least, most = (int(height * part) for part in sides)
     for mask in masks:
@@ -63,8 +63,8 @@ SMALL, LARGE = (1 / 16, 1 / 4), (1 / 4, 1 / 2)  # sides of squares
 
 
 def removed_parts(cells: Tensor, count: int) -> dict[str, Tensor]:
-    """What infidelity is asked of, `count` masks of each, the same at every call: squares small and large, and an eighth of
-    `cells` [H, W] scattered, which faithfulness correlation is asked of too.
+    """Returns the masks of infidelity, `count` of each kind, the same at every call: squares small and large, and an eighth of
+    `cells` [H, W] scattered, which are those of faithfulness correlation too.
 
     Three, because the answer depends on the size: a small square changes a score by little more than the network's noise.
     """
@@ -77,16 +77,17 @@ def removed_parts(cells: Tensor, count: int) -> dict[str, Tensor]:
 
 
 class Removal(NamedTuple):
-    """What was removed, bool [K, H, W], and how far the score fell, float64 [N, K]."""
+    """The removed `masks`, bool [K, H, W], and how far the score fell without each (`drops`), float64 [N, K]."""
 
     masks: Tensor
     drops: Tensor
 
 
 def removal(score: Score, x: Tensor, target: Tensor, masks: Tensor) -> Removal:
-    whole, drops = score(x, target), []
-    for one, its_class, its_score in zip(x, target, whole):
-        removed = one * ~masks[:, None]
+    """Removes each mask from each sample, which becomes 0 there, and asks for the score."""
+    drops = []
+    for sample, its_class, its_score in zip(x, target, score(x, target)):
+        removed = sample * ~masks[:, None]
         drops.append((its_score - score(removed, its_class.expand(len(masks)))).double())
     return Removal(masks, torch.stack(drops))
 
@@ -101,72 +102,72 @@ class Overwriting(NamedTuple):
 
 
 def noise_pictures(shape: torch.Size, rounds: int = 5) -> Tensor:
-    """`rounds` pictures of uniform noise in [-1, 1], the same at every call."""
+    """Returns `rounds` pictures of uniform noise in [-1, 1], the same at every call."""
     return 2 * torch.rand(rounds, *shape, generator=torch.Generator().manual_seed(8)) - 1
 
 
 def overwritten(score: Score, x: Tensor, target: Tensor, blocks: Tensor, noise: Tensor) -> Tensor:
-    """The `drops` of an `Overwriting`."""
+    """Returns the `drops` of an `Overwriting`."""
     so_far = (blocks <= torch.arange(int(blocks.max()) + 1)[:, None, None])[None, :, None]  # [1, K, 1, H, W]
     drops = []
-    for one, its_class, its_score in zip(x, target, score(x, target)):
-        pictures = torch.where(so_far, noise[:, None], one)  # [R, K, C, H, W]
+    for sample, its_class, its_score in zip(x, target, score(x, target)):
+        pictures = torch.where(so_far, noise[:, None], sample)  # [R, K, C, H, W]
         after = score(pictures.flatten(0, 1), its_class.expand(pictures.shape[:2].numel()))
         drops.append((its_score - after).double().view(pictures.shape[:2]))
     return torch.stack(drops)
 
 
 def in_masks(shares: Tensor, masks: Tensor) -> Tensor:
-    """The sum of the shares in each mask, float64 [N, K]."""
+    """Returns the sum of the shares in each mask, float64 [N, K]."""
     return shares.double().sum(1).flatten(1) @ masks.flatten(1).double().T
 
 
 # -- measures -----------------------------------------------------------------------------------------------------------
 
 
-def infidelity(shares: Tensor, found: Removal) -> Tensor:
+def infidelity(shares: Tensor, removed: Removal) -> Tensor:
     """Mean of `(b a - drop)^2` over the removals, `a` the removed share, b each sample's best scale, [N]; lower is better.
 
     Yeh et al., "On the (In)fidelity and Sensitivity of Explanations", arXiv:1901.09392; the scale is Captum's `normalize=True`.
     """
-    return misfit(in_masks(shares, found.masks), found.drops)
+    return misfit(in_masks(shares, removed.masks), removed.drops)
 
 
-def misfit(told: Tensor, drops: Tensor) -> Tensor:
-    """Mean square of `b told - drops` [N, K], b each sample's best scale, [N]."""
-    square = told.square().mean(1)
-    scale = torch.where(square > 0, (told * drops).mean(1) / square, 0)
-    return (scale[:, None] * told - drops).square().mean(1)
+def misfit(sums: Tensor, drops: Tensor) -> Tensor:
+    """Mean square of `b sums - drops` [N, K], b each sample's best scale, [N]; `sums` are of the shares that were removed."""
+    square = sums.square().mean(1)
+    scale = torch.where(square > 0, (sums * drops).mean(1) / square, 0)
+    return (scale[:, None] * sums - drops).square().mean(1)
 
 
-def infidelity_published(shares: Callable[[Tensor], Tensor], found: Overwriting) -> Tensor:
+def infidelity_published(shares: Callable[[Tensor], Tensor], overwriting: Overwriting) -> Tensor:
     """Infidelity as the paper's evaluation asks it, [N]: blocks of a quarter of the side are overwritten by uniform noise one
     after the other, row by row, none put back (a subclass of Quantus's measure, with Captum's best scale).
 
-    `shares(instead)` are those of `x` against a picture `instead` [C, H, W]. What is told grows with what is overwritten, and so
+    `shares(instead)` are those of `x` against a picture `instead` [C, H, W]. Their sum grows with what is overwritten, and so
     does the drop: equal shares answer it nearly as well as a good map does, and a map of noise pays for its sums with the noise.
     """
-    told = [in_cells(shares(instead), found.blocks).cumsum(1) for instead in found.noise]
-    return misfit(torch.stack(told, 1).flatten(1), found.drops.flatten(1))
+    sums = [in_cells(shares(instead), overwriting.blocks).cumsum(1) for instead in overwriting.noise]
+    return misfit(torch.stack(sums, 1).flatten(1), overwriting.drops.flatten(1))
 
 
-def removals_judged(shares: Tensor, found: dict[str, Removal]) -> dict[str, Tensor]:
-    """The measures that ask about `removed_parts`."""
+def removals_judged(shares: Tensor, removals: dict[str, Removal]) -> dict[str, Tensor]:
+    """Returns the measures that ask about `removed_parts`."""
     return {
-        "infidelity, small": infidelity(shares, found["squares"]),
-        "infidelity, large": infidelity(shares, found["large squares"]),
-        "infidelity, scattered": infidelity(shares, found["subsets"]),
-        "faithfulness correlation": correlation(shares, found["subsets"]),
+        "infidelity, small": infidelity(shares, removals["squares"]),
+        "infidelity, large": infidelity(shares, removals["large squares"]),
+        "infidelity, scattered": infidelity(shares, removals["subsets"]),
+        "faithfulness correlation": correlation(shares, removals["subsets"]),
     }
 
 
-def correlation(shares: Tensor, found: Removal) -> Tensor:
+def correlation(shares: Tensor, removed: Removal) -> Tensor:
     """Pearson correlation of removed share and drop, [N], NaN where either is constant; higher is better.
 
     With random subsets: faithfulness correlation, Bhatt et al., arXiv:2005.00631. With single features: faithfulness estimate,
     Alvarez-Melis and Jaakkola, arXiv:1806.07538.
     """
-    return pearson(in_masks(shares, found.masks), found.drops)
+    return pearson(in_masks(shares, removed.masks), removed.drops)
 
 
 def monotonicity(shares: Tensor, cells: Tensor, changes: Tensor) -> Tensor:
@@ -179,12 +180,12 @@ def monotonicity(shares: Tensor, cells: Tensor, changes: Tensor) -> Tensor:
 
 def redrawn(score: Score, x: Tensor, target: Tensor, cells: Tensor, draws: int, draw: torch.Generator) -> Tensor:
     """Mean squared change of the score when each cell's pixels are drawn anew, uniform in [-1, 1], float64 [N, K]."""
-    masks, whole, changes = single_cells(cells)[:, None], score(x, target), []
-    for one, its_class, its_score in zip(x, target, whole):
+    masks, changes = single_cells(cells)[:, None], []
+    for sample, its_class, its_score in zip(x, target, score(x, target)):
         total = torch.zeros(len(masks), dtype=torch.float64)
         for _ in range(draws):
-            drawn = torch.rand(one.shape, generator=draw) * 2 - 1
-            total += (score(torch.where(masks, drawn, one), its_class.expand(len(masks))) - its_score).double().square()
+            drawn = torch.rand(sample.shape, generator=draw) * 2 - 1
+            total += (score(torch.where(masks, drawn, sample), its_class.expand(len(masks))) - its_score).double().square()
         changes.append(total / draws)
     return torch.stack(changes)
 
@@ -218,7 +219,7 @@ def max_sensitivity(run: Callable[[Tensor, Tensor], Tensor], x: Tensor, target: 
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Of maps, [N]. Of the maps of two classes: the random-logit test, Sixt et al., arXiv:1912.09818."""
+    """Cosine similarity of maps, [N]; of the maps of two classes, it is the random-logit test, Sixt et al., arXiv:1912.09818."""
     return torch.cosine_similarity(a.double().flatten(1), b.double().flatten(1))
 
 

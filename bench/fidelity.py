@@ -1,4 +1,4 @@
-"""How faithful, stable and class-specific maps are: `python bench/fidelity.py [--networks NAME ...] [--seed N] [--out DIR]`.
+"""How faithful, stable and class-specific are maps? `python bench/fidelity.py [--networks NAME ...] [--seed N] [--out DIR]`.
 
 Networks: both of the zoo on scenes they have not seen, with masks; `squeezenet1_0` on photographs where `--data` has its weights
 and pictures. The defaults of `Rules` were chosen on scenes of seed 2025 and on ten of the photographs: another `--seed`, and the
@@ -26,7 +26,7 @@ from typing import Any
 
 import faithfulness as ask
 import torch
-from fidelity_cases import SEED, Case, case
+from fidelity_cases import SEED, Case, load_case
 from fidelity_table import METRICS, compared, draw_plot, rows, table
 from measures import mass_inside, pointing
 from methods import Method, methods
@@ -36,13 +36,16 @@ from torch import Tensor
 import sp_fx
 
 LEAST = 10  # samples for an interval
-# What equal shares can be asked: the others are about their order or their changes, and they have none.
+# The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.
 KNOWING_NOTHING = ("infidelity, small", "infidelity, large", "infidelity, scattered", "infidelity, published", "mask mass")
 RADII = {"max-sensitivity 0.02": 0.02, "max-sensitivity 0.1": 0.1}  # Captum's default; and five times that
 
 
 class Answers:
-    """Tensors by name, computed once and kept on disk under the fingerprint of what they depend on."""
+    """Tensors by name, computed once and kept on disk under a digest of all that they depend on (`facts`).
+
+    A call raises TimeoutError where an answer is not there and `deadline` (of `time.monotonic`) is past.
+    """
 
     def __init__(self, folder: Path, facts: dict[str, Any], deadline: float) -> None:
         self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -65,7 +68,7 @@ class Answers:
 
 @dataclass(frozen=True)
 class InBatches:
-    """A method run on a few samples at a time."""
+    """A method that explains `batch` samples at a time, and measures that explain anew."""
 
     method: Method
     batch: int
@@ -83,57 +86,58 @@ class InBatches:
         return ask.spearman(self(x, target).flatten(1), maps.flatten(1))
 
 
-def drops(the: Case, masks: Tensor) -> Tensor:
-    return ask.removal(the.score, the.pixels, the.target, masks).drops
+def drops(case: Case, masks: Tensor) -> Tensor:
+    return ask.removal(case.score, case.pixels, case.target, masks).drops
 
 
-def redrawn(the: Case, cells: Tensor) -> Tensor:
-    return ask.redrawn(the.score, the.pixels, the.target, cells, 2, draw(3))
+def redrawn(case: Case, cells: Tensor) -> Tensor:
+    return ask.redrawn(case.score, case.pixels, case.target, cells, 2, draw(3))
 
 
-def curves(the: Case, shares: Tensor, cells: Tensor) -> Tensor:
-    n = the.counts.curves
-    return torch.stack(ask.curves(the.probability, the.pixels[:n], the.target[:n], shares[:n], cells, the.counts.steps))
+def curves(case: Case, shares: Tensor, cells: Tensor) -> Tensor:
+    n = case.counts.curves
+    return torch.stack(ask.curves(case.probability, case.pixels[:n], case.target[:n], shares[:n], cells, case.counts.steps))
 
 
-def overwritten(the: Case, blocks: Tensor, noise: Tensor) -> Tensor:
-    return ask.overwritten(the.score, the.pixels, the.target, blocks, noise)
+def overwritten(case: Case, blocks: Tensor, noise: Tensor) -> Tensor:
+    return ask.overwritten(case.score, case.pixels, case.target, blocks, noise)
 
 
 def measured(
-    the: Case, chosen: dict[str, Method], answers: Answers
+    case: Case, chosen: dict[str, Method], answers: Answers
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Every measure of every method, [N] each, by method and measure; and what a map of equal shares gets by knowing nothing."""
-    x, target, counts, size = the.pixels, the.target, the.counts, the.pixels.shape[2:]
+    """Returns every measure of every method, [N] each, by method and measure; and those of a map of equal shares, which knows
+    nothing."""
+    x, target, counts, size = case.pixels, case.target, case.counts, case.pixels.shape[2:]
     cells, coarse, blocks = ask.grid(*size, counts.cells), ask.grid(*size, 6), ask.grid(*size, 4)
     masks = {**ask.removed_parts(cells, counts.removals), "cells": ask.single_cells(cells)}
-    found = {name: ask.Removal(m, answers(f"drops {name}", drops, the, m)) for name, m in masks.items()}
-    changes = answers("redrawn", redrawn, the, coarse)
+    removals = {name: ask.Removal(m, answers(f"drops {name}", drops, case, m)) for name, m in masks.items()}
+    changes = answers("redrawn", redrawn, case, coarse)
     noise = ask.noise_pictures(x.shape[1:])
-    published = ask.Overwriting(blocks, noise, answers("drops published", overwritten, the, blocks, noise))
+    published = ask.Overwriting(blocks, noise, answers("drops published", overwritten, case, blocks, noise))
 
-    def on_the_whole(method: Method, maps: Tensor) -> dict[str, Tensor]:
-        """What is asked without explaining anew."""
+    def measures_of_maps(method: Method, maps: Tensor) -> dict[str, Tensor]:
+        """Returns the measures that need no other map than `maps`."""
         shares = method.shares(x, maps)
-        found_here = {
-            **ask.removals_judged(shares, found),
+        values = {
+            **ask.removals_judged(shares, removals),
             "infidelity, published": ask.infidelity_published(lambda instead: method.shares(x, maps, instead), published),
-            "faithfulness estimate": ask.correlation(shares, found["cells"]),
+            "faithfulness estimate": ask.correlation(shares, removals["cells"]),
             "monotonicity": ask.monotonicity(shares, coarse, changes),
         }
-        if the.masks is not None:
-            found_here["mask mass"] = mass_inside(torch.ones_like(shares), shares, the.masks)
-            found_here["pointing game"] = pointing(torch.ones_like(shares), shares, the.masks).double()
-        return found_here
+        if case.masks is not None:
+            values["mask mass"] = mass_inside(torch.ones_like(shares), shares, case.masks)
+            values["pointing game"] = pointing(torch.ones_like(shares), shares, case.masks).double()
+        return values
 
     results: dict[str, dict[str, Tensor]] = {}
     for name, method in chosen.items():
         explained = InBatches(method, counts.batch)
         maps = answers(f"{name} maps", explained, x, target)
         shares = method.shares(x, maps)
-        result = results[name] = on_the_whole(method, maps)
+        result = results[name] = measures_of_maps(method, maps)
         if counts.curves:
-            result["deletion"], result["insertion"] = answers(f"{name} curves", curves, the, shares, cells)
+            result["deletion"], result["insertion"] = answers(f"{name} curves", curves, case, shares, cells)
         if name not in counts.stable_too and method.passes > counts.dear:
             continue
         n = counts.sensitivity
@@ -144,25 +148,25 @@ def measured(
             continue
         n = counts.logit
         if n:
-            result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(the)[:n], maps[:n])
-        if the.mosaics is not None:
-            result["focus"] = answers(f"{name} focus", explained.on_mosaics, *the.mosaics)
-    equal = on_the_whole(Method(lambda x, target: torch.ones_like(x), 0, "share"), torch.ones_like(x))
+            result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(case)[:n], maps[:n])
+        if case.mosaics is not None:
+            result["focus"] = answers(f"{name} focus", explained.on_mosaics, *case.mosaics)
+    equal = measures_of_maps(Method(lambda x, target: torch.ones_like(x), 0, "share"), torch.ones_like(x))
     return results, {"equal shares": {name: equal[name] for name in KNOWING_NOTHING if name in equal}}
 
 
-def randomised(the: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str, dict[str, Tensor]]:
-    """Spearman correlation of signed maps with those of the model whose top part is random, by method and part.
+def randomised(case: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str, dict[str, Tensor]]:
+    """Returns the Spearman correlation of signed maps with those of the model whose top part is random, by method and part.
 
     Adebayo et al., arXiv:1810.03292: layers from the output down get Gaussian weights of their own mean and deviation.
     """
-    n, results = the.counts.randomised, {}
+    n, results = case.counts.randomised, {}
     for part in (0.25, 0.5, 1.0) if n else ():
-        chosen, _ = methods(the.with_random_top(part, draw(5)), layer=the.layer)
+        chosen, _ = methods(case.with_random_top(part, draw(5)), layer=case.layer)
         for name, method in chosen.items():
-            if name in maps and method.passes <= the.counts.dear:
-                like = InBatches(method, the.counts.batch).like
-                answer = answers(f"{name} random {part}", like, the.pixels[:n], the.target[:n], maps[name][:n])
+            if name in maps and method.passes <= case.counts.dear:
+                like = InBatches(method, case.counts.batch).like
+                answer = answers(f"{name} random {part}", like, case.pixels[:n], case.target[:n], maps[name][:n])
                 results.setdefault(name, {})[str(part)] = answer
     return results
 
@@ -171,43 +175,49 @@ def draw(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def other_class(the: Case) -> Tensor:
-    """A class other than the explained one, for each sample."""
-    return (the.target + torch.randint(1, the.classes, the.target.shape, generator=draw(6))) % the.classes
+def other_class(case: Case) -> Tensor:
+    """Returns a class other than the explained one, for each sample."""
+    return (case.target + torch.randint(1, case.classes, case.target.shape, generator=draw(6))) % case.classes
 
 
-def told(rules: sp_fx.Rules) -> dict[str, Any]:
-    """The rules in full, the defaults too: those change."""
+def rules_facts(rules: sp_fx.Rules) -> dict[str, Any]:
+    """Returns the rules in full, the defaults too: those change."""
     values = {field.name: getattr(rules, field.name) for field in fields(rules)}
     return {name: value for name, value in values.items() if value != {}}
 
 
 def run(name: str, args: argparse.Namespace) -> None:
-    the = case(name, args.data, args.samples, args.seed)
-    if len(the.target) < LEAST:
-        raise ValueError(f"{len(the.target)} samples of {name}: an interval needs at least {LEAST}")
-    chosen, left = methods(the.model, layer=the.layer)
+    """Judge the methods on one network and write its results.
+
+    Raises:
+        ValueError: too few samples, or an unknown method.
+        TimeoutError: `args.deadline` has passed.
+    """
+    case = load_case(name, args.data, args.samples, args.seed)
+    if len(case.target) < LEAST:
+        raise ValueError(f"{len(case.target)} samples of {name}: an interval needs at least {LEAST}")
+    chosen, left = methods(case.model, layer=case.layer)
     unknown = set(args.methods or ()) - set(chosen)
     if unknown:
         raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(chosen)}")
     chosen = {m: chosen[m] for m in args.methods or chosen if chosen[m].passes <= args.passes}
-    rules = {"default": told(sp_fx.Rules()), "paper": told(sp_fx.Rules.paper())}
-    facts = {"network": name, "weights_sha256": the.weights, "rules": rules, "seed": the.seed, "counts": asdict(the.counts),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": the.samples}  # fmt: skip
+    rules = {"default": rules_facts(sp_fx.Rules()), "paper": rules_facts(sp_fx.Rules.paper())}
+    facts = {"network": name, "weights_sha256": case.weights, "rules": rules, "seed": case.seed, "counts": asdict(case.counts),
+             "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": case.samples}  # fmt: skip
     answers = Answers(args.work, facts, args.deadline)
-    results, controls = measured(the, chosen, answers)
+    results, controls = measured(case, chosen, answers)
     maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
-    for method, parts in randomised(the, maps, answers).items():
+    for method, parts in randomised(case, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
-    listed, unranked = rows(results, {n: m.passes for n, m in chosen.items()}), rows(controls, dict.fromkeys(controls, 0))
-    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "radii": RADII, "methods": listed,
+    ranked, unranked = rows(results, {n: m.passes for n, m in chosen.items()}), rows(controls, dict.fromkeys(controls, 0))
+    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "radii": RADII, "methods": ranked,
               "controls": unranked, "not applicable": left, "comparisons": compared(results), "measures": METRICS}  # fmt: skip
-    if the.fresh:
-        fresh = {m: {measure: values[the.fresh :] for measure, values in found.items()} for m, found in results.items()}
-        record |= {"fresh": f"those from number {the.fresh} on, which no default was chosen on"}
+    if case.fresh:
+        fresh = {m: {measure: values[case.fresh :] for measure, values in measures.items()} for m, measures in results.items()}
+        record |= {"fresh": f"those from number {case.fresh} on, which no default was chosen on"}
         record |= {"comparisons_fresh": compared(fresh)}
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{the.seed}" if the.seed != SEED else "")
+    stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{case.seed}" if case.seed != SEED else "")
     (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
     draw_plot(record, args.out / f"{stem}.png")
     print(table(record))

@@ -1,4 +1,4 @@
-"""What fidelity.py judges on: networks, pictures, the classes explained, mosaics, and how many questions fit the time."""
+"""The cases of fidelity.py: networks, pictures, the classes explained, mosaics, and how many questions fit the time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class Counts:
 
 @dataclass(frozen=True)
 class Case:
-    """`model` takes pixels in [-1, 1] [N, 3, H, W]; `target` [N] is the predicted class; `layer` is that of `methods`."""
+    """A network and its samples: `model` takes `pixels` [N, 3, H, W] in [-1, 1]; `target` [N] is the predicted class; `masks`
+    [N, H, W] bool say where the object is; `layer` is that of `methods`."""
 
     name: str
     model: nn.Module
@@ -70,11 +71,12 @@ class Case:
         return self._run(x).softmax(1).gather(1, target[:, None])[:, 0]
 
     def with_random_top(self, part: float, draw: torch.Generator) -> nn.Module:
-        """A copy whose last `part` of the layers (convolutions, linear maps, and norms among them) is drawn anew."""
+        """Returns a copy of the model whose last `part` of the layers (convolutions, linear maps, and norms among them) is drawn
+        anew: 0.5 is the upper half."""
         model = copy.deepcopy(self.model)
         layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
-        weighty = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.Linear)]
-        first = weighty[len(weighty) - round(part * len(weighty))]
+        weighted = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.Linear)]
+        first = weighted[len(weighted) - round(part * len(weighted))]
         with torch.no_grad():
             for parameter in (p for layer in layers[first:] for p in layer.parameters(recurse=False)):
                 if parameter.numel() > 1 and parameter.std() > 0:
@@ -83,7 +85,8 @@ class Case:
         return model
 
 
-def case(name: str, data: Path, samples: int | None = None, seed: int = SEED) -> Case:
+def load_case(name: str, data: Path, samples: int | None = None, seed: int = SEED) -> Case:
+    """Returns the case of `squeezenet1_0`, on the photographs in `data`, or of a network of the zoo, on scenes."""
     if name == "squeezenet1_0":
         return photographed(data)
     return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples, seed)
@@ -102,9 +105,9 @@ def scenes(name: str, count: int, seed: int) -> Case:
         others = [(kind + 1 + int(k)) % kinds for k in torch.randperm(kinds - 1, generator=order)[:2]]
         names = [zoo.KINDS[k] for k in (kind, kind, *others)]
         four = torch.cat([zoo.draw(seed + 1, 1, kinds=[n], start=4 * i + j).pixels for j, n in enumerate(names)])
-        places = torch.randperm(4, generator=order)
-        tiles.append(four[places])
-        shown.append(places < 2)
+        shuffled = torch.randperm(4, generator=order)
+        tiles.append(four[shuffled])
+        shown.append(shuffled < 2)
         classes.append(kind)
     return Case(f"zoo/{name}", model, drawn.pixels, predicted(model, drawn.pixels), drawn.masks,
                 (mosaic(torch.stack(tiles)), torch.tensor(classes), torch.stack(shown)),
@@ -129,6 +132,6 @@ def predicted(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def mosaic(tiles: Tensor) -> Tensor:
-    """Tiles [M, 4, 3, h, w] as pictures [M, 3, 2h, 2w], row by row."""
+    """Returns tiles [M, 4, 3, h, w] as pictures [M, 3, 2h, 2w], row by row."""
     upper, lower = torch.cat([tiles[:, 0], tiles[:, 1]], 3), torch.cat([tiles[:, 2], tiles[:, 3]], 3)
     return torch.cat([upper, lower], 2)

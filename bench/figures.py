@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from fidelity import InBatches
-from fidelity_cases import Case, case
+from fidelity_cases import Case, load_case
 from methods import methods
 from provenance import provenance
 from torch import Tensor
@@ -30,47 +30,51 @@ AIMS = {"squeezenet1_0": [(207, "golden retriever"), (291, "lion"), (386, "Afric
 STEPS = (2, 5, 10)
 
 
-def names(the: Case) -> dict[int, str]:
-    if the.name.startswith("zoo/"):
+def class_names(case: Case) -> dict[int, str]:
+    """Returns the names of the classes by number."""
+    if case.name.startswith("zoo/"):
         return dict(enumerate(zoo.KINDS))
     from torchvision.models import SqueezeNet1_0_Weights
 
     return dict(enumerate(SqueezeNet1_0_Weights.DEFAULT.meta["categories"]))
 
 
-def compare(the: Case, x: Tensor, target: Tensor, told: list[str]):
-    chosen, _ = methods(the.model, layer=the.layer)
+def compare(case: Case, x: Tensor, target: Tensor, captions: list[str]):
+    """Returns a figure with a row for each picture and a column for each method."""
+    chosen, _ = methods(case.model, layer=case.layer)
     units = {"IG-50": "share of the score", "ascent": CHANGE}
     maps = {name: InBatches(chosen[name], 4)(x, target) for name in COLUMNS if name in chosen}
     rows = []
-    for i, said in enumerate(told):
+    for i, caption in enumerate(captions):
         cells = [signed_map(m[i], name if i == 0 else "", units.get(name, SLOPE)) for name, m in maps.items()]
-        rows.append([picture(x[i], said), *cells])
+        rows.append([picture(x[i], caption), *cells])
     return table(rows, dpi=80)
 
 
-def accentuate(the: Case, explainer: sp_fx.Explainer, x: Tensor, target: Tensor, told: list[str]):
+def accentuate(case: Case, explainer: sp_fx.Explainer, x: Tensor, target: Tensor, captions: list[str]):
+    """Returns a figure of ascents toward the predicted class, a column for each of `STEPS`."""
     _, path = explainer.ascend(x, target, steps=STEPS[-1], bounds=(-1.0, 1.0), return_path=True)
     rows = []
-    for i, said in enumerate(told):
-        one = target[i : i + 1].expand(len(STEPS) + 1)
+    for i, caption in enumerate(captions):
+        classes = target[i : i + 1].expand(len(STEPS) + 1)
         reached = path[[0, *STEPS], i]
-        scores, chances = the.score(reached, one).tolist(), the.probability(reached, one).tolist()
-        titles = [f"score {score:.1f}, p {chance:.3f}" for score, chance in zip(scores, chances)]
+        scores, probabilities = case.score(reached, classes).tolist(), case.probability(reached, classes).tolist()
+        titles = [f"score {score:.1f}, p {p:.3f}" for score, p in zip(scores, probabilities)]
         after = [picture(path[k, i], f"{k} steps: {title}") for k, title in zip(STEPS, titles[1:])]
-        said = f"{said.split(':')[0]}: {titles[0]}"
-        rows.append([picture(x[i], said), *after, signed_map(path[STEPS[0], i] - x[i], f"change in {STEPS[0]} steps", CHANGE)])
+        before = picture(x[i], f"{caption.split(':')[0]}: {titles[0]}")
+        rows.append([before, *after, signed_map(path[STEPS[0], i] - x[i], f"change in {STEPS[0]} steps", CHANGE)])
     return table(rows, dpi=80)
 
 
-def counterfactual(the: Case, explainer: sp_fx.Explainer, x: Tensor, told: list[str], aims: list[tuple[int, str]]):
-    wanted = torch.tensor([[index for index, _ in aims]] * len(x))
-    reached = x[:, None] + explainer.ascend(x, wanted, steps=STEPS[-1], bounds=(-1.0, 1.0))
+def counterfactual(case: Case, explainer: sp_fx.Explainer, x: Tensor, captions: list[str], aims: list[tuple[int, str]]):
+    """Returns a figure with a row for each picture and a column for each class of `aims`, (index, name)."""
+    targets = torch.tensor([[index for index, _ in aims]] * len(x))
+    reached = x[:, None] + explainer.ascend(x, targets, steps=STEPS[-1], bounds=(-1.0, 1.0))
     titles = []
     for i in range(len(x)):
-        sure = the.probability(reached[i], wanted[i])
-        titles.append([f"{name}: {p:.2f}" for (_, name), p in zip(aims, sure.tolist())])
-    figure = grid(x, reached, told, titles)
+        probabilities = case.probability(reached[i], targets[i])
+        titles.append([f"{name}: {p:.2f}" for (_, name), p in zip(aims, probabilities.tolist())])
+    figure = grid(x, reached, captions, titles)
     figure.set_dpi(80)
     return figure
 
@@ -86,20 +90,20 @@ def main() -> int:
         if name == "squeezenet1_0" and not args.data.exists():
             print(f"{name}: left out, there is no {args.data}", file=sys.stderr)
             continue
-        the = case(name, args.data, 10)
-        the = dataclasses.replace(the, counts=dataclasses.replace(the.counts, batch=4))
+        case = load_case(name, args.data, 10)
+        case = dataclasses.replace(case, counts=dataclasses.replace(case.counts, batch=4))
         chosen = WHICH.get(name, [0, 3, 6, 8])
-        x, target, known = the.pixels[chosen], the.target[chosen], names(the)
-        told = [f"{known[int(t)]}: {p:.3f}" for t, p in zip(target, the.probability(x, target).tolist())]
-        explainer = sp_fx.transform(the.model)
-        aims = AIMS.get(name, [(k, known[k]) for k in (1, 4, 7, 9) if k in known])
+        x, target, names = case.pixels[chosen], case.target[chosen], class_names(case)
+        captions = [f"{names[int(t)]}: {p:.3f}" for t, p in zip(target, case.probability(x, target).tolist())]
+        explainer = sp_fx.transform(case.model)
+        aims = AIMS.get(name, [(k, names[k]) for k in (1, 4, 7, 9) if k in names])
         stem = name.removeprefix("zoo/")
-        about = {**provenance(), "network": name, "weights_sha256": the.weights, "samples": the.samples, "shown": chosen,
+        about = {**provenance(), "network": name, "weights_sha256": case.weights, "samples": case.samples, "shown": chosen,
                  "rules": rules_record(explainer.report().rules)}  # fmt: skip
         drawn = {
-            "compare": compare(the, x, target, told),
-            "accentuate": accentuate(the, explainer, x, target, told),
-            "counterfactual": counterfactual(the, explainer, x, told, aims),
+            "compare": compare(case, x, target, captions),
+            "accentuate": accentuate(case, explainer, x, target, captions),
+            "counterfactual": counterfactual(case, explainer, x, captions, aims),
         }
         for kind, figure in drawn.items():
             save(figure, args.out / f"{kind}_{stem}.jpg", about)

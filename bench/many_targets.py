@@ -1,4 +1,4 @@
-"""Many targets from one forward against single calls: `python bench/many_targets.py [--targets 20] [--out FILE]`.
+"""What do many targets from one forward cost against single calls? `python bench/many_targets.py [--targets 20] [--out FILE]`.
 
 The ways take turns; the table gives medians. Maps that differ, or a model that runs more than once, are not timed.
 """
@@ -50,12 +50,12 @@ def main() -> int:
 
     rows = timing.measure(iter((way, lambda run=run: run) for way, run in ways.items()), x.device, args.repeats)
     median = {row.way: row.median_s for row in rows}
-    for way, taken in median.items():
-        print(f"{way:26} {1e3 * taken:8.0f} ms  {taken / median['single calls']:.2f} of single calls")
+    ratios = {way: seconds / median["single calls"] for way, seconds in median.items()}
+    for way, seconds in median.items():
+        print(f"{way:26} {1e3 * seconds:8.0f} ms  {ratios[way]:.2f} of single calls")
     if args.out:
-        ratios = {way: taken / median["single calls"] for way, taken in median.items()}
-        settings = {name: getattr(args, name) for name in ("network", "targets", "batch", "repeats")}
-        record = {**provenance(), **settings, "forwards": len(runs), "error": error, "median_s": median, "ratio": ratios}
+        options = {name: getattr(args, name) for name in ("network", "targets", "batch", "repeats")}
+        record = {**provenance(), **options, "forwards": len(runs), "error": error, "median_s": median, "ratio": ratios}
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -11,14 +11,14 @@ from torch import Tensor
 def mass_inside(x: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
     """Share of the positive relevance that lies inside the mask, [B] in [0, 1]; NaN where no relevance is positive.
 
-    The relevance of a place is input times map, summed over channels. `x`, `maps` [B, C, H, W] floating; `masks` [B, H, W] bool.
+    The relevance of a pixel is input times map, summed over channels. `x`, `maps` [B, C, H, W] floating; `masks` [B, H, W] bool.
     """
     relevance = (x * maps).double().sum(1).clamp(min=0)
     return (relevance * masks).sum((1, 2)) / relevance.sum((1, 2))
 
 
 def pointing(x: Tensor, maps: Tensor, masks: Tensor) -> Tensor:
-    """Whether the place of the greatest relevance lies inside the mask, [B] bool. Shapes as in `mass_inside`."""
+    """Whether the pixel of the greatest relevance lies inside the mask, [B] bool. Shapes as in `mass_inside`."""
     best = (x * maps).double().sum(1).flatten(1).argmax(1, keepdim=True)
     return masks.flatten(1).gather(1, best)[:, 0]
 

@@ -1,8 +1,8 @@
-"""What an explanation keeps for the way back, and what keeping less would cost.
+"""How much memory does an explanation keep for the way back, and what would keeping less cost?
 
     python bench/memory.py [--networks ...] [--out bench/results/memory.json]
 
-For one batch in eager mode: the bytes that autograd holds between the forward and the way back, of the plain gradient and of the
+For one batch in eager mode: the bytes that autograd keeps between the forward and the way back, of the plain gradient and of the
 pullback; how many of those are the pre-activations of pointwise gates; and, were each of these kept in 16 bits (the
 pre-activation) or in 8 (its gain, between 0 and 1), the bytes, and how far the map would be off, in relative L2. To keep nothing
 and run the forward once more costs what `bench/run.py` says a forward does; peak memory is in its table too.
@@ -33,8 +33,8 @@ from sp_fx.gates.table import TABLE
 MIB = 2**20
 
 
-def held(model: Callable[[Tensor], Tensor], x: Tensor, weights: set[int]) -> int:
-    """Bytes of storage that the graph of `model(x)` keeps alive, weights aside."""
+def saved_bytes(model: Callable[[Tensor], Tensor], x: Tensor, weights: set[int]) -> int:
+    """Returns the bytes of storage that the graph of `model(x)` keeps alive; `weights`, addresses of storages, do not count."""
     storages: dict[int, Any] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -44,26 +44,26 @@ def held(model: Callable[[Tensor], Tensor], x: Tensor, weights: set[int]) -> int
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         y = model(x.detach().requires_grad_())
     del y
-    return sum(s.nbytes() for at, s in storages.items() if at not in weights)
+    return sum(s.nbytes() for address, s in storages.items() if address not in weights)
 
 
-def in_gates(explainer: nn.Module, x: Tensor) -> int:
-    """Bytes of the pre-activations that pointwise gates keep."""
-    found: dict[int, Any] = {}
+def gate_bytes(explainer: nn.Module, x: Tensor) -> int:
+    """Returns the bytes of the pre-activations that pointwise gates keep."""
+    storages: dict[int, Any] = {}
 
     def kept(gate: Any, tensors: Any, output: Tensor) -> list[Tensor | None]:
         if gate[0] in fused.POINTWISE:
-            found[tensors[0].untyped_storage().data_ptr()] = tensors[0].untyped_storage()
+            storages[tensors[0].untyped_storage().data_ptr()] = tensors[0].untyped_storage()
         return original(gate, tensors, output)
 
     original = dual.kept
     with mock.patch.object(dual, "kept", kept):
         explainer(x.detach().requires_grad_())
-    return sum(s.nbytes() for s in found.values())
+    return sum(s.nbytes() for s in storages.values())
 
 
 def in_bits(row: Row, bits: int) -> Row:
-    """The row, its adjoint as if what it keeps were kept so."""
+    """Returns the row with an adjoint whose pre-activation was kept in 16 `bits`, or its gain in 8."""
 
     def adjoint(v: Tensor, z: Tensor, *rest: Any, **fit: Any) -> Tensor | None:
         if bits == 16:
@@ -77,18 +77,24 @@ def in_bits(row: Row, bits: int) -> Row:
 
 @contextmanager
 def kept_in(bits: int) -> Iterator[None]:
+    """A context in which pointwise gates keep so many bits a number."""
     changed = {kind: in_bits(TABLE[kind], bits) for kind in fused.POINTWISE}
     with mock.patch.dict(TABLE, changed):
         yield
 
 
-def one(name: str, batch: int) -> dict[str, Any]:
+def memory_of(name: str, batch: int) -> dict[str, Any]:
+    """Returns the row of one network: bytes, and relative errors of its map."""
     model = network(name)
     x, target = noise(batch, NETWORKS.get(name, 224), torch.float32, "cpu"), torch.arange(batch)
     explainer = sp_fx.transform(model)
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    exact, gates = explainer.pullback(x, target), in_gates(explainer, x)
-    row = {"gradient": held(model, x, weights), "pullback": held(explainer, x, weights), "pre-activations of gates": gates}
+    exact, gates = explainer.pullback(x, target), gate_bytes(explainer, x)
+    row = {
+        "gradient": saved_bytes(model, x, weights),
+        "pullback": saved_bytes(explainer, x, weights),
+        "pre-activations of gates": gates,
+    }
     for bits in (16, 8):
         with kept_in(bits):
             error = float((explainer.pullback(x, target) - exact).norm() / exact.norm())
@@ -107,7 +113,7 @@ def main() -> int:
     print(f"MiB kept, batch {args.batch:<11} {'gradient':>9} {'pullback':>9} {'gates':>7} {'16 bits':>17} {'8 bits':>17}")
     for name in args.networks:
         try:
-            row = record["bytes"][name] = one(name, args.batch)
+            row = record["bytes"][name] = memory_of(name, args.batch)
         except UnknownNetwork as error:
             print(f"memory: {error}", file=sys.stderr)
             return 2

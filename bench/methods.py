@@ -1,4 +1,4 @@
-"""The ways of explaining that are compared: maps by name, what each costs, and whether it is a slope or a share.
+"""The methods that are compared: maps by name, what each costs, and whether it is a slope or a share.
 
 A *slope* says how the score changes with a pixel, a *share* what a pixel adds to the score against the baseline; with the
 baseline 0 (mid-grey in [-1, 1]) a slope times the input is a share. Measures take shares, so that both are asked the same.
@@ -34,39 +34,39 @@ class Method:
     kind: Literal["slope", "share"] = "slope"
 
     def shares(self, x: Tensor, maps: Tensor, instead: Tensor | float = 0) -> Tensor:
-        """What pixels add against those of a picture `instead`. A share knows of 0 only, the mean of noise in [-1, 1] too."""
+        """Returns what pixels add against those of a picture `instead`. A share knows of 0 only, which is the mean of noise."""
         return maps if self.kind == "share" else maps * (x - instead)
 
 
 def methods(
     model: nn.Module, rules: sp_fx.Rules | None = None, layer: tuple[str, str] | None = None
 ) -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods for `model`, which takes pixels in [-1, 1], and why some of them do not apply to it.
+    """Returns the methods for `model`, which takes pixels in [-1, 1], by name; and of those left out, why they do not apply.
 
-    `layer` names the last one with places, [B, C, h, w], in the graph of `own_relus` and in an explainer, for class activation
-    maps; without it the model is no ReLU network, and what is made for those is left out.
+    `layer` names the last layer whose output has spatial axes, [B, C, h, w], in the graph of `own_relus` and in an explainer, for
+    class activation maps; without it the model is no ReLU network, and methods for those are left out.
     """
     default, paper = sp_fx.transform(model, rules=rules), sp_fx.transform(model, rules=sp_fx.Rules.paper())
-    found, left = ours(default), dict[str, str]()
-    found["integrated pullback-10"] = Method(integrated(default), 10, "share")
+    chosen, left = ours(default), dict[str, str]()
+    chosen["integrated pullback-10"] = Method(integrated(default), 10, "share")
     if layer is not None:
-        found["guided-CAM pullback"] = Method(guided_cam(default, layer[1]), 2)
+        chosen["guided-CAM pullback"] = Method(guided_cam(default, layer[1]), 2)
     papers = {f"{name}, paper's rules": method for name, method in ours(paper).items()}
     if temperatures(paper) != temperatures(default):
-        found |= papers
+        chosen |= papers
     else:
         left |= dict.fromkeys(papers, "the default's temperatures: no ReLU, no max pooling")
-    found |= captum_methods(model)
+    chosen |= captum_methods(model)
     relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth")
     if layer is None:
         left |= dict.fromkeys(relu_only, "has rules for ReLU networks only: no GELU, LayerNorm or attention")
     else:
-        found |= relu_methods(model, layer[0])
+        chosen |= relu_methods(model, layer[0])
         try:
-            found |= zennit_methods(model)
+            chosen |= zennit_methods(model)
         except ModuleNotFoundError as error:
             left = dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
-    return found, left
+    return chosen, left
 
 
 def ours(explainer: sp_fx.Explainer) -> dict[str, Method]:
@@ -92,18 +92,19 @@ def guided_cam(explainer: sp_fx.Explainer, layer: str) -> Run:
     cam = LayerGradCam(explainer, explainer.get_submodule(layer))
 
     def run(x: Tensor, target: Tensor) -> Tensor:
-        seen = cam.attribute(x, target=target, relu_attributions=True).detach()
-        return explainer.pullback(x, target) * LayerAttribution.interpolate(seen, x.shape[2:], "bilinear")
+        activation = cam.attribute(x, target=target, relu_attributions=True).detach()
+        return explainer.pullback(x, target) * LayerAttribution.interpolate(activation, x.shape[2:], "bilinear")
 
     return run
 
 
 def temperatures(explainer: sp_fx.Explainer) -> list[tuple]:
+    """Returns what became of each gate, for comparison between explainers."""
     return [(site.place, site.status, site.temperature, site.scale) for site in explainer.report().sites]
 
 
 def captum_methods(model: nn.Module) -> dict[str, Method]:
-    """What only differentiates, by Captum."""
+    """Returns the methods that differentiate and nothing else, by Captum."""
     from captum.attr import GradientShap, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
 
     saliency, shap, path = Saliency(model), GradientShap(model), IntegratedGradients(model)
@@ -128,7 +129,7 @@ def captum_methods(model: nn.Module) -> dict[str, Method]:
 
 
 def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
-    """Captum's rules for ReLU modules; they hook modules, so each call of a ReLU gets one of its own, not in place."""
+    """Returns Captum's methods for ReLU modules; they hook modules, so each call of a ReLU gets one of its own, not in place."""
     from captum.attr import DeepLift, GuidedBackprop, GuidedGradCam
 
     own = own_relus(model)
@@ -141,7 +142,7 @@ def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
 
 
 def zennit_methods(model: nn.Module) -> dict[str, Method]:
-    """Zennit's composites; batch norms are merged into the convolutions before them, which the rules of layers suppose."""
+    """Returns Zennit's composites; batch norms are merged into the convolutions before them, as the rules of layers suppose."""
     from zennit.attribution import Gradient
     from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import BetaSmooth, EpsilonPlus
@@ -161,7 +162,7 @@ def zennit_methods(model: nn.Module) -> dict[str, Method]:
 
 
 def own_relus(model: nn.Module) -> nn.Module:
-    """A copy in which every call of a ReLU is a module of its own, `own_relu0` and so on, that does not work in place."""
+    """Returns a copy in which every call of a ReLU is a module of its own, `own_relu0` and so on, that does not work in place."""
     graph_module = fx.symbolic_trace(copy.deepcopy(model))
 
     def is_relu(node: fx.Node) -> bool:
@@ -176,7 +177,7 @@ def own_relus(model: nn.Module) -> nn.Module:
 
 
 def seeded(run: Run, seed: int = 0) -> Run:
-    """`run` with the same draws at every call, and none taken from the caller's. Captum's GradientShap draws from NumPy."""
+    """Returns `run` with the same draws at every call, none of them the caller's. Captum's GradientShap draws from NumPy."""
 
     def same(x: Tensor, target: Tensor) -> Tensor:
         before = np.random.get_state()

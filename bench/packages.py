@@ -1,4 +1,4 @@
-"""Packages against the explainers they were made from.
+"""Do packages return what the explainers they were made from return, and at what cost?
 
     python bench/packages.py --out bench/results/packages.json                                  # every network, both formats
     python bench/packages.py --networks resnet18 --formats .onnx --out bench/results/packages.json
@@ -45,16 +45,18 @@ SPEED_BATCH = 4
 
 
 def model_of(name: str) -> nn.Module:
-    """Fresh weights have layer scales of 1e-6 and zero heads, which would hide whole blocks: they are filled from a seed."""
+    """Returns a network. Fresh weights have layer scales of 1e-6 and zero heads, which would hide whole blocks: they are filled
+    from a seed."""
     return network(name) if name.startswith("zoo/") else fill(network(name))
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found - wanted).norm() / wanted.norm()).item()
+def relative(result: Tensor, expected: Tensor) -> float:
+    """Returns the relative L2 distance."""
+    return ((result - expected).norm() / expected.norm()).item()
 
 
 def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> Program:
-    """What is saved is the graph, not what Inductor made of it for this process, which would take minutes more."""
+    """Returns the program that is saved: its graph, without what Inductor makes of it for this process in minutes more."""
     inductor, build.compiled = build.compiled, lambda graph, example: graph
     try:
         return explainer.compile(example_inputs=x)
@@ -63,7 +65,7 @@ def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> Program:
 
 
 def parity(name: str, suffix: str) -> dict[str, Any]:
-    """One network and format: distances, size, seconds."""
+    """Returns the row of one network and format: distances, size, seconds."""
     explainer = sp_fx.transform(model_of(name))
     x = noise(max(BATCHES), SIZES.get(name, 224), torch.float32, "cpu").clamp(-1, 1)
     program = uncompiled(explainer, x[:2])
@@ -76,8 +78,8 @@ def parity(name: str, suffix: str) -> dict[str, Any]:
         distances = {}
         for batch in BATCHES:
             outputs, maps = loaded(x[:batch])
-            wanted = explainer(x[:batch]).detach(), explainer.pullback(x[:batch])
-            distances[batch] = {"outputs": relative(outputs, wanted[0]), "maps": relative(maps, wanted[1])}
+            eager = explainer(x[:batch]).detach(), explainer.pullback(x[:batch])
+            distances[batch] = {"outputs": relative(outputs, eager[0]), "maps": relative(maps, eager[1])}
         size = path.stat().st_size
     worst = max(max(d.values()) for d in distances.values())
     took = f"saved in {saved - started:5.1f} s, loaded in {ready - saved:4.2f} s"
@@ -86,7 +88,8 @@ def parity(name: str, suffix: str) -> dict[str, Any]:
 
 
 def speed(name: str, suffix: str, turns: int) -> dict[str, Any]:
-    """Medians, in turns, of the package and of what it is held against."""
+    """Returns the medians, in turns, of the package and of what it is compared with: the program in process (.pt2), or the
+    forward by ONNX Runtime (.onnx)."""
     model = model_of(name)
     x = noise(SPEED_BATCH, SIZES.get(name, 224), torch.float32, "cpu").clamp(-1, 1)
     target = torch.arange(SPEED_BATCH)
@@ -98,21 +101,21 @@ def speed(name: str, suffix: str, turns: int) -> dict[str, Any]:
             ways = {"package": lambda: loaded(x, target), "program in process": lambda: program(x, target)}
         else:
             with torch.no_grad():
-                made = torch.onnx.export(model, (x,), dynamo=True, opset_version=package_onnx.OPSET, verbose=False)
-            forward = onnxruntime.InferenceSession(made.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+                exported = torch.onnx.export(model, (x,), dynamo=True, opset_version=package_onnx.OPSET, verbose=False)
+            forward = onnxruntime.InferenceSession(exported.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
             feed = {forward.get_inputs()[0].name: x.numpy()}
             assert relative(torch.from_numpy(forward.run(None, feed)[0]), model(x).detach()) <= BOUND
             ways = {"package": lambda: loaded(x, target), "forward by ONNX Runtime": lambda: forward.run(None, feed)}
-        taken: dict[str, list[float]] = {way: [] for way in ways}
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
         for turn in range(turns + 2):
             for way, run in ways.items():
                 started = time.perf_counter()
                 run()
                 if turn > 1:
-                    taken[way].append(time.perf_counter() - started)
-    median = {way: statistics.median(seconds) for way, seconds in taken.items()}
+                    seconds[way].append(time.perf_counter() - started)
+    median = {way: statistics.median(times) for way, times in seconds.items()}
     package, other = median.values()
-    both = ", ".join(f"{way} {1e3 * seconds:.1f} ms" for way, seconds in median.items())
+    both = ", ".join(f"{way} {1e3 * middle:.1f} ms" for way, middle in median.items())
     print(f"{name:26} {suffix:5}  {both}, ratio {package / other:.2f}", flush=True)
     return {"batch": SPEED_BATCH, "turns": turns, "median_s": median, "ratio": package / other}
 

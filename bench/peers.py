@@ -1,4 +1,5 @@
-"""What other packages offer on the same work as a pullback, made ready to be timed beside it."""
+"""Methods of Captum, pytorch-grad-cam and Zennit on the work of a pullback, one batch and one class a sample, as ways that
+`bench/run.py --peers` times beside ours. None of these packages is imported before its way is made."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from sp_fx.cli.timing import Way
 
 
 def peers(model: nn.Module, x: Tensor, target: Tensor) -> Iterator[tuple[str, Callable[[], Way]]]:
-    """What others offer on the same work, each with what makes it; those that are not installed make an ImportError."""
+    """Yields the peers' ways by name, each as a function that makes it ready, such as `("Captum Saliency", make)`; it raises
+    ImportError where the package is not installed, ValueError where the model has no convolution to look at."""
 
     def captum(name: str, **arguments: Any) -> Callable[[], Way]:
         def make() -> Way:
@@ -57,7 +59,12 @@ def peers(model: nn.Module, x: Tensor, target: Tensor) -> Iterator[tuple[str, Ca
 
 
 def last_convolution(model: nn.Module) -> nn.Module:
-    found = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    if not found:
+    """Returns the layer that class activation maps look at.
+
+    Raises:
+        ValueError: there is none.
+    """
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    if not convolutions:
         raise ValueError("the model has no convolution")
-    return found[-1]
+    return convolutions[-1]

@@ -14,17 +14,17 @@ SKIMAGE = ("chelsea.png", "coffee.png", "rocket.jpg")  # tabby, espresso, missil
 
 
 def photographs(data: Path) -> tuple[list[Path], int]:
-    """Files, and how many of them, the first ones, the defaults were chosen on."""
+    """Returns the files, and how many of them, the first ones, the defaults were chosen on."""
     chosen_on = sorted((data / "photos").glob("*.jpg"))
     others = sorted(folder("foolbox").glob("imagenet_*.jpg")) + [folder("skimage") / name for name in SKIMAGE]
-    found = [path for path in others if path.exists()]
-    if len(found) < 23:
-        told = "further photographs are missing: pip install --no-deps foolbox scikit-image"
-        print(f"{23 - len(found)} of 23 {told}", file=sys.stderr)
-    return chosen_on + found, len(chosen_on)
+    present = [path for path in others if path.exists()]
+    if len(present) < 23:
+        hint = "further photographs are missing: pip install --no-deps foolbox scikit-image"
+        print(f"{23 - len(present)} of 23 {hint}", file=sys.stderr)
+    return chosen_on + present, len(chosen_on)
 
 
 def folder(package: str) -> Path:
-    """Where an installed package keeps its data; a folder that does not exist where it is not installed."""
+    """Returns where an installed package keeps its data; a folder that does not exist where it is not installed."""
     spec = find_spec(package)
     return Path((spec.submodule_search_locations or ["missing"])[0] if spec else "missing") / "data"

@@ -13,6 +13,7 @@ import sp_fx
 
 
 def device_name(device: str = "cpu") -> str:
+    """Returns the name of the GPU, or of the processor with the number of threads, as in "AMD EPYC, 2 threads"."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
@@ -22,5 +23,6 @@ def device_name(device: str = "cpu") -> str:
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
+    """Returns the entries that every file of results has."""
     versions = {"sp_fx": sp_fx.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {"date": datetime.date.today().isoformat(), "device": device_name(device), "versions": versions}

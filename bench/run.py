@@ -1,4 +1,4 @@
-"""Time explanations side by side.
+"""What does an explanation cost, beside a forward and beside the methods of others?
 
     python bench/run.py                                    # CPU: the networks of the table, batch 1 and 4, float32
     python bench/run.py --quick                            # resnet18 at 64 x 64, a minute
@@ -28,9 +28,15 @@ from provenance import provenance
 from sp_fx.cli import timing
 
 
-def one(
+def time_ways(
     name: str, size: int, batch: int, dtype: torch.dtype, device: str, turns: int, with_peers: bool, wanted: Callable[[str], bool]
 ) -> list[dict]:
+    """Returns the rows of one network, size, batch and dtype, of the ways that are `wanted`, and prints them.
+
+    Raises:
+        ArithmeticError: a result is wrong.
+        UnknownNetwork: there is no such network.
+    """
     torch.compiler.reset()  # else Dynamo refuses the ninth size or ResNet of a process, and all of them stay in memory
     model = network(name).to(device, dtype)
     x, target = noise(batch, size, dtype, device), torch.arange(batch, device=device)
@@ -45,20 +51,22 @@ def one(
 
 
 def scaling(device: str, turns: int) -> Iterator[dict]:
-    """Cost against batch, resolution and depth, a point at a time."""
+    """Yields the cost against batch, resolution and depth, a point at a time."""
     points = [("batch", n, ("resnet18", 112, n)) for n in ((1, 2, 4, 8) if device == "cpu" else (1, 4, 16, 64, 256))]
     points += [("resolution", s, ("resnet18", s, 2)) for s in (64, 128, 192, 256)]
     points += [("depth", int(n[6:]), (n, 112, 2)) for n in ("resnet18", "resnet34", "resnet50", "resnet101")]
     for axis, value, (name, size, batch) in points:
-        for row in one(name, size, batch, torch.float32, device, turns, False, timing.PROGRAM.__eq__):
+        for row in time_ways(name, size, batch, torch.float32, device, turns, False, timing.PROGRAM.__eq__):
             yield {"axis": axis, "value": value, "network": name, **row}
 
 
 def key(entry: dict) -> tuple:
+    """Returns what makes two results the same measurement, the later of which is kept."""
     return tuple(entry[k] for k in ("network", "size", "batch", "dtype"))
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
+    """Draw the results of `record` as multiples of the compiled forward, and what `--scaling` measured."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,7 +149,7 @@ def main() -> int:
             for dtype in dtypes:
                 entry = {"network": name, "size": size, "batch": batch, "dtype": dtype, **made_by}
                 try:
-                    entry["rows"] = one(name, size, batch, DTYPES[dtype], args.device, args.turns, args.peers, wanted)
+                    entry["rows"] = time_ways(name, size, batch, DTYPES[dtype], args.device, args.turns, args.peers, wanted)
                 except ArithmeticError as error:
                     print(f"{name}: {error}; it is not timed", file=sys.stderr)
                     return 1

@@ -1,4 +1,4 @@
-"""A load test of `sp-fx serve` on the loopback: `python bench/service.py [--requests 10000] [--clients 8] [--out FILE]`.
+"""Does `sp-fx serve` stand a load? `python bench/service.py [--requests 10000] [--clients 8] [--out FILE]`, on the loopback.
 
 A network of the zoo as a package, drawn scenes as JPEG bodies to `:explain`, maps as PNG. Reported: errors, requests a second and
 latency with batching and with batches of one, the service's resident memory in each tenth of them (the least seen in it: a batch
@@ -34,22 +34,25 @@ PORT = 8931
 
 
 def bodies(count: int = 16) -> list[bytes]:
-    made = []
+    """Returns drawn scenes as JPEG."""
+    encoded = []
     for pixels in zoo.draw(50_000, count).pixels:
         out = io.BytesIO()
         Image.fromarray(((pixels + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(out, "JPEG", quality=90)
-        made.append(out.getvalue())
-    return made
+        encoded.append(out.getvalue())
+    return encoded
 
 
 def resident(pid: int) -> int:
+    """Returns the resident memory of a process in bytes."""
     line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) * 1024
 
 
 def processor_seconds(pid: int) -> float:
-    spent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
+    """Returns the processor time, user and system, of a process."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def get(path: str) -> str:
@@ -58,8 +61,9 @@ def get(path: str) -> str:
     return connection.getresponse().read().decode()
 
 
-def load(package: Path, batch: int, requests: int, clients: int, options: list[str]) -> dict:
-    command = [sys.executable, "-m", "sp_fx.cli", "serve", str(package), "--name", "zoo", "--batch", str(batch)]
+def load_test(package: Path, batch: int, requests: int, clients: int, options: list[str]) -> dict:
+    """Returns the row of one service: starts it, sends `requests` from `clients` threads, and stops it."""
+    command = [sys.executable, "-m", "sp_fx", "serve", str(package), "--name", "zoo", "--batch", str(batch)]
     service = subprocess.Popen([*command, *options, "--port", str(PORT)], stdout=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -80,15 +84,16 @@ def load(package: Path, batch: int, requests: int, clients: int, options: list[s
                 )
                 reply = connection.getresponse()
                 content = reply.read()
-                taken = time.perf_counter() - started
+                elapsed = time.perf_counter() - started
                 with lock:
-                    seconds.append(taken)
+                    seconds.append(elapsed)
                     if reply.status != 200 or json.loads(content)["explanations"][0]["format"] != "png":
                         failed.append(reply.status)
                     if len(seconds) == warm:
                         begun.append(spent())
 
         def spent() -> tuple[float, float, float, float]:
+            """Returns the seconds so far: by the clock, of the engine, of the processors in the service and in the clients."""
             lines = dict(line.rsplit(" ", 1) for line in get("/metrics").splitlines() if not line.startswith("#"))
             engine = float(lines["sp_fx_batch_seconds_total"])
             return time.perf_counter(), engine, processor_seconds(service.pid), time.process_time()
@@ -106,16 +111,16 @@ def load(package: Path, batch: int, requests: int, clients: int, options: list[s
     finally:
         service.terminate()
         stopped = service.wait(60)
-    whole, engine, serving, asking = (1e3 * (b - a) / (requests - warm) for a, b in zip(begun[0], ended))
+    clock, engine, serving, asking = (1e3 * (b - a) / (requests - warm) for a, b in zip(begun[0], ended))
     return {
         "batch": batch,
         "options": options,
         "requests": len(seconds),
         "failed": failed,
-        "per_second": 1e3 / whole,
+        "per_second": 1e3 / clock,
         "p50_s": float(np.percentile(seconds[warm:], 50)),
         "p99_s": float(np.percentile(seconds[warm:], 99)),
-        "ms_a_request": {"in all": whole, "engine": engine, "processors, service": serving, "processors, clients": asking},
+        "ms_a_request": {"in all": clock, "engine": engine, "processors, service": serving, "processors, clients": asking},
         "resident_bytes_by_tenths": memory,
         "batches": [line for line in metrics.splitlines() if line.startswith("sp_fx_batches_total")],
         "exit": stopped,
@@ -138,7 +143,7 @@ def main() -> int:
         program = sp_fx.transform(zoo.load(args.network)).compile(example_inputs=scenes.pixels)
         program.save(package, class_names=zoo.labels)
         requests = {8: args.requests, 1: max(args.requests // 5, 200)}
-        rows = [load(package, batch, count, args.clients, args.options) for batch, count in requests.items()]
+        rows = [load_test(package, batch, count, args.clients, args.options) for batch, count in requests.items()]
     for row in rows:
         _, before, *_, after = row["resident_bytes_by_tenths"]
         row["memory_growth"] = after / before - 1

@@ -1,4 +1,4 @@
-"""Every network of a library through `transform`: `python bench/zoo.py --torchvision`, `--timm`.
+"""Does `transform` take every network of a library? `python bench/zoo.py --torchvision`, `--timm`.
 
 All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
 filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
@@ -37,6 +37,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def torchvision_models() -> Iterator[tuple[str, str, Any]]:
+    """Yields each model's key, its name, and a function that builds it."""
     import torchvision
 
     for name in torchvision.models.list_models(module=torchvision.models):
@@ -45,6 +46,7 @@ def torchvision_models() -> Iterator[tuple[str, str, Any]]:
 
 
 def timm_models() -> Iterator[tuple[str, str, Any]]:
+    """Yields the smallest model of each module: the module's name, the model's, and a function that builds it."""
     import timm
 
     for module, name in smallest().items():
@@ -62,13 +64,13 @@ def timm_model(timm: Any, name: str) -> nn.Module:
 
 
 def smallest() -> dict[str, str]:
-    """For each module of timm's architectures the variant with the fewest parameters; counted once for each version of timm."""
+    """Returns the variant with the fewest parameters of each module of timm's architectures; counted once a version of timm."""
     import timm
 
     known = RESULTS / "zoo_timm_smallest.json"
-    held = json.loads(known.read_text()) if known.exists() else {}
-    if held.get("timm") == timm.__version__:
-        return held["variants"]
+    stored = json.loads(known.read_text()) if known.exists() else {}
+    if stored.get("timm") == timm.__version__:
+        return stored["variants"]
     variants = {}
     for module in timm.list_modules():
         sizes = {}
@@ -85,14 +87,14 @@ def smallest() -> dict[str, str]:
 
 
 def uninitialised() -> None:
-    """Everything is filled from a seed afterwards."""
+    """Turn PyTorch's initialisations off, for good: everything is filled from a seed afterwards."""
     for name in dir(nn.init):
         if name.endswith("_") and not name.startswith("_"):
             setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
 
 
 def example(model: nn.Module) -> torch.Tensor:
-    """An input of the smallest size that the model takes."""
+    """Returns noise [1, 3, N, N] of the smallest N in `SIZES` that the model takes."""
     refusals = []
     for size in SIZES:
         x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -106,6 +108,7 @@ def example(model: nn.Module) -> torch.Tensor:
 
 
 def examine(build: Any) -> dict[str, Any]:
+    """Returns the row of one network; `ok` and, where it is not, `why`."""
     started = time.perf_counter()
     model = fill(build())
     row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -128,11 +131,11 @@ def examine(build: Any) -> dict[str, Any]:
         y = primary(model(leaf * 1))
         u = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         (gradient,) = torch.autograd.grad(y, leaf, u)
-        found = explainer.pullback(x, u)
-        row["from_gradient"] = float((found - gradient).norm() / gradient.norm().clamp_min(1e-30))
+        map = explainer.pullback(x, u)
+        row["from_gradient"] = float((map - gradient).norm() / gradient.norm().clamp_min(1e-30))
         if not y.isfinite().all() or not y.any():
             wrong.append("the outputs are zero or not finite, with these weights")
-        if not found.isfinite().all() or not found.any():
+        if not map.isfinite().all() or not map.any():
             wrong.append("the map is zero or not finite")
         if report.of("rewritten") and not row["from_gradient"] > 1e-3:
             wrong.append("the map is the gradient")

@@ -1,4 +1,4 @@
-"""Do the maps find what the scenes are known to show: `python bench/zoo_truth.py [--scenes 200] [--out FILE]`.
+"""Do the maps find what the scenes are known to show? `python bench/zoo_truth.py [--scenes 200] [--out FILE]`.
 
 For each network of the zoo, on scenes it has not seen: its accuracy; the share of positive input x map mass inside the object's
 mask, soft pullback against plain gradient, paired; and whether an ascent toward another class (default step, bounds -1 and 1, 10
@@ -28,12 +28,12 @@ STEPS = 10
 
 
 def truth(name: str, scenes: zoo.Scenes, batch: int = 50) -> dict:
-    """All the measures of one network."""
+    """Returns all the measures of one network."""
     network = zoo.load(name)
     explainer = sp_fx.transform(network)
     numbered = (torch.arange(len(scenes.labels)), *scenes)
-    found = [one_batch(network, explainer, *part) for part in zip(*(t.split(batch) for t in numbered), strict=True)]
-    seen = {key: torch.cat([f[key] for f in found]) for key in found[0]}
+    parts = [one_batch(network, explainer, *part) for part in zip(*(t.split(batch) for t in numbered), strict=True)]
+    seen = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     longest, step = seen["longest"].max().item(), Ascent().length([scenes.pixels])
     soft, plain = seen["pullback mass"], seen["gradient mass"]
     reached = seen["path"][:, 1:] > 0.5
@@ -60,7 +60,7 @@ def truth(name: str, scenes: zoo.Scenes, batch: int = 50) -> dict:
 
 
 def one_batch(network: nn.Module, explainer: sp_fx.Explainer, number, x, labels, masks) -> dict:
-    """The measures of one batch, each with the batch on axis 0; `number` [B] counts the scenes."""
+    """Returns the measures of one batch, each with the batch on axis 0; `number` [B] counts the scenes."""
     with torch.no_grad():
         predicted = network(x).argmax(1)
     # Every other class in turn: the scenes go through the kinds in tens, and the tens through the nine steps away.
@@ -69,11 +69,11 @@ def one_batch(network: nn.Module, explainer: sp_fx.Explainer, number, x, labels,
     maps = {"pullback": explainer.pullback(x, predicted), "gradient": class_gradient(network, x)}
     _, path = explainer.ascend(x, aim, steps=STEPS, bounds=(-1.0, 1.0), return_path=True)
     with torch.no_grad():
-        chances = network(path.flatten(0, 1)).softmax(1).unflatten(0, path.shape[:2])
+        probabilities = network(path.flatten(0, 1)).softmax(1).unflatten(0, path.shape[:2])
     return {
         "right": predicted == labels,
         "longest": (path[1:] - path[:-1]).double().flatten(2).norm(dim=2).amax(0),
-        "path": chances.gather(2, aim.expand(len(path), -1)[..., None])[..., 0].T,
+        "path": probabilities.gather(2, aim.expand(len(path), -1)[..., None])[..., 0].T,
         **{f"{kind} mass": mass_inside(x, map, masks) for kind, map in maps.items()},
         **{f"{kind} pointing": pointing(x, map, masks) for kind, map in maps.items()},
     }

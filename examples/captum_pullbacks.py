@@ -21,7 +21,7 @@ from sp_fx.plot import SLOPE, picture, save, signed_map, table
 
 
 def pullbacks(explainer: sp_fx.Explainer, x: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Maps shaped like `x` [B, 3, H, W] for classes [B]."""
+    """Returns maps by name, each shaped like `x` [B, 3, H, W], for classes `target` [B]."""
     smooth = NoiseTunnel(Saliency(explainer))
     integrated, shap = IntegratedGradients(explainer), GradientShap(explainer)
     grey = torch.zeros_like(x[:1])

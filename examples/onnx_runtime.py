@@ -14,40 +14,42 @@ import onnxruntime
 
 
 def load(path):
-    """The session and the manifest; ValueError where the package is not as it was written."""
+    """Returns the session and the manifest; raises ValueError where the package is not as it was written."""
     body = Path(path).read_bytes()
     session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
     manifest = json.loads(session.get_modelmeta().custom_metadata_map["sp_fx"])
     rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    told = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-    graph = hashlib.sha256(body[: manifest["digest"]["bytes"]]).hexdigest()
-    if told != manifest["manifest_sha256"] or graph != manifest["digest"]["sha256"]:
+    manifest_digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    graph_digest = hashlib.sha256(body[: manifest["digest"]["bytes"]]).hexdigest()
+    if manifest_digest != manifest["manifest_sha256"] or graph_digest != manifest["digest"]["sha256"]:
         raise ValueError(f"{path} was altered after it was written")
     if manifest["looped"] or len(manifest["inputs"]) != 1 or manifest["target"] != "class":
         raise ValueError("this example runs packages of one input, class targets and one graph; unroll an ascent to make it one")
     shape = [manifest["probe"]["batch"], *manifest["inputs"][0]["shape"]]
     outputs, map = explain(session, weyl(int(np.prod(shape))).reshape(shape), 0)
-    held = manifest["probe"]
-    for found, wanted in ((outputs.ravel()[:256], held["outputs"][0]), (sketch(map), held["maps"][0])):
-        error = np.linalg.norm(found - np.array(wanted)) / max(np.linalg.norm(wanted), 1e-30)
-        if not error <= held["tolerance"]:
-            raise ValueError(f"{path} does not answer its probe: relative L2 distance {error:.1e} above {held['tolerance']:.0e}")
+    probe = manifest["probe"]
+    for answer, packaged in ((outputs.ravel()[:256], probe["outputs"][0]), (sketch(map), probe["maps"][0])):
+        error = np.linalg.norm(answer - np.array(packaged)) / max(np.linalg.norm(packaged), 1e-30)
+        if not error <= probe["tolerance"]:
+            raise ValueError(f"{path} does not answer its probe: relative L2 distance {error:.1e} above {probe['tolerance']:.0e}")
     return session, manifest
 
 
 def explain(session, inputs, target=-1):
-    """Outputs and map; `target` is a class, or -1 for the predicted one."""
+    """Returns outputs and map; `target` is a class, or -1 for the predicted one."""
     return session.run(None, {"inputs": inputs.astype(np.float32), "target": np.full(len(inputs), target, np.int64)})
 
 
 def weyl(count):
-    """The numbers of the probe; `sp_fx.manifest.weyl` has the formula."""
+    """Returns the numbers of the probe's input, float32 in [-1, 1): a hash of 1, 2, 3, ...; `sp_fx/packages/probe.py` has the
+    formula."""
     x = np.arange(1, count + 1, dtype=np.uint64) * 2654435769 % 2**32
     x = (x ^ x >> np.uint64(15)) * 2246822519 % 2**32
     return ((x >> np.uint64(8)) / 2**23 - 1).astype(np.float32)
 
 
 def sketch(map):
+    """Returns the 256 signed sums of a map's values that stand for it in the manifest: value i goes to sum `i mod 256`."""
     flat = map.astype(np.float64).ravel()
     signed = np.where(weyl(len(flat)) < 0, -flat, flat)
     return np.pad(signed, (0, -len(flat) % 256)).reshape(-1, 256).sum(0)

@@ -2,7 +2,7 @@
 
     python examples/ray_batch.py PACKAGE PICTURES OUT [--workers 2] [--batch 8]
 
-The batches of `sp_fx.offline`, by number, go to a pool of actors that each have loaded the package, and what they find is written
+The batches of `sp_fx.offline`, by number, go to a pool of actors that each have loaded the package, and the results are written
 to OUT/maps as Parquet: for each picture `id`, the number of its batch, `name`, `error` ("" where there is none), `logits`, `map`,
 float16, to be multiplied by `scale`, and `provenance`. Ray restarts actors that die and runs their batches again; its checkpoints
 in OUT/done say which batches are written, so that a job that died as a whole goes on when it is started again. Not
@@ -23,19 +23,19 @@ from sp_fx.offline import Batches, begin, pictures
 
 
 class Explain:
-    """An actor: rows of batch numbers to rows of pictures."""
+    """An actor: takes rows of batch numbers, returns rows of pictures."""
 
     def __init__(self, *args, **kwargs):
         self.batches = Batches(*args, **kwargs)
 
     def __call__(self, rows):
         (number,) = rows["id"].tolist()
-        found = self.batches(number)
-        count = len(found["names"])
+        results = self.batches(number)
+        count = len(results["names"])
         return {
             "id": np.full(count, number),
-            **{column: found[f"{column}s"] for column in ("name", "error", "map", "scale")},
-            "logits": found["logits"],
+            **{column: results[f"{column}s"] for column in ("name", "error", "map", "scale")},
+            "logits": results["logits"],
             "provenance": np.full(count, self.batches.provenance),
         }
 
@@ -50,8 +50,8 @@ def main():
     parser.add_argument("--threads", type=int, default=1, help="of the CPU, for each worker")
     parser.add_argument("--gpus", type=float, default=0, help="for each worker")
     args = parser.parse_args()
-    given = [args.package.absolute(), pictures(args.pictures.absolute()), args.batch]
-    batches = Batches(*given, threads=args.threads)
+    arguments = [args.package.absolute(), pictures(args.pictures.absolute()), args.batch]
+    batches = Batches(*arguments, threads=args.threads)
     out = begin(args.out.absolute(), batches)
     if "RAY_ADDRESS" not in os.environ:  # beside the actors, one processor filters what is done and one writes
         ray.init(num_cpus=args.workers * args.threads + 2, include_dashboard=False)
@@ -60,16 +60,16 @@ def main():
     )
     # A block a batch: Ray then writes a batch whole or not at all.
     numbers = ray.data.range(len(batches), override_num_blocks=len(batches))
-    found = numbers.map_batches(
+    results = numbers.map_batches(
         Explain,
-        fn_constructor_args=given,
+        fn_constructor_args=arguments,
         fn_constructor_kwargs={"threads": args.threads},
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=args.workers),
         num_cpus=args.threads,
         num_gpus=args.gpus,
     )
-    found.write_parquet(str(out / "maps"))
+    results.write_parquet(str(out / "maps"))
 
 
 if __name__ == "__main__":

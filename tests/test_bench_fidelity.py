@@ -39,7 +39,7 @@ def tiny(name, data, samples, seed=cases.SEED):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path):
-    monkeypatch.setattr(fidelity, "case", tiny)
+    monkeypatch.setattr(fidelity, "load_case", tiny)
     # At 0.02 no gate of so small a network flips, and changes are rounding.
     monkeypatch.setattr(fidelity, "RADII", {"max-sensitivity 0.02": 0.5, "max-sensitivity 0.1": 1.0})
     threads = torch.get_num_threads()
@@ -101,7 +101,7 @@ def test_another_seed_and_cheap_methods(run, tmp_path):
 
 
 def test_samples_that_no_default_was_chosen_on(run, monkeypatch):
-    monkeypatch.setattr(fidelity, "case", lambda *args: dataclasses.replace(tiny(*args), fresh=2))
+    monkeypatch.setattr(fidelity, "load_case", lambda *args: dataclasses.replace(tiny(*args), fresh=2))
     _, record = run("--methods", "pullback", "gradient")
     assert record["fresh"].startswith("those from number 2 on")
     measured = {c["measure"] for c in record["comparisons"]}
@@ -158,14 +158,14 @@ def test_the_repository_s_pages_are_those_of_its_results(name, tmp_path):
 @pytest.mark.parametrize("name", zoo.NAMES)
 def test_maps_change_as_layers_are_randomised(name):
     """From the output down: below 0.3 once the top half is random, and no layer that was left alone differs."""
-    the = cases.case(f"zoo/{name}", BENCH, 6)
-    changed = the.with_random_top(0.5, fidelity.draw(5))
+    case = cases.load_case(f"zoo/{name}", BENCH, 6)
+    changed = case.with_random_top(0.5, fidelity.draw(5))
     layers = (nn.Conv2d, nn.Linear)
-    weighty, others = ([m.weight for m in model.modules() if isinstance(m, layers)] for model in (the.model, changed))
+    weighty, others = ([m.weight for m in model.modules() if isinstance(m, layers)] for model in (case.model, changed))
     same = list(map(torch.equal, weighty, others))
     assert same == [True] * (len(same) - round(0.5 * len(same))) + [False] * round(0.5 * len(same))
     for method in ("pullback", "ascend"):
-        maps, others = (getattr(sp_fx.transform(m), method)(the.pixels, the.target).flatten(1) for m in (the.model, changed))
+        maps, others = (getattr(sp_fx.transform(m), method)(case.pixels, case.target).flatten(1) for m in (case.model, changed))
         assert ask.spearman(maps, others).mean() < 0.3
 
 
