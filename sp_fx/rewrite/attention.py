@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from ..analysis.ops import LINEAR, MIXES, MIXES_OTHERWISE
+from ..analysis.ops import AFFINE, MIXES, MIXES_OTHERWISE
 from ..gates.adjoints.attention import tempered_softmax
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.dual import dual_path
@@ -19,10 +19,6 @@ PRODUCTS = MIXES
 
 
 OTHERS = MIXES_OTHERWISE
-
-
-# What weights may pass through on their way to the values: talking heads, dropout, a mask, a second normalisation.
-AFFINE = LINEAR
 
 
 AFFINE_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
