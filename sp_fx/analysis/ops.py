@@ -19,7 +19,7 @@ TRAITS = {
     "shifts": "gives its only varying operand plus a constant, up to sign: `rsub` in `2 - x`",
     "minus": "subtracts, as a mean is taken off a signal: `sub` in `x - x.mean(-1, True)`",
     "power": "raises to a power: `pow` in `x ** 2`",
-    "linear": "is linear in its only varying operand, so that it may stand between a softmax and its product: `masked_fill`",
+    "affine": "is affine in its only varying operand, so that it may stand between a softmax and its product: `masked_fill`",
     "mixes": "applies the weights of attention to values, by a product that the table of gates has: `bmm`",
     "mixes_otherwise": "applies weights to values in a form of its own, which may have no adjoint at a temperature: `einsum`",
     "smooth": "has a continuous derivative, and keeps it: `exp`",
@@ -63,15 +63,15 @@ TRAITS = {
 # place, and lacks traits of mul's that it should have; after the colon, what comes of that. What has no traits is here for that.
 TABLE = """
 # -- products
-mul:                    product factor scales linear pointwise closes between broadcasts rank=same
-imul:                   product factor linear pointwise closes between broadcasts rank=same
+mul:                    product factor scales affine pointwise closes between broadcasts rank=same
+imul:                   product factor affine pointwise closes between broadcasts rank=same
     ? mul in place: after `x *= 2` the signal is no multiple of x, to written norms and gated products
 multiply:               product factor pointwise closes broadcasts  ? mul by another name
 matmul:                 product mixes broadcasts rank=same
 imatmul linalg_matmul:  ? matmul in place and by another name: attention by them is no attention
 bmm:                    product mixes rank=same
 mm:                     product mixes  ? bmm of single matrices
-einsum:                 product mixes_otherwise moves=contracted
+einsum:                 product mixes_otherwise moves=contracted  ? permute, where it has one operand: a view then
 addbmm baddbmm:         product mixes_otherwise
 addmm:                  mixes_otherwise  ? addbmm of single matrices: no product in reports
 bilinear:               product
@@ -81,17 +81,17 @@ mv dot vdot inner outer ger addmv addr tensordot kron linalg_vecdot linalg_multi
     ? matmul in other forms, of which reports say nothing
 
 # -- quotients
-truediv div:            quotient scales linear pointwise closes between broadcasts rank=same
-itruediv:               quotient linear pointwise closes between broadcasts  ? div in place
+truediv div:            quotient scales affine pointwise closes between broadcasts rank=same
+itruediv:               quotient affine pointwise closes between broadcasts  ? div in place
 divide:                 quotient pointwise closes broadcasts  ? div by another name
 true_divide:            quotient pointwise broadcasts  ? div by another name: `x / (1 + exp(-x))` by it is no SiLU
 reciprocal:             pointwise between
 
 # -- sums and differences
-add:                    shifts linear pointwise between broadcasts rank=same
-iadd:                   linear pointwise between broadcasts rank=same  ? add in place
-sub:                    shifts minus linear pointwise between broadcasts rank=same
-isub:                   minus linear pointwise between broadcasts  ? sub in place
+add:                    shifts affine pointwise between broadcasts rank=same
+iadd:                   affine pointwise between broadcasts rank=same  ? add in place
+sub:                    shifts minus affine pointwise between broadcasts rank=same
+isub:                   minus affine pointwise between broadcasts  ? sub in place
 rsub:                   shifts pointwise broadcasts  ? sub with its operands exchanged
 subtract:               pointwise  ? sub by another name
 neg negative:           pointwise  ? mul by -1
@@ -100,7 +100,6 @@ lerp:                   broadcasts
 # -- powers
 pow:                    power pointwise between broadcasts
 ipow:                   power between  ? pow in place: a written gate with `x **= 3` in it is not recognised
-float_power:            ? pow in float64
 square:                 squares pointwise
 sqrt rsqrt:             pointwise between
 
@@ -132,8 +131,8 @@ special_softmax:        ? softmax by another name: rewritten, it gates no produc
 softmin:                smooth  ? softmax of -x: attention by it keeps its derivative
 log_softmax:            smooth  ? softmax but for the exp: attention by `log_softmax(x).exp()` keeps its derivative
 special_log_softmax:    ? log_softmax by another name
-gumbel_softmax:         piecewise
-scaled_dot_product_attention MultiheadAttention:    listed=softmax
+gumbel_softmax:         piecewise  ? softmax of noisy scores: coverage counts it, and does not see that reports list it
+scaled_dot_product_attention MultiheadAttention:    listed=softmax  ? matmul twice: the former broadcasts its operands
 scaled_dot_product_attention_math scaled_dot_product_flash_attention:    family=softmax
 scaled_dot_product_flash_attention_for_cpu scaled_dot_product_efficient_attention:    family=softmax
 scaled_dot_product_cudnn_attention safe_softmax:    family=softmax
@@ -149,8 +148,8 @@ hardswish:              rank=same family=itself  ? silu but for its share: gates
 mish:                   family=itself  ? silu but for its share: gates no product
 relu6 hardtanh:         activation pointwise family=clamp  ? relu with another bound: without its rank=same
 leaky_relu prelu hardshrink softshrink:    family=itself
-prelu_kernel:           family=prelu
-rrelu:                  listed=leaky_relu
+prelu_kernel:           family=prelu  ? prelu by the name that is dispatched: broadcasts its weight
+rrelu:                  listed=leaky_relu  ? leaky_relu in eval mode: listed, not counted where dispatched
 elu selu celu:          family=elu
 abs:                    pointwise family=itself
 absolute:               listed=abs  ? abs by another name: a written gate with it inside is not recognised
@@ -163,11 +162,13 @@ maximum:                piecewise between broadcasts family=clamp
 minimum:                piecewise broadcasts family=clamp  ? maximum with the other sign
 fmax fmin:              broadcasts listed=clamp  ? maximum and minimum but for NaN: listed, not counted where dispatched
 normalize:              listed=clamp
-max_pool1d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d:    family=max_pool
-adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d:    family=max_pool
-max_pool1d_with_indices max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool1d_with_indices:    listed=max_pool
-adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices:    listed=max_pool
-fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices:    listed=max_pool
+max_pool1d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d adaptive_max_pool2d:    family=max_pool
+    ? return a tuple where they return indices, without several: where the sample's axis is in it is not known
+adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d:    family=max_pool  ? return a tuple too, without several
+max_pool2d max_pool3d max_pool1d_with_indices adaptive_max_pool1d adaptive_max_pool1d_with_indices:    listed=max_pool
+    ? return a tuple too, without several
+adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices:    listed=max_pool  ? return a tuple too, without several
+fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices:    listed=max_pool  ? return a tuple too, without several
 fractional_max_pool1d fractional_max_pool1d_with_indices:    listed=max_pool  ? torch has no such op
 layer_norm:             rank=same listed=layer_norm
 group_norm:             listed=group_norm  ? layer_norm of groups: without its rank=same
@@ -185,21 +186,21 @@ floor_divide floordiv ifloordiv:    ? floor of a quotient, of which reports say 
 max:                    piecewise moves=reduced family=max_pool  ? maximum, where it has two tensors: of another family
 amax:                   piecewise moves=reduced family=max_pool
 min amin:               piecewise moves=reduced  ? max and amax with the other sign: of no family
-median:                 piecewise moves=reduced
+median:                 piecewise moves=reduced  ? returns a tuple where it takes an axis away, without several
 aminmax nanmedian kthvalue mode quantile nanquantile:    piecewise
     ? median in other forms: where they take an axis before the sample's, the sample's is taken to stay
-topk sort msort cummax cummin:    piecewise
+msort:                  piecewise
+topk sort cummax cummin:    piecewise  ? return a tuple, without several: where the sample's axis is in it is not known
 argmax argmin:          piecewise indices moves=reduced
 argsort:                ? argmax of each rank: neither piecewise nor indices
-searchsorted bucketize: ? floor to given steps, of which reports say nothing
-lp_pool1d lp_pool2d lp_pool3d:    piecewise
+lp_pool1d lp_pool2d lp_pool3d:    piecewise  ? dispatch sign, abs and relu, which coverage counts and reports do not list
 
 # -- comparisons, masks and choices
 gt ge lt le:            comparison pointwise  ? broadcast their operands, as where does
 greater greater_equal less less_equal:    comparison  ? gt, ge, lt, le by other names
 eq ne not_equal:        ? gt but for what it asks: choices by them are not in reports
-where:                  chooser linear pointwise closes broadcasts rank=same
-masked_fill:            chooser linear pointwise closes rank=same  ? where with a number: broadcasts its operands too
+where:                  chooser affine pointwise closes broadcasts rank=same
+masked_fill:            chooser affine pointwise closes rank=same  ? where with a number: broadcasts its operands too
 masked_scatter index_put setitem:    ? masked_fill in other forms: choices as `x[x < 0] = 0` are not in reports
 nan_to_num:             ? where x is NaN: attention whose weights pass through it is no attention
 logical_and logical_or logical_xor and or xor:    logical  ? broadcast their operands, as where does
@@ -209,33 +210,34 @@ bool half double type:  logical  ? float to another dtype: these are no views, t
 bfloat16 int long short byte char to_copy:    ? float to another dtype, and to as exports have it
 
 # -- casts and copies
-to float:               view carries pointwise rank=same
+to float:               view carries pointwise rank=same  ? contiguous in another dtype: without its same_values
 type_as:                view carries pointwise  ? to the dtype of another tensor: without its rank=same
 contiguous:             view same_values carries pointwise rank=same
-clone:                  linear carries pointwise rank=same
-detach alias getattr:   view
+clone:                  affine carries pointwise rank=same  ? contiguous in new storage: without its same_values
+detach alias:           view  ? contiguous, as a view of all: without its same_values
+getattr:                view
 dropout:                view same_values rank=same
 dropout1d dropout2d dropout3d alpha_dropout:    view same_values  ? dropout in other forms: without its rank=same
 feature_alpha_dropout:  view  ? alpha_dropout of channels: without its same_values
 
 # -- views that change the shape
-view reshape:           view carries moves=reshaped rank=sizes
+view reshape:           view carries moves=reshaped rank=sizes  ? flatten in other forms: without its same_values
 unsafe_view:            view moves=reshaped  ? view by another name
 view_as reshape_as:     view  ? view to the shape of another tensor: the sample's axis is taken to stay
 flatten:                view same_values carries moves=flatten rank=flat
 ravel:                  ? flatten by another name
 unflatten:              view carries moves=unflatten  ? flatten undone: without its same_values
-squeeze:                view carries moves=squeeze
-unsqueeze:              view carries moves=unsqueeze rank=more
+squeeze:                view carries moves=squeeze  ? flatten of an axis of one: without its same_values
+unsqueeze:              view carries moves=unsqueeze rank=more  ? squeeze undone: without the same_values of flatten
 expand:                 view carries moves=expanded rank=sizes
 expand_as:              view carries  ? expand to the shape of another tensor: the sample's axis is taken to stay
 broadcast_to:           moves=expanded  ? expand by another name: what is written over in place may be read through it
 
 # -- views that move axes
-permute:                view moves=permute rank=sizes
-transpose swapaxes:     view moves=transpose rank=same
+permute:                view moves=permute rank=sizes  ? movedim of several axes: without its same_values
+transpose swapaxes:     view moves=transpose rank=same  ? movedim both ways: without its same_values
 swapdims:               moves=transpose  ? transpose by another name: what is written over in place may be read through it
-t T:                    view moves=matrix_transpose
+t T:                    view moves=matrix_transpose  ? transpose(0, 1): without the same_values of movedim
 numpy_T:                moves=matrix_transpose  ? T by the name that exports have
 mT:                     view rank=same  ? transpose(-2, -1): where there are two axes, the sample's is taken to stay
 mH H adjoint:           view  ? mT, and T, of real numbers
@@ -247,21 +249,20 @@ moveaxis:               view moves=movedim  ? movedim by another name
 split chunk:            view several rank=same
 tensor_split:           view several  ? split at given places: without its rank=same
 split_with_sizes:       several  ? split by the name that exports have
-hsplit vsplit dsplit:   ? split along an axis of their own
-unsafe_split unsafe_chunk:    ? split into copies: without its several
+hsplit vsplit dsplit unsafe_split unsafe_chunk:    ? split along an axis of their own, or into copies
 unbind:                 view several moves=removed rank=less
 checked:                view several
 select:                 view moves=removed rank=less
 getitem:                view between moves=item rank=less
 narrow slice diagonal:  view
-linalg_diagonal:        ? diagonal by another name
 unfold:                 view  ? the method is a view; `F.unfold`, which has the same name, is none
-as_strided:             ? view of any shape
+linalg_diagonal as_strided:    ? diagonal by another name, and any view
 real view_as_real:      view
 imag conj:              ? real, as another view of complex numbers
 view_as_complex:        complex  ? view_as_real undone, and as much a view
-stft complex polar:     complex
-rfft ifft fft_:         complex  ? rfft and ifft begin no name; fft_ begins `fft_irfft`, `fft_hfft` too, which are real
+stft:                   complex
+complex polar:          complex  ? broadcast their operands, as add does
+rfft ifft fft_:         complex  ? no name begins with rfft or ifft; `fft_irfft` and `fft_hfft`, which are real, with fft_
 
 # -- shapes
 shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device:    shape
@@ -270,7 +271,7 @@ nelement ndimension:    ? numel and dim by other names
 rand_like randn_like randint_like:    ? zeros_like with other contents: what is made of them varies
 
 # -- reductions
-mean sum:               linear reduces centre moves=reduced
+mean sum:               affine reduces centre moves=reduced
 nanmean nansum:         ? mean and sum but for NaN
 var std:                reduces squares moves=reduced
 var_mean std_mean:      reduces squares centre  ? var and mean at once: without their moves=reduced
@@ -291,17 +292,17 @@ stack:                  moves=unsqueeze
 repeat tile:            moves=repeated
 repeat_interleave:      ? repeat in another order: the sample's axis is taken to stay
 pad constant_pad_nd:    between
-flip roll:              linear
+flip roll:              affine
 fliplr flipud:          ? flip along an axis of their own
-linear:                 linear rank=same
-conv2d:                 linear
+linear:                 affine rank=same
+conv2d:                 affine
 conv1d conv3d:          ? conv2d along other axes: attention whose weights pass through them is no attention
 """
 
 
 @dataclass(frozen=True)
 class Op:
-    """What is known of the ops of one name: their traits, and where today's sets disagree about them, in words."""
+    """What is known of the ops of one name: their traits, and what is unsettled about them: the mark's words."""
 
     traits: frozenset[str]
     unsettled: str = ""
@@ -370,7 +371,7 @@ MULTIPLES = SCALES | having("shifts")  # the same, and what differs from it by a
 # Attention: what a softmax's weights may meet on their way to the values.
 MIXES = having("mixes")
 MIXES_OTHERWISE = having("mixes_otherwise")
-LINEAR = having("linear")  # talking heads, dropout, a mask, a second normalisation
+AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisation
 
 # Storage, values and shapes.
 VIEW = having("view")  # may share the storage of the first input
