@@ -8,12 +8,12 @@ from torch import fx, nn
 
 from ..analysis.calls import keywords, op_of
 from ..analysis.facts import Facts
-from ..analysis.ops import LINEAR, MIXES, MIXES_OTHERWISE
+from ..analysis.ops import AFFINE, MIXES, MIXES_OTHERWISE
 from ..analysis.readers import SOFTMAX
 from .edits import FreezeSoftmax, is_hot
 from .plan import Plan
 
-LINEAR_LEAVES = (*(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),)
+AFFINE_LEAVES = (*(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),)
 
 
 def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
@@ -61,7 +61,7 @@ def products_of(softmax: fx.Node, facts: Facts, absorbed: set[fx.Node]) -> tuple
         if any(n not in weights for n in inputs):
             if name.strip("_") in MIXES | MIXES_OTHERWISE:
                 products.append(node)
-        elif facts.aliasing.is_view(node) or name in LINEAR or isinstance(facts.leaf(node), LINEAR_LEAVES):
+        elif facts.aliasing.is_view(node) or name in AFFINE or isinstance(facts.leaf(node), AFFINE_LEAVES):
             weights.add(node)
     return products, weights
 
