@@ -19,10 +19,7 @@ import torch
 from torch import Tensor
 
 Class = int | Tensor | None
-
-
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None
-
 
 FORMS = (
     "None (the predicted class), an int, an integer tensor [B] or [B, T], a tuple of indices, a floating tensor shaped like the "

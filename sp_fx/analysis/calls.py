@@ -28,19 +28,14 @@ AFFINE_MODULES = (
     *(nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._MaxUnpoolNd),
 )
 
-
 CONV = ("conv", ("weight", "bias"), ("stride", "padding", "dilation", "groups"))
-
-
 NORM = ("affine_norm", ("running_mean", "running_var", "weight", "bias"), ("eps",))
-
 
 AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NORM),
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
-
 
 IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
 

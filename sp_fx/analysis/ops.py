@@ -57,7 +57,6 @@ TRAITS = {
     "listed=": "the family, where reports have this name and PyTorch dispatches another: `clip`",
 }
 
-
 # A line has the names of ops, a colon, and their traits. After a "?", there or on the next line, stands a mark: the sets disagree
 # about ops that are alike, and a later change is to settle it. `? mul in place: ...` says that an op is mul but for being in
 # place, and lacks traits of mul's that it should have; after the colon, what comes of that. What has no traits is here for that.

@@ -17,13 +17,8 @@ from torch import fx, nn
 from .ops import BROADCAST, MOVEMENTS, RANKS, SEVERAL
 
 ROWS: Literal["rows"] = "rows"
-
-
 Axis = int | Literal["rows"] | None
-
-
 SPATIAL = re.compile(r"([123])d$")  # `max_pool2d` and `Conv2d` have two axes besides those of batch and channels
-
 
 SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
                     nn.modules.dropout._DropoutNd)  # fmt: skip
@@ -264,6 +259,5 @@ def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
 
 BY_ARGUMENTS = (permute, transpose, matrix_transpose, movedim, flatten, unflatten, unsqueeze, squeeze, removed, reduced,
                 joined, repeated)  # fmt: skip
-
 
 MOVES: dict[str, Callable[..., Axis]] = {op: f for op, moves in MOVEMENTS.items() for f in BY_ARGUMENTS if f.__name__ == moves}

@@ -138,10 +138,7 @@ class EvalClone:
 
 
 NOT_RUN = "does not run: if it changes anything, the outputs are not the model's"
-
-
 FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
-
 
 # Hooks that set a plain attribute before every forward; parametrizations need none.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
@@ -164,8 +161,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 QUANTISED = tuple(f"torch.{a}nn.{b}quantized" for a in ("", "ao.") for b in ("", "intrinsic."))
-
-
 REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
 
 

@@ -286,17 +286,11 @@ class Exported:
 
 # A guard of the exported program that only says that two inputs have one batch.
 BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"
-
-
 SAME_BATCH = re.compile(f"{BATCH} == {BATCH}")
-
 
 # Regions of a forward, and which operand is their body. Where the explainer is called under autocast, they are under it too.
 REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-
-
 NO_OPS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.alias.default)
-
 
 ASSERTIONS = (
     *(aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default),

@@ -13,11 +13,7 @@ from torch import Tensor
 from ..gates.fused import ascent_step
 
 Bounds = tuple[float | Tensor, float | Tensor]
-
-
 Clip = Literal["every", "last", "never"]
-
-
 PAPER_STEP, PAPER_NUMEL = 20.0, 3 * 224 * 224
 
 

@@ -22,8 +22,6 @@ from ..gates.table import TABLE, rule_of
 from ..rewrite.report import Report, Site
 
 STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
-
-
 SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
 
 

@@ -22,8 +22,6 @@ from .calls import Call, Inputs, Request
 from .captured import CapturedModule
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
-
-
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 

@@ -30,14 +30,10 @@ from .signature import Signature, described, positional, with_predicted
 # steps amplifies it. Another order of sums, and BatchNorms folded in float64 and rounded, make 1e-6 to 3e-5 in float32.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
-
 # With hard gates (frozen rules, plain derivatives) one pre-activation that rounding carries over its threshold moves the map by a
 # whole gate: ResNet-18 on noise, 2e-3. This much is always allowed for their maps.
 HARD_TOLERANCE = 0.02
-
-
 SMOOTH = ("gelu", "silu", "hardswish", "mish", "attention", *NORMS)  # no threshold in these, frozen or not
-
 
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},

@@ -17,8 +17,6 @@ from .replay import Replayed
 from .signature import Run
 
 aten = torch.ops.aten
-
-
 COMPILING = threading.Lock()  # Inductor's config is global to the process
 
 

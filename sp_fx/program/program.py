@@ -114,8 +114,6 @@ class Program:
 
 
 Save = TypeVar("Save", bound=Callable[..., Path])
-
-
 _save: Callable[..., Path] | None = None
 
 

@@ -10,8 +10,6 @@ from ..gates.rules import Rules
 from ..gates.table import TABLE
 
 Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
-
-
 HARD, OPEN = 0.05, 20.0  # where a Gaussian pre-activation's gain is on average 0.016 from the step, and from one half
 
 
