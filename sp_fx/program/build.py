@@ -13,7 +13,7 @@ from torch import Tensor
 from ..capture.capture import tracing
 from ..containers import slotted, tensors_of
 from ..gates.adjoints.row import FROZEN
-from ..gates.rules import NORMS
+from ..gates.table import THRESHOLDLESS
 from ..methods.ascent import Ascent
 from ..methods.calls import Request
 from ..methods.captured import CapturedModule
@@ -33,7 +33,6 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 # With hard gates (frozen rules, plain derivatives) one pre-activation that rounding carries over its threshold moves the map by a
 # whole gate: ResNet-18 on noise, 2e-3. This much is always allowed for their maps.
 HARD_TOLERANCE = 0.02
-SMOOTH = ("gelu", "silu", "hardswish", "mish", "attention", *NORMS)  # no threshold in these, frozen or not
 
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},
@@ -125,7 +124,7 @@ def check_example(example: list[Tensor]) -> None:
 
 def tolerated(dtype: torch.dtype, report: Report, ascends: bool) -> float:
     """Returns the relative L2 distance from the eager method that is allowed for a model with the gates of `report`."""
-    hard = any(site.kind and site.kind not in SMOOTH and site.temperature in (None, FROZEN) for site in report.sites)
+    hard = any(site.kind and site.kind not in THRESHOLDLESS and site.temperature in (None, FROZEN) for site in report.sites)
     tolerance = TOLERANCE[dtype] * (10 if ascends else 1)
     return max(tolerance, HARD_TOLERANCE) if hard and dtype != torch.float64 else tolerance
 
