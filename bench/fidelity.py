@@ -9,7 +9,7 @@ sign-flip tests, Holm's correction over a network's family.
 Answers are kept in `--work`, one file each, under a key of everything they depend on: a run that was cut short goes on where it
 stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`, with
 `_seedN` in their names for scenes of another seed; two runs with the same number of threads write the same numbers.
-`python bench/fidelity_table.py` makes the tables of the README from them.
+`python bench/fidelity_table.py` makes the tables of docs/evidence.md, and the README's, from them.
 """
 
 from __future__ import annotations

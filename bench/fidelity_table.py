@@ -1,7 +1,8 @@
 """What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot.
 
-`python bench/fidelity_table.py [--results DIR] [--readme FILE] [--plots]` makes the README's tables from the JSON files: each
-stands between `<!-- fidelity: NAME -->` and `<!-- end -->`; with `--plots` it draws the plots anew, too.
+`python bench/fidelity_table.py [--results DIR] [--pages FILE ...] [--plots]` makes the tables of docs/evidence.md, and the short
+one of the README, from the JSON files: each stands between `<!-- fidelity: NAME -->`, or `<!-- fidelity in short: NAME NAME -->`,
+and `<!-- end -->`; with `--plots` it draws the plots anew, too.
 """
 
 from __future__ import annotations
@@ -51,6 +52,9 @@ SHORT = ("Infid. small ↓", "Infid. large ↓", "Infid. scattered ↓", "Infid.
          "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
          "Rand. logit → 0", "Focus ↑", "Del. ↓", "Ins. ↑", "Point. ↑",
          "¼ random → 0", "½ random → 0", "all random → 0")  # fmt: skip
+# What the short table has: these measures, and "best peer" is for each of them the best of all methods but ours and the gradient.
+IN_SHORT = ("infidelity, small", "infidelity, published", "faithfulness correlation", "max-sensitivity 0.02", "mask mass")
+NETWORKS = {"residual_cnn": "zoo CNN", "pyramid_transformer": "zoo transformer", "squeezenet1_0": "SqueezeNet 1.0"}
 FEW = 10  # fewer values give a mean without an interval
 
 
@@ -134,11 +138,40 @@ def interval(found: dict[str, float]) -> str:
     return f"[{found['low']:.2g}, {found['high']:.2g}]" if "low" in found else ""
 
 
-def in_readme(record: dict[str, Any]) -> str:
+def in_full(record: dict[str, Any]) -> str:
     """The headline measures, and the others folded away."""
     others = tuple(METRICS)[len(HEADLINE) :]
     return "\n".join([*markdown(record, HEADLINE, intervals=True), "", "<details><summary>The other measures</summary>", "",
                       *markdown(record, others, intervals=True), "", "</details>", "", *left_out(record)]).rstrip()  # fmt: skip
+
+
+def in_short(records: dict[str, dict[str, Any]]) -> str:
+    """Four rows a network: the pullback, the gradient, the best other method of each measure, by its name, and equal shares.
+
+    The best of the first three is set off in **bold**. Only means: the full tables have the intervals.
+    """
+    head = ["network", "map", *(SHORT[list(METRICS).index(measure)] for measure in IN_SHORT)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for network, record in records.items():
+        columns = [short_column(record, measure) for measure in IN_SHORT]
+        for i, row in enumerate(("pullback", "plain gradient", "best peer", "equal shares")):
+            cells = [NETWORKS.get(network, network) if i == 0 else "", row, *(column[i] for column in columns)]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def short_column(record: dict[str, Any], measure: str) -> list[str]:
+    """The short table's four cells of one network and measure, "-" where it has no value."""
+    means = {method: row[measure]["mean"] for method, row in record["methods"].items() if measure in row}
+    peers = [method for method in means if method != "gradient" and method.split(",")[0] not in OURS]
+    sign = {"low": 1, "high": -1}[METRICS[measure]]
+    shown = [method for method in ("pullback", "gradient") if method in means]
+    shown += sorted(peers, key=lambda peer: sign * means[peer])[:1]
+    first = min(shown, key=lambda method: sign * means[method], default=None)
+    cells = {method: ("**{:.3g}**" if method == first else "{:.3g}").format(means[method]) for method in shown}
+    peer = [f"{cells[method]} {method}" for method in shown if method in peers]
+    shares = [f"{row[measure]['mean']:.3g}" for row in record["controls"].values() if measure in row]
+    return [cells.get("pullback", "-"), cells.get("gradient", "-"), *(peer or ["-"]), *(shares[:1] or ["-"])]
 
 
 def best(listed: dict[str, Any], name: str) -> dict[str, str]:
@@ -192,27 +225,33 @@ def draw_plot(record: dict[str, Any], path: Path) -> None:
     plotted(record).savefig(path, metadata={"Comment": json.dumps(facts)})
 
 
+MARKED = r"(<!-- fidelity( in short)?: ([\w ]+) -->)\n.*?\n?(<!-- end -->)"  # where a page has a table, and of which networks
 RESULTS = ("methods", "controls", "not applicable", "comparisons", "comparisons_fresh", "measures", "radii", "command", "fresh")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("bench/results"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--pages", type=Path, nargs="+", default=[Path("README.md"), Path("docs/evidence.md")])
     parser.add_argument("--plots", action="store_true")
     args = parser.parse_args(argv)
     for path in sorted(args.results.glob("fidelity_*.json")) if args.plots else ():
         draw_plot(json.loads(path.read_text()), path.with_suffix(".png"))
 
-    def filled(found: re.Match[str]) -> str:
-        record = json.loads((args.results / f"fidelity_{found[2]}.json").read_text())
-        return f"{found[1]}\n{in_readme(record)}\n{found[3]}"
+    def record_of(network: str) -> dict[str, Any]:
+        return json.loads((args.results / f"fidelity_{network}.json").read_text())
 
-    text, count = re.subn(r"(<!-- fidelity: (\w+) -->)\n.*?\n?(<!-- end -->)", filled, args.readme.read_text(), flags=re.DOTALL)
-    if not count:
-        print(f"fidelity_table: {args.readme} has no <!-- fidelity: NAME --> ... <!-- end -->", file=sys.stderr)
-        return 2
-    args.readme.write_text(text)
+    def filled(marked: re.Match[str]) -> str:
+        opening, short, networks, closing = marked.groups()
+        table = in_short({network: record_of(network) for network in networks.split()}) if short else in_full(record_of(networks))
+        return f"{opening}\n{table}\n{closing}"
+
+    for page in args.pages:
+        text, count = re.subn(MARKED, filled, page.read_text(), flags=re.DOTALL)
+        if not count:
+            print(f"fidelity_table: {page} has no <!-- fidelity: NAME --> ... <!-- end -->", file=sys.stderr)
+            return 2
+        page.write_text(text)
     return 0
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.figures.records import described
+from sp_fx.figures.records import rules_record
 from sp_fx.plot import CHANGE, SLOPE, grid, picture, save, signed_map, table
 
 COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
@@ -95,7 +95,7 @@ def main() -> int:
         aims = AIMS.get(name, [(k, known[k]) for k in (1, 4, 7, 9) if k in known])
         stem = name.removeprefix("zoo/")
         about = {**provenance(), "network": name, "weights_sha256": the.weights, "samples": the.samples, "shown": chosen,
-                 "rules": described(explainer.report().rules)}  # fmt: skip
+                 "rules": rules_record(explainer.report().rules)}  # fmt: skip
         drawn = {
             "compare": compare(the, x, target, told),
             "accentuate": accentuate(the, explainer, x, target, told),

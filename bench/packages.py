@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 import sp_fx
 from sp_fx.packages import onnx as package_onnx
-from sp_fx.program import program as programs
+from sp_fx.program import build
+from sp_fx.program.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import fill
@@ -52,13 +53,13 @@ def relative(found: Tensor, wanted: Tensor) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> programs.Program:
+def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> Program:
     """What is saved is the graph, not what Inductor made of it for this process, which would take minutes more."""
-    inductor, programs.compiled = programs.compiled, lambda graph, example: graph
+    inductor, build.compiled = build.compiled, lambda graph, example: graph
     try:
         return explainer.compile(example_inputs=x)
     finally:
-        programs.compiled = inductor
+        build.compiled = inductor
 
 
 def parity(name: str, suffix: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def one(
     ways = list(timing.ours(model, x, target)) + (list(peers(model, x, target)) if with_peers else [])
     ways = [(way, make) for way, make in ways if way == timing.FORWARD or wanted(way)]
     rows = timing.measure(iter(ways), x.device, turns)
-    print(f"\n{name}, batch {batch}, {size} x {size}, {str(dtype)[6:]}\n{timing.table(rows)}", flush=True)
+    print(f"\n{name}, batch {batch}, {size} x {size}, {str(dtype)[6:]}\n{timing.format_table(rows)}", flush=True)
     return [row.record() for row in rows]
 
 

@@ -28,7 +28,7 @@ from provenance import provenance
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.program import program as programs
+from sp_fx.program import build
 
 PORT = 8931
 
@@ -134,7 +134,7 @@ def main() -> int:
     scenes = zoo.draw(0, 2)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{args.network}.{args.format}"
-        programs.compiled = lambda graph, example: graph  # what is saved is the graph
+        build.compiled = lambda graph, example: graph  # what is saved is the graph
         program = sp_fx.transform(zoo.load(args.network)).compile(example_inputs=scenes.pixels)
         program.save(package, class_names=zoo.labels)
         requests = {8: args.requests, 1: max(args.requests // 5, 200)}

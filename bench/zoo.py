@@ -25,7 +25,7 @@ from torch import nn
 
 import sp_fx
 from sp_fx.capture.clone import EvalClone
-from sp_fx.checks.check import coverage, forward
+from sp_fx.checks.check import check_coverage, check_forward
 from sp_fx.gates.table import TABLE
 from sp_fx.targets import primary
 
@@ -121,7 +121,7 @@ def examine(build: Any) -> dict[str, Any]:
         scaled = [s for s in report.of("rewritten") if s.kind in TABLE and TABLE[s.kind].homogeneous]
         row["absolute"] = sum(s.scale == "absolute" for s in scaled)
         clone = EvalClone()(model)
-        lines = [forward(explainer, clone, (x,), {}), coverage(explainer, clone, (x,), {})]
+        lines = [check_forward(explainer, clone, (x,), {}), check_coverage(explainer, clone, (x,), {})]
         row |= {"forward": lines[0].found, "coverage": lines[1].note}
         wrong = [f"{line.name}: {line.note or line.found}" for line in lines if line.verdict == "FAILED"]
         leaf = x.clone().requires_grad_()

@@ -21,7 +21,7 @@ import sp_fx
 from sp_fx import zoo
 from sp_fx.figures.demo import class_gradient
 from sp_fx.figures.models import weights_hash
-from sp_fx.figures.records import described
+from sp_fx.figures.records import rules_record
 from sp_fx.methods.ascent import Ascent
 
 STEPS = 10
@@ -40,7 +40,7 @@ def truth(name: str, scenes: zoo.Scenes, batch: int = 50) -> dict:
     return {
         "network": name,
         "weights_sha256": weights_hash(network),
-        "rules": described(explainer.report().rules),
+        "rules": rules_record(explainer.report().rules),
         "accuracy": seen["right"].double().mean().item(),
         "mass_inside": {"pullback": soft.mean().item(), "gradient": plain.mean().item(), "paired": paired_interval(soft - plain)},
         "pointing": {kind: seen[f"{kind} pointing"].double().mean().item() for kind in ("pullback", "gradient")},

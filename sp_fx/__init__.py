@@ -1,4 +1,11 @@
-"""Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`."""
+"""Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`.
+
+Public is what `__all__` lists: the names below, and the modules `targets`, `plot`, `bridges`, `offline` and `zoo`. The folders
+are the machinery, in the order in which a model goes through them: gates, capture, analysis, rewrite, methods, program.
+"""
+
+from importlib import import_module as _import_module
+from typing import Any as _Any
 
 from .build import NotRewrittenError, transform
 from .capture.capture import CaptureError
@@ -22,9 +29,22 @@ __all__ = [
     "Rules",
     "Site",
     "__version__",
+    "bridges",
     "check",
     "load",
+    "offline",
     "pixel_space",
+    "plot",
     "register_gate",
+    "targets",
     "transform",
+    "zoo",
 ]
+_MODULES = ("bridges", "offline", "plot", "targets", "zoo")
+
+
+def __getattr__(name: str) -> _Any:
+    """`sp_fx.plot` and its like are imported when they are first asked for, so that `import sp_fx` stays light."""
+    if name in _MODULES:
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .capture.arguments import bound
 from .capture.capture import Capture, CaptureError, tracing
 from .capture.clone import NOT_RUN
-from .capture.exported import export
-from .capture.symbolic import capture
+from .capture.exported import batch_sizes, export
+from .capture.symbolic import trace
+from .containers import cloned, tensors_of
 from .explainer import Explainer
 from .gates.rules import Rules
 from .methods.subgraphs import ending_at, within
@@ -73,11 +76,11 @@ def transform(
         raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
     with tracing, torch.inference_mode(False):
         rules = Rules() if rules is None else rules
-        captured, report = read(model, rules, tracer, example_inputs)
-        graph = captured.graph
+        capture, report = rewritten(model, rules, tracer, example_inputs)
+        graph = capture.graph
         rules.check_places(report.sites)
         if output is not None:
-            graph = ending_at(captured.modules, graph, output)
+            graph = ending_at(capture.modules, graph, output)
             report = within(report, graph)
         rules.check_scales(report.sites)
         if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:
@@ -96,52 +99,100 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        report = replace(report, notes=(*report.notes, *own_names(captured.modules, graph)))
-        explainer = Explainer(captured.modules, graph, report)
+        report = replace(report, notes=(*report.notes, *own_names(capture.modules, graph)))
+        explainer = Explainer(capture.modules, graph, report)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         return explainer
 
 
-def read(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tuple[Capture, Report]:
+def rewritten(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tuple[Capture, Report]:
     """The capture of `model`, rewritten, by the tracer that sees the most of it."""
-    name = type(model).__name__
     example = None if example_inputs is None else bound(model, example_inputs)
-
-    def by_fx() -> tuple[Capture, Report]:
-        captured = capture(model, example)
-        return captured, rewrite(name, captured, rules)
-
-    def by_export() -> tuple[Capture, Report]:
-        return export(model, example, lambda captured: rewrite(name, captured, rules))  # type: ignore[arg-type]
-
     if tracer == "export":
-        return by_export()
+        return by_export(model, example, rules)  # type: ignore[arg-type]
     try:
-        captured, report = by_fx()
+        capture, report = by_symbolic_trace(model, example, rules)
     except CaptureError as error:
         if tracer == "fx":
             raise
         if example is None:
             raise CaptureError(f"{error}. With example_inputs, torch.export is tried, which follows one path") from error
         try:
-            return by_export()
+            return by_export(model, example, rules)
         except CaptureError as second:
             raise CaptureError(f"{error}\n{second}") from second
     opaque = [site for site in report.sites if site.opaque]
     if tracer == "fx" or not opaque:
-        return captured, report
+        return capture, report
     if example is None:
         note = "what is opaque here, torch.export may see through: pass example_inputs"
-        return captured, replace(report, notes=(*report.notes, note))
+        return capture, replace(report, notes=(*report.notes, note))
     try:
-        exported = by_export()
+        exported = by_export(model, example, rules)
     except CaptureError as error:
-        return captured, replace(report, notes=(*report.notes, str(error)))
-    return exported if sum(site.opaque for site in exported[1].sites) < len(opaque) else (captured, report)
+        return capture, replace(report, notes=(*report.notes, str(error)))
+    return exported if sum(site.opaque for site in exported[1].sites) < len(opaque) else (capture, report)
+
+
+def by_symbolic_trace(model: nn.Module, example: Mapping[str, Any] | None, rules: Rules) -> tuple[Capture, Report]:
+    capture = trace(model, example)
+    return capture, rewrite(type(model).__name__, capture, rules)
+
+
+def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules) -> tuple[Capture, Report]:
+    """By `torch.export`: for batches of any size, where the forward takes one path for all of them, else for the example's.
+
+    Raises:
+        CaptureError: `torch.export` refuses the model, or the rewritten graph does not compute what the model does.
+    """
+    refusals: list[CaptureError] = []
+    sizes = batch_sizes(example)
+    for any_batch in (True, False) if sizes else (False,):
+        try:
+            capture = export(model, example, any_batch)
+            notes = [f"the batch is fixed at {sizes[0]}, since {str(refusal).splitlines()[0]}" for refusal in refusals]
+            capture = replace(capture, notes=(*notes, *capture.notes))
+            report = rewrite(type(model).__name__, capture, rules)
+            verify(type(model).__name__, capture)
+            return capture, report
+        except CaptureError as error:
+            refusals.append(error)
+    raise refusals[-1]
+
+
+def verify(model: str, capture: Capture) -> None:
+    """Raise CaptureError where the graph does not give on its examples what its reference gives.
+
+    To a hundredth of the largest output, for half precision and for attention by other kernels: a graph that is wrong is wrong
+    by more.
+    """
+    assert capture.reference is not None
+    graph = fx.GraphModule(capture.modules, capture.graph)
+    parameters = list(inspect.signature(capture.reference.forward).parameters.values())
+    try:
+        for example in capture.examples:
+            call = inspect.BoundArguments(inspect.Signature(parameters), dict(example))  # type: ignore[arg-type]
+            with torch.no_grad():
+                expected = tensors_of(capture.reference(*cloned(call.args), **cloned(call.kwargs)))
+                outputs = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
+            if len(outputs) != len(expected) or not all(map(alike, outputs, expected)):
+                raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
+    except Exception as error:  # whatever the graph raises where the model does not
+        raise CaptureError(f"the graph of {model} by {capture.tracer} is wrong: {error}") from error
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` is `b` to a hundredth of its largest number; exactly, where they are not floating."""
+    if a.shape != b.shape or a.dtype != b.dtype or not (b.is_floating_point() or b.is_complex()):
+        return torch.equal(a, b)
+    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
+    return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
 
 
 def own_names(modules: nn.Module, graph: fx.Graph) -> list[str]:
-    """Give the model's attributes that are called like an explainer's own another name; what is to be told of that."""
+    """Give those attributes of the model another name that an explainer has of its own, as a child called `compile`; returns a
+    note on
+    each."""
     notes = []
     for table in (modules._modules, modules._parameters, modules._buffers):
         for name in [name for name in table if hasattr(Explainer, name) or name in ("meta", "_graph", "_code")]:

@@ -1,7 +1,8 @@
-"""Containers of tensors, however nested: what is in them, with other things in place of it, and plain arguments as text.
+"""Containers of tensors, however nested, and plain arguments as text.
 
 A model takes and returns tensors in tuples, lists, mappings and dataclasses. Whatever has to look inside goes through here:
-`rebuilt(output, change)` returns the same containers round `change(tensor)`, `tensors_of(output)` lists the tensors.
+`rebuilt(output, change)` returns the same containers round `change(leaf)`, `tensors_of(output)` lists the tensors. A leaf is what
+is no container: a tensor, a number, None.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))  # arguments that a graph may carry as they are
 
 
 def items(value: Any) -> tuple[str, dict[Any, Any]] | None:
-    """How a container is read, "items" or "fields", and what it holds; None of what is no container."""
+    """How a container is taken apart, by "items" or by "fields", and its contents by key; None of a leaf.
+
+    A tuple `(a, b)` gives ("items", {0: a, 1: b}), a dataclass ("fields", {"logits": a}).
+    """
     if isinstance(value, Mapping):  # the outputs of transformers are mappings and dataclasses
         return "items", dict(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -28,13 +32,14 @@ def items(value: Any) -> tuple[str, dict[Any, Any]] | None:
     return None
 
 
-def rebuilt(value: Any, each: Callable[[Any], Any]) -> Any:
-    """`value` with `each` of what is in its containers, however deep, in place of it."""
-    held = items(value)
-    if held is None:
-        return each(value)
-    inner = {key: rebuilt(item, each) for key, item in held[1].items()}
-    if held[0] == "fields" or hasattr(value, "to_tuple"):  # a dataclass, or one of transformers' mappings that are dataclasses
+def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The containers of `value` anew, with `change(leaf)` in place of every leaf, however deep."""
+    parts = items(value)
+    if parts is None:
+        return change(value)
+    form, contents = parts
+    inner = {key: rebuilt(item, change) for key, item in contents.items()}
+    if form == "fields" or hasattr(value, "to_tuple"):  # a dataclass, or one of transformers' mappings that are dataclasses
         return type(value)(**inner)
     if isinstance(value, Mapping):
         return type(value)(inner)  # type: ignore[call-arg]
@@ -44,14 +49,15 @@ def rebuilt(value: Any, each: Callable[[Any], Any]) -> Any:
 
 
 class Slot:
-    """Stands for value number `index` in a container. No dataclass: those are containers."""
+    """Stands for leaf number `index` in a skeleton. No dataclass: those are containers."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
 
 def slotted(outputs: Any) -> tuple[Any, list[Any]]:
-    """The containers of `outputs`, with numbered slots in place of what they hold; and that."""
+    """The skeleton of `outputs`, its containers with numbered slots for leaves; and the leaves: `(a, [b])` gives
+    `(Slot(0), [Slot(1)])` and `[a, b]`."""
     leaves: list[Any] = []
 
     def slot(leaf: Any) -> Slot:
@@ -62,30 +68,31 @@ def slotted(outputs: Any) -> tuple[Any, list[Any]]:
 
 
 def filled(skeleton: Any, leaves: list[Any]) -> Any:
-    """The containers of a skeleton with `leaves` in its slots."""
+    """A skeleton with `leaves` in its slots, the inverse of `slotted`."""
     return rebuilt(skeleton, lambda slot: leaves[slot.index])
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Those in the containers of `value`, in order."""
-    found: list[Tensor] = []
-    rebuilt(value, lambda t: found.append(t) if isinstance(t, Tensor) else None)
-    return found
+    """The tensors in the containers of `value`, in order."""
+    tensors: list[Tensor] = []
+    rebuilt(value, lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) else None)
+    return tensors
 
 
 def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
-    """The tensors of `value` copied, since a forward may write over its inputs; floating ones to `dtype`, if there is one."""
+    """`value` with its tensors copied, since a forward may write over its inputs; floating ones to `dtype`, if there is one."""
 
-    def each(t: Any) -> Any:
-        if not isinstance(t, Tensor):
-            return t
-        return t.detach().to(dtype if dtype and t.is_floating_point() else t.dtype, copy=True)
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().to(dtype if dtype and leaf.is_floating_point() else leaf.dtype, copy=True)
 
-    return rebuilt(value, each)
+    return rebuilt(value, copied)
 
 
 def encoded(value: Any) -> Any:
-    """Plain arguments as `ast.literal_eval` reads their `repr`: sizes as tuples, dtypes by name, infinities in words."""
+    """Plain arguments in the types whose `repr` `ast.literal_eval` reads: sizes and lists as tuples, `torch.float32` as
+    {"dtype": "float32"}, an infinity as {"float": "inf"}, a dict as {"dict": ((key, value), ...)}."""
     if isinstance(value, tuple | list):
         return tuple(map(encoded, value))
     if isinstance(value, dict):
@@ -96,12 +103,12 @@ def encoded(value: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """What `encoded` was given, lists as tuples."""
+    """The inverse of `encoded`, lists as tuples."""
     if isinstance(value, tuple):
         return tuple(map(decoded, value))
     if not isinstance(value, dict):
         return value
-    ((kind, held),) = value.items()
+    ((kind, content),) = value.items()
     if kind == "dict":
-        return {key: decoded(item) for key, item in held}
-    return getattr(torch, held) if kind == "dtype" else float(held)
+        return {key: decoded(item) for key, item in content}
+    return getattr(torch, content) if kind == "dtype" else float(content)

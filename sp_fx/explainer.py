@@ -3,39 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import math
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Self
 
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from .containers import rebuilt
+from .methods import pullbacks
 from .methods.ascent import Ascent, Bounds, Clip
-from .methods.calibration import by_norms, calibrated, measure, measured
-from .methods.calls import Call, usable
-from .methods.subgraphs import ending_at, place, places, starting_at, within
+from .methods.calibration import calibrated, calibrated_by_norms, measure, with_spreads
+from .methods.calls import Inputs, Request
+from .methods.captured import CapturedModule
 from .rewrite.report import Report
-from .targets import Target, only_output, resolve, seed
+from .targets import Target
 
 if TYPE_CHECKING:
     from .program.program import Program
 
-
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
-
-
 Batches = Tensor | Iterable[Inputs]
 
 
-class Explainer(fx.GraphModule):
+class Explainer(CapturedModule):
     """A module equal to the model it was made from, whose autograd is the soft adjoint. Made by `transform`.
 
     Submodules keep the model's names and can be hooked: leaves as they are, containers and gates as identities through which
@@ -63,20 +50,6 @@ class Explainer(fx.GraphModule):
         IndexError: a target index that the output does not have.
     """
 
-    def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report) -> None:
-        super().__init__(modules, graph, "Explainer")
-        self._report = report
-        self._splits: dict[str, tuple[Explainer, Explainer]] = {}
-        self._splitting = threading.Lock()
-        self.training = False
-
-    @property
-    def origin(self) -> nn.Module | None:
-        """The model that it was made from; None of a copy, after unpickling, and where it ends at an inner output."""
-        return self.__dict__.get("_origin")
-
-    # -- explanations
-
     def pullback(
         self,
         inputs: Inputs,
@@ -91,11 +64,7 @@ class Explainer(fx.GraphModule):
 
         `chunk` is the most of the T targets to pull back at once.
         """
-
-        def run(explainer: Explainer, call: Call) -> list[Tensor]:
-            return explainer._pull(call, call.explained, chunk)
-
-        return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, many=True)
+        return pullbacks.pullback(self, Request(inputs, target, forward_kwargs, wrt, batch_size), chunk)
 
     def double_pullback(
         self,
@@ -108,15 +77,7 @@ class Explainer(fx.GraphModule):
         batch_size: int | None = None,
     ) -> Any:
         """The pullback at `x + step * pullback(x)`; with target None, of the class predicted at `x`."""
-
-        if not math.isfinite(step):
-            raise ValueError(f"step is a finite multiple of the first pullback, got {step!r}")
-
-        def run(explainer: Explainer, call: Call) -> list[Tensor]:
-            first = explainer._pull(call, call.explained)
-            return explainer._pull(call, [x.detach() + step * v for x, v in zip(call.explained, first)])
-
-        return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size)
+        return pullbacks.double_pullback(self, Request(inputs, target, forward_kwargs, wrt, batch_size), step)
 
     def ascend(
         self,
@@ -145,20 +106,8 @@ class Explainer(fx.GraphModule):
             clip: when `bounds` apply: after "every" step, after the "last", or "never".
             return_path: return (map, path), where path has all iterates, [steps + 1, B, ...], the input first.
         """
-        rule = Ascent(steps, step_size, bounds, radius, clip)
-        along = () if bounds is None else tuple(bounds)
-
-        def run(explainer: Explainer, call: Call) -> list[Tensor]:
-            here = replace(rule, bounds=call.along or None)  # type: ignore[arg-type]
-            path = here.path([x.detach() for x in call.explained], lambda x: explainer._pull(call, x))
-            if return_path:
-                return [torch.stack(iterates) for iterates in zip(*path)]
-            return [end - start for start, end in zip(path[0], path[-1])]
-
-        if not return_path:
-            return self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, along=along)
-        path = self._explain(run, inputs, target, forward_kwargs, wrt, batch_size, batch_axis=1, along=along)
-        return rebuilt(path, lambda p: None if p is None else p[-1] - p[0]), path
+        ascent = Ascent(steps, step_size, bounds, radius, clip)
+        return pullbacks.ascend(self, Request(inputs, target, forward_kwargs, wrt, batch_size), ascent, return_path)
 
     def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
         """The soft pullback under the calling convention of Captum's attribution methods.
@@ -166,18 +115,9 @@ class Explainer(fx.GraphModule):
         Raises:
             AssertionError: `target` is None and the model has more than one output for each sample.
         """
-        extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
-        if isinstance(target, Tensor) and target.numel() == 1 and target.dtype in INTEGERS:
-            target = int(target)
-        return self._explain(
-            lambda explainer, call: explainer._pull(call, call.explained),
-            inputs,
-            only_output if target is None else target,
-            extra=() if additional_forward_args is None else extra,
-            many=True,
-        )
+        return pullbacks.attribute(self, inputs, target, additional_forward_args)
 
-    def split(self, name: str) -> tuple[Explainer, Explainer]:
+    def split(self, name: str) -> tuple[Self, Self]:
         """This explainer in two at the inner activation `name`: `stem(*inputs)` returns it, `tail(activation, **inputs)` goes on
         from it; `tail` takes those of the inputs, by name, that it needs. Both share the modules, and can be compiled.
 
@@ -186,11 +126,7 @@ class Explainer(fx.GraphModule):
         Raises:
             ValueError: no activation has this name; the message has the nearest that do.
         """
-        with self._splitting:
-            if name not in self._splits:
-                graphs = ending_at(self, self.graph, name, "wrt"), starting_at(self, self.graph, name)
-                self._splits[name] = tuple(Explainer(self, g, within(self._report, g)) for g in graphs)  # type: ignore[assignment]
-            return self._splits[name]
+        return super().split(name)
 
     def compile(  # type: ignore[override]  # in place of nn.Module.compile, on purpose
         self, method: str = "pullback", *, example_inputs: Inputs | None = None, dynamic_batch: bool = True, **method_args: Any
@@ -198,8 +134,8 @@ class Explainer(fx.GraphModule):
         """`method` as one compiled inference graph, `program(inputs, target) -> (outputs, map)`: the model's own outputs and
         the explanation, by one pass.
 
-        The program is held against this explainer on the example, to 1e-4 in relative L2 for float32 (`program.TOLERANCE`), and
-        refused where it differs. It keeps the weights of this moment: later changes of the model do not reach it.
+        The program is compared with this explainer on the example, and refused where it differs by more than 1e-4 in relative L2,
+        for float32 (`program.build.TOLERANCE`). It keeps the weights of this moment: later changes of the model do not reach it.
 
         Args:
             method: "pullback", "double_pullback" or "ascend".
@@ -217,11 +153,11 @@ class Explainer(fx.GraphModule):
             ProgramError: the compiled program differs from this explainer.
             ModuleNotFoundError: the inputs are on a GPU, and Triton is not installed.
         """
-        from .program.program import Program
+        from .program.build import build  # here, since it brings in torch's tracers: `import sp_fx` stays light
 
         if example_inputs is None:
             raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")
-        return Program(self, method, example_inputs, dynamic_batch=dynamic_batch, **method_args)
+        return build(self, method, example_inputs, dynamic_batch=dynamic_batch, **method_args)
 
     def report(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Report:
         """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable.
@@ -229,9 +165,10 @@ class Explainer(fx.GraphModule):
         With `batches` (as `calibrate` takes them) also the standard deviation of each pre-activation over them and the
         temperature in units of it, with a warning beside gates that are effectively hard or effectively open.
         """
-        return self._report if batches is None else measured(self._report, measure(self, batches, forward_kwargs or {}))
+        report = super().report()
+        return report if batches is None else with_spreads(report, measure(self, batches, forward_kwargs or {}))
 
-    def calibrate(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Explainer:
+    def calibrate(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Self:
         """A new explainer whose temperatures are in units of the scale that each pre-activation has over `batches`.
 
         One forward over the data, which needs no labels. The scale of a gate is the standard deviation of its pre-activation over
@@ -256,118 +193,8 @@ class Explainer(fx.GraphModule):
         """
         other = copy.copy(self)
         if batches is None:
-            other._report = by_norms(self._report, self, other.graph)
+            other._report = calibrated_by_norms(self._report, self, other.graph)
         else:
             other._report = calibrated(self._report, other.graph, measure(self, batches, forward_kwargs or {}))
         other.recompile()
         return other
-
-    # -- how they run
-
-    def _explain(
-        self,
-        run: Callable[[Explainer, Call], list[Tensor]],
-        inputs: Inputs,
-        target: Target,
-        forward_kwargs: Mapping[str, Any] | None = None,
-        wrt: str | None = None,
-        batch_size: int | None = None,
-        *,
-        extra: tuple[Any, ...] = (),
-        many: bool = False,
-        batch_axis: int = 0,
-        along: tuple[Any, ...] = (),
-    ) -> Any:
-        """Check the inputs, `run` a piece at a time, and put the maps together. `many`: whether `run` takes targets [B, T]."""
-        kwargs, names = dict(forward_kwargs or {}), tuple[str, ...]()
-        positional: tuple[Any, ...] = inputs if isinstance(inputs, tuple) else (inputs,)
-        if isinstance(inputs, Mapping):
-            names = tuple(name for name, value in inputs.items() if isinstance(value, Tensor))
-            positional = tuple(inputs[name] for name in names)
-            kwargs |= {name: value for name, value in inputs.items() if name not in names}
-        with torch.inference_mode(False), torch.enable_grad():
-            call = Call([*map(usable, positional), *extra], len(positional), kwargs, target, names, along)
-            call.check({t.device for t in (*self.parameters(), *self.buffers())}, explains=wrt is None)
-            if wrt is not None:
-                tail, activation, needed = self._reached(wrt, call, batch_size)
-                if activation.shape[:1] != (call.batch,) and not (many and batch_size is None):
-                    told = f"{wrt} has the shape {list(activation.shape)}, without the batch on axis 0"
-                    raise ValueError(f"{told}: only pullback(), without batch_size, can explain with respect to it")
-                return tail._explain(
-                    run, activation, target, needed, None, batch_size, many=many, batch_axis=batch_axis, along=along
-                )
-            times = None if many else call.targets_each
-            if times is not None:
-                call = call.repeated(times)
-            pieces = [run(self, piece) for piece in call.pieces(batch_size)]
-            maps = [torch.cat(parts, batch_axis) for parts in zip(*pieces)]
-        if times is not None:
-            maps = [m.unflatten(batch_axis, (m.shape[batch_axis] // times, times)) for m in maps]
-        found = iter(maps)
-        each = [next(found) if x.is_floating_point() else None for x in positional]
-        if isinstance(inputs, Mapping):
-            return dict(zip(names, each))
-        return tuple(each) if isinstance(inputs, tuple) else each[0]
-
-    def _reached(self, name: str, call: Call, batch_size: int | None) -> tuple[Explainer, Tensor, dict[str, Any]]:
-        """What comes after the activation `name`, the activation of `call`, and what else of the inputs comes after it."""
-        stem, tail = self.split(name)
-        with torch.no_grad():
-            activation = torch.cat([piece.of(stem, piece.explained) for piece in call.pieces(batch_size)])
-        given = call.of(inspect.signature(self.forward).bind, call.explained).arguments
-        needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
-        if any(n.startswith("*") for n in needed):
-            raise ValueError(f"what comes after {name} takes {', '.join(needed)}, which have no names of their own")
-        return tail, activation, {n: given[n] for n in needed if n in given}
-
-    def _pull(self, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:
-        """The pullbacks at `points`, which stand in for the explained inputs; fixes the call's target if it was open."""
-        leaves = [x.detach().requires_grad_() for x in points]
-        try:
-            output = call.of(self, leaves)
-        except RuntimeError as error:
-            dtypes = {x.dtype for x in leaves} - {t.dtype for t in self.parameters()}
-            if dtypes and "dtype" in str(error):
-                error.add_note(f"the inputs are {', '.join(map(str, dtypes))}, which no weight of the model is")
-            raise
-        if call.target is None:
-            call.target = resolve(output, None)
-        y, u = seed(output, call.target)
-        if not y.requires_grad:
-            raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")
-        if u.dim() == y.dim():
-            grads = torch.autograd.grad(y, leaves, u, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads)]
-
-        def back(one: Tensor) -> tuple[Tensor, ...]:
-            grads = torch.autograd.grad(y, leaves, one, retain_graph=True, allow_unused=True)
-            return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
-
-        return list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
-
-    # -- what a module is asked to do
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Explainer:
-        self._splits.clear()  # they hold the tensors that are replaced
-        return super()._apply(fn, recurse)
-
-    def train(self, mode: bool = True) -> Explainer:
-        """Changes nothing: the explainer was captured in eval mode. Warns where `mode` is True."""
-        if mode:
-            warnings.warn("an Explainer was captured in eval mode and stays in it: train() changes nothing", stacklevel=2)
-        return self
-
-    def __reduce__(self) -> tuple:
-        return Explainer._restored, (fx.GraphModule(self, self.graph), self._report, places(self.graph))
-
-    def __deepcopy__(self, memo: dict) -> Explainer:
-        return Explainer._restored(copy.deepcopy(fx.GraphModule(self, self.graph), memo), self._report)
-
-    def __copy__(self) -> Explainer:
-        return Explainer._restored(fx.GraphModule(self, copy.deepcopy(self.graph)), self._report)
-
-    @staticmethod
-    def _restored(module: fx.GraphModule, report: Report, known: list[str | None] | None = None) -> Explainer:
-        if known is not None:
-            place(module.graph, known)
-        return Explainer(module, module.graph, report)

@@ -1,4 +1,4 @@
-"""Pictures of maps: what `sp_fx.figures.drawing` has, under the name that users import."""
+"""Pictures of maps: `sp_fx.figures.drawing` under the name that users import."""
 
 from .figures.drawing import (
     CHANGE,

@@ -1,10 +1,10 @@
 """Targets: which direction of the output is pulled back.
 
-Beside the plain forms (`FORMS`) there are directions that depend on what the model says: `score`, `margin`, `log_probability`,
+Beside the plain forms (`FORMS`) there are directions that depend on the output: `score`, `margin`, `log_probability`,
 `fisher_rao`, `neuron`, `channel`, `free`. Each returns a `Direction`, to be passed as the target of any method. At an output `y`
-[B, C], or [B, C, ...] with the classes on axis 1, it gives `u`, shaped like `y`, which is pulled back as a constant. Directions
-add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`. Their class is an int, a tensor [B], or None for the
-predicted one; an ascent asks anew at every step, so name the class there.
+[B, C], or [B, C, ...] with the classes on axis 1, it is a tensor `u`, shaped like `y`, which is pulled back as a constant.
+Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`. Their class is an int, a tensor [B], or None
+for the predicted one; an ascent predicts anew at every step, so name the class there.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORMS = (
 
 
 def primary(output: Any) -> Tensor:
-    """The tensor that is explained: the output itself, its only tensor, or its `logits`.
+    """Returns the tensor of the output that is explained: the output itself, its only tensor, or its `logits`.
 
     Raises:
         TypeError: there are several tensors and none is called `logits`.
@@ -55,7 +55,8 @@ def primary(output: Any) -> Tensor:
 
 
 def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
-    """The tensor to differentiate and the cotangent `u` to start from, shaped like it, or [T, *its shape] for targets [B, T].
+    """Returns the tensor to differentiate, and the cotangent `u` to start from: shaped like it, or [T, *its shape] for targets
+    [B, T].
 
     Integer targets index the axes after the batch axis; an axis that is left over is summed, as Captum does.
 
@@ -85,7 +86,7 @@ def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def resolve(output: Any, target: Target) -> Target:
-    """The predicted class in place of None, so that what follows stays with the class of the first forward."""
+    """Returns the target, or the predicted class where it is None: later forwards keep the class of the first."""
     if target is not None:
         return target
     y = primary(output)
@@ -95,7 +96,7 @@ def resolve(output: Any, target: Target) -> Target:
 
 
 def only_output(output: Any) -> Tensor:
-    """Captum's meaning of no target: the model's one number for each sample.
+    """Returns the model's one number for each sample, which is what Captum explains where no target is passed.
 
     Raises:
         AssertionError: it has more than one, in Captum's words.
@@ -106,7 +107,7 @@ def only_output(output: Any) -> Tensor:
 
 
 def indices_of(target: Any, y: Tensor) -> Tensor:
-    """Integer targets as [T or 1, B, axes], checked against the output `y`."""
+    """Returns integer targets as indices into `y`, [T or 1, B, axes]; an error says which of them the output does not have."""
     batch = y.shape[0] if y.dim() else 0
     if isinstance(target, list) and target and all(isinstance(t, tuple) for t in target):
         index = torch.tensor([[_int(i) for i in t] for t in target])[None]
@@ -138,6 +139,7 @@ def indices_of(target: Any, y: Tensor) -> Tensor:
 
 
 def _scored(score: Any) -> tuple[Tensor, Tensor]:
+    """Returns what a target callable returned, checked, and the cotangent of its sum."""
     if not isinstance(score, Tensor) or not score.is_floating_point():
         got = f"{score.dtype} tensor" if isinstance(score, Tensor) else type(score).__name__
         raise TypeError(f"the target callable returned a {got}; expected a floating tensor computed from the output")
@@ -159,15 +161,15 @@ def _shape(t: Tensor) -> str:
     return str(list(t.shape))
 
 
-# -- directions that depend on what the model says --------------------------------------------------------------------------
+# -- directions that depend on the output -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Direction:
     """A target: `of(y)` is the direction at the output `y`, and what is explained is its inner product with `y`.
 
-    `part(change)` is the same of a part of the batch, `change` being what takes that part of a tensor [B, ...]; None where it
-    holds nothing of the kind.
+    `part` makes the direction for a part of the batch: `part(change)`, where `change` takes that part of a tensor [B, ...], such
+    as the classes of `score(classes)`. None where the direction is the same for every sample.
     """
 
     of: Callable[[Tensor], Tensor]
@@ -274,7 +276,7 @@ def free(u: Tensor) -> Direction:
 
 
 def chosen(y: Tensor, target: Class) -> Tensor:
-    """`e_c` for each sample, shaped like `y` [B, C, ...]."""
+    """Returns `e_c` for the class of each sample, shaped like `y` [B, C, ...]."""
     if y.dim() < 2 or not y.is_floating_point():
         raise ValueError(f"a class direction needs floating outputs [B, C, ...], got {y.dtype} {list(y.shape)}")
     if target is None:
@@ -290,6 +292,7 @@ def chosen(y: Tensor, target: Class) -> Tensor:
 
 
 def at(y: Tensor, index: tuple[int, ...], full: bool) -> Tensor:
+    """Returns 1 at `index` of each sample's output and 0 elsewhere, shaped like `y`; `full`: the index must have all its axes."""
     if full and len(index) != y.dim() - 1:
         raise ValueError(f"a neuron of an output {list(y.shape)} has {y.dim() - 1} indices, got {len(index)}")
     where = indices_of(index, y)[0, 0].tolist()

@@ -16,7 +16,7 @@ import oracle
 import sp_fx
 from oracle import FROZEN
 from sp_fx import Rules
-from test_oracle import Calls, check, fill, randn, transform
+from test_explainer_oracle import Calls, check, fill, randn, transform
 
 aten = torch.ops.aten
 UNEVEN = {"relu": 0.35, "leaky_relu": 0.9, "hardtanh": 0.8, "elu": 1.4, "gelu": 0.6, "silu": 0.7, "hardswish": 0.4, "mish": 2.5,

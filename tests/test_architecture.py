@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import types
 import zipfile
 from graphlib import TopologicalSorter
 from importlib.metadata import distribution
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import sp_fx
 
@@ -18,27 +20,80 @@ README = Path(__file__).parents[1] / "README.md"
 ROOT = Path(sp_fx.__file__).parent
 
 
+ORDER = (  # lowest first: a file imports from its own folder and from those before it
+    *("containers", "version", "targets", "zoo", "gates", "capture", "analysis", "rewrite", "methods", "program"),
+    *("explainer", "build", "checks", "figures", "bridges", "packages", "serving", "plot", "offline", "cli", "__main__"),
+)
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+
+
 def imports(path):
-    """Modules that a file imports when it is imported."""
-    tree = ast.parse(path.read_text())
-    for node in tree.body:
+    """The modules that a file imports, wherever in it: at its head, in a function, under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             yield ("." * node.level + (node.module or ""), [a.name for a in node.names])
         elif isinstance(node, ast.Import):
             yield from ((a.name, []) for a in node.names)
 
 
-def test_imports_form_a_dag():
-    graph = {}
-    for path in ROOT.glob("*.py"):
-        inner = [m[1:] for m, _ in imports(path) if m.startswith(".") and m != "."]
-        graph[path.stem] = {m.split(".")[0] for m in inner if path.stem != "__init__"}
-    assert {"capture", "rewrite", "explainer"} <= set(TopologicalSorter(graph).static_order())
+def imported_files(path):
+    """The files of the package that a file imports from."""
+    for module, names in imports(path):
+        if module.startswith("."):
+            level = len(module) - len(module.lstrip("."))
+            base = path.parents[level - 1].joinpath(*filter(None, module.lstrip(".").split(".")))
+        elif module.split(".")[0] == "sp_fx":
+            base = ROOT.parent.joinpath(*module.split("."))
+        else:
+            continue
+        for name in names or [""]:
+            target = next(f for f in (base / f"{name}.py", base / name / "__init__.py", base.with_suffix(".py"), base /
+            "__init__.py")
+                          if f.is_file())  # fmt: skip
+            yield target
+
+
+def room(path):
+    """The folder of the package that a file is in, or the file's own name at the top."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def test_files_import_each_other_in_no_circle():
+    graph = {path: set(imported_files(path)) for path in FILES}
+    assert {ROOT / "capture/symbolic.py", ROOT / "rewrite/rewrite.py"} <= set(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room(p) != "__init__"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_import_downwards_only(path):
+    above = {room(f) for f in imported_files(path) if ORDER.index(room(f)) > ORDER.index(room(path))}
+    assert not above, f"{path.relative_to(ROOT)} imports from {', '.join(sorted(above))}, which stand above it"
+
+
+def test_rooms_are_small():
+    folders = {path.parent for path in FILES}
+    for folder in folders:
+        modules = [p.name for p in folder.glob("*.py") if p.name != "__init__.py"]
+        assert len(modules) <= 8, f"{folder}: {modules}"
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                methods = [n.name for n in node.body if isinstance(n, ast.FunctionDef) and not n.name.startswith("__")]
+                assert len(methods) <= 15, f"{path}: {node.name} has {len(methods)} methods"
+
+
+def test_the_top_has_public_names_and_folders_only():
+    """A folder has the name of no public function, which importing it would replace; what else is there has an underscore."""
+    names = {name for name in vars(sp_fx) if not name.startswith("_")}
+    assert names <= {*sp_fx.__all__, *ORDER}
+    functions = {name for name in sp_fx.__all__ if not isinstance(getattr(sp_fx, name), types.ModuleType)}
+    assert not functions & {path.stem for path in ROOT.iterdir()}
 
 
 def test_kernels_know_nothing_of_the_package_and_one_module_knows_them():
-    users = {p.stem for p in ROOT.rglob("*.py") for m, _ in imports(p) if m.split(".")[0] == "sp_fx_kernels"}
-    assert users <= {"dual"}
+    users = {p.stem for p in FILES for m, _ in imports(p) if m.split(".")[0] == "sp_fx_kernels"}
+    assert users == {"fused"}
     import importlib.util
 
     spec = importlib.util.find_spec("sp_fx_kernels")
@@ -57,11 +112,18 @@ def test_import_is_light():
 
 
 @pytest.mark.skipif(not README.exists(), reason="the README is not beside these tests")
-def test_the_readmes_lines_run():
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    """As they stand, but for the weights, which would be downloaded; the photograph is drawn here."""
+    monkeypatch.chdir(tmp_path)
+    noise = torch.randint(0, 256, (300, 400, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(noise.numpy()).save("photo.jpg")
     code = README.read_text().split("```python")[1].split("```")[0].replace('weights="DEFAULT"', "weights=None")
-    scope = {"x": torch.rand(1, 3, 64, 64) * 2 - 1}
+    scope = {}
     exec(code, scope)
-    assert scope["map"].shape == scope["other"].shape == scope["x"].shape and scope["maps"].shape == (1, 3, 3, 64, 64)
+    x = scope["x"]
+    assert x.shape == (1, 3, 224, 224) and -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
+    assert scope["map"].shape == scope["change"].shape == x.shape and scope["maps"].shape == (1, 3, 3, 224, 224)
+    assert Path("map.png").stat().st_size > 10_000
 
 
 def test_the_public_names():

@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCH))
 import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
-from fidelity_table import METRICS, compared, main  # noqa: E402
+from fidelity_table import METRICS, compared, in_short, main  # noqa: E402
 
 
 def tiny(name, data, samples, seed=cases.SEED):
@@ -109,33 +109,50 @@ def test_samples_that_no_default_was_chosen_on(run, monkeypatch):
     assert record["comparisons"][0]["mean"] != record["comparisons_fresh"][0]["mean"]  # of 10 samples; stability has 8 of them
 
 
-def test_the_readme_s_tables(run, tmp_path):
+def test_the_tables_of_the_pages(run, tmp_path):
     run()
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- fidelity: tiny -->\nold\n<!-- end -->\nafter\n")
-    options = ["--results", str(tmp_path / "out"), "--readme", str(readme)]
+    page = tmp_path / "evidence.md"
+    page.write_text("before\n<!-- fidelity: tiny -->\nold\n<!-- end -->\nafter\n")
+    options = ["--results", str(tmp_path / "out"), "--pages", str(page)]
     assert main(options) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("before\n<!-- fidelity: tiny -->\n|  | passes |") and text.endswith("<!-- end -->\nafter\n")
     row = next(line for line in text.splitlines() if line.startswith("| SmoothGrad-50 |"))
     found = json.loads((tmp_path / "out" / "fidelity_tiny.json").read_text())["methods"]["SmoothGrad-50"]["infidelity, small"]
     assert f"{found['mean']:.3g}" in row and f"[{found['low']:.2g}, {found['high']:.2g}]" in row
-    assert main(options) == 0 and readme.read_text() == text
+    assert main(options) == 0 and page.read_text() == text
     assert text.count("| equal shares | 0 | ") == 2  # the level to beat, unranked
     plot = tmp_path / "out" / "fidelity_tiny.png"
     drawn = plot.read_bytes()
     plot.unlink()
     assert main([*options, "--plots"]) == 0 and plot.read_bytes() == drawn and b"weights_sha256" in drawn
-    readme.write_text("nothing to fill")
+    page.write_text("nothing to fill")
     assert main(options) == 2
 
 
-def test_the_repository_s_readme_is_that_of_its_results(tmp_path):
-    readme, results = BENCH.parent / "README.md", BENCH / "results"
-    copy = tmp_path / "README.md"
-    copy.write_text(readme.read_text())
-    assert main(["--results", str(results), "--readme", str(copy)]) == 0
-    assert copy.read_text() == readme.read_text(), "run python bench/fidelity_table.py"
+def test_the_short_table_has_the_best_peer_of_each_measure():
+    """Lower infidelity is better and higher correlation; other pullbacks are no peers; what has no value is a dash."""
+    values = {"pullback": (0.2, 0.9), "ascent": (0.01, 1), "pullback, paper's rules": (0.01, 1),
+              "gradient": (0.05, 0.1), "IG-50": (0.3, 0.8), "DeepLift": (0.1, 0.7)}  # fmt: skip
+    measures = ("infidelity, small", "faithfulness correlation")
+    rows = {method: {m: {"mean": v} for m, v in zip(measures, both)} for method, both in values.items()}
+    lines = in_short({"tiny": {"methods": rows, "controls": {"equal shares": {measures[0]: {"mean": 0.4}}}}}).splitlines()
+    assert lines[0].startswith("| network | map | Infid. small ↓ | Infid. published ↓ | Faith. corr. ↑ |")
+    assert [line.removesuffix("| - | - |") for line in lines[2:]] == [
+        "| tiny | pullback | 0.2 | - | **0.9** ",
+        "|  | plain gradient | **0.05** | - | 0.1 ",
+        "|  | best peer | 0.1 DeepLift | - | 0.8 IG-50 ",
+        "|  | equal shares | 0.4 | - | - ",
+    ]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/evidence.md"])
+def test_the_repository_s_pages_are_those_of_its_results(name, tmp_path):
+    page, results = BENCH.parent / name, BENCH / "results"
+    copy = tmp_path / "copy.md"
+    copy.write_text(page.read_text())
+    assert main(["--results", str(results), "--pages", str(copy)]) == 0
+    assert copy.read_text() == page.read_text(), "run python bench/fidelity_table.py"
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

@@ -93,7 +93,7 @@ def test_failures_of_transform_leave_the_model_alone():
 
     model = Branches().train()
     before = state(model)
-    with pytest.raises(sp_fx.CaptureError, match=r"test_capture.py:\d+, in forward"):
+    with pytest.raises(sp_fx.CaptureError, match=r"test_capture_symbolic.py:\d+, in forward"):
         sp_fx.transform(model)
     assert same(before, state(model))
 

@@ -1,20 +1,16 @@
-"""The command, on models with seeded weights and on pictures drawn here."""
+"""The commands, on models with seeded weights and on pictures drawn here."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import sp_fx
-from helpers import fill
+from command import SCENES, explain, explain_scenes, record, write_inputs
 from sp_fx import zoo
 from sp_fx.cli.commands import main
-from sp_fx.cli.progress import Progress
-from sp_fx.figures.models import class_index, load_model, weights_hash
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 WEIGHTS = DATA / "squeezenet1_0_imagenet.safetensors"
@@ -22,36 +18,7 @@ WEIGHTS = DATA / "squeezenet1_0_imagenet.safetensors"
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
-    torch.save(fill(torchvision.models.squeezenet1_1()).state_dict(), folder / "weights.pt")
-    noise = np.random.default_rng(0).integers(0, 255, (120, 160, 4), dtype=np.uint8)
-    Image.fromarray(noise[..., :3]).save(folder / "colour.png")
-    Image.fromarray(noise[..., 0]).save(folder / "grey.png")
-    Image.fromarray(noise).save(folder / "alpha.png")
-    (folder / "other").mkdir()
-    Image.fromarray(noise[::-1, :, :3].copy()).save(folder / "other" / "colour.png")
-    scenes = zoo.draw(5, 10)
-    for i, pixels in enumerate(scenes.pixels):
-        Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(folder / f"scene_{i}.png")
-    (folder / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
-    return folder
-
-
-def explain(here, out, *more, images=("colour.png",)):
-    pictures = [str(here / name) for name in images]
-    return main(["explain", *pictures, "--model", "squeezenet1_1", "--weights", str(here / "weights.pt"), "--input-size", "64",
-                 "--out", str(out), *more])  # fmt: skip
-
-
-SCENES = [f"scene_{i}.png" for i in range(10)]
-
-
-def explain_scenes(here, out, *more, model="zoo/residual_cnn", images=SCENES):
-    return main(["explain", *[str(here / name) for name in images], "--model", model, "--out", str(out), *more])
-
-
-def record(out, name):
-    return json.loads((out / f"{name}.json").read_text())
+    return write_inputs(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.mark.parametrize("method", ["pullback", "double_pullback", "ascend"])
@@ -134,40 +101,6 @@ def test_several_targets(here, tmp_path):
     assert [t["index"] for t in record(tmp_path, "colour")["targets"]] == [7, 0, found["prediction"][0]["index"], 217]
 
 
-def test_class_names():
-    labels = ("tench, Tinca tinca", "crane", "crane", "cardigan", "Cardigan", "hen-of-the-woods, hen of the woods")
-    assert class_index("Tinca tinca", labels) == class_index("TENCH", labels) == class_index("tench, Tinca tinca", labels) == 0
-    assert class_index("cardigan", labels) == 3 and class_index("Cardigan", labels) == 4
-    with pytest.raises(ValueError, match=r"several classes are called 'crane': pass one of the indices 1 \(crane\), 2 \(crane\)"):
-        class_index("crane", labels)
-    with pytest.raises(ValueError, match="several classes are called 'CARDIGAN'"):
-        class_index("CARDIGAN", labels)
-    with pytest.raises(ValueError, match="no class is called 'tensh'; the nearest: tench"):
-        class_index("tensh", labels)
-    with pytest.raises(ValueError, match="no class is called 'xxxx'; it has 6, such as tench, Tinca tinca"):
-        class_index("xxxx", labels)
-    with pytest.raises(ValueError, match="not known: pass an index instead of 'tench'"):
-        class_index("tench", None)
-
-
-def test_timm_models_know_their_classes():
-    from sp_fx.figures.models import untrained
-
-    named = untrained("timm/resnet18")
-    assert class_index("tench", named.labels) == 0 and class_index("English springer", named.labels) == 217
-    assert (named.preprocessing.resize, named.preprocessing.crop) == (235, 224)  # 224 / 0.95, rounded down as timm does
-
-
-def test_prediction_equals_the_models_own(here):
-    named = load_model("squeezenet1_1", here / "weights.pt", 64)
-    x = named.preprocessing(here / "colour.png").pixels[None]
-    net = torchvision.models.squeezenet1_1()
-    net.load_state_dict(torch.load(here / "weights.pt"))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (named.preprocessing.mean, named.preprocessing.std))
-    assert torch.allclose(named.model(x), net.eval()(((x + 1) / 2 - mean) / std), atol=1e-4)
-    assert weights_hash(named.model) == weights_hash(load_model("squeezenet1_1", here / "weights.pt").model)
-
-
 def test_broken_pictures_are_named_and_counted(here, tmp_path, capsys):
     assert explain(here, tmp_path, images=("broken.jpg", "colour.png", "missing.png")) == 1
     said = capsys.readouterr().err
@@ -205,24 +138,6 @@ def test_weights_that_cannot_be_downloaded(here, tmp_path, capsys, monkeypatch):
     assert "weights of resnet18 could not be downloaded (no network); pass a file with --weights FILE" in capsys.readouterr().err
 
 
-MALFORMED = {
-    "steps": (["--steps", "0"], "a whole number of at least 1"),
-    "method": (["--method", "pullback,gradient"], "no method is called 'gradient'; choices: pullback, double_pullback, ascend"),
-    "kind": (["--temperature", "rely=1"], "no kind of gate is called 'rely'; choices: relu"),
-    "temperature": (["--temperature", "relu=warm"], "expected KIND=T, such as relu=1.0; got 'relu=warm'"),
-    "device": (["--device", "cuda:99"], "'cuda:99' is no device of this machine"),
-    "no device": (["--device", "toaster"], "'toaster' is no device of this machine"),
-}
-
-
-@pytest.mark.parametrize("case", MALFORMED)
-def test_malformed_arguments(here, tmp_path, capsys, case):
-    arguments, message = MALFORMED[case]
-    with pytest.raises(SystemExit) as stopped:
-        explain(here, tmp_path, *arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
-
-
 def test_damaged_weights(here, tmp_path, capsys):
     state = torch.load(here / "weights.pt")
     state["features.0.weight"][0, 0, 0, 0] = float("nan")
@@ -241,25 +156,17 @@ def test_damaged_weights(here, tmp_path, capsys):
     assert "does not hold 'residual_cnn'" in capsys.readouterr().err
 
 
-def test_a_bar_on_a_terminal_and_none_elsewhere(here, tmp_path, capsys, monkeypatch):
-    assert explain_scenes(here, tmp_path, images=SCENES[:2]) == 0
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    assert explain_scenes(here, tmp_path, "--batch-size", "1", images=[*SCENES[:2], "broken.jpg"]) == 1
-    shown = capsys.readouterr().err
-    assert "] 0/3" in shown and "] 1/3, " in shown and " s left" in shown and f"[{'#' * 20:30}] 2/3" in shown
-    assert "\r\033[Ksp-fx: skipped" in shown and shown.endswith("1 of 3 pictures could not be read\n")
-    capsys.readouterr()
-    Progress(1).advance(1)
-    assert capsys.readouterr().err == ""  # one picture needs no bar
-
-
 def test_demo(tmp_path, capsys):
     assert main(["demo", "--scenes", "2", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert "residual_cnn, 2 scenes: plain gradient" in said and said.count("after 10 steps") == 4
     with Image.open(tmp_path / "demo.png") as figure:
         assert min(figure.size) > 500
+
+
+def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "a.onnx")]) == 2
+    assert "no package at" in capsys.readouterr().err
 
 
 def test_report(capsys):

@@ -32,7 +32,7 @@ def test_rows_and_ratios():
     assert rows["long"].turns == 1 and rows[timing.PROGRAM].turns == 3  # fifty times the forward: one turn
     assert rows[timing.FORWARD].x_forward == 1 and 1 < rows[timing.PROGRAM].x_forward < 4  # 2, and what sleeping is late by
     assert rows[timing.PROGRAM].low_s <= rows[timing.PROGRAM].median_s <= rows[timing.PROGRAM].high_s
-    printed = timing.table(list(rows.values()))
+    printed = timing.format_table(list(rows.values()))
     assert len(printed.splitlines()) == 5 and "no such layer" in printed
 
 

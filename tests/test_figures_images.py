@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
-from sp_fx.figures.images import Preprocessing, read
+from sp_fx.figures.images import Preprocessing, read_rgb
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (31, 40, 3), dtype=np.uint8)
@@ -36,13 +36,13 @@ def test_resized_and_cropped_as_torchvision_does(saved, size, resize, crop, how)
 
 
 def test_grey(saved):
-    image, mode, done = read(saved(Image.fromarray(COLOUR[..., 0])))
+    image, mode, done = read_rgb(saved(Image.fromarray(COLOUR[..., 0])))
     assert mode == "L" and done == ("L to RGB",)
     assert np.array_equal(np.array(image), np.repeat(COLOUR[..., :1], 3, -1))
 
 
 def test_black_and_white(saved):
-    image, mode, _ = read(saved(Image.fromarray(COLOUR[..., 0] > 127)))
+    image, mode, _ = read_rgb(saved(Image.fromarray(COLOUR[..., 0] > 127)))
     assert mode == "1" and np.array_equal(np.array(image)[..., 0], np.where(COLOUR[..., 0] > 127, 255, 0))
 
 
@@ -51,7 +51,7 @@ def test_transparency_shows_white(saved, channels):
     pixels = np.concatenate([COLOUR[..., : channels - 1], np.zeros((31, 40, 1), np.uint8)], -1)
     pixels[:5, :, -1] = 255
     pixels[5, :, -1] = 100
-    image, _, done = read(saved(Image.fromarray(pixels)))
+    image, _, done = read_rgb(saved(Image.fromarray(pixels)))
     seen = np.array(image)
     assert done == ("transparency over white",) and (seen[6:] == 255).all()
     assert np.array_equal(seen[:5], np.broadcast_to(pixels[:5, :, :-1], (5, 40, 3)))
@@ -61,10 +61,10 @@ def test_transparency_shows_white(saved, channels):
 
 def test_palette_with_and_without_transparency(saved):
     palette = Image.fromarray(COLOUR).quantize(16)
-    image, mode, done = read(saved(palette))
+    image, mode, done = read_rgb(saved(palette))
     assert mode == "P" and done == ("P to RGB",) and np.array_equal(np.array(image), np.array(palette.convert("RGB")))
     path = saved(palette, "clear.png", transparency=3)
-    image, mode, done = read(path)
+    image, mode, done = read_rgb(path)
     assert mode == "P" and done == ("transparency over white",)
     clear = np.array(palette) == 3
     assert clear.any() and (np.array(image)[clear] == 255).all()
@@ -74,14 +74,14 @@ def test_palette_with_and_without_transparency(saved):
 def test_a_transparent_colour_of_an_rgb_picture(saved):
     pixels = COLOUR.copy()
     pixels[:4] = (1, 2, 3)
-    image, mode, done = read(saved(Image.fromarray(pixels), transparency=(1, 2, 3)))
+    image, mode, done = read_rgb(saved(Image.fromarray(pixels), transparency=(1, 2, 3)))
     assert mode == "RGB" and done == ("transparency over white",) and (np.array(image)[:4] == 255).all()
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bit_grey_is_scaled_not_clipped(saved, suffix):
     wide = RNG.integers(0, 65536, (31, 40)).astype(np.uint16)
-    image, mode, done = read(saved(Image.fromarray(wide), f"wide.{suffix}"))
+    image, mode, done = read_rgb(saved(Image.fromarray(wide), f"wide.{suffix}"))
     assert mode.startswith("I;16") and done == ("16-bit grey to 8 bits",)
     assert np.abs(np.array(image)[..., 0] - wide / 257).max() <= 0.5 + 1e-9
 
@@ -95,13 +95,13 @@ def test_sixteen_bit_colour(tmp_path):
     header = struct.pack(">IIBBBBB", 7, 5, 16, 2, 0, 0, 0)
     path = tmp_path / "wide.png"
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    image, mode, _ = read(path)
+    image, mode, _ = read_rgb(path)
     assert mode == "RGB" and np.abs(np.array(image) - wide.astype(float) / 257).max() <= 1
 
 
 def test_cmyk(saved):
     ink = Image.fromarray(np.full((31, 40, 4), (0, 255, 0, 0), np.uint8), "CMYK")
-    image, mode, done = read(saved(ink, "ink.jpg", quality=100))
+    image, mode, done = read_rgb(saved(ink, "ink.jpg", quality=100))
     assert mode == "CMYK" and done == ("CMYK to RGB",)
     assert np.abs(np.array(image, float) - (255, 0, 255)).max() <= 3  # full magenta, to JPEG's precision
 
@@ -123,14 +123,14 @@ def test_exif_rotation(saved, orientation):
     ]
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image, _, done = read(saved(Image.fromarray(np.ascontiguousarray(stored[orientation - 1])), exif=exif))
+    image, _, done = read_rgb(saved(Image.fromarray(np.ascontiguousarray(stored[orientation - 1])), exif=exif))
     assert np.array_equal(np.array(image), upright)
     assert done == (() if orientation == 1 else ("rotated as its EXIF says",))
 
 
 def test_the_first_of_several_frames(saved):
     frames = [Image.fromarray(np.full((31, 40, 3), value, np.uint8)) for value in (200, 10)]
-    image, _, done = read(saved(frames[0], "moving.gif", save_all=True, append_images=frames[1:]))
+    image, _, done = read_rgb(saved(frames[0], "moving.gif", save_all=True, append_images=frames[1:]))
     assert done[0] == "the first of 2 frames" and (np.array(image) == 200).all()
 
 
@@ -142,7 +142,7 @@ def test_one_pixel(saved):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_a_range_that_is_not_known(saved, mode):
     with pytest.raises(ValueError, match=f"32-bit pixels .mode {mode}., whose range is not known"):
-        read(saved(Image.new(mode, (9, 9)), "wide.tif"))
+        read_rgb(saved(Image.new(mode, (9, 9)), "wide.tif"))
 
 
 @pytest.mark.parametrize("shrink", [2, 5])  # pillow warns above its limit, and raises above twice as much
@@ -164,7 +164,7 @@ def test_truncated(saved, suffix):
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises((OSError, ValueError)) as refused:
-        read(path)
+        read_rgb(path)
     assert str(refused.value)
 
 
@@ -178,7 +178,7 @@ def test_random_damage_never_escapes(saved):
             hurt[place] = rng.integers(256)
         path.write_bytes(hurt)
         try:
-            read(path)
+            read_rgb(path)
         except (OSError, ValueError):
             pass
 
@@ -187,7 +187,7 @@ def test_not_a_picture(tmp_path):
     for content in (b"", b"hello", bytes(200)):
         (tmp_path / "it.jpg").write_bytes(content)
         with pytest.raises(OSError, match="not a picture"):
-            read(tmp_path / "it.jpg")
+            read_rgb(tmp_path / "it.jpg")
     for path in (tmp_path / "gone.png", tmp_path):
         with pytest.raises(OSError):
-            read(path)
+            read_rgb(path)

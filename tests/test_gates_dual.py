@@ -1,6 +1,7 @@
 """Dual-path ops under every way that PyTorch differentiates and captures.
 
-The reference is eager autograd through the same network, which test_oracle.py and test_golden.py tie to the formulas."""
+The reference is eager autograd through the same network, which test_explainer_oracle.py ties to the formulas.
+"""
 
 import copy
 
@@ -138,10 +139,10 @@ def test_compiled_whole(way, point):
     x, u = point
     net = All()
     if way == "compiled vjp":
-        found = torch.compile(lambda x, u: vjp(net, x, u), fullgraph=True)(x, u)
+        pulled = torch.compile(lambda x, u: vjp(net, x, u), fullgraph=True)(x, u)
     else:
-        found = grad(torch.compile(net, fullgraph=True), x, u)
-    assert relative(found, grad(net, x, u)) <= 1e-10  # Inductor reorders float64 sums
+        pulled = grad(torch.compile(net, fullgraph=True), x, u)
+    assert relative(pulled, grad(net, x, u)) <= 1e-10  # Inductor reorders float64 sums
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,12 +164,12 @@ def test_each_sample_of_a_large_batch_gets_what_it_gets_alone():
     x = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     v = torch.randn(5, 3, 256, 256, generator=torch.Generator().manual_seed(1))
     for op in (KINDS["relu, sample scale"], KINDS["gelu"], KINDS["prelu"], KINDS["max_pool, sample scale"]):
-        whole = torch.autograd.grad((y := op(z := x.clone().requires_grad_())), z, v[..., : y.shape[-2], : y.shape[-1]])[0]
+        batch = torch.autograd.grad((y := op(z := x.clone().requires_grad_())), z, v[..., : y.shape[-2], : y.shape[-1]])[0]
         for i in range(5):
             alone = torch.autograd.grad(
                 (y := op(z := x[i : i + 1].clone().requires_grad_())), z, v[i : i + 1, :, : y.shape[-2], : y.shape[-1]]
             )[0]
-            assert relative(whole[i : i + 1], alone) <= 1e-6  # the same arithmetic, except the scale's two formulas
+            assert relative(batch[i : i + 1], alone) <= 1e-6  # the same arithmetic, except the scale's two formulas
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if "attention" not in k])

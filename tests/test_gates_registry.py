@@ -60,8 +60,8 @@ def gates():
     yield
     for name in ("sharp", "snake", "squash"):
         del TABLE[name]
-    for held in (registry.FUNCTIONS, registry.MODULES, registry.STAND_INS):
-        held.clear()
+    for names in (registry.FUNCTIONS, registry.MODULES, registry.STAND_INS):
+        names.clear()
 
 
 class ByName(nn.Module):
@@ -69,7 +69,7 @@ class ByName(nn.Module):
         return sharp(x * 2) * 3
 
 
-class Held(nn.Module):
+class Attribute(nn.Module):
     def __init__(self):
         super().__init__()
         self.act = sharp
@@ -97,7 +97,7 @@ def expected(model, x, scale=1.0):
     match model:
         case ByName():
             return 6 * sharp_gain(z, 0.7)
-        case Held():
+        case Attribute():
             return 6 * sharp_gain(z, 0.7, 3.0)
         case Moduled():
             return 6 * snake_gain(z, 0.5) * snake_gain(Snake()(z), 0.5)
@@ -108,19 +108,19 @@ X = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.fl
 
 
 @pytest.mark.parametrize("tracer", ["fx", "export"])
-@pytest.mark.parametrize("model", [ByName, Held, Moduled, Op])
+@pytest.mark.parametrize("model", [ByName, Attribute, Moduled, Op])
 def test_every_form_under_both_tracers(model, tracer):
     net = model()
     explainer = sp_fx.transform(net, tracer=tracer, example_inputs=X, strict=True)
     assert torch.equal(explainer(X), net(X))
     report = explainer.report()
-    name = {ByName: "sharp", Held: "sharp", Moduled: "snake", Op: "squash"}[model]
+    name = {ByName: "sharp", Attribute: "sharp", Moduled: "snake", Op: "squash"}[model]
     assert {s.kind for s in report.of("rewritten")} == {name} and len(report.of("rewritten")) == 1 + (model is Moduled)
-    found = explainer.pullback(X, lambda y: y.sum())
-    assert relative(found, expected(net, X)) <= 1e-12
-    assert relative(torch.func.vjp(explainer, X)[1](torch.ones_like(X))[0], found) <= 1e-12
+    pulled = explainer.pullback(X, lambda y: y.sum())
+    assert relative(pulled, expected(net, X)) <= 1e-12
+    assert relative(torch.func.vjp(explainer, X)[1](torch.ones_like(X))[0], pulled) <= 1e-12
     again = pickle.loads(pickle.dumps(explainer))
-    assert torch.equal(again.pullback(X, lambda y: y.sum()), found)
+    assert torch.equal(again.pullback(X, lambda y: y.sum()), pulled)
 
 
 def test_its_exported_explainer_keeps_the_adjoint():
@@ -131,17 +131,17 @@ def test_its_exported_explainer_keeps_the_adjoint():
 
 
 def test_rules_reach_it():
-    def found(**rules):
+    def pulled(**rules):
         return sp_fx.transform(ByName(), rules=sp_fx.Rules(**rules)).pullback(X, lambda y: y.sum())
 
     z = X * 2
-    assert relative(found(registered={"sharp": 0.3}), 6 * sharp_gain(z, 0.3)) <= 1e-12
-    assert relative(found(registered={"sharp": "frozen"}), 6 * sharp_gain(z, 1.0)) <= 1e-12
-    assert relative(found(overrides={"sharp": 0.2}), 6 * sharp_gain(z, 0.2)) <= 1e-12
-    assert relative(found(overrides={"*": {"sharp": 0.2}}), 6 * sharp_gain(z, 0.2)) <= 1e-12
+    assert relative(pulled(registered={"sharp": 0.3}), 6 * sharp_gain(z, 0.3)) <= 1e-12
+    assert relative(pulled(registered={"sharp": "frozen"}), 6 * sharp_gain(z, 1.0)) <= 1e-12
+    assert relative(pulled(overrides={"sharp": 0.2}), 6 * sharp_gain(z, 0.2)) <= 1e-12
+    assert relative(pulled(overrides={"*": {"sharp": 0.2}}), 6 * sharp_gain(z, 0.2)) <= 1e-12
     leaf = X.clone().requires_grad_()
     with pytest.warns(UserWarning, match="no gate"):
-        plain = found(registered={"sharp": None})
+        plain = pulled(registered={"sharp": None})
     assert relative(plain, torch.autograd.grad(ByName()(leaf).sum(), leaf)[0]) <= 1e-12
     assert sp_fx.Rules.frozen().registered["sharp"] == "frozen"
     assert pickle.loads(pickle.dumps(sp_fx.Rules(registered={"sharp": 0.3}))).registered == {"sharp": 0.3}
@@ -150,7 +150,7 @@ def test_rules_reach_it():
 
 
 def test_the_caller_s_module_and_file_stay_as_they_are():
-    net, before = Held(), globals()["sharp"]
+    net, before = Attribute(), globals()["sharp"]
     sp_fx.transform(net)
     sp_fx.transform(ByName(), tracer="export", example_inputs=X)
     assert globals()["sharp"] is before and net.act is before
@@ -164,8 +164,8 @@ def test_a_function_that_a_decorator_registered():
             return stand_in(x)
 
     try:
-        found = sp_fx.transform(Net()).pullback(X, lambda y: y.sum())
-        assert relative(found, X.tanh()) <= 1e-12
+        pulled = sp_fx.transform(Net()).pullback(X, lambda y: y.sum())
+        assert relative(pulled, X.tanh()) <= 1e-12
     finally:
         del TABLE["tanh gate"]
 

@@ -4,15 +4,22 @@ import pytest
 
 import sp_fx
 from sp_fx.gates.rules import KINDS, NORMS
-from sp_fx.gates.table import TABLE, rule_of
+from sp_fx.gates.table import KINKED, TABLE, THRESHOLDLESS, rule_of
 
 
 def test_every_kind_of_the_table_has_a_rule_with_its_default():
     inner = {"softmax", "mix", "linear", "conv", "affine_norm", "written"}  # parts of gates, and affine maps
     assert set(KINDS) == {rule_of(row) for row in set(TABLE) - inner}
     rules = {row: getattr(sp_fx.Rules(), rule_of(row)) for row in set(TABLE) - inner}
-    assert rules == {row: TABLE[row].default for row in rules} | {"glu": None}  # products keep their derivative
-    assert all(getattr(sp_fx.Rules(), kind) == "frozen" for kind in NORMS)
+    assert rules == {row: TABLE[row].default for row in rules}
+
+
+def test_the_kinds_of_the_families():
+    norms = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
+    assert norms == NORMS and all(getattr(sp_fx.Rules(), kind) == "frozen" for kind in NORMS)
+    assert set("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split()) == KINKED
+    assert {"gelu", "silu", "quick_gelu", "hardswish", "mish", "attention", *norms} == THRESHOLDLESS
+    assert KINKED | THRESHOLDLESS | {"product"} == set(KINDS)
 
 
 def test_the_papers_rules():

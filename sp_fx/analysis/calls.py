@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.functions import applied
 from ..gates.registry import call_registered
+from .ops import CHOICES, FACTORS
 
 # Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
 AFFINE_MODULES = (
@@ -97,3 +98,33 @@ def is_affine_row(leaf: Any) -> bool:
     if type(leaf) not in AFFINE_ROWS or is_parametrized(leaf) or leaf._buffers.get("running_mean", 0) is None:
         return False
     return AFFINE_ROWS[type(leaf)][0] != "conv" or (leaf.padding_mode == "zeros" and not isinstance(leaf.padding, str))
+
+
+def is_multiplication(node: fx.Node) -> bool:
+    return name_of(node) in FACTORS
+
+
+def masks_of(node: fx.Node) -> list[Any]:
+    """Returns the arguments of a call that may choose between others: `mask` of `torch.where(mask, a, b)`, both factors of a
+    product."""
+    name = name_of(node)
+    if name in CHOICES:
+        return [node.args[0 if name == "where" and node.op == "call_function" else 1]] if len(node.args) > 1 else []
+    return list(node.args[:2]) if name in FACTORS else []
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Returns the nodes among the arguments of `node`, in order, as often as they stand there."""
+    return nodes_in((node.args, node.kwargs))
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Returns the nodes in nested arguments, in order."""
+    nodes: list[fx.Node] = []
+
+    def keep(node: fx.Node) -> fx.Node:
+        nodes.append(node)
+        return node
+
+    fx.node.map_arg(arguments, keep)
+    return nodes

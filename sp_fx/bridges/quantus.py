@@ -1,4 +1,4 @@
-"""An explainer in the calling conventions of other libraries. Captum's gradient methods take it as their model unchanged."""
+"""Quantus's calling convention: `explain_func(model, inputs, targets, **options)`, arrays in and out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def explain_func(
     example_inputs: Any = None,
     **options: Any,
 ) -> np.ndarray:
-    """Quantus's `explain_func`: numpy in, the raw module, an array shaped like `inputs` out.
+    """Quantus's `explain_func`: explains the raw module `model`, on numpy arrays; returns an array shaped like `inputs`.
 
     The model is transformed anew at every call, since metrics that randomise weights hand in another one each time.
 
@@ -48,16 +48,16 @@ def explain_func(
     known = set(inspect.signature(getattr(Explainer, method)).parameters) - {"self", "inputs", "target", "return_path"}
     if unknown := set(options) - known:
         raise TypeError(f"{method} takes no {', '.join(sorted(unknown))}; it takes {', '.join(sorted(known))}")
-    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    if device is not None and like.numel() and like.device.type != torch.device(device).type:
-        raise ValueError(f"device is {device} and the model is on {like.device}: move one of them")
-    x = torch.as_tensor(np.asarray(inputs)).to(like.device, like.dtype)
+    weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    if device is not None and weight.numel() and weight.device.type != torch.device(device).type:
+        raise ValueError(f"device is {device} and the model is on {weight.device}: move one of them")
+    x = torch.as_tensor(np.asarray(inputs)).to(weight.device, weight.dtype)
     if isinstance(model, Explainer):
         if rules is not None:
             raise ValueError("an explainer has its rules already: pass the model it was made from")
         explainer = model
     else:
         explainer = transform(model, rules=rules, example_inputs=x if example_inputs is None else example_inputs)
-    target = torch.as_tensor(np.asarray(targets)).long().to(like.device)
+    target = torch.as_tensor(np.asarray(targets)).long().to(weight.device)
     maps = getattr(explainer, method)(x, target.flatten() if target.dim() else int(target), **options)
     return maps.cpu().numpy().astype(np.asarray(inputs).dtype, copy=False)

@@ -43,7 +43,7 @@ def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
     return arguments.arguments
 
 
-def settings(module: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
+def fixed_arguments(module: nn.Module, example: Mapping[str, Any] | None) -> dict[str, Any]:
     """The arguments of a forward that a symbolic trace fixes, since `if mask is not None` is true of every proxy: those that are
     plain in the example, or else have plain defaults. Another value is refused when the graph runs."""
     if example is not None:
@@ -60,9 +60,9 @@ def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]
     """
     if isinstance(value, Tensor):
         return "tensor", tuple(None if any_size(value, axis) else size for axis, size in enumerate(value.shape))
-    held = items(value)
-    if held is not None:
-        return held[0], {key: form(item, any_size) for key, item in held[1].items()}
+    container = items(value)
+    if container is not None:
+        return container[0], {key: form(item, any_size) for key, item in container[1].items()}
     if isinstance(value, PLAIN):
         return "is", value
     raise TypeError(f"an argument is a {type(value).__name__}: expected tensors, plain values, and containers of them")
@@ -89,11 +89,11 @@ def checked(value: Any, name: str, expected: tuple[str, Any]) -> Any:
             got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"{name}: expected {content!r}, got {got}; {remedy}")
     else:
-        held = items(value)
-        if held is None or set(held[1]) != set(content):
-            got = f"a {type(value).__name__}" + ("" if held is None else f" of {list(held[1])}")
+        container = items(value)
+        if container is None or set(container[1]) != set(content):
+            got = f"a {type(value).__name__}" + ("" if container is None else f" of {list(container[1])}")
             raise ValueError(f"{name}: expected one of {list(content)}, got {got}; {remedy}")
-        for key, item in held[1].items():
+        for key, item in container[1].items():
             checked(item, f"{name}[{key!r}]" if kind == "items" else f"{name}.{key}", content[key])
     return value
 

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import fx, nn
+
+from .functions import Marked
 
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
 
 
 @dataclass(frozen=True)
 class Capture:
-    """The eval clone of a model, the graph of its forward, how it was captured, and what a reader of the report should know."""
+    """A model as a graph.
+
+    Attributes:
+        modules: the eval clone of the model, whose modules and tensors the graph uses.
+        graph: the forward.
+        tracer: what captured it, "torch.fx" or "torch.export".
+        notes: what a reader of the report should know of the capture.
+        marked: the registered gates that an export has marked.
+        reference: where the capture is to be verified, another eval clone, which computes what the model does on the `examples`.
+        examples: arguments by name, on which the graph is to give what `reference` gives.
+    """
 
     modules: nn.Module
     graph: fx.Graph
     tracer: str
     notes: tuple[str, ...] = ()
+    marked: tuple[Marked, ...] = ()
+    reference: nn.Module | None = None
+    examples: tuple[Mapping[str, Any], ...] = ()
 
 
 def blame(error: BaseException) -> str:
-    """The innermost line outside torch that `error` came through."""
+    """The innermost line of Python that `error` came through, outside torch and outside this folder."""
     place, step = "no Python line", error.__traceback__
     while step is not None:
         file = step.tb_frame.f_code.co_filename
-        if "/torch/" not in file and file != __file__:
+        if "/torch/" not in file and Path(file).parent != Path(__file__).parent:
             place = f"{file}:{step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
         step = step.tb_next
     return place

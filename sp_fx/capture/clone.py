@@ -2,7 +2,7 @@
 
 Nothing done to the clone reaches the model, while a later in-place update of the model's weights (an optimiser step,
 `load_state_dict`) reaches the clone. It has no hooks: those of `torch.nn.utils` that compute a weight have done so once, and
-`hooks_left` tells of them and of the others.
+`hooks_left` has a note on each of them and of the others.
 """
 
 from __future__ import annotations
@@ -101,15 +101,17 @@ class EvalClone:
         fields = dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
         return self.refilled(value, vars, vars(value)) if fields or isinstance(value, types.SimpleNamespace) else value
 
-    def refilled(self, value: Any, inside: Callable[[Any], dict], held: dict) -> Any:
-        """A copy of a container, of whatever kind it is, which may hold itself."""
+    def refilled(self, value: Any, inside: Callable[[Any], dict], members: dict) -> Any:
+        """Returns a copy of a container of whatever kind, filled with its members' clones; a container may have itself inside."""
         self.clones[id(value)] = own = copy.copy(value)
         self.kept.append(value)
-        inside(own).update({key: self.rebind(item) for key, item in held.items()})
+        inside(own).update({key: self.rebind(item) for key, item in members.items()})
         return own
 
     def hooks_left(self, model: nn.Module) -> list[str]:
-        """What is to be told of the hooks of `model`, which was cloned; weights that hooks compute are computed for the clone."""
+        """Compute for the clone the weights that hooks of `model` compute; returns notes on these hooks, and on the others,
+        which a
+        clone does not run."""
         notes = []
         for path, module in model.named_modules():
             if (clone := self.clones.get(id(module))) is None:
@@ -119,8 +121,8 @@ class EvalClone:
                 if isinstance(hook, WEIGHT_HOOKS):
                     with torch.no_grad():
                         hook(clone, ())
-                    told = "as it was at transform: after an update, transform again"
-                    notes.append(f"{where} computes its {weight_of(hook)}, {told}")
+                    remedy = "as it was at transform: after an update, transform again"
+                    notes.append(f"{where} computes its {weight_of(hook)}, {remedy}")
                 else:
                     kind = getattr(hook, "__qualname__", type(hook).__name__)
                     notes.append(f"{where}, {kind}, {NOT_RUN}")
@@ -141,7 +143,7 @@ NOT_RUN = "does not run: if it changes anything, the outputs are not the model's
 FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 
 
-# Those that set a plain attribute before each forward; parametrizations need none.
+# Hooks that set a plain attribute before every forward; parametrizations need none.
 WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 

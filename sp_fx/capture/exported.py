@@ -14,75 +14,68 @@ import io
 import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..containers import PLAIN, Slot, cloned, items, rebuilt, tensors_of
-from ..rewrite.report import Report
+from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import seen
+from .functions import seen, take_markers
 
 aten = torch.ops.aten
 
 
-def export(model: nn.Module, example: Mapping[str, Any], finish: Callable[[Capture], Report]) -> tuple[Capture, Report]:
-    """The capture of `model` on `example`, its arguments by name, and what `finish` makes of it; for batches of any size where
-    the forward takes one path for all of them.
+def batch_sizes(example: Mapping[str, Any]) -> torch.Size:
+    """Returns the size of axis 0 of the example's first floating tensor, or else of its first tensor; `[]` for one of no axes.
+
+    Raises:
+        CaptureError: the example has no tensor.
+    """
+    tensors = tensors_of(example)
+    if not tensors:
+        raise CaptureError("torch.export needs a tensor among the example_inputs")
+    return next((t for t in tensors if t.is_floating_point()), tensors[0]).shape[:1]
+
+
+def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Capture:
+    """Returns the capture of `model` on `example`, its arguments by name: for `any_batch`, or for the example's batch alone.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
-        CaptureError: `torch.export` refuses it, or the graph does not compute what the model does.
+        CaptureError: `torch.export` refuses it, or its forward is another one for another batch.
     """
-    given = tensors_of(example)
-    if not given:
-        raise CaptureError("torch.export needs a tensor among the example_inputs")
-    sizes = next((t for t in given if t.is_floating_point()), given[0]).shape[:1]
-    refusal = ""
-    for varying in (True, False) if sizes else (False,):
-        try:  # torch.export takes an axis of size 1 for a constant
-            exported = Exported(model, cut(example, sizes, max(*sizes, 2)) if varying else example, sizes, varying)
-        except Exception as error:
-            refusal, cause = f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})", error
-            continue
-        notes = [f"the batch is fixed at {sizes[0]}, since {refusal.splitlines()[0]}"] if refusal else []
-        captured = Capture(exported.clone, exported.graph, "torch.export", (*notes, *exported.notes))
-        report = finish(captured)
-        try:
-            for arguments in (example, cut(example, sizes, 1)) if varying else (example,):
-                exported.verify(arguments)
-        except Exception as error:
-            refusal, cause = f"the graph of {type(model).__name__} by torch.export is wrong: {error}", error
-            continue
-        return captured, report
-    raise CaptureError(refusal) from cause
+    sizes = batch_sizes(example)
+    try:  # torch.export takes an axis of size 1 for a constant
+        exported = Exported(model, with_batch(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
+    except Exception as error:
+        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
+    examples = (example, with_batch(example, sizes, 1)) if any_batch else (example,)
+    return Capture(
+        exported.clone, exported.graph, "torch.export", tuple(exported.notes), exported.marked, exported.reference, examples
+    )
 
 
-def cut(example: Any, sizes: torch.Size, size: int) -> Any:
-    """The example with another number of samples: the first ones, or all of them again."""
+def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
+    """Returns the example with `size` samples: its first ones, or all of them again. Tensors that do not have `sizes` on axis 0
+    stay."""
 
-    def each(t: Any) -> Any:
+    def change(t: Any) -> Any:
         if not isinstance(t, Tensor) or t.shape[:1] != sizes:
             return t
         return t[:size] if size <= sizes[0] else torch.cat([t] * size)[:size]
 
-    return rebuilt(example, each)
-
-
-def alike(a: Tensor, b: Tensor) -> bool:
-    """To a hundredth of the largest number; what is not floating, exactly."""
-    if a.shape != b.shape or a.dtype != b.dtype or not (b.is_floating_point() or b.is_complex()):
-        return torch.equal(a, b)
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
+    return rebuilt(example, change)
 
 
 class Exported:
-    """One export, made into a graph over a clone; with `varying`, for all sizes of axis 0 where the example has `sizes`."""
+    """One export, made into a graph over a clone.
+
+    With `varying` it is for all sizes of axis 0 of those arguments whose axis 0 has `sizes`, the batch of the example.
+    """
 
     def __init__(self, model: nn.Module, arguments: Mapping[str, Any], sizes: torch.Size, varying: bool) -> None:
         clones = EvalClone()
@@ -109,9 +102,11 @@ class Exported:
         self.source = program.module(check_guards=False)
         self.graph = fx.Graph()
         self.build(skeleton[0])
+        self.marked = tuple(take_markers(self.graph))
         self.graph.lint()
 
     def require_any_batch(self, program: torch.export.ExportedProgram) -> None:
+        """Raise CaptureError where the program is for one batch alone: `x.view(4, -1)` makes a constant of it."""
         inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
         if any(free and isinstance(n.meta["val"].shape[0], int) for n, free in zip(inputs, self.varies)):
             raise CaptureError("its forward makes a constant of the size of the batch")
@@ -120,7 +115,8 @@ class Exported:
             raise CaptureError(f"its forward branches on the size of the batch: {branches[0]}")
 
     def flattened(self) -> tuple[nn.Module, list[Any]]:
-        """The clone with a forward from the example's tensors to the output's; the list receives the output's containers."""
+        """Returns the clone with a forward from the example's tensors to the output's, and a list that receives the containers of
+        the output, with a slot in place of each tensor, when that forward runs."""
         forward, parameters, arguments = type(self.clone).forward, self.parameters, self.arguments
         skeleton: list[Any] = []
 
@@ -147,33 +143,22 @@ class Exported:
         self.clone.__class__ = type(kind.__name__, (kind,), {"forward": flat, "__module__": kind.__module__})
         return self.clone, skeleton
 
-    def verify(self, example: Mapping[str, Any]) -> None:
-        """Raise where the graph does not compute on `example` what the model does.
-
-        To a hundredth of the largest output, for half precision and for attention by other kernels: a graph that is wrong is
-        wrong by more.
-        """
-        call = inspect.BoundArguments(inspect.Signature(list(self.parameters.values())), dict(example))  # type: ignore[arg-type]
-        graph = fx.GraphModule(self.clone, self.graph)
-        with torch.no_grad():
-            expected = tensors_of(self.reference(*cloned(call.args), **cloned(call.kwargs)))
-            found = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
-        if len(found) != len(expected) or not all(map(alike, found, expected)):
-            raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
-
     # -- the graph
 
     def build(self, skeleton: Any) -> None:
-        leaves = [leaf for name in self.arguments for leaf in self.read(name)]
-        env = dict(zip(self.source.graph.find_nodes(op="placeholder"), leaves))
-        for given, leaf in env.items():
-            leaf.meta["val"] = given.meta["val"]
+        """Make the graph: the model's own parameters, the exported calls, the containers of the output (`skeleton`)."""
+        tensors = [tensor for name in self.arguments for tensor in self.parameter(name)]
+        env = dict(zip(self.source.graph.find_nodes(op="placeholder"), tensors))
+        for placeholder, tensor in env.items():
+            tensor.meta["val"] = placeholder.meta["val"]
         self.graph.output(self.container(skeleton, self.inline(self.source, env)))
         self.graph.eliminate_dead_code()
         self.mark_modules()
 
-    def read(self, name: str) -> list[fx.Node]:
-        """The placeholder of a parameter, checked, and its tensors."""
+    def parameter(self, name: str) -> list[fx.Node]:
+        """Add the placeholder of a parameter and the check of its form; returns the nodes of the tensors in it: of a parameter
+        that
+        is a dictionary of two tensors, two."""
         parameter, value = self.parameters[name], self.arguments[name]
         stars = VARIADIC.get(parameter.kind, "")
         optional = parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY
@@ -181,19 +166,19 @@ class Exported:
         node = self.graph.create_node("placeholder", stars + name, default, {}, name)
         fixed = form(value, lambda t, axis: axis == 0 and any(free and t is u for u, free in zip(self.tensors, self.varies)))
         node = self.graph.call_function(checked, (node, stars + name, fixed))
-        found: list[fx.Node] = []
+        tensors: list[fx.Node] = []
 
         def descend(value: Any, node: fx.Node) -> None:
-            kind, held = items(value) or ("", {})
+            kind, members = items(value) or ("", {})
             if isinstance(value, Tensor):
-                found.append(node)
-            for key, item in held.items():
+                tensors.append(node)
+            for key, item in members.items():
                 if tensors_of(item):
                     get = operator.getitem if kind == "items" else getattr
                     descend(item, self.graph.call_function(get, (node, key)))
 
         descend(value, node)
-        return found
+        return tensors
 
     def inline(self, source: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
         """Copy the nodes of `source`, whose placeholders are in `env`, into the graph; returns its output."""
@@ -205,9 +190,9 @@ class Exported:
             if node.op == "get_attr":
                 env[node] = self.attribute(source, node)
             elif opened(node):
-                held = REGIONS[node.target.name()]
-                body = getattr(source, node.args[held].target)
-                inner = dict(zip(body.graph.find_nodes(op="placeholder"), fx.map_arg(node.args[held + 1 :], env.__getitem__)))
+                at = REGIONS[node.target.name()]
+                body = getattr(source, node.args[at].target)
+                inner = dict(zip(body.graph.find_nodes(op="placeholder"), fx.map_arg(node.args[at + 1 :], env.__getitem__)))
                 result = self.inline(body, inner)
                 if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
                     result = fx.map_arg(result, lambda n: self.graph.call_function(aten.detach.default, (n,)))
@@ -218,39 +203,45 @@ class Exported:
                 env[node] = env[node.args[0]]
             elif node.target not in ASSERTIONS:
                 env[node] = self.graph.node_copy(node, env.__getitem__)
-                calls, kept = self.calls(node), ("val", "stack_trace")
-                env[node].meta = {**{k: node.meta.get(k) for k in kept}, "calls": calls, "nn_module_stack": dict(calls)}
+                calls, meta = self.calls(node), {key: node.meta.get(key) for key in ("val", "stack_trace")}
+                env[node].meta = {**meta, "calls": calls, "nn_module_stack": dict(calls)}
         return None
 
     def attribute(self, source: fx.GraphModule, node: fx.Node) -> fx.Node | None:
-        """A tensor or a subgraph, which the clone is given where it has it not."""
+        """Returns a node for a tensor or a subgraph of `source`, which is added to the clone where the clone has none of that
+        name; None for the body of a region that is copied into the graph."""
         path, _, name = str(node.target).rpartition(".")
-        held = operator.attrgetter(str(node.target))(source)
-        if isinstance(held, fx.GraphModule) and all(map(opened, node.users)):
+        attribute = operator.attrgetter(str(node.target))(source)
+        if isinstance(attribute, fx.GraphModule) and all(map(opened, node.users)):
             return None
         try:
             operator.attrgetter(str(node.target))(self.clone)
         except AttributeError:
             owner = self.clone.get_submodule(path)
-            owner.register_buffer(name, held, False) if isinstance(held, Tensor) else owner.add_module(name, held)
+            if isinstance(attribute, Tensor):
+                owner.register_buffer(name, attribute, False)
+            else:
+                owner.add_module(name, attribute)
         return self.graph.get_attr(str(node.target))
 
     def calls(self, node: fx.Node) -> tuple[tuple[str, tuple[str, type]], ...]:
-        """The module calls that `node` is inside, outermost first: a key for each call, the module's path and its class."""
-        found = []
+        """Returns the module calls that `node` is inside, the outermost first: a key of the call, the module's path and class."""
+        calls = []
         for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
             if not key.startswith("_empty"):
-                found.append((key, (path, type(self.module(path)))))
-        return tuple(found)
+                calls.append((key, (path, type(self.module(path)))))
+        return tuple(calls)
 
     def module(self, path: str) -> nn.Module | None:
+        """Returns the module of the clone at `path`, if there is one."""
         try:
             return self.clone.get_submodule(path)
         except AttributeError:
             return None
 
     def mark_modules(self) -> None:
-        """Pass what each module call returns through an identity under the module's name, where one tensor leaves it."""
+        """Pass the output of every module call through an identity under the module's name, where one tensor leaves the module:
+        so that `layer4` can be hooked and cut at."""
         inside: dict[tuple, list[fx.Node]] = {}
         for node in self.graph.nodes:
             calls = node.meta.get("calls", ())
@@ -274,11 +265,13 @@ class Exported:
             self.clone.get_submodule(path).__dict__["forward"] = passes
 
     def container(self, value: Any, outputs: Any) -> Any:
-        """The output's containers round `outputs`; those that a graph cannot hold are made by a call of their class."""
+        """Returns the output's containers round the nodes `outputs`; those that a graph cannot hold, such as dataclasses, are
+        made by
+        a call of their class."""
         if isinstance(value, Slot):
             return outputs[value.index]
-        kind, held = items(value) or ("", {})
-        inner = {key: self.container(item, outputs) for key, item in held.items()}
+        kind, members = items(value) or ("", {})
+        inner = {key: self.container(item, outputs) for key, item in members.items()}
         match value:
             case _ if not kind:
                 return value
@@ -291,13 +284,14 @@ class Exported:
         return list(inner.values()) if isinstance(value, list) else tuple(inner.values())
 
 
+# A guard of the exported program that only says that two inputs have one batch.
 BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"
 
 
 SAME_BATCH = re.compile(f"{BATCH} == {BATCH}")
 
 
-# Regions of a forward and where their body is among the operands. Inside the explainer's own autocast they are under it.
+# Regions of a forward, and which operand is their body. Where the explainer is called under autocast, they are under it too.
 REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 
 
@@ -311,7 +305,9 @@ ASSERTIONS = (
 
 
 def opened(node: fx.Node) -> bool:
-    """Whether a node is a region that can be copied into the graph: autocast that is on changes what is computed."""
+    """Whether a node is a region whose body can be copied into the graph: not that of an autocast that is on, which changes
+    what is
+    computed."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
         return False
     return node.target.name() != "wrap_with_autocast" or not node.args[2]
@@ -319,7 +315,9 @@ def opened(node: fx.Node) -> bool:
 
 @contextlib.contextmanager
 def all_require_grad(module: nn.Module) -> Iterator[None]:
-    """Otherwise PyTorch's transformer layers call a fused op, which hides their gates."""
+    """While it lasts every parameter of `module` requires grad; else PyTorch's transformer layers call a fused op, which hides
+    their
+    gates."""
     frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         for p in frozen:

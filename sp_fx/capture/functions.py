@@ -4,6 +4,8 @@ forward, and the gates that users have registered.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import functools
 import importlib
 import operator
@@ -18,8 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..containers import rebuilt
-from ..gates.registry import STAND_INS, marked, named, registered
+from ..containers import decoded, rebuilt
+from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
 
 APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
 
@@ -48,10 +50,10 @@ def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
     inherited = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        given: list[Any] = []
+        leaves: list[Any] = []
         if threading.get_ident() == thread:
-            rebuilt((args, kwargs), given.append)
-        if any(isinstance(a, fx.Proxy) for a in given):
+            rebuilt((args, kwargs), leaves.append)
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             name = f"{cls.__module__}:{cls.__qualname__}"
             APPLIED[name] = cls
             return tracer.create_proxy("call_function", applied, (name, *args), kwargs)
@@ -96,3 +98,45 @@ def namespaces(module: nn.Module) -> list[dict[str, Any]]:
 
 def bracketed(inner: Callable, module: nn.Module, name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return marked(name, z, inner(module, z, *args, **kwargs), named(inner, (module, z, *args), kwargs) if args or kwargs else {})
+
+
+def call_by_name(graph: fx.Graph) -> None:
+    """Make calls of a registered function's stand-in, which a trace has recorded, calls by the registered name, so that no later
+    trace goes into the function."""
+    stand_ins = set(STAND_INS.values())
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in stand_ins:
+            node.args = (FUNCTIONS[node.target], *node.args)
+            node.target = call_registered
+
+
+@dataclasses.dataclass(frozen=True)
+class Marked:
+    """What a marker in an exported graph says: `output` is the registered gate `name` of `source`, by the calls `inside`, with
+    the
+    plain arguments `arguments`."""
+
+    name: str
+    arguments: dict[str, Any]
+    source: fx.Node
+    output: fx.Node
+    inside: tuple[fx.Node, ...]
+
+
+def take_markers(graph: fx.Graph) -> list[Marked]:
+    """Take the markers of registered gates out of an exported graph; returns what they say."""
+    taken = []
+    for node in graph.find_nodes(op="call_function", target=torch.ops.sp_fx.registered.default):
+        source, output, name, arguments = node.args
+        inside: dict[fx.Node, None] = {}
+        queue: list[Any] = [output]
+        while queue:
+            at = queue.pop()
+            if at is not source and at not in inside and at.op not in ("placeholder", "get_attr"):
+                inside[at] = None
+                queue.extend(at.all_input_nodes)
+        node.replace_all_uses_with(output)
+        graph.erase_node(node)
+        plain = decoded(ast.literal_eval(arguments))
+        taken.append(Marked(name, plain, source, output, tuple(reversed(inside))))
+    return taken

@@ -1,56 +1,88 @@
-"""Taking off what a symbolic trace leaves behind: proxies that the forward has stored on modules and in containers."""
+"""What a symbolic trace leaves behind, and how it is taken off again.
+
+While it is traced, a forward may store proxies where it stores tensors otherwise: `self.last = h`, `self.cache.append(h)`,
+`self.state["h"] = h`. A `Snapshot` of the clone, taken before the trace, knows what stood there.
+"""
 
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+Holder = dict | list | collections.deque  # what may have received a proxy: attributes, items
 
-def restored(clone: nn.Module, before: Mapping[str, tuple[dict, dict]]) -> list[str]:
-    """Take the proxies that a traced forward has set on the modules off again; the names of the buffers among them."""
-    names = []
-    for path, module in clone.named_modules():
-        attributes, buffers = before[path]
-        names += [f"{path}.{n}".lstrip(".") for n, value in module._buffers.items() if isinstance(value, fx.Proxy)]
-        module.__dict__["_buffers"] = buffers
-        for name in [n for n, value in module.__dict__.items() if isinstance(value, fx.Proxy)]:
-            module.__dict__.pop(name)
-            module.__dict__.update({name: attributes[name]} if name in attributes else {})
-        for value in module.__dict__.values():
-            without_proxies(value, set())
-    return names
+
+class Snapshot:
+    """What the modules of `clone`, and the containers and plain objects that they hold, contain before a trace."""
+
+    def __init__(self, clone: nn.Module) -> None:
+        self.clone = clone
+        self.buffers = {path: dict(module._buffers) for path, module in clone.named_modules()}
+        self.before = {
+            id(holder): (holder, copy.copy(holder)) for holder in holders(clone)
+        }  # an id is good while its object lives
+
+    def take_off(self) -> list[str]:
+        """Puts back what proxies have replaced, drops the other proxies; returns the names of the buffers that were replaced.
+
+        For example `self.last = h` in the forward of `net.encoder`: `net.encoder.last` is what it was before the trace, or gone
+        if there was none.
+        """
+        replaced = []
+        for path, module in self.clone.named_modules():
+            replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
+            module.__dict__["_buffers"] = self.buffers[path]
+        for holder in list(holders(self.clone)):
+            before = self.before.get(id(holder), (None, {}))[1]
+            if isinstance(holder, dict):
+                for key in [key for key, value in holder.items() if isinstance(value, fx.Proxy)]:
+                    del holder[key]
+                    holder.update({key: before[key]} if key in before else {})
+            elif any(isinstance(item, fx.Proxy) for item in holder):
+                kept = [item for item in holder if not isinstance(item, fx.Proxy)]
+                holder.clear()
+                holder.extend(kept)
+        return replaced
+
+
+def holders(clone: nn.Module) -> Iterator[Holder]:
+    """The dictionaries, lists and deques in which the modules of `clone` keep things: their own attributes, containers among
+    these, however deep, and the attributes of plain objects among these, which the model shares."""
+    seen: set[int] = set()
+    for module in clone.modules():
+        yield module.__dict__
+        for value in list(module.__dict__.values()):
+            yield from inside(value, seen)
+            if is_plain_object(value) and id(vars(value)) not in seen:
+                seen.add(id(vars(value)))
+                yield vars(value)
+
+
+def inside(value: Any, seen: set[int]) -> Iterator[Holder]:
+    """The containers in `value`, itself the first."""
+    match value:
+        case dict() | list() | collections.deque():
+            holder = value
+        case types.SimpleNamespace():
+            holder = vars(value)
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__"):
+            holder = vars(value)
+        case _:
+            return
+    if id(holder) in seen:
+        return
+    seen.add(id(holder))
+    yield holder
+    for item in list(holder.values() if isinstance(holder, dict) else holder):
+        yield from inside(item, seen)
 
 
 def is_plain_object(value: Any) -> bool:
-    """Whether it is one that has attributes and is neither module, tensor, function nor class."""
+    """Whether `value` has attributes of its own and is neither module, tensor, function nor class."""
     return hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type | types.FunctionType | types.ModuleType)
-
-
-def without_proxies(value: Any, seen: set[int]) -> None:
-    """Take what a traced forward has put into a container, in place."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    match value:
-        case dict():
-            inside = value
-        case types.SimpleNamespace():
-            inside = vars(value)
-        case list() | collections.deque():
-            kept = [item for item in value if not isinstance(item, fx.Proxy)]
-            value.clear()
-            value.extend(kept)
-            inside = dict(enumerate(kept))
-        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            inside = getattr(value, "__dict__", {})
-        case _:
-            return
-    for key in [key for key, item in inside.items() if isinstance(item, fx.Proxy)]:
-        inside[key] = None
-    for item in list(inside.values()):
-        without_proxies(item, seen)

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from ..gates.registry import registered
-from .arguments import settings
+from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import functions_recorded, seen
-from .proxies import is_plain_object, restored
+from .functions import call_by_name, functions_recorded, seen
+from .proxies import Snapshot
 
 OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -28,7 +28,7 @@ OPENED_MODULES = (
 )
 
 
-def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture:
+def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture:
     """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in `example`, or have no default, are inputs.
 
     Modules of `torch.nn` that gate are traced into, down to the function they call; others of `torch.nn` and
@@ -40,24 +40,23 @@ def capture(model: nn.Module, example: Mapping[str, Any] | None = None) -> Captu
         CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
     """
     try:
-        return traced(model, example, PlaceTracer(buffers=True))
+        return traced_by(model, example, PlaceTracer(buffers=True))
     except CaptureError:  # perhaps since the forward reads a setting from a buffer
-        return traced(model, example, PlaceTracer(buffers=False))
+        return traced_by(model, example, PlaceTracer(buffers=False))
 
 
-def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
+def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
     clones = EvalClone()
     clone = clones(model)
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
-    before = {path: (dict(m.__dict__), dict(m._buffers)) for path, m in clone.named_modules()}
-    beside = [(held, dict(vars(held))) for m in clone.modules() for held in m.__dict__.values() if is_plain_object(held)]
+    snapshot = Snapshot(clone)
     if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
         for module in clone.modules():
             module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
     versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
-        fixed = settings(clone, example)
+        fixed = fixed_arguments(clone, example)
         with seen(clone), functions_recorded(tracer, tracer.thread):
             graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
@@ -67,6 +66,7 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
             if isinstance(node.args[1], str) and "has been specialized to have value" in node.args[1]:
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
         inline_wrapped(graph)
+        call_by_name(graph)
         written = [n for n, (b, version) in versions.items() if b._version != version]
         if written:
             raise RuntimeError(f"the forward writes over {', '.join(written)} and reads it as a constant")
@@ -75,11 +75,7 @@ def traced(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTra
             f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
             "forward may not branch on the values or shapes of tensors"
         ) from error
-    replaced = restored(clone, before)
-    for held, attributes in beside:  # which the model shares
-        for name in [name for name, value in vars(held).items() if isinstance(value, fx.Proxy)]:
-            vars(held).pop(name)
-            vars(held).update({name: attributes[name]} if name in attributes else {})
+    replaced = snapshot.take_off()
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
@@ -105,8 +101,9 @@ class PlaceTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
-            given = {f.name: self.create_arg(value) for f in dataclasses.fields(a) if (value := getattr(a, f.name)) is not None}
-            return self.create_node("call_function", type(a), (), given)
+            values = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            fields = {name: self.create_arg(value) for name, value in values.items() if value is not None}
+            return self.create_node("call_function", type(a), (), fields)
         if isinstance(a, Mapping) and type(a) is not dict and not isinstance(a, fx.immutable_collections.immutable_dict):
             return self.create_node("call_function", type(a), (self.create_arg(dict(a)),), {})
         return super().create_arg(a)

@@ -1,4 +1,4 @@
-"""Checks that a user can run on an explainer: is it the model, is its adjoint one, is every gate accounted for."""
+"""`sp_fx.check`: is an explainer's forward the model's, is its pullback an adjoint, does its report list every gate."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from ..gates.dual import dual_path
 from ..gates.multihead import multihead_attention
 from ..targets import primary
 from .coverage import dispatched, listed
-from .frozen import HARD, Forwards
+from .frozen import HARD, FrozenTangents
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
 
 @dataclass(frozen=True)
 class Line:
-    """One check: what was found, what it may be at most, and what to know of it."""
+    """One check, such as `Line("forward", "ok", 0.0, 0.0, "bitwise")`: `found` is the error, `bar` what it may be at most."""
 
     name: str
     verdict: Verdict
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Checks:
-    """The lines of a check; true where none failed. Printable."""
+    """What `check` returns, a line for each check; true where none failed. Printable."""
 
     model: str
     lines: tuple[Line, ...]
@@ -54,13 +54,13 @@ class Checks:
         return {line.name: line for line in self.lines}[name]
 
     def __str__(self) -> str:
-        told: list[tuple[str, ...]] = [("check", "verdict", "found", "at most", "")]
+        rows: list[tuple[str, ...]] = [("check", "verdict", "found", "at most", "")]
         for line in self.lines:
             numbers = ("" if n is None else f"{n:.2g}" for n in (line.found, line.bar))
-            told.append((line.name, line.verdict, *numbers, line.note))
-        widths = [max(len(row[i]) for row in told) for i in range(4)]
-        rows = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in told]
-        return "\n".join([f"{self.model}: {'every check holds' if self else 'a check FAILED'}", *rows])
+            rows.append((line.name, line.verdict, *numbers, line.note))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        aligned = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in rows]
+        return "\n".join([f"{self.model}: {'every check holds' if self else 'a check FAILED'}", *aligned])
 
 
 def check(
@@ -102,104 +102,109 @@ def check(
             return EvalClone().with_hooks(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
 
         lines = [
-            forward(explainer, clone, args, kwargs),
-            guarded("affine identity", in_double, affine, explainer, args, kwargs),
-            guarded("tau -> 0", in_double, limit, explainer, clone, args, kwargs),
-            coverage(explainer, clone, args, kwargs),
+            check_forward(explainer, clone, args, kwargs),
+            where_it_runs("affine identity", in_double, check_affine_identity, explainer, args, kwargs),
+            where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone, args, kwargs),
+            check_coverage(explainer, clone, args, kwargs),
         ]
     return Checks(explainer.report().model, tuple(lines))
 
 
-def guarded(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *given: Any) -> Line:
-    """`run`, or a line that says that this model cannot be checked so: it does not run `in_double`, or an op of it has no
-    forward-mode formula."""
+def where_it_runs(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *arguments: Any) -> Line:
+    """Returns the line of `run(name, *arguments)`, or a "not applicable" one for a model that cannot be checked so: it does not
+    run `in_double`, or an op of it has no forward-mode formula."""
     try:
-        return run(name, *given)
+        return run(name, *arguments)
     except RuntimeError as error:  # NotImplementedError is one
-        told = str(error)
-        if not isinstance(error, NotImplementedError) and "forward AD" not in told and "not implemented for" not in told:
+        message = str(error)
+        if not isinstance(error, NotImplementedError) and "forward AD" not in message and "not implemented for" not in message:
             try:
                 in_double()
             except RuntimeError:
                 pass
             else:
                 raise
-        return Line(name, "not applicable", note=told.splitlines()[0][:120])
+        return Line(name, "not applicable", note=message.splitlines()[0][:120])
 
 
-def forward(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+def check_forward(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    """The outputs of the explainer against those of `clone`, an eval clone of its model."""
     with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
         expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
-        found = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
-    if [t.shape for t in found] != [t.shape for t in expected]:
-        return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in found]}, {[list(t.shape) for t in expected]}")
+        outputs = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
+    if [t.shape for t in outputs] != [t.shape for t in expected]:
+        return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in outputs]}, {[list(t.shape) for t in expected]}")
     if all(torch.equal(a, b) or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
-           for a, b in zip(found, expected)):  # fmt: skip
+           for a, b in zip(outputs, expected)):  # fmt: skip
         return Line("forward", "ok", 0.0, 0.0, "bitwise")
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected) if b.numel()]
+    pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected) if b.numel()]
     error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     fused = any(site.op == "MultiheadAttention" for site in explainer.report().sites)
     bar = 1e-5 if fused else 0.0
     return Line("forward", "ok" if error <= bar else "FAILED", error, bar, "PyTorch fuses attention" if fused else "")
 
 
-def retempered(explainer: Explainer, tau: Any) -> Explainer:
-    """A float64 copy whose gates are at `tau`; tempered weights of attention give way to the forward's."""
-    other = copy.deepcopy(explainer).double()
-    for node in other.graph.nodes:
+def at_temperature(explainer: Explainer, tau: Any) -> Explainer:
+    """Returns a float64 copy with every gate at `tau`; its attention uses the forward's weights, not tempered ones."""
+    copied = copy.deepcopy(explainer).double()
+    for node in copied.graph.nodes:
         if node.target in (dual_path, multihead_attention):
             node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
             if node.args[0] == "mix":
                 node.args = (*node.args[:2], None, *node.args[3:])
-    other.graph.eliminate_dead_code()
-    other.recompile()
-    return other
+    copied.graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
 
 
 def direction(y: Tensor) -> Tensor:
+    """Returns a direction of the output `y`, the same at every call."""
     return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)).to(y.device)
 
 
-def affine(name: str, explainer: Explainer, args: tuple, kwargs: dict) -> Line:
-    frozen, x, kw = retempered(explainer, FROZEN), cloned(args, torch.float64), cloned(kwargs, torch.float64)
+def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: dict) -> Line:
+    """<nu, x> = <u, W(x) x> on the frozen network: nu by its pullback, W(x) x by `FrozenTangents` with x as the tangent."""
+    frozen, x, kw = at_temperature(explainer, FROZEN), cloned(args, torch.float64), cloned(kwargs, torch.float64)
     with torch.no_grad(), forward_ad.dual_level():
         inputs = tuple(forward_ad.make_dual(t, t.clone()) if t.is_floating_point() else t for t in x)
-        y, moved = forward_ad.unpack_dual(primary(Forwards(frozen, kw).run(*inputs)))
+        y, tangent = forward_ad.unpack_dual(primary(FrozenTangents(frozen, kw).run(*inputs)))
         y = y.clone()
-        moved = torch.zeros_like(y) if moved is None else moved.clone()
+        tangent = torch.zeros_like(y) if tangent is None else tangent.clone()
     u = direction(y)
     maps = frozen.pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
     pairs = [(m, t) for m, t in zip(maps if isinstance(maps, tuple) else (maps,), x) if m is not None]
-    ahead, back = float((u * moved).sum()), sum(float((m * t).sum()) for m, t in pairs)
-    size = float((u * moved).abs().sum()) + sum(float((m * t).abs().sum()) for m, t in pairs)
-    error = abs(ahead - back) / max(size, 1e-30)
+    forwards, backwards = float((u * tangent).sum()), sum(float((m * t).sum()) for m, t in pairs)
+    size = float((u * tangent).abs().sum()) + sum(float((m * t).abs().sum()) for m, t in pairs)
+    error = abs(forwards - backwards) / max(size, 1e-30)
     kept = any(site.status != "rewritten" for site in explainer.report().sites)
     note = "what keeps its derivative by its tangent" if kept else ""
     return Line(name, "ok" if error <= 1e-9 else "FAILED", error, 1e-9, note)
 
 
-def limit(name: str, explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+def check_hard_limit(name: str, explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    """The map at tau = 1e-9 against the model's own gradient; only where every rewritten gate is of a `HARD` kind."""
     signals = [site for site in explainer.report().of("rewritten") if not site.reason.startswith("steers")]
     others = sorted({site.kind for site in signals} - HARD)
     if others:
         return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
     x, kw = cloned(args, torch.float64), cloned(kwargs, torch.float64)
     reference = copy.deepcopy(clone).double()
-    points = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
-    y = primary(reference(*[t * 1 if t.is_floating_point() else t for t in points], **cloned(kw)))
-    u, explained = direction(y), [t for t in points if t.is_floating_point()]
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
+    y = primary(reference(*[t * 1 if t.is_floating_point() else t for t in leaves], **cloned(kw)))
+    u, explained = direction(y), [t for t in leaves if t.is_floating_point()]
     expected = torch.autograd.grad(y, explained, u, allow_unused=True)
-    maps = retempered(explainer, 1e-9).pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
-    found = [m for m in (maps if isinstance(maps, tuple) else (maps,)) if m is not None]
-    pairs = [(a, torch.zeros_like(a) if b is None else b) for a, b in zip(found, expected)]
+    maps = at_temperature(explainer, 1e-9).pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
+    explained_maps = [m for m in (maps if isinstance(maps, tuple) else (maps,)) if m is not None]
+    pairs = [(a, torch.zeros_like(a) if b is None else b) for a, b in zip(explained_maps, expected)]
     error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     return Line(name, "ok" if error <= 1e-6 else "FAILED", error, 1e-6, "no pre-activation may be within 1e-8 of a kink")
 
 
-def coverage(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
-    ran, told = dispatched(clone, args, kwargs), listed(explainer.report())
-    wrong = {family: (ran[family], told[family]) for family in sorted({*ran, *told}) if ran[family] != told[family]}
+def check_coverage(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+    """The gating ops that `clone` dispatches against those that the report lists, family by family."""
+    runs, rows = dispatched(clone, args, kwargs), listed(explainer.report())
+    wrong = {family: (runs[family], rows[family]) for family in sorted({*runs, *rows}) if runs[family] != rows[family]}
     note = "; ".join(f"{family}: {a} dispatched, {b} listed" for family, (a, b) in wrong.items())
     left = len(explainer.report().of("NOT REWRITTEN"))
-    note = note or f"{sum(ran.values())} gating ops, each listed" + (f", {left} NOT REWRITTEN" if left else "")
+    note = note or f"{sum(runs.values())} gating ops, each listed" + (f", {left} NOT REWRITTEN" if left else "")
     return Line("coverage", "FAILED" if wrong else "ok", float(len(wrong)), 0.0, note)

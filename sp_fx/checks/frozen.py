@@ -1,4 +1,8 @@
-"""The frozen network, forwards: what it makes of a tangent, by another derivation of each gate than the table's."""
+"""The frozen network, run forwards: what it makes of a tangent, each gate derived otherwise than in the table of adjoints.
+
+Freezing makes every gate the linear map that it is at its own input, such as multiplication by `z > 0` for a ReLU, or by the
+forward's weights for attention. `check` compares these tangents with the explainer's pullback, its transpose.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +15,51 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from ..explainer import Explainer
+from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual import dual_path
 from ..gates.multihead import multihead_attention
-from ..gates.table import TABLE, rule_of
+from ..gates.table import KINKED, TABLE, rule_of
 
-# -- the frozen network, forwards ---------------------------------------------------------------------------------------
+HARD = KINKED  # kinds whose hard form is piecewise linear: the gradient is their limit as tau -> 0
+SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
 
-HARD = frozenset("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split())  # the gradient, as tau -> 0
 
-
-class Forwards(fx.Interpreter):
-    """Runs a frozen explainer on dual numbers: PyTorch's forward mode for plain calls, `moved` for those with a rule."""
+class FrozenTangents(fx.Interpreter):
+    """Runs a frozen explainer on dual numbers: PyTorch's forward mode for plain calls, `frozen_tangent` for gates."""
 
     def __init__(self, module: Explainer, kwargs: Mapping[str, Any]) -> None:
         super().__init__(module)
-        self.given = kwargs
+        self.keyword_inputs = kwargs
 
     def placeholder(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return self.given[target] if target in self.given else super().placeholder(target, args, kwargs)
+        return self.keyword_inputs[target] if target in self.keyword_inputs else super().placeholder(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is dual_path:
-            kind, *given = args
-            extra = {k: v for k, v in kwargs.items() if k not in ("tau", "scale")}
-            at = TABLE[kind].receives
-            tensors = [None if t is None else forward_ad.unpack_dual(t).primal for t in given]
-            tangent = forward_ad.unpack_dual(given[at]).tangent
-            y = TABLE[kind].forward(*tensors, **extra)
-            t = None if tangent is None else moved(kind, tensors, y, tangent, extra)
+            kind, *operands = args
+            options = {k: v for k, v in kwargs.items() if k not in ("tau", "scale")}
+            signal = operands[TABLE[kind].receives]
+            primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in operands]
+            tangent = forward_ad.unpack_dual(signal).tangent
+            y = TABLE[kind].forward(*primals, **options)
+            t = None if tangent is None else frozen_tangent(kind, primals, y, tangent, options)
             return y if t is None else forward_ad.make_dual(y, t.to(y.dtype).expand(y.shape).clone())
         if target is multihead_attention:
             q, k, v = (forward_ad.unpack_dual(t) for t in args[:3])
             y, weights = multihead_attention(q.primal, k.primal, v.primal, *args[3:], **kwargs)
             if v.tangent is None:
                 return y, weights
+            # Affine in the values where the weights are frozen: a difference takes the biases off.
             ends = [multihead_attention(q.primal.clone(), k.primal.clone(), t, *args[3:], **kwargs)[0]
                     for t in (v.tangent, torch.zeros_like(v.tangent))]  # fmt: skip
             return forward_ad.make_dual(y, (ends[0] - ends[1]).clone()), weights
         return super().call_function(target, args, kwargs)
 
 
-def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) -> Tensor | None:
-    """What the frozen gate makes of `t` where it was set by `tensors`, of which it gave `y`."""
+def frozen_tangent(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) -> Tensor | None:
+    """Returns what the gate `kind`, frozen at its operands `tensors`, of which it made `y`, makes of the tangent `t`; None for a
+    softmax, which is a constant then."""
     z = tensors[TABLE[kind].receives]
     if kind == "softmax":
         return None
@@ -64,7 +70,7 @@ def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) 
     if kind == "glu":
         return t.chunk(2, args["dim"])[0] * z.chunk(2, args["dim"])[1].sigmoid()
     if kind == "written":
-        return moved(args["row"], [z], y, t, dict(args.get("args", ())))
+        return frozen_tangent(args["row"], [z], y, t, dict(args.get("args", ())))
     if kind in SHARE:
         step = 1e-6
         near = (TABLE[kind].forward(z + step, **args) - TABLE[kind].forward(z - step, **args)) / (2 * step)
@@ -74,36 +80,39 @@ def moved(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) 
         return STATISTICS[kind](z, t, gamma, **args)
     if kind not in HARD and rule_of(kind) not in HARD and kind not in ("linear", "conv", "affine_norm"):
         return TABLE[kind].adjoint(t, z, *tensors[1:], tau=FROZEN, **args)  # a registered gate multiplies, by its own word
-    dual = [forward_ad.make_dual(z.contiguous(), t.clone()) if other is z else other for other in tensors]  # z may be expanded
-    return forward_ad.unpack_dual(TABLE[kind].forward(*dual, **args)).tangent
+    # What is left is piecewise linear, or linear: its derivative. `z` may be expanded, which a dual number must not be.
+    duals = [forward_ad.make_dual(z.contiguous(), t.clone()) if operand is z else operand for operand in tensors]
+    return forward_ad.unpack_dual(TABLE[kind].forward(*duals, **args)).tangent
 
 
-SHARE = frozenset("gelu silu quick_gelu hardswish mish".split())  # gates f(z) = z share(z): the share is f(z) / z
+# -- normalisations, with their statistics held constant: (z, tangent, gamma, **options of the op) -> tangent
 
 
-def weighed(t: Tensor, gamma: Tensor | None, channels: bool) -> Tensor:
+def times_gamma(t: Tensor, gamma: Tensor | None, channels: bool) -> Tensor:
+    """`t` times `gamma`, which is one a channel (axis 1) or shaped like the last axes."""
     return t if gamma is None else t * (gamma.view(-1, *[1] * (t.dim() - 2)) if channels else gamma)
 
 
 def by_variance(axes: Callable[[Tensor], Any]) -> Callable[..., Tensor]:
-    return lambda z, t, gamma, eps: weighed(t / (z.var(axes(z), unbiased=False, keepdim=True) + eps).sqrt(), gamma, True)
+    """Returns the tangent of a norm that divides by the standard deviation over `axes(z)`."""
+    return lambda z, t, gamma, eps: times_gamma(t / (z.var(axes(z), unbiased=False, keepdim=True) + eps).sqrt(), gamma, True)
 
 
 def layer_norm(z: Tensor, t: Tensor, gamma: Tensor | None, normalized_shape: Any, eps: float) -> Tensor:
     axes = tuple(range(-len(normalized_shape), 0))
-    return weighed(t / (z.var(axes, unbiased=False, keepdim=True) + eps).sqrt(), gamma, False)
+    return times_gamma(t / (z.var(axes, unbiased=False, keepdim=True) + eps).sqrt(), gamma, False)
 
 
 def rms_norm(z: Tensor, t: Tensor, gamma: Tensor | None, normalized_shape: Any, eps: float | None) -> Tensor:
     root = torch.linalg.vector_norm(z, dim=tuple(range(-len(normalized_shape), 0)), keepdim=True)
     mean = root.square() * (1 / torch.Size(normalized_shape).numel())
-    return weighed(t / (mean + (torch.finfo(z.dtype).eps if eps is None else eps)).sqrt(), gamma, False)
+    return times_gamma(t / (mean + (torch.finfo(z.dtype).eps if eps is None else eps)).sqrt(), gamma, False)
 
 
 def group_norm(z: Tensor, t: Tensor, gamma: Tensor | None, num_groups: int, eps: float) -> Tensor:
     rows = z.reshape(z.shape[0], num_groups, -1)
     scaled = t.reshape(rows.shape) / (rows.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
-    return weighed(scaled.reshape(z.shape), gamma, True)
+    return times_gamma(scaled.reshape(z.shape), gamma, True)
 
 
 def local_response_norm(z: Tensor, t: Tensor, gamma: None, size: int, alpha: float, beta: float, k: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command `sp-fx`."""
+"""The command `sp-fx`: `parser` reads its options, `commands` does what they say."""
 
 from .commands import main
 

@@ -1,4 +1,4 @@
-"""What each command of `sp-fx` does."""
+"""The commands of `sp-fx`, each a function of its parsed arguments that returns the exit status."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ..figures.models import load_model, untrained
 from ..gates.rules import Rules
 from ..methods.ascent import Ascent
 from ..version import __version__
-from .parser import RULES, parser
+from .parser import RULES, build_parser
 from .progress import Progress
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; the exit status is 0, 1 where a picture failed, or 2 for a request that cannot be met."""
-    args = parser().parse_args(argv)
+    """Run the command; returns the exit status: 0, 1 where a picture failed, or 2 for a request that cannot be met."""
+    args = build_parser().parse_args(argv)
     try:
         return COMMANDS[args.command](args)
     except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rules_of(args: argparse.Namespace) -> Rules:
+    """Returns the rules that `--rules` and `--temperature` say."""
     return dataclasses.replace(RULES[args.rules](), **dict(args.temperature))
 
 
@@ -46,7 +47,8 @@ def rules_of(args: argparse.Namespace) -> Rules:
 
 def run_serve(args: argparse.Namespace) -> int:
     from ..packages.package import load
-    from ..serving.service import Limits, serve
+    from ..serving.http import serve
+    from ..serving.requests import Limits
 
     limits = Limits(
         body=args.max_body << 20,
@@ -84,7 +86,7 @@ def run_bench(args: argparse.Namespace) -> int:
     timing.verify(model, x, target)
     ways = timing.ours(model, x, target, rules_of(args))
     print(f"{args.model}, batch {args.batch}, {side} x {side}, {args.dtype}, {torch.get_num_threads()} threads")
-    print(timing.table(timing.measure(ways, x.device, args.turns)))
+    print(timing.format_table(timing.measure(ways, x.device, args.turns)))
     return 0
 
 
@@ -96,33 +98,34 @@ def run_report(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     named = load_model(args.model, args.weights, args.input_size)
-    targets = records.wanted(args.target or ["top1"], named.labels)
+    targets = records.parse_targets(args.target or ["top1"], named.labels)
     explainer = transform(named.model.to(args.device), rules=rules_of(args))
     side = named.preprocessing.crop
     length = Ascent(args.steps, args.step_size).length([torch.empty(1, 3, side, side)])
     ascent = {"steps": args.steps, "step_size": length, "bounds": (-1.0, 1.0)}
-    chosen = {name: ascent if name == "ascend" else {} for name in args.method or ["pullback"]}
+    methods = {name: ascent if name == "ascend" else {} for name in args.method or ["pullback"]}
     args.out.mkdir(parents=True, exist_ok=True)
     common = {
         **named.provenance(),
-        "rules": records.described(explainer.report().rules),
+        "rules": records.rules_record(explainer.report().rules),
         "device": str(args.device),
         "versions": {"sp_fx": __version__, "torch": torch.__version__},
     }
     progress, failed, taken = Progress(len(args.images)), 0, set[str]()
     for batch in batches(args.images, named.preprocessing, args.batch_size):
-        read = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
+        readable = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
         for path, error in batch:
             if isinstance(error, Exception):  # one damaged file does not stop the others
                 progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
                 failed += 1
-        found = records.explain(explainer, [p for _, p in read], named.labels, targets, chosen, args.device) if read else []
-        for (path, _), (record, figure) in zip(read, found):
+        pictures = [picture for _, picture in readable]
+        results = records.explain_pictures(explainer, pictures, named.labels, targets, methods, args.device) if pictures else []
+        for (path, _), (record, figure) in zip(readable, results):
             name = free_name(path.stem, taken)
             out = args.out / f"{name}.{args.format}"
-            full = {"image": path.name, "figure": out.name, **common, **record}
-            save(figure, out, full)
-            (args.out / f"{name}.json").write_text(json.dumps(full, indent=2) + "\n")
+            record = {"image": path.name, "figure": out.name, **common, **record}
+            save(figure, out, record)
+            (args.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
             top = record["prediction"][0]
             progress.say(f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {out}")
         progress.advance(len(batch))
@@ -133,7 +136,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 
 def batches(paths: Sequence[Path], preprocessing: Preprocessing, size: int) -> Iterator[list[tuple[Path, Picture | Exception]]]:
-    """The pictures at `paths`, `size` at a time, or what is wrong with them."""
+    """Yields the pictures at `paths`, `size` at a time, each with its path; where one cannot be read, its error."""
     for start in range(0, len(paths), size):
         batch: list[tuple[Path, Picture | Exception]] = []
         for path in paths[start : start + size]:
@@ -145,7 +148,7 @@ def batches(paths: Sequence[Path], preprocessing: Preprocessing, size: int) -> I
 
 
 def free_name(stem: str, taken: set[str]) -> str:
-    """`stem`, or `stem_2`, `stem_3`, ... where pictures of several folders share it."""
+    """Returns `stem`, or `stem_2`, `stem_3`, ... where pictures of several folders share it, and adds it to `taken`."""
     name, number = stem, 1
     while name in taken:
         number += 1

@@ -12,12 +12,11 @@ from ..gates.rules import KINDS, Rules
 from ..version import __version__
 
 FORMATS = ("png", "jpg", "webp", "pdf", "svg")
-
-
 RULES = {"default": Rules, "paper": Rules.paper, "frozen": Rules.frozen}
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `sp-fx COMMAND ...`."""
     top = argparse.ArgumentParser(prog="sp-fx", description="Explain image classifiers by semantic pullbacks.")
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -80,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-# -- arguments
+# -- types of arguments; argparse puts their names into its messages, as in "invalid positive value: 'x'"
 
 
 def port(text: str) -> int:

@@ -1,4 +1,4 @@
-"""A bar on the terminal."""
+"""A progress bar on the terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Progress:
-    """A bar on stderr, where that is a terminal and there are several things to do; lines are printed above it."""
+    """A bar on stderr, where that is a terminal and there are several things to do; `say` prints lines above it."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self.started = total, 0, time.perf_counter()

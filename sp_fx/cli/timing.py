@@ -1,6 +1,7 @@
-"""What explanations cost: the ways of one model side by side, in turns, with their memory, and none of them timed if it is wrong.
+"""Timing ways of explaining one model side by side, in turns, with their memory; a result that is wrong is not timed.
 
-The harness of `python bench/run.py` and of `sp-fx bench`. A way is a function of nothing that explains one batch.
+The harness of `sp-fx bench` and of `bench/run.py`. A way is a function without arguments that explains one batch, such as
+`lambda: explainer.pullback(x, target)`.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ from ..gates.rules import Rules
 
 Way = Callable[[], Any]
 
-
 FORWARD, PROGRAM = "forward, compiled", "program pullback"
 
 
 @dataclass
 class Row:
-    """One way: seconds over the turns, the most memory it needed beyond what was held before (bytes), and what making it took."""
+    """The row of one way: seconds a turn, peak memory above what the process held before (bytes), and seconds to make it."""
 
     way: str
     median_s: float = 0.0
@@ -49,13 +49,15 @@ class Row:
 
 
 def gradient(model: Callable[[Tensor], Tensor], x: Tensor, target: Tensor) -> Tensor:
+    """Returns the plain gradient of the score of each sample's class `target` [B], shaped like `x`."""
     leaf = x.detach().requires_grad_()
     y = model(leaf)
     return torch.autograd.grad(y, leaf, torch.zeros_like(y).scatter_(1, target[:, None], 1.0))[0]
 
 
 def compiled_forward(model: nn.Module, x: Tensor) -> Way:
-    """The bar: the model's forward as Inductor compiles it, weights frozen; on CUDA with CUDA graphs."""
+    """Returns the way that others are measured by: the model's forward as Inductor compiles it, weights frozen; on CUDA with CUDA
+    graphs."""
     from torch._inductor import config
 
     run = torch.compile(model, fullgraph=True, dynamic=False, mode="reduce-overhead" if x.is_cuda else None)
@@ -71,7 +73,7 @@ def compiled_forward(model: nn.Module, x: Tensor) -> Way:
 def ours(
     model: nn.Module, x: Tensor, target: Tensor, rules: Rules | None = None, steps: int = 5
 ) -> Iterator[tuple[str, Callable[[], Way]]]:
-    """Our ways and the two they are measured by, each with what makes it."""
+    """Yields our ways and the forwards and gradients they are compared with, by name, each as a function that makes it ready."""
     explainer = transform(model, rules=rules)
 
     def eager_forward() -> Tensor:
@@ -79,8 +81,8 @@ def ours(
             return model(x)
 
     def program(explainer: Explainer, method: str, **arguments: Any) -> Way:
-        made = explainer.compile(method, example_inputs=x, **arguments)
-        return lambda: made(x, target)
+        compiled = explainer.compile(method, example_inputs=x, **arguments)
+        return lambda: compiled(x, target)
 
     def compiled_gradient() -> Way:
         run = torch.compile(model, fullgraph=True, dynamic=False)
@@ -94,25 +96,25 @@ def ours(
     yield "pullback, eager", lambda: lambda: explainer.pullback(x, target)
     yield f"ascend, {steps} steps, eager", lambda: lambda: explainer.ascend(x, target, steps=steps)
 
-    def of_another_batch() -> Way:
-        made = explainer.compile("pullback", example_inputs=x[:1] if len(x) > 1 else torch.cat([x, x]))
-        return lambda: made(x, target)
+    def compiled_at_another_batch() -> Way:
+        compiled = explainer.compile("pullback", example_inputs=x[:1] if len(x) > 1 else torch.cat([x, x]))
+        return lambda: compiled(x, target)
 
     yield PROGRAM, lambda: program(explainer, "pullback")
-    yield "program pullback, another batch's", of_another_batch
+    yield "program pullback, another batch's", compiled_at_another_batch
     yield "program pullback, hard gates", lambda: program(transform(model, rules=Rules.frozen()), "pullback")
     yield "program double_pullback", lambda: program(explainer, "double_pullback")
     yield f"program ascend, {steps} steps", lambda: program(explainer, "ascend", steps=steps)
 
 
 def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
-    """The forward is the model's to the bit, and the frozen pullback of a network of ReLU and max pooling is its gradient: in
-    float64 to 1e-9, and as it is timed to 1e-2 (half types: 5e-2), since a pre-activation that rounds to zero has a gate half
-    open, and closed in PyTorch's gradient: one of them is 1.1e-3 on ResNet-50 at 112 x 112. Programs hold themselves against the
-    explainer.
+    """Check what is to be timed: the forward is the model's to the bit, and the frozen pullback of a network of ReLU and max
+    pooling is its gradient: in float64 to 1e-9, and as it is timed to 1e-2 (half types: 5e-2), since a pre-activation that rounds
+    to zero has a gate half open, and closed in PyTorch's gradient: one of them is 1.1e-3 on ResNet-50 at 112 x 112. Programs
+    compare themselves with the explainer when they are compiled.
 
     Raises:
-        ArithmeticError: a result that is wrong, which is not timed.
+        ArithmeticError: a result is wrong.
     """
     explainer = transform(model, rules=Rules.frozen())
     with torch.enable_grad():
@@ -122,22 +124,22 @@ def verify(model: nn.Module, x: Tensor, target: Tensor) -> None:
     if {site.kind for site in explainer.report().of("rewritten")} <= {"relu", "max_pool"}:
         exact = copy.deepcopy(model).double()
         expected = gradient(exact, x.double(), target)
-
-        for found, allowed in (
+        for pullback, allowed in (
             (transform(exact, rules=Rules.frozen()).pullback(x.double(), target), 1e-9),
             (explainer.pullback(x, target).double(), 1e-2 if x.dtype == torch.float32 else 5e-2),
         ):
-            error = float((found - expected).norm() / expected.norm())
+            error = float((pullback - expected).norm() / expected.norm())
             if not error <= allowed:
                 raise ArithmeticError(f"the frozen pullback is off the gradient by {error:.1e}, {allowed:.0e} is allowed")
 
 
 def measure(ways: Iterator[tuple[str, Callable[[], Way]]], device: torch.device, turns: int, long_turns: int = 1) -> list[Row]:
-    """Make the ways, then let them take turns, so that a slow minute of the machine falls on all of them.
+    """Make the ways, then let them take turns, so that a slow minute of the machine falls on all of them; returns a row of each.
 
-    A way that takes more than twenty times the first is given `long_turns` turns. One that cannot be made or run keeps its row.
+    A way that takes more than twenty times the first gets `long_turns` turns. The row of one that cannot be made or run has an
+    error in place of numbers.
     """
-    rows, made = [], []
+    rows, runnable = [], []
     for name, make in ways:
         row, started = Row(name), time.perf_counter()
         rows.append(row)
@@ -151,35 +153,37 @@ def measure(ways: Iterator[tuple[str, Callable[[], Way]]], device: torch.device,
         except Exception as error:  # whatever stands in a peer's way is the row's content
             row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
             continue
-        made.append((row, run))
-    taken: dict[int, list[float]] = {id(row): [] for row, _ in made}
+        runnable.append((row, run))
+    seconds: dict[int, list[float]] = {id(row): [] for row, _ in runnable}
     for turn in range(turns):
-        for row, run in made:
-            if turn >= long_turns and taken[id(row)][0] > 20 * taken[id(made[0][0])][0]:
+        for row, run in runnable:
+            if turn >= long_turns and seconds[id(row)][0] > 20 * seconds[id(runnable[0][0])][0]:
                 continue
             synchronize(device)
             started = time.perf_counter()
             run()
             synchronize(device)
-            taken[id(row)].append(time.perf_counter() - started)
-    for row, _ in made:
-        times = sorted(taken[id(row)])
+            seconds[id(row)].append(time.perf_counter() - started)
+    for row, _ in runnable:
+        times = sorted(seconds[id(row)])
         quarters = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
         row.low_s, row.median_s, row.high_s, row.min_s, row.turns = quarters[0], quarters[1], quarters[2], times[0], len(times)
     for attribute, base in (("x_forward", FORWARD), ("x_program", PROGRAM)):
-        bar = next((row.median_s for row, _ in made if row.way == base), None)
-        for row, _ in made:
+        bar = next((row.median_s for row, _ in runnable if row.way == base), None)
+        for row, _ in runnable:
             setattr(row, attribute, row.median_s / bar if bar else None)
     return rows
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait for what a CUDA device still runs."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak(run: Way, device: torch.device) -> int | None:
-    """The most memory that `run` held beyond what was held before; on CPU by Linux's count of resident pages, else None."""
+    """Returns the most memory that `run` took above what the process had before, in bytes; on CPU by Linux's count of resident
+    pages, and None where the kernel does not say."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -200,11 +204,13 @@ def peak(run: Way, device: torch.device) -> int | None:
 
 
 def resident(field: str) -> int:
+    """Returns a field of /proc/self/status in bytes: "VmRSS", the resident memory, or "VmHWM", its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def table(rows: list[Row]) -> str:
+def format_table(rows: list[Row]) -> str:
+    """Returns the rows as lines to print, under a heading."""
     lines = [f"{'way':34} {'median ms':>10} {'quartiles':>15} {'MiB':>7} {'made in s':>9} {'x forward':>9} {'x program':>9}"]
     for row in rows:
         if row.error:

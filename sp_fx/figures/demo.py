@@ -16,59 +16,57 @@ from ..gates.rules import Rules
 from ..version import __version__
 from .drawing import CHANGE, SLOPE, Cell, picture, save, signed_map, table
 from .models import weights_hash
-from .records import described
+from .records import rules_record
 
 SEED = 7  # of the scenes; training drew others
-
-
 STEPS = 10  # of the counterfactual
-
 
 T = TypeVar("T")
 
 
 def run_demo(out: Path, scenes: int = 3, format: str = "png") -> Path:
-    """Explain `scenes` scenes by every network of the zoo: print what is found, write `demo.png` into `out`, return its path.
+    """Explain `scenes` scenes by every network of the zoo: print predictions and timings, write `demo.png` into `out`, return its
+    path.
 
     `format` is another that matplotlib writes, such as pdf.
     """
     pixels, labels, _ = zoo.draw(SEED, scenes)
-    rows = [row for name in zoo.NAMES for row in explained(name, pixels, labels)]
+    rows = [row for name in zoo.NAMES for row in explain_scenes(name, pixels, labels)]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"demo.{format}"
     hashes = {name: weights_hash(zoo.load(name)) for name in zoo.NAMES}
     versions = {"sp_fx": __version__, "torch": torch.__version__}
-    save(table(rows), path, {"rules": described(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
+    save(table(rows), path, {"rules": rules_record(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
     return path
 
 
-def explained(name: str, pixels: Tensor, labels: Tensor) -> list[list[Cell]]:
-    """What the network `name` says of scenes [B, 3, 96, 96], printed; and a row of cells for each scene."""
+def explain_scenes(name: str, pixels: Tensor, labels: Tensor) -> list[list[Cell]]:
+    """Explain scenes [B, 3, 96, 96] by the network `name`: print what it sees and the seconds, return a row of cells a scene."""
     network = zoo.load(name)
     explainer = transform(network)
     explainer.pullback(pixels)  # the first call also pays for what torch sets up once
-    before = chances(network, pixels)
-    seen = before.argmax(1)
-    aim = (seen + 1) % len(zoo.KINDS)  # towards the next kind in the list: "what would make it that?"
+    before = probabilities(network, pixels)
+    predicted = before.argmax(1)
+    aim = (predicted + 1) % len(zoo.KINDS)  # towards the next kind in the list: "what would make it that?"
 
-    gradient, plain = timed(lambda: class_gradient(network, pixels))
-    pullback, soft = timed(lambda: explainer.pullback(pixels, seen))
-    ascent, five = timed(lambda: explainer.ascend(pixels, seen, bounds=(-1.0, 1.0)))
-    change, ten = timed(lambda: explainer.ascend(pixels, aim, steps=STEPS, bounds=(-1.0, 1.0)))
-    after = chances(network, pixels + change)
+    gradient, gradient_s = timed(lambda: class_gradient(network, pixels))
+    pullback, pullback_s = timed(lambda: explainer.pullback(pixels, predicted))
+    ascent, ascent_s = timed(lambda: explainer.ascend(pixels, predicted, bounds=(-1.0, 1.0)))
+    change, change_s = timed(lambda: explainer.ascend(pixels, aim, steps=STEPS, bounds=(-1.0, 1.0)))
+    after = probabilities(network, pixels + change)
     print(
-        f"{name}, {len(pixels)} scenes: plain gradient {1e3 * plain:.0f} ms, soft pullback {1e3 * soft:.0f} ms, "
-        f"ascent of 5 steps {1e3 * five:.0f} ms, counterfactual of {STEPS} steps {1e3 * ten:.0f} ms"
+        f"{name}, {len(pixels)} scenes: plain gradient {1e3 * gradient_s:.0f} ms, soft pullback {1e3 * pullback_s:.0f} ms, "
+        f"ascent of 5 steps {1e3 * ascent_s:.0f} ms, counterfactual of {STEPS} steps {1e3 * change_s:.0f} ms"
     )
     rows = []
-    for i, (one, other) in enumerate(zip(seen.tolist(), aim.tolist())):
+    for i, (kind, other) in enumerate(zip(predicted.tolist(), aim.tolist())):
         print(
-            f"  {zoo.KINDS[labels[i]]}, seen as {zoo.KINDS[one]} ({before[i, one]:.3f}); towards {zoo.KINDS[other]}: "
+            f"  {zoo.KINDS[labels[i]]}, seen as {zoo.KINDS[kind]} ({before[i, kind]:.3f}); towards {zoo.KINDS[other]}: "
             f"{before[i, other]:.3f} before, {after[i, other]:.3f} after {STEPS} steps"
         )
         rows.append(
             [
-                picture(pixels[i], f"{name} sees\n{zoo.KINDS[one]} {before[i, one]:.2f}"),
+                picture(pixels[i], f"{name} sees\n{zoo.KINDS[kind]} {before[i, kind]:.2f}"),
                 signed_map(gradient[i], "plain gradient", SLOPE),
                 signed_map(pullback[i], "soft pullback", SLOPE),
                 signed_map(ascent[i], "pullback ascent, 5 steps", CHANGE),
@@ -78,20 +76,20 @@ def explained(name: str, pixels: Tensor, labels: Tensor) -> list[list[Cell]]:
     return rows
 
 
-def chances(network: nn.Module, pixels: Tensor) -> Tensor:
-    """The class probabilities, [B, classes]."""
+def probabilities(network: nn.Module, pixels: Tensor) -> Tensor:
+    """Returns the class probabilities, [B, classes]."""
     with torch.no_grad():
         return network(pixels).softmax(1)
 
 
 def class_gradient(network: nn.Module, pixels: Tensor) -> Tensor:
-    """What the soft pullback is compared with: the gradient of the predicted class's score, [B, C, H, W]."""
+    """Returns the gradient of the predicted class's score, [B, C, H, W], which the soft pullback is compared with."""
     x = pixels.detach().requires_grad_()
     return torch.autograd.grad(network(x).amax(1).sum(), x)[0]
 
 
 def timed(run: Callable[[], T]) -> tuple[T, float]:
-    """What `run` returns, and the seconds it took."""
+    """Returns what `run` returns, and the seconds it took."""
     started = time.perf_counter()
     result = run()
     return result, time.perf_counter() - started

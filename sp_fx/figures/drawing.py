@@ -24,30 +24,19 @@ if TYPE_CHECKING:
 
 Cell = Callable[["Axes"], None]
 
-
 DIVERGING = "RdBu_r"  # told apart under every common colour blindness; white is zero
-
-
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-
-
 SLOPE = "score per unit of pixel value"  # of pullbacks and gradients
-
-
 CHANGE = "change of pixel value"  # of ascents
-
-
-ABOUT = {".png": "Comment", ".pdf": "Subject", ".svg": "Description"}  # where a format keeps what is said of it
-
-
+ABOUT = {".png": "Comment", ".pdf": "Subject", ".svg": "Description"}  # the metadata field of each format for `about`
 CELL, MARGIN = 2.3, 0.7  # inches: the side of a picture, and what its title and colour bar take
 
 
-# -- what is drawn of a tensor
+# -- tensors as arrays
 
 
 def signed(map: Tensor) -> np.ndarray:
-    """A map [C, H, W] as one signed number a pixel, float32 [H, W]: its sum over the channels.
+    """Returns a map [C, H, W] as one signed number a pixel, float32 [H, W]: its sum over the channels.
 
     Raises:
         ValueError: another number of axes, or values that are not finite, which would be drawn as nothing.
@@ -55,35 +44,37 @@ def signed(map: Tensor) -> np.ndarray:
     if map.dim() != 3:
         raise ValueError(f"a map to draw has shape [C, H, W], got {list(map.shape)}")
     values = map.detach().float().sum(0).cpu().numpy()
-    wrong = int((~np.isfinite(values)).sum())
-    if wrong:
-        raise ValueError(f"{wrong} of the map's {values.size} pixels are not finite")
+    broken = int((~np.isfinite(values)).sum())
+    if broken:
+        raise ValueError(f"{broken} of the map's {values.size} pixels are not finite")
     return values
 
 
 def robust_limit(*maps: Tensor, percentile: float = 99.5) -> float:
-    """The symmetric limit of a colour scale that `maps` share: a percentile of their magnitudes, since a few pixels dwarf the
-    rest; 1 where all is zero."""
+    """Returns the symmetric limit of a colour scale that `maps` share: a percentile of their magnitudes, since a few pixels dwarf
+    the rest; 1 where all is zero."""
     values = np.concatenate([np.abs(signed(map)).ravel() for map in maps])
     return float(np.percentile(values, percentile)) or float(values.max()) or 1.0
 
 
 def as_image(pixels: Tensor) -> np.ndarray:
-    """Pixels [C, H, W] in [-1, 1] as an image [H, W, 3] in [0, 1]; one channel is shown grey.
+    """Returns pixels [C, H, W] in [-1, 1] as an image [H, W, 3] in [0, 1]; one channel is shown grey.
 
     Raises:
         ValueError: another shape.
     """
     if pixels.dim() != 3 or pixels.shape[0] not in (1, 3):
         raise ValueError(f"a picture to draw has shape [3, H, W] or [1, H, W], got {list(pixels.shape)}")
-    shown = ((pixels.detach().float().cpu() + 1) / 2).clamp(0, 1)
-    return shown.expand(3, -1, -1).permute(1, 2, 0).numpy()
+    image = ((pixels.detach().float().cpu() + 1) / 2).clamp(0, 1)
+    return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
 # -- cells
 
 
 def picture(pixels: Tensor, title: str = "") -> Cell:
+    """A cell that shows pixels [C, H, W] in [-1, 1]."""
+
     def draw(axis: Axes) -> None:
         axis.imshow(as_image(pixels))
         _finish(axis, title)
@@ -92,16 +83,16 @@ def picture(pixels: Tensor, title: str = "") -> Cell:
 
 
 def signed_map(map: Tensor, title: str = "", unit: str | None = SLOPE, limit: float | None = None) -> Cell:
-    """The signed map on a scale that ends at `limit` (the map's own robust one where None); `unit` stands at its colour bar,
-    None leaves the bar out, for maps that share another's."""
+    """A cell that shows the signed map on a scale that ends at `limit` (the map's own robust one where None); `unit` stands at
+    its colour bar, None leaves the bar out, for maps that share another's."""
 
     def draw(axis: Axes) -> None:
         end = limit or robust_limit(map)
-        drawn = axis.imshow(signed(map), cmap=DIVERGING, vmin=-end, vmax=end, interpolation="nearest")
+        image = axis.imshow(signed(map), cmap=DIVERGING, vmin=-end, vmax=end, interpolation="nearest")
         if unit is not None:
             # Inside the axes' own box, so that a map is as large as the picture beside it.
             bar = axis.figure.colorbar(
-                drawn, cax=axis.inset_axes((0.08, -0.075, 0.84, 0.035)), orientation="horizontal", extend="both"
+                image, cax=axis.inset_axes((0.08, -0.075, 0.84, 0.035)), orientation="horizontal", extend="both"
             )
             bar.set_ticks([-end, 0.0, end], labels=[f"{-end:.2g}", "0", f"{end:.2g}"])
             bar.ax.tick_params(labelsize=6, length=2, pad=1)
@@ -112,7 +103,7 @@ def signed_map(map: Tensor, title: str = "", unit: str | None = SLOPE, limit: fl
 
 
 def overlay(pixels: Tensor, map: Tensor, title: str = "overlay", limit: float | None = None) -> Cell:
-    """The map over the picture in pale grey, as opaque as it is strong."""
+    """A cell that shows the map over the picture in pale grey, as opaque as it is strong."""
 
     def draw(axis: Axes) -> None:
         values, end = signed(map), limit or robust_limit(map)
@@ -135,7 +126,7 @@ def _finish(axis: Axes, title: str) -> None:
 
 
 def table(rows: Sequence[Sequence[Cell | None]], title: str = "", dpi: int = 120) -> Figure:
-    """A figure of cells; None leaves a place empty. `save` writes it."""
+    """Returns a figure of rows of cells; None leaves a place empty. `save` writes it."""
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows))
@@ -157,11 +148,11 @@ def save(figure: Figure, file: str | PathLike[str], about: Mapping[str, Any] | N
 
     `about` says where it comes from: JSON in the comment of a PNG or JPEG, the subject of a PDF, the description of an SVG.
     """
-    told, suffix = json.dumps(about), Path(file).suffix.lower()
-    where: dict[str, Any] = {"metadata": {ABOUT[suffix]: told}} if about and suffix in ABOUT else {}
+    comment, suffix = json.dumps(about), Path(file).suffix.lower()
+    options: dict[str, Any] = {"metadata": {ABOUT[suffix]: comment}} if about and suffix in ABOUT else {}
     if about and suffix in (".jpg", ".jpeg"):
-        where = {"pil_kwargs": {"comment": told}}
-    figure.savefig(file, bbox_inches="tight", pad_inches=0.05, **where)
+        options = {"pil_kwargs": {"comment": comment}}
+    figure.savefig(file, bbox_inches="tight", pad_inches=0.05, **options)
 
 
 def explanation(pixels: Tensor, maps: Sequence[Tensor], titles: Sequence[str], unit: str = SLOPE, caption: str = "") -> Figure:
@@ -175,8 +166,8 @@ def ascent(before: Sequence[Tensor] | Tensor, after: Sequence[Tensor] | Tensor, 
     """Before, after and the difference of ascents, one a row; `titles` has a pair (before, after) for each."""
     return table(
         [
-            [picture(x, said), picture(y, then), signed_map(y - x, "difference", CHANGE)]
-            for x, y, (said, then) in zip(before, after, titles)
+            [picture(x, title), picture(y, title_after), signed_map(y - x, "difference", CHANGE)]
+            for x, y, (title, title_after) in zip(before, after, titles)
         ]
     )
 
@@ -194,20 +185,23 @@ def grid(
     shaped [S][T].
     """
     rows = []
-    for source, row, said, names in zip(sources, shown, source_titles, titles):
+    for source, row, source_title, names in zip(sources, shown, source_titles, titles):
         limit = robust_limit(*row) if unit else None
         cells = [
             signed_map(cell, name, None if k else unit, limit) if unit else picture(cell, name)
             for k, (cell, name) in enumerate(zip(row, names))
         ]
-        rows.append([picture(source, said), *cells])
+        rows.append([picture(source, source_title), *cells])
     return table(rows)
 
 
 def path(iterates: Tensor, probabilities: Tensor, names: Sequence[str], title: str = "") -> Figure:
-    """The path of an ascent: its iterates [K + 1, C, H, W], what each differs from the first by, and the class probabilities.
+    """The path of an ascent: its iterates [K + 1, C, H, W], the change of each since the first, and the class probabilities.
 
     `probabilities` [K + 1, N] are those of the N classes called `names` at each iterate; N is at most 7.
+
+    Raises:
+        ValueError: probabilities of another shape, or more classes than there are colours.
     """
     if probabilities.shape != (len(iterates), len(names)) or len(names) > len(LINES):
         raise ValueError(
@@ -225,8 +219,8 @@ def path(iterates: Tensor, probabilities: Tensor, names: Sequence[str], title: s
     assert cell is not None
     curve = figure.add_subplot(cell.get_gridspec()[2, :])
     values = probabilities.detach().float().cpu().numpy()
-    for values_of_one, name, colour, marker in zip(values.T, names, LINES, "osD^vPX"):
-        curve.plot(values_of_one, color=colour, marker=marker, markersize=4, label=name)
+    for class_values, name, colour, marker in zip(values.T, names, LINES, "osD^vPX"):
+        curve.plot(class_values, color=colour, marker=marker, markersize=4, label=name)
     curve.set_xlabel("step", fontsize=8)
     curve.set_ylabel("probability", fontsize=8)
     curve.set_ylim(-0.02, 1.02)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Picture:
-    """`pixels` are float32 [3, N, N] in [-1, 1]; `size` is (width, height) as seen, before resizing."""
+    """A picture that was read: `pixels` float32 [3, N, N] in [-1, 1]; `size` (width, height) as seen, before resizing; `mode`,
+    pillow's, such as "L" for grey, and `conversions` as the module lists them."""
 
     pixels: Tensor
     size: tuple[int, int]
@@ -38,7 +39,8 @@ class Picture:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize the shorter side to `resize`, crop the centre to `crop`; the network takes [0, 1] normalised by `mean` and `std`."""
+    """Resizes the shorter side to `resize` pixels and crops the centre to `crop`; the network behind it takes pixels in [0, 1],
+    normalised by `mean` and `std`."""
 
     resize: int
     crop: int
@@ -47,13 +49,13 @@ class Preprocessing:
     std: tuple[float, ...]
 
     def __call__(self, path: str | PathLike[str]) -> Picture:
-        """The picture at `path`, resized and cropped as torchvision does it.
+        """Returns the picture at `path`, resized and cropped as torchvision does it.
 
         Raises:
             OSError: the file cannot be opened, is no picture, or is truncated.
             ValueError: it is a picture that is refused (see the module), or damaged in some other way.
         """
-        image, mode, conversions = read(path)
+        image, mode, conversions = read_rgb(path)
         size = image.size
         width, height = (int(self.resize * side / min(size)) for side in size)
         _check_pixels(width, height, f"once its shorter side is {self.resize}, from {size[0]} x {size[1]},")
@@ -69,8 +71,8 @@ class Preprocessing:
         return Image.Resampling[self.interpolation.upper()]
 
 
-def read(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
-    """The picture at `path` as eight-bit RGB, the mode it was in, and what was done to it. Errors as of `Preprocessing`."""
+def read_rgb(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
+    """Returns the picture at `path` as eight-bit RGB, the mode it was in, and the conversions. Errors as of `Preprocessing`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     with warnings.catch_warnings():
@@ -78,13 +80,13 @@ def read(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
         try:
             with Image.open(path) as file:
                 _check_pixels(*file.size)
-                mode, done = file.mode, []
+                mode, conversions = file.mode, []
                 if getattr(file, "n_frames", 1) > 1:
-                    done.append(f"the first of {file.n_frames} frames")  # type: ignore[attr-defined]
+                    conversions.append(f"the first of {file.n_frames} frames")  # type: ignore[attr-defined]
                 image = ImageOps.exif_transpose(file)
                 if file.getexif().get(0x0112, 1) != 1:
-                    done.append("rotated as its EXIF says")
-                image, how = to_rgb(image)
+                    conversions.append("rotated as its EXIF says")
+                image, to_eight_bits = to_rgb(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels, the most that are read") from None
         except UnidentifiedImageError:
@@ -93,11 +95,11 @@ def read(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
             raise
         except Exception as error:  # each of pillow's decoders has its own: SyntaxError, struct.error, zlib.error, ...
             raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
-    return image, mode, (*done, *how)
+    return image, mode, (*conversions, *to_eight_bits)
 
 
 def to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
-    """The picture as eight-bit RGB, and what that took. Errors as of `Preprocessing`."""
+    """Returns the picture as eight-bit RGB, and the conversions that took. Errors as of `Preprocessing`."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -110,8 +112,8 @@ def to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
             f"it has 32-bit pixels (mode {image.mode}), whose range is not known; save it with 8 or 16 bits a channel"
         )
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        seen = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB"), ["transparency over white"]
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB"), ["transparency over white"]
     return image.convert("RGB"), [f"{image.mode} to RGB"]
 
 

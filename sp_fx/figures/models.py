@@ -1,4 +1,7 @@
-"""Models by name, with the preprocessing they were trained for. The zoo's need the extra `demo`, others `vision`."""
+"""Models by name, such as `resnet50`, `timm/vit_tiny_patch16_224` or `zoo/residual_cnn`, with their preprocessing.
+
+The zoo's need the extra `demo`, others `vision`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,8 @@ from .pixel_space import pixel_space
 
 @dataclass(frozen=True)
 class NamedModel:
-    """`model` takes pixels in [-1, 1]; `labels` names its classes where they are known."""
+    """A network with its `preprocessing`: `model` takes pixels in [-1, 1]; `labels` names its classes where they are known;
+    `weights` says where they are from: "published", a file's name, or "none"."""
 
     name: str
     model: nn.Module
@@ -30,15 +34,16 @@ class NamedModel:
     weights: str
 
     def provenance(self) -> dict[str, Any]:
+        """Returns what a record says of the model."""
         return {"model": self.name, "weights": self.weights, "weights_sha256": weights_hash(self.model),
                 "preprocessing": asdict(self.preprocessing)}  # fmt: skip
 
 
-Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]
+Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]  # of normalised pixels; as published; labels
 
 
 def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
-    """A torchvision classification model, `timm/NAME` or `zoo/NAME` (one that ships with the package), in eval mode.
+    """Returns a torchvision classification model, `timm/NAME` or `zoo/NAME` (one that ships with the package), in eval mode.
 
     Args:
         weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
@@ -62,16 +67,16 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
                 f"the weights of {name} could not be downloaded ({error}); pass a file with --weights FILE"
             ) from error
         if weights is not None:
-            fill(net, Path(weights))
+            load_weights(net, Path(weights))
     crop = input_size or published.crop
     resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
-    used = Preprocessing(resize, crop, published.interpolation, published.mean, published.std)
+    preprocessing = Preprocessing(resize, crop, published.interpolation, published.mean, published.std)
     source = "published" if weights is None else Path(weights).name
-    return NamedModel(name, _of_pixels(net, used), used, labels, source)
+    return NamedModel(name, _of_pixels(net, preprocessing), preprocessing, labels, source)
 
 
 def untrained(name: str) -> NamedModel:
-    """The model without its weights, for what depends on its structure alone; a zoo network has its own."""
+    """Returns the model without its weights, for what depends on its structure alone; a zoo network has its own."""
     if name.startswith("zoo/"):
         return load_model(name)
     net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
@@ -82,8 +87,9 @@ def untrained(name: str) -> NamedModel:
 ZOO = Preprocessing(96, 96, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
-def _of_pixels(net: nn.Module, used: Preprocessing) -> nn.Module:
-    return net.eval() if used.mean == used.std == ZOO.mean else pixel_space(net.eval(), used.mean, used.std)
+def _of_pixels(net: nn.Module, preprocessing: Preprocessing) -> nn.Module:
+    mean, std = preprocessing.mean, preprocessing.std
+    return net.eval() if mean == std == ZOO.mean else pixel_space(net.eval(), mean, std)
 
 
 def _loader(name: str) -> Callable[[str, bool], Loaded]:
@@ -91,6 +97,7 @@ def _loader(name: str) -> Callable[[str, bool], Loaded]:
 
 
 def torchvision_model(name: str, pretrained: bool) -> Loaded:
+    """Raises ValueError for an unknown name."""
     from torchvision import models
 
     known = models.list_models(module=models)
@@ -99,14 +106,15 @@ def torchvision_model(name: str, pretrained: bool) -> Loaded:
         raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. {others}")
     entry = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
     # GoogLeNet and Inception initialise by slow rejection sampling unless told not to.
-    quick = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
-    net = models.get_model(name, weights=entry if pretrained else None, **quick)
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    net = models.get_model(name, weights=entry if pretrained else None, **options)
     t = entry.transforms()
     published = Preprocessing(t.resize_size[0], t.crop_size[0], t.interpolation.value, tuple(t.mean), tuple(t.std))
     return net, published, tuple(entry.meta["categories"])
 
 
 def timm_model(name: str, pretrained: bool) -> Loaded:
+    """Raises ValueError for an unknown name; warns where timm crops otherwise than at the centre."""
     import timm
 
     known = timm.list_models()
@@ -126,35 +134,41 @@ def timm_model(name: str, pretrained: bool) -> Loaded:
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
+    """Returns the end of an error message: the names in `known` that are closest to `name`, each behind `prefix`."""
     close = difflib.get_close_matches(name, known, 3, 0.5)
     return f"the nearest: {', '.join(prefix + c for c in close)}" if close else f"it has {len(known)}, such as {prefix}{known[0]}"
 
 
 def class_index(name: str, labels: Sequence[str] | None) -> int:
-    """The index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters only where
-    names differ by nothing else.
+    """Returns the index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters
+    only where names differ by nothing else. For "Tinca tinca" and the labels ("tench, Tinca tinca", "crane") it is 0.
 
     Raises:
         ValueError: no class or several are called so (the nearest or all are named), or there are no labels.
     """
     if labels is None:
         raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
-    called = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
-    for same in (str, str.casefold):
-        found = sorted({i for i, synonym in called if same(synonym) == same(name)})
-        if len(found) == 1:
-            return found[0]
-        if found:
-            several = ", ".join(f"{i} ({labels[i]})" for i in found)
+    synonyms = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
+    for fold in (str, str.casefold):
+        matches = sorted({i for i, synonym in synonyms if fold(synonym) == fold(name)})
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            several = ", ".join(f"{i} ({labels[i]})" for i in matches)
             raise ValueError(f"several classes are called {name!r}: pass one of the indices {several}")
-    folded = {synonym.casefold(): synonym for _, synonym in called}
+    folded = {synonym.casefold(): synonym for _, synonym in synonyms}
     close = difflib.get_close_matches(name.casefold(), folded, 3, 0.5)
     hint = f"the nearest: {', '.join(folded[c] for c in close)}" if close else f"it has {len(labels)}, such as {labels[0]}"
     raise ValueError(f"no class is called {name!r}; {hint}")
 
 
-def fill(net: nn.Module, path: Path) -> None:
-    """Load a state dict from `path`, or raise a ValueError that names what does not fit."""
+def load_weights(net: nn.Module, path: Path) -> None:
+    """Load a state dict (.safetensors, or one of `torch.save`) from `path` into `net`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not fit, or has values that are not finite; the message names them.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     try:
@@ -172,7 +186,7 @@ def fill(net: nn.Module, path: Path) -> None:
 
 
 def weights_hash(net: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of the state dict."""
+    """Returns the SHA-256, in hex, of names, shapes, dtypes and values of the state dict."""
     digest = hashlib.sha256()
     for name, tensor in net.state_dict().items():
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())

@@ -16,9 +16,9 @@ class PixelSpace(nn.Module):
 
     def __init__(self, model: nn.Module, mean: Sequence[float], std: Sequence[float], axes: int = 2) -> None:
         super().__init__()
-        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        parameter = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         for name, values in (("mean", mean), ("std", std)):
-            tensor = torch.tensor(values, dtype=torch.float64).to(like.device, like.dtype)
+            tensor = torch.tensor(values, dtype=torch.float64).to(parameter.device, parameter.dtype)
             self.register_buffer(name, tensor.view(-1, *[1] * axes), persistent=False)
         self.model = model
         self.training = model.training
@@ -28,7 +28,8 @@ class PixelSpace(nn.Module):
 
 
 def pixel_space(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> nn.Module:
-    """`model`, which takes pixels in [0, 1] normalised by `mean` and `std` (one a channel), as a module of pixels in [-1, 1].
+    """Returns `model`, which takes pixels in [0, 1] normalised by `mean` and `std` (one a channel), as a module of pixels in
+    [-1, 1].
 
     Step sizes and bounds of `ascend` are then those of the paper: 20 in L2 at 3 x 224 x 224, bounds (-1, 1). The model is held,
     not changed or copied.

@@ -6,22 +6,22 @@ import io
 
 import numpy as np
 
-SHADES = np.clip(np.arange(-128, 128) / 127, -1, 1)  # of the 256 colours of a map; index 128 is zero
-
-
+SHADES = np.clip(np.arange(-128, 128) / 127, -1, 1)  # the value of each of the 256 colours, in units of the limit
 PALETTE = np.stack([1 + np.minimum(SHADES, 0), 1 - np.abs(SHADES), 1 - np.maximum(SHADES, 0)], -1)
 
 
 def map_png(map: np.ndarray) -> bytes:
-    """A signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero; the scale ends at
-    the 99.5th percentile of magnitudes, since a few pixels dwarf the rest. It has a palette: 0.3 ms at 96 x 96, where full colour
-    takes 1.3, more than all else of a service's reply."""
+    """Returns a signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero; the scale
+    ends at the 99.5th percentile of magnitudes, since a few pixels dwarf the rest.
+
+    It has a palette: 0.3 ms at 96 x 96, where full colour takes 1.3, more than all else of a service's reply.
+    """
     from PIL import Image
 
     values = np.asarray(map, np.float64).sum(0)
     limit = float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
-    shown = Image.fromarray((np.clip(values / limit, -1, 1) * 127 + 128).round().astype(np.uint8), "L")
-    shown.putpalette((PALETTE * 255).round().astype(np.uint8).tobytes())
+    image = Image.fromarray((np.clip(values / limit, -1, 1) * 127 + 128).round().astype(np.uint8), "L")
+    image.putpalette((PALETTE * 255).round().astype(np.uint8).tobytes())
     out = io.BytesIO()
-    shown.save(out, "PNG", compress_level=1)
+    image.save(out, "PNG", compress_level=1)
     return out.getvalue()

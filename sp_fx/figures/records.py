@@ -1,4 +1,4 @@
-"""What `sp-fx explain` makes of a batch of pictures: a figure and a record of each."""
+"""Explanations of pictures, as `sp-fx explain` writes them: a figure and a record (JSON) of each picture."""
 
 from __future__ import annotations
 
@@ -19,50 +19,51 @@ from .models import class_index
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
 METHODS = ("pullback", "double_pullback", "ascend")
 
+TargetSpec = tuple[str, int]  # ("top", N): the N likeliest classes of each picture; ("index", I): the class I
 
-Wanted = tuple[str, int]  # ("top", N): the N likeliest classes; ("index", I)
 
-
-def wanted(texts: Sequence[str], labels: Sequence[str] | None) -> list[Wanted]:
-    """Targets as they are typed: an index, topN or a class name, or several with commas between them.
+def parse_targets(texts: Sequence[str], labels: Sequence[str] | None) -> list[TargetSpec]:
+    """Returns the targets that `texts` ask for, each an index, topN, a class name, or several with commas between them: of
+    ["7, tench, top1"] it makes [("index", 7), ("index", 0), ("top", 1)].
 
     Raises:
         ValueError: a name that no class has, or top0.
     """
-    found: list[Wanted] = []
+    targets: list[TargetSpec] = []
     for text in texts:
-        whole = labels is not None and text in labels  # some labels have commas in them
-        for part in [text] if whole else text.split(","):
+        is_label = labels is not None and text in labels  # some labels have commas in them
+        for part in [text] if is_label else text.split(","):
             part = part.strip()
             if part.isdecimal():
-                found.append(("index", int(part)))
+                targets.append(("index", int(part)))
             elif part.startswith("top") and part[3:].isdecimal():
                 if int(part[3:]) < 1:
                     raise ValueError(f"topN is the N likeliest classes, N at least 1, got {part!r}")
-                found.append(("top", int(part[3:])))
+                targets.append(("top", int(part[3:])))
             else:
-                found.append(("index", class_index(part, labels)))
-    return found
+                targets.append(("index", class_index(part, labels)))
+    return targets
 
 
-def described(rules: Rules) -> dict[str, Any]:
-    """Every temperature, not only what differs from this version's defaults."""
+def rules_record(rules: Rules) -> dict[str, Any]:
+    """Returns every temperature by name, also those that are this version's defaults, since defaults change."""
     values = {f.name: getattr(rules, f.name) for f in fields(rules)}
     return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
 
-def explain(
+def explain_pictures(
     explainer: Explainer,
     pictures: Sequence[Picture],
     labels: Sequence[str] | None,
-    targets: Sequence[Wanted],
+    targets: Sequence[TargetSpec],
     methods: Mapping[str, Mapping[str, Any]],
     device: torch.device | str = "cpu",
 ) -> list[tuple[dict[str, Any], Figure]]:
-    """Explain each of `pictures` by each of `methods`, which have their keyword arguments, for each of `targets`.
+    """Explain each of `pictures` by each of `methods`, names with their keyword arguments, for each of `targets`.
+
+    Returns a record and a figure of each picture. `device` is the explainer's.
 
     Raises:
         IndexError: a target that the model does not have.
@@ -71,7 +72,7 @@ def explain(
     x = torch.stack([p.pixels for p in pictures]).to(device)
     probabilities = _probabilities(explainer, x)
     ranking = probabilities.argsort(-1, descending=True)
-    indices = torch.tensor([[i for one in targets for i in _indices(one, order)] for order in ranking.tolist()])
+    indices = torch.tensor([[i for target in targets for i in _indices(target, order)] for order in ranking.tolist()])
     maps: dict[str, Tensor] = {}
     seconds = {}
     for method, options in methods.items():
@@ -83,42 +84,42 @@ def explain(
         moved = x[:, None].cpu() + maps["ascend"]
         after = _probabilities(explainer, moved.flatten(0, 1).to(device)).view(*indices.shape, -1).cpu()
 
-    def named(i: int, index: int) -> dict[str, Any]:
+    def class_record(i: int, index: int) -> dict[str, Any]:
         known = labels is not None and len(labels) == probabilities.shape[1]
         label = labels[index] if known and labels is not None else f"class {index}"
         return {"index": index, "label": label, "probability": round(probabilities[i, index].item(), 6)}
 
-    found = []
-    for i, (shown, chosen) in enumerate(zip(pictures, indices.tolist())):
-        prediction = [named(i, index) for index in ranking[i, :5].tolist()]
-        told, rows = [], []
-        for k, index in enumerate(chosen):
-            target = named(i, index)
-            target["maps"] = {method: {"l2": of[i, k].norm().item()} for method, of in maps.items()}
+    results = []
+    for i, (shown, classes) in enumerate(zip(pictures, indices.tolist())):
+        prediction = [class_record(i, index) for index in ranking[i, :5].tolist()]
+        target_records, rows = [], []
+        for k, index in enumerate(classes):
+            target = class_record(i, index)
+            target["maps"] = {method: {"l2": batch[i, k].norm().item()} for method, batch in maps.items()}
             cells: list[Cell] = [picture(shown.pixels, "predicted: {label} ({probability:.2f})".format(**prediction[0]))]
-            for method, of in maps.items():
+            for method, batch in maps.items():
                 title = f"{method}: {target['label']} ({target['probability']:.2f})"
                 if after is None or method != "ascend":
-                    cells += [signed_map(of[i, k], title, SLOPE), overlay(shown.pixels, of[i, k])]
+                    cells += [signed_map(batch[i, k], title, SLOPE), overlay(shown.pixels, batch[i, k])]
                 else:
                     then = target["maps"][method]["probability_after"] = round(after[i, k, index].item(), 6)
                     cells += [
-                        signed_map(of[i, k], title, CHANGE),
-                        picture(shown.pixels + of[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"),
+                        signed_map(batch[i, k], title, CHANGE),
+                        picture(shown.pixels + batch[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"),
                     ]
-            told.append(target)
+            target_records.append(target)
             rows.append(cells)
         record = {
             "size": list(shown.size),
             "mode": shown.mode,
             "conversions": list(shown.conversions),
             "prediction": prediction,
-            "targets": told,
+            "targets": target_records,
             "method": [{"name": method, **options} for method, options in methods.items()],
             "seconds": seconds,
         }
-        found.append((record, table(rows)))
-    return found
+        results.append((record, table(rows)))
+    return results
 
 
 def _probabilities(explainer: Explainer, x: Tensor) -> Tensor:
@@ -132,8 +133,9 @@ def _probabilities(explainer: Explainer, x: Tensor) -> Tensor:
     return logits.float().softmax(-1)
 
 
-def _indices(one: Wanted, ranking: list[int]) -> list[int]:
-    kind, number = one
+def _indices(target: TargetSpec, ranking: list[int]) -> list[int]:
+    """Returns the classes that a target asks for of a picture whose classes, likeliest first, are `ranking`."""
+    kind, number = target
     if kind == "top":
         return ranking[:number]
     if number >= len(ranking):

@@ -5,7 +5,6 @@ One function, `dual_path(kind, *tensors, tau=..., **args)`, for every kind and e
 - eager autograd, `torch.func` and `torch.compile` go through one `autograd.Function` in the form that all three take
   (`setup_context`, a generated vmap rule, and a forward of plain aten ops, which Inductor fuses with its neighbours);
 - `torch.fx` records a call of `dual_path` itself, since a traced `Function` leaves only its forward behind;
-- in eager autograd on a GPU the adjoints run as Triton kernels;
 - `torch.export` records the op `sp_fx::dual_path`, which keeps its adjoint in an exported graph for the same reason.
 """
 
@@ -20,65 +19,18 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import decoded, encoded
-from .adjoints.row import Temperature, at_once
-from .fused import by_kernel, reached
+from .adjoints.row import Temperature
+from .fused import by_kernel
 from .table import TABLE
 from .temperature import deviation
 
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 
 
-class DualPath(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(gate: GateSpec, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
-        return hard(gate, tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.gate, *tensors = inputs
-        ctx.save_for_backward(*kept(ctx.gate, tensors, output))
-
-    @staticmethod
-    def backward(ctx: Any, v: Tensor):  # type: ignore[override]
-        return None, *pullback(ctx.gate, v, ctx.saved_tensors)
-
-
-def hard(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
-    kind, _, _, args = gate
-    output = TABLE[kind].forward(*tensors, **dict(args))
-    return output.view_as(output) if output is tensors[0] else output  # some ops return an empty input itself
-
-
-def kept(gate: GateSpec, tensors: Sequence[Tensor | None], output: Tensor) -> list[Tensor | None]:
-    """What the adjoint needs of the forward."""
-    row, saved = TABLE[gate[0]], list(tensors)
-    if row.forgets and saved[0] is not None:
-        saved[0] = saved[0].new_empty(()).expand(saved[0].shape)
-    return [*saved, output] if row.sees_output else saved
-
-
-def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The cotangent of each tensor of a gate, from that of its output and what `kept` saved."""
-    row = TABLE[gate[0]]
-    grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
-    grads[row.receives] = adjoint(gate, v, saved)
-    return grads
-
-
-def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:
-    kind, tau, scale, args = gate
-    # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
-    fitted = max(tau, 1e-7) * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, type-var, arg-type]
-    fused = by_kernel(kind, v, saved, fitted, dict(args)) if reached(v) and at_once() else None
-    return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args)) if fused is None else fused
-
-
 def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", **args: Any) -> Tensor:
     """The forward of gate `kind` on `tensors`, differentiated by its adjoint at temperature `tau`.
 
-    `kind` is a key of `adjoints.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). With scale
+    `kind` is a key of `table.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). With scale
     "sample" the temperature is in units of each sample's standard deviation, measured on the way back.
     """
     if has_torch_function(tensors):
@@ -93,24 +45,74 @@ def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str =
 
 
 def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
-    """Dynamo refuses one tensor in two places of a `Function`; self-attention without projections has it in three."""
-    seen: list[Tensor | None] = []
+    """A view for every tensor that comes again: Dynamo refuses one tensor in two places of a `Function`, and self-attention
+    without projections has it in three."""
+    views: list[Tensor | None] = []
     for t in tensors:
-        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
-    return seen
+        views.append(t.view_as(t) if t is not None and any(t is other for other in views) else t)
+    return views
 
 
-# Five places, since an optional tensor in a list gets no gradient.
+class DualPath(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(gate: GateSpec, *tensors: Tensor | None) -> Tensor:  # type: ignore[override]
+        return exact(gate, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.gate, *tensors = inputs
+        ctx.save_for_backward(*kept(ctx.gate, tensors, output))
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor):  # type: ignore[override]
+        return None, *pullback(ctx.gate, v, ctx.saved_tensors)
+
+
+def exact(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
+    """The model's own forward."""
+    kind, _, _, args = gate
+    output = TABLE[kind].forward(*tensors, **dict(args))
+    return output.view_as(output) if output is tensors[0] else output  # some ops return an empty input itself
+
+
+def kept(gate: GateSpec, tensors: Sequence[Tensor | None], output: Tensor) -> list[Tensor | None]:
+    """What the adjoint needs of the forward: its tensors, the first as a bare shape where the row forgets it, and its output."""
+    row, saved = TABLE[gate[0]], list(tensors)
+    if row.forgets and saved[0] is not None:
+        saved[0] = saved[0].new_empty(()).expand(saved[0].shape)
+    return [*saved, output] if row.sees_output else saved
+
+
+def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The cotangent of each tensor of a gate, from `v`, that of its output, and what `kept` saved."""
+    row = TABLE[gate[0]]
+    grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
+    grads[row.receives] = adjoint(gate, v, saved)
+    return grads
+
+
+def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:
+    """The cotangent of the tensor that receives one, by a kernel where there is one, else by the table."""
+    kind, tau, scale, args = gate
+    # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
+    fitted = max(tau, 1e-7) * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, type-var, arg-type]
+    cotangent = by_kernel(kind, v, saved, fitted, dict(args))
+    return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args)) if cotangent is None else cotangent
+
+
+# Five tensors by name, since an optional tensor in a list gets no gradient.
 @torch.library.custom_op(
     "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, str gate) -> Tensor"
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None, gate: str) -> Tensor:
     spec = decoded(ast.literal_eval(gate))
-    output = hard(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
+    output = exact(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
     return output.clone() if spec[0] == "written" else output  # an op may not return its input
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+def _exported_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *padded, gate = inputs
     ctx.gate = decoded(ast.literal_eval(gate))
     ctx.save_for_backward(*kept(ctx.gate, padded[: TABLE[ctx.gate[0]].tensors], output))
@@ -122,4 +124,4 @@ def _exported_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
 
 
 exported.register_fake(exported._init_fn)
-exported.register_autograd(_exported_backward, setup_context=_keep)
+exported.register_autograd(_exported_backward, setup_context=_exported_context)

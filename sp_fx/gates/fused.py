@@ -1,6 +1,6 @@
-"""Triton kernels in place of the table's formulas, where an eager call runs on a GPU.
+"""Triton kernels where an eager call runs on a GPU: one launch or two in place of a chain of passes over memory.
 
-A kernel is one launch instead of a chain of passes over memory.
+Every function here that computes returns None where no kernel does what it is asked; the caller then goes by the plain formulas.
 """
 
 from __future__ import annotations
@@ -14,13 +14,7 @@ from torch import Tensor
 
 from .adjoints.row import at_once
 
-# -- on a GPU, where nothing traces: one kernel in place of the table's chain of passes over memory
-
-POINTWISE = ("relu", "leaky_relu", "prelu", "hardtanh", "elu", "gelu", "silu", "hardswish", "mish")
-
-
-def reached(v: Tensor) -> bool:
-    return v.is_cuda and v.dtype in (torch.float32, torch.float16, torch.bfloat16) and kernels() is not None
+POINTWISE = ("relu", "leaky_relu", "prelu", "hardtanh", "elu", "gelu", "silu", "hardswish", "mish")  # as in the kernels' GATES
 
 
 @functools.cache
@@ -33,8 +27,15 @@ def kernels() -> Any:
     return sp_fx_kernels
 
 
+def reached(t: Tensor) -> bool:
+    """Whether kernels take a tensor: on a GPU, in a dtype that they compute."""
+    return t.is_cuda and t.dtype in (torch.float32, torch.float16, torch.bfloat16) and kernels() is not None
+
+
 def by_kernel(kind: str, v: Tensor, saved: Sequence[Tensor | None], tau: Any, args: dict[str, Any]) -> Tensor | None:
-    """What the table's adjoint of `kind` returns, from a kernel; None where there is no kernel for these arguments."""
+    """What the table's adjoint of `kind` returns, of the same arguments; `args` is used up."""
+    if not (reached(v) and at_once()):
+        return None
     z: Any = saved[0]
     if kind in POINTWISE and v.shape == z.shape and z.dtype != torch.float64:
         if args.pop("rate", 1.0) != 1.0 or (kind == "prelu" and z.dim() < 2):
@@ -52,6 +53,7 @@ def by_kernel(kind: str, v: Tensor, saved: Sequence[Tensor | None], tau: Any, ar
 
 
 def attention_by_kernel(v, q, k, value, mask, tau, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor | None:
+    """Where q, k, value and v agree in dtype and axes, heads are at most 128 wide, and no mask comes with `is_causal`."""
     one_kind = q.dtype == k.dtype == v.dtype == value.dtype and not (is_causal and mask is not None)
     heads = q.shape[:-3] == k.shape[:-3] if enable_gqa else q.shape[:-2] == k.shape[:-2]
     fits = q.dim() == k.dim() == v.dim() and heads and k.shape[:-1] == value.shape[:-1] and q.shape[:-1] == v.shape[:-1]
@@ -61,7 +63,7 @@ def attention_by_kernel(v, q, k, value, mask, tau, is_causal=False, score_scale=
 
 
 def ascent_step(x: Tensor, v: Tensor, start: Tensor, step: float, radius: float | None, bounds: Any) -> Tensor | None:
-    """A step of an ascent in two launches; None where no kernel does it."""
+    """`x` moved by `step` along `v`, into the ball of `radius` round `start` and the bounds, which are numbers."""
     low, high = bounds or (None, None)
     if not (reached(x) and at_once() and v.dtype == x.dtype) or isinstance(low, Tensor) or isinstance(high, Tensor):
         return None

@@ -32,8 +32,8 @@ def multihead_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """What `nn.MultiheadAttention` in eval mode returns for the same arguments, by the same operations in the same order.
 
-    `weights` holds its parameters by name. Its fused fast path (nothing requires grad) is not taken: there the results
-    differ in the last bits.
+    `weights` has the module's parameters by name, None for those it lacks. PyTorch's fused fast path (nothing requires grad) is
+    not taken: there the results differ in the last bits.
     """
     if has_torch_function((query, key, value)):
         return handle_torch_function(
@@ -67,10 +67,10 @@ def multihead_attention(
     if need_weights:
         scaled = q * math.sqrt(1.0 / q.shape[-1])
         scores = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
-        attended = torch.softmax(scores, -1)
+        attention = torch.softmax(scores, -1)
         soft = None if tau in (1, FROZEN) else tempered_softmax(scores, tau).detach()
-        mixed = dual_path("mix", attended.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
-        averaged = attended.view(batch, num_heads, length, k.shape[1])
+        mixed = dual_path("mix", attention.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
+        averaged = attention.view(batch, num_heads, length, k.shape[1])
         averaged = averaged.mean(1) if average_attn_weights else averaged
     else:
         if mask is not None:
@@ -85,12 +85,12 @@ def multihead_attention(
 
 
 def project(query: Tensor, key: Tensor, value: Tensor, weights: dict[str, Tensor | None], shared: int) -> list[Tensor]:
-    """Queries, keys and values, each [length, batch, width]; the last `shared` inputs are one tensor."""
+    """Queries, keys and values, [length, batch, width] all three; the last `shared` inputs are one tensor (3: self-attention)."""
     packed, bias = weights["in_proj_weight"], weights["in_proj_bias"]
     if packed is None:
-        each = [weights[f"{name}_proj_weight"] for name in ("q", "k", "v")]
+        separate = [weights[f"{name}_proj_weight"] for name in ("q", "k", "v")]
         biases = [None] * 3 if bias is None else bias.chunk(3)
-        return [F.linear(t, w, b) for t, w, b in zip((query, key, value), each, biases)]  # type: ignore[arg-type]
+        return [F.linear(t, w, b) for t, w, b in zip((query, key, value), separate, biases)]  # type: ignore[arg-type]
     width = query.shape[-1]
     parts = {3: [(query, 3)], 2: [(query, 1), (key, 2)], 1: [(query, 1), (key, 1), (value, 1)]}[shared]
     projected: list[Tensor] = []
@@ -106,7 +106,8 @@ def project(query: Tensor, key: Tensor, value: Tensor, weights: dict[str, Tensor
 def merged_mask(
     query: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, need_weights: bool, is_causal: bool
 ) -> Tensor | None:
-    """Both masks as one float mask to be added to the scores: [1 or batch * heads, length, keys]."""
+    """Both masks as one float mask that is added to the scores, [1 or batch * heads, length, keys]; None where there is none, or
+    where the causal kernel stands for it."""
 
     def added(mask: Tensor | None) -> Tensor | None:
         if mask is None or mask.is_floating_point():
@@ -116,7 +117,7 @@ def merged_mask(
     if is_causal and attn_mask is None:
         raise ValueError("is_causal=True is a hint about attn_mask, which is None: pass the mask as well")
     if is_causal and key_padding_mask is None and not need_weights:
-        return None  # the causal kernel stands for it
+        return None
     mask = added(attn_mask)
     if mask is not None and mask.dim() == 2:
         mask = mask.unsqueeze(0)

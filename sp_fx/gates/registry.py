@@ -16,13 +16,10 @@ from ..containers import PLAIN, encoded
 from .adjoints.row import Row, gain_row
 from .table import TABLE
 
+# What is registered, and the name of its row in the table.
 FUNCTIONS: dict[Any, str] = {}  # functions, their stand-ins and ops
-
-
 MODULES: dict[type[nn.Module], str] = {}
-
-
-STAND_INS: dict[Any, Callable] = {}  # what a trace calls in place of a function
+STAND_INS: dict[Any, Callable] = {}  # function: what a trace calls in place of it
 
 
 def register_gate(
@@ -30,8 +27,8 @@ def register_gate(
 ) -> Any:
     """Give an activation of your own a soft adjoint: `v -> v * gain(z, tau)` for `y = target(z)`; the forward stays what it is.
 
-    From then on `transform` finds it in every model: a function where it is called by its name or held by a module, an op of
-    `torch.ops`, a class of modules with its subclasses. `Rules(registered={name: ...})` and overrides by place set its
+    From then on `transform` finds it in every model: a function where it is called by its name or is an attribute of a module,
+    an op of `torch.ops`, a class of modules with its subclasses. `Rules(registered={name: ...})` and overrides by place set its
     temperature; None restores its plain derivative. Register in every process that uses, or unpickles, an explainer with it.
 
     Args:
@@ -41,8 +38,8 @@ def register_gate(
             cotangent, shaped like `z`. For a gate `f(z) = z g(z)` that is `g(z / tau)`; for one that is hard, the average of its
             derivative under Gaussian noise of deviation `tau`.
         tau: the temperature that `Rules()` gives it.
-        frozen_at: the temperature at which `gain` is the gate of the forward pass itself: 1 where it is smooth, 1e-9 where it is
-            hard.
+        frozen_at: the temperature at which `gain` is the gate of the forward pass itself: 1 where that is smooth, 1e-9 where it
+            is hard.
         name: what reports and rules call it; by default the target's own name.
 
     Returns:
@@ -84,7 +81,7 @@ def register_gate(
 
 
 def stand_in(function: Callable, name: str) -> Callable:
-    """`function`, which a symbolic trace records as one call and an export brackets by a marker."""
+    """`function`, as a symbolic trace records it in one call, and an export with a marker behind it."""
 
     @functools.wraps(function)
     def call(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -110,15 +107,16 @@ def call_registered(name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The plain arguments of a call after the first, by name."""
+    """The plain arguments of a call by name, without the first: {"rate": 3.0} for `sharp(z, 3.0)`."""
     try:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
     except (TypeError, ValueError):  # builtins have no signature
-        given = {"": None, **kwargs}
-    return {name: value for name, value in list(given.items())[1:] if isinstance(value, PLAIN)}
+        arguments = {"": None, **kwargs}
+    return {name: value for name, value in list(arguments.items())[1:] if isinstance(value, PLAIN)}
 
 
 def marked(name: str, z: Tensor, y: Tensor, args: dict[str, Any]) -> Tensor:
+    """`y`, what the gate `name` made of `z`; in an export, by a marker op that says so."""
     if torch.compiler._is_exporting_flag and isinstance(z, Tensor):
         return torch.ops.sp_fx.registered(z, y, name, repr(encoded(args)))
     return y
@@ -134,5 +132,5 @@ marker.register_autograd(lambda ctx, v: (None, v, None, None))
 
 
 def registered(module: nn.Module) -> str | None:
-    """The name under which the module's class, or one that it derives from, is registered."""
+    """The name under which the module's class, or the nearest one that it derives from, is registered."""
     return next((MODULES[cls] for cls in type(module).__mro__ if cls in MODULES), None)

@@ -9,12 +9,11 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
 
+from .adjoints import norms
 from .adjoints.row import FROZEN, Temperature
 from .table import TABLE
 
-NORMS = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
-
-
+NORMS = tuple(norms.ROWS)
 UNTEMPERED = (*NORMS, "product")
 
 
@@ -75,17 +74,17 @@ class Rules:
         for kind in KINDS:
             _check(f"Rules({kind}=...)", kind, getattr(self, kind))
         for name, tau in self.registered.items():
-            if name not in registered():
-                told = ", ".join(registered()) or "none"
-                raise ValueError(f"no gate is registered as {name!r}; registered are: {told}")
+            if name not in registered_kinds():
+                kinds = ", ".join(registered_kinds()) or "none"
+                raise ValueError(f"no gate is registered as {name!r}; registered are: {kinds}")
             _check(f"registered gate {name!r}", name, tau)
         object.__setattr__(self, "registered", MappingProxyType(dict(self.registered)))
         if isinstance(self.scale, Mapping):
             for place, scale in self.scale.items():
                 number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
                 if not number and scale not in ("absolute", "sample"):
-                    told = f"the scale of {place!r} is a finite number above 0, 'sample' or 'absolute'"
-                    raise ValueError(f"{told}, got {scale!r}")
+                    expected = f"the scale of {place!r} is a finite number above 0, 'sample' or 'absolute'"
+                    raise ValueError(f"{expected}, got {scale!r}")
             object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
         elif self.scale not in ("absolute", "sample"):
             raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
@@ -93,11 +92,11 @@ class Rules:
             raise TypeError(f"overrides is a mapping from patterns of places to temperatures, got {self.overrides!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
-                if kind not in KINDS and kind not in registered():
+                if kind not in KINDS and kind not in registered_kinds():
                     raise ValueError(f"override {pattern!r} names the kind {kind!r}; the kinds are {', '.join(KINDS)}")
                 _check(f"override {pattern!r}", kind, tau)
-        own = {pattern: dict(tau) if isinstance(tau, Mapping) else tau for pattern, tau in self.overrides.items()}
-        object.__setattr__(self, "overrides", MappingProxyType(own))
+        copied = {pattern: dict(tau) if isinstance(tau, Mapping) else tau for pattern, tau in self.overrides.items()}
+        object.__setattr__(self, "overrides", MappingProxyType(copied))
 
     def __reduce__(self):  # a mappingproxy does not pickle
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -112,11 +111,11 @@ class Rules:
 
     @classmethod
     def frozen(cls) -> Rules:
-        """Every gate as the forward pass set it: the network as the affine map of its input that it acts as, `W(x) x + b(x)`."""
-        return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered(), FROZEN))  # type: ignore[arg-type]
+        """Every gate as the forward pass set it: the network is the affine map of its input that it acts as, `W(x) x + b(x)`."""
+        return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
-        """The temperature of the gate of `kind` at `place`."""
+        """The temperature of the gate of `kind` at `place`, None where it keeps its plain derivative."""
         tau = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
         for pattern, override in self.overrides.items():
             if fnmatchcase(place, pattern):
@@ -127,8 +126,8 @@ class Rules:
         return tau
 
     def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
-        """What `tau`, the temperature of the gate of `kind` at `place`, is measured in; "missing" where the scales are measured
-        ones and this gate's is not among them."""
+        """The unit of `tau`, the temperature of the gate of `kind` at `place`; "missing" where the scales are measured ones and
+        this gate's is not among them."""
         if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
             return "absolute"
         if not isinstance(self.scale, Mapping):
@@ -144,8 +143,8 @@ class Rules:
             raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
         for pattern in self.overrides:
             if not any(fnmatchcase(place, pattern) for place in known):
-                gates = ", ".join(known) or "none"
-                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {gates}")
+                places = ", ".join(known) or "none"
+                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {places}")
 
     def check_scales(self, gates: Iterable[Any]) -> None:
         """Raise ValueError if the scales are measured ones, and that of one of the `gates` is not among them."""
@@ -155,18 +154,18 @@ class Rules:
                 raise ValueError(f"{measured}: calibrate an explainer of this model")
 
     def __str__(self) -> str:
-        return f"Rules({', '.join(f'{name}={told}' for name, told in self._changed().items())})"
+        return f"Rules({', '.join(f'{name}={value}' for name, value in self._changed().items())})"
 
     def brief(self) -> str:
-        """As it prints, measured scales only counted."""
-        found = self.scale.values() if isinstance(self.scale, Mapping) else []
-        numbers = sum(not isinstance(scale, str) for scale in found)
-        of = "" if numbers == len(found) else f" of {len(found)}"
+        """The rules as they print, with measured scales only counted: `Rules(scale=<measured at 16 gates>)`."""
+        scales = self.scale.values() if isinstance(self.scale, Mapping) else []
+        numbers = sum(not isinstance(scale, str) for scale in scales)
+        of = "" if numbers == len(scales) else f" of {len(scales)}"
         measured = {"scale": f"<measured at {numbers}{of} gates>"} if isinstance(self.scale, Mapping) else {}
-        return f"Rules({', '.join(f'{name}={told}' for name, told in {**self._changed(), **measured}.items())})"
+        return f"Rules({', '.join(f'{name}={value}' for name, value in {**self._changed(), **measured}.items())})"
 
     def _changed(self) -> dict[str, str]:
-        """What differs from the default."""
+        """The fields that differ from their default, as they print."""
         values = {name: (getattr(self, name), getattr(Rules(), name)) for name in (*KINDS, "registered", "scale", "overrides")}
         return {n: repr(dict(v) if isinstance(v, Mapping) else v) for n, (v, default) in values.items() if v != default}
 
@@ -174,7 +173,7 @@ class Rules:
 KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "overrides", "registered"))
 
 
-def registered() -> tuple[str, ...]:
+def registered_kinds() -> tuple[str, ...]:
     """The names of the gates that users have registered."""
     return tuple(name for name, row in TABLE.items() if row.registered)
 
@@ -187,8 +186,8 @@ def _check(where: str, kind: str, tau: object) -> None:
     if tau is None or (isinstance(tau, str) and tau == FROZEN):
         return
     if kind in UNTEMPERED:
-        what = "a product" if kind == "product" else "a normalisation"
-        raise ValueError(f"{where}: {what} has no temperature: expected 'frozen' or None, got {tau!r}")
+        family = "a product" if kind == "product" else "a normalisation"
+        raise ValueError(f"{where}: {family} has no temperature: expected 'frozen' or None, got {tau!r}")
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
         choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
         raise ValueError(f"{where}: expected {choices}, got {tau!r}")

@@ -1,7 +1,6 @@
-"""The table of adjoints: for each kind of gate its exact forward and its soft adjoint, in plain torch.
+"""The table of adjoints: the exact forward and the soft adjoint of every kind of gate, in plain torch.
 
-It is the union of the families in `adjoints/`, and `written`: a gate that the model computes itself, differentiated by the row
-of the gate that it is.
+It is the union of the families in `adjoints/`, and one row more: `written`, a gate that the model computes itself.
 """
 
 from __future__ import annotations
@@ -11,11 +10,9 @@ from torch import Tensor
 from .adjoints import affine, attention, norms, pooling, products, relu, smooth
 from .adjoints.row import FROZEN, Row, Tau
 
-# -- what is not one call: gates written out, and gates by a factor -------------------------------------------------------
-
 
 def written(z: Tensor, y: Tensor, row: str, args: tuple = ()) -> Tensor:
-    """What the model computed itself, `y`, as gate `row` of `z`."""
+    """What the model computed itself, `y`, as gate `row` of `z`: `x * sigmoid(x)` is `written(x, x * sigmoid(x), "silu")`."""
     return y.view_as(y)
 
 
@@ -23,13 +20,15 @@ def written_adjoint(v: Tensor, z: Tensor, y: Tensor, tau: Tau, row: str, args: t
     return TABLE[row].adjoint(v, z, tau=tau, **dict(args))
 
 
-# -- the table ----------------------------------------------------------------------------------------------------------
-
 FAMILIES = (relu, smooth, pooling, norms, attention, products, affine)
 TABLE: dict[str, Row] = {kind: row for family in FAMILIES for kind, row in family.ROWS.items()}
 TABLE["written"] = Row(written, written_adjoint, FROZEN, tensors=2)
 
 
 def rule_of(row: str) -> str:
-    """What `Rules` calls a row of the table."""
+    """The kind in `Rules` that sets the temperature of a row of the table: "max_pool" for "amax"."""
     return (TABLE[row].rule if row in TABLE else "") or row
+
+
+KINKED = frozenset(rule_of(kind) for kind in (*relu.ROWS, *pooling.ROWS))  # as tau -> 0, the soft adjoint is the gradient
+THRESHOLDLESS = frozenset((*smooth.ROWS, *norms.ROWS, "attention"))  # rounding moves these little, frozen or not

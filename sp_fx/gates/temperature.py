@@ -1,4 +1,4 @@
-"""The scale of a pre-activation, which temperatures may follow: the standard deviation of each sample."""
+"""The scale of a pre-activation, which temperatures may follow: its standard deviation in each sample."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .adjoints.row import at_once, wide
 def deviation(z: Tensor) -> Tensor:
     """The standard deviation of each sample over its own axes, [B, 1, ...]: the scale of a pre-activation.
 
-    Biased; at least 1e-30, so that a constant sample has a hard gate; 1 where it is not finite.
+    Biased (over n, not n - 1); at least 1e-30, so that a constant sample has a hard gate; 1 where it is not finite.
     """
     z, axes = wide(z), tuple(range(1, z.dim()))
     if not axes or 0 in z.shape[1:]:

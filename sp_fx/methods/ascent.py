@@ -57,12 +57,12 @@ class Ascent:
                 raise ValueError(f"bounds are (low, high) with low < high throughout, got {self.bounds!r}")
 
     def length(self, start: Sequence[Tensor]) -> float:
-        """The step in L2 for inputs like `start`."""
+        """Returns the length of a step in L2, for inputs shaped like `start`."""
         numel = sum(x[:1].numel() for x in start) if start[0].shape[0] else 0
         return PAPER_STEP * math.sqrt(numel / PAPER_NUMEL) if self.step_size is None else self.step_size
 
     def check(self, start: Sequence[Tensor]) -> None:
-        """Raise ValueError where the bounds are not those of inputs like `start`."""
+        """Raises ValueError where a bound does not broadcast to inputs shaped like `start`."""
         for bound in self.bounds or ():
             shape = torch.as_tensor(bound).shape
             for x in start:
@@ -71,7 +71,7 @@ class Ascent:
                     raise ValueError(f"a bound broadcasts to the inputs, {list(x.shape)}, got one of shape {list(shape)}")
 
     def path(self, start: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]]) -> list[list[Tensor]]:
-        """All iterates, the start first; `pull` maps inputs to their pullbacks."""
+        """Returns all iterates, the start first; `pull` maps inputs to their pullbacks."""
         self.check(start)
         iterates = [start]
         for number in range(1, self.steps + 1):
@@ -82,7 +82,7 @@ class Ascent:
     def step(
         self, start: list[Tensor], x: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]], clamp: bool
     ) -> list[Tensor]:
-        """Where one step leads from `x`."""
+        """Returns the iterate after `x`; `clamp` says whether the bounds apply to it."""
         length, pulled = self.length(start), pull(x)
         with torch.no_grad():
             if len(x) == 1:
@@ -92,6 +92,7 @@ class Ascent:
             return self.project(start, [a + length * v for a, v in zip(x, unit(pulled))], clamp)
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
+        """Returns `x` projected on the ball round `start` and then, with `clamp`, on the bounds."""
         if self.radius is not None:
             offset = [b - a for a, b in zip(start, x)]
             shrink = [(self.radius / norm).clamp(max=1) for norm in norms(offset)]
@@ -106,7 +107,7 @@ class Ascent:
 
 
 def norms(parts: list[Tensor]) -> list[Tensor]:
-    """The L2 norm of each sample over all its parts, float32 at least, once for each part in a shape that broadcasts."""
+    """Returns the L2 norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it."""
     wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).flatten(1) for part in parts]
     peak = torch.stack([torch.linalg.vector_norm(part, math.inf, dim=1) for part in wide]).amax(0)
     peak = torch.where(peak > 0, peak, 1)  # pullbacks of 1e-25 are real, and their squares are 0 in float32
@@ -115,5 +116,5 @@ def norms(parts: list[Tensor]) -> list[Tensor]:
 
 
 def unit(parts: list[Tensor]) -> list[Tensor]:
-    """Each sample scaled to L2 norm 1; a zero sample stays zero."""
+    """Returns each sample scaled to L2 norm 1 over all its `parts`; a zero sample stays zero."""
     return [(part / torch.where(norm > 0, norm, 1)).to(part.dtype) for part, norm in zip(parts, norms(parts))]

@@ -1,5 +1,5 @@
-"""The scale of every gate's pre-activation over a set of inputs, or by the statistics of a BatchNorm: what calibrated
-temperatures, and the report, measure with."""
+"""Calibration: the standard deviation of every gate's pre-activation, over data or by the statistics of a BatchNorm, and the
+temperatures in units of it. The report's column of spreads is measured the same way."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ from ..gates.rules import KINDS, UNTEMPERED
 from ..gates.table import TABLE, rule_of
 from ..rewrite.report import Report, Site
 
-STEPS = ("relu", "leaky_relu", "prelu")  # kinds that are active above 0
-
-
-KEEPERS = SAME_VALUES
+STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
 
 
 SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
@@ -32,7 +29,7 @@ SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activa
 
 @dataclass
 class Spread:
-    """Mean and sum of squared deviations of what was seen so far, in float64, and the largest value.
+    """Mean and sum of squared deviations of the numbers seen so far, in float64, and the largest of them.
 
     Merged by Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances" (1979).
     """
@@ -55,25 +52,25 @@ class Spread:
 
     @property
     def deviation(self) -> float:
-        """Biased: of what was seen, not of what it was drawn from."""
+        """The biased standard deviation: of the numbers seen, not of the population they were drawn from."""
         return math.sqrt(max(float(self.squares), 0.0) / self.count)
 
     @property
     def opened(self) -> bool:
-        """Whether anything was above 0."""
+        """Whether any number was above 0."""
         return float(self.highest) > 0
 
 
 class Gauge(fx.Interpreter):
-    """Runs an explainer's graph and measures what goes into its gates, in the order of the graph."""
+    """Runs a captured module's graph and measures the pre-activation of each gate. Batches may be mappings, hence `kwargs`."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.spreads = {node: Spread() for node in scaled_nodes(module.graph)}
-        self.given: Mapping[str, Any] = {}
+        self.kwargs: Mapping[str, Any] = {}
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.given[target] if target in self.given else super().placeholder(target, args, kwargs)
+        return self.kwargs[target] if target in self.kwargs else super().placeholder(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.spreads:
@@ -82,13 +79,13 @@ class Gauge(fx.Interpreter):
 
 
 def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The calls of `dual_path` whose pre-activation has a scale; one for each such site of the report, in its order."""
-    calls = [node for node in graph.nodes if node.target is dual_path]
-    return [node for node in calls if rule_of(str(node.kwargs.get("row", node.args[0]))) in SCALED]
+    """Returns the calls of `dual_path` whose pre-activation has a scale; one for each such site of the report, in its order."""
+    gates = [node for node in graph.nodes if node.target is dual_path]
+    return [node for node in gates if rule_of(str(node.kwargs.get("row", node.args[0]))) in SCALED]
 
 
 def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Mapping[str, Any]) -> list[Spread]:
-    """One forward over `batches`; the spread of each scaled gate's pre-activation over all of them.
+    """Returns the spread of each scaled gate's pre-activation over all `batches`, by one forward over each.
 
     `batches` is a tensor or an iterable of batches; a batch is a tensor, or a tuple or a mapping of them where the model takes
     several.
@@ -110,14 +107,14 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
                 raise TypeError(f"batch {i} of the calibration set is {got}; expected {expected}")
             if len(inputs) > takes:
                 raise TypeError(f"batch {i} of the calibration set is a tuple of {len(inputs)} inputs; the model takes {takes}")
-            gauge.given = {**kwargs, **batch} if by_name else kwargs
-            given = [x for x in batch.values() if isinstance(x, Tensor)] if by_name else inputs
+            gauge.kwargs = {**kwargs, **batch} if by_name else kwargs
+            tensors = [x for x in batch.values() if isinstance(x, Tensor)] if by_name else inputs
             try:
                 gauge.run(*inputs)
             except (RuntimeError, ValueError, TypeError) as error:
-                told = f"{', '.join(str(list(x.shape)) for x in given)}: {str(error).splitlines()[0]}"
-                raise ValueError(f"the model cannot take batch {i} of the calibration set, of shape {told}") from error
-            varied = varied or any(bool((x != x.flatten()[0]).any()) for x in given if x.numel())
+                tried = f"batch {i} of the calibration set, of shape {', '.join(str(list(x.shape)) for x in tensors)}"
+                raise ValueError(f"the model cannot take {tried}: {str(error).splitlines()[0]}") from error
+            varied = varied or any(bool((x != x.flatten()[0]).any()) for x in tensors if x.numel())
     spreads = list(gauge.spreads.values())
     if any(not spread.count for spread in spreads) or (not spreads and not varied):
         raise ValueError("the calibration set is empty: expected at least one batch with one sample")
@@ -127,7 +124,7 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
 
 
 def calibrated(report: Report, graph: fx.Graph, spreads: list[Spread]) -> Report:
-    """Write temperatures of `spreads` into `graph`; returns the report of it, whose rules hold the measured scales.
+    """Writes the temperatures in units of `spreads` into `graph`, and returns its report, whose rules have the measured scales.
 
     Raises:
         ValueError: a pre-activation was not finite.
@@ -135,38 +132,39 @@ def calibrated(report: Report, graph: fx.Graph, spreads: list[Spread]) -> Report
     Warns:
         UserWarning: gates that were constant over the calibration set, which stay hard, and ReLUs that it never opened.
     """
-    seen = list(zip(gauged(report, graph), spreads, strict=True))
-    for (site, _), spread in seen:
+    measured = [(site, spread) for (site, _), spread in zip(scaled_sites(report, graph), spreads, strict=True)]
+    for site, spread in measured:
         if not math.isfinite(spread.deviation):
             raise ValueError(f"the pre-activation of {site.place} is not finite over the calibration set")
-    seen = [(pair, spread) for pair, spread in seen if has_unit(pair[0])]
-    constant = [site.place for (site, _), spread in seen if spread.deviation == 0]
-    closed = [site.place for (site, _), spread in seen if site.kind in STEPS and not spread.opened]
+    measured = [(site, spread) for site, spread in measured if has_unit(site)]
+    constant = [site.place for site, spread in measured if spread.deviation == 0]
+    closed = [site.place for site, spread in measured if site.kind in STEP_KINDS and not spread.opened]
     if constant:
         warnings.warn(f"gates that are constant over the calibration set, and stay hard: {', '.join(constant)}", stacklevel=3)
     if closed:
         warnings.warn(f"gates that are never active on the calibration set: {', '.join(closed)}", stacklevel=3)
-    return at_scales(report, graph, {site.place: max(spread.deviation, 1e-30) for (site, _), spread in seen})
+    return at_scales(report, graph, {site.place: max(spread.deviation, 1e-30) for site, spread in measured})
 
 
-def by_norms(report: Report, module: fx.GraphModule, graph: fx.Graph) -> Report:
-    """As `calibrated`, without data, for the gates that a BatchNorm feeds; the others keep the scale they had.
+def calibrated_by_norms(report: Report, module: fx.GraphModule, graph: fx.Graph) -> Report:
+    """As `calibrated`, without data: gates that a BatchNorm feeds get the deviation it implies, the others keep their scale.
 
     Raises:
         ValueError: no gate is fed by one.
     """
-    found = [(site, norm_deviation(module, node)) for site, node in gauged(report, graph) if has_unit(site)]
-    if all(scale is None for _, scale in found):
-        told = "no gate of this model is fed by a BatchNorm with running statistics"
-        raise ValueError(f"{told}: calibrate(batches) measures the scales on data")
-    return at_scales(report, graph, {site.place: site.scale if s is None else max(s, 1e-30) for site, s in found})
+    scales = [(site, norm_deviation(module, node)) for site, node in scaled_sites(report, graph) if has_unit(site)]
+    if all(scale is None for _, scale in scales):
+        reason = "no gate of this model is fed by a BatchNorm with running statistics"
+        raise ValueError(f"{reason}: calibrate(batches) measures the scales on data")
+    return at_scales(report, graph, {site.place: site.scale if s is None else max(s, 1e-30) for site, s in scales})
 
 
 def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
-    """The deviation over channels, places and samples of what a BatchNorm gives to `gate`, where one does.
+    """Returns the standard deviation, over channels, places and samples, of the BatchNorm's output that `gate` reads; None where
+    no BatchNorm feeds it.
 
-    A channel has the mean beta and the variance gamma^2 v / (v + eps) over the data that its statistics v are of; all of them
-    together the mean of these variances plus the variance of these means.
+    Over the data of its running variance v a channel has the mean beta and the variance gamma^2 v / (v + eps). The variance over
+    all channels is the mean of these variances plus the variance of these means.
     """
     norm: Any = gate.args[1]
     while keeps_values(module, norm):
@@ -182,9 +180,9 @@ def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
 
 
 def keeps_values(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether a call gives, in eval mode, the numbers that it got."""
+    """Whether a call returns, in eval mode, the numbers that it got, as dropout and flatten do."""
     if node.op != "call_module":
-        return node.op in ("call_function", "call_method") and name_of(node) in KEEPERS
+        return node.op in ("call_function", "call_method") and name_of(node) in SAME_VALUES
     called = module.get_submodule(str(node.target))
     return lets_through(called) or isinstance(called, nn.Identity | nn.modules.dropout._DropoutNd)
 
@@ -194,8 +192,8 @@ def fetched(module: nn.Module, name: str) -> Tensor:
     return getattr(module.get_submodule(path), last).detach()
 
 
-def gauged(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
-    """The sites whose pre-activation has a scale, and their calls."""
+def scaled_sites(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
+    """Returns the sites of the report whose pre-activation has a scale, each with its call."""
     sites = [site for site in report.sites if site.status == "rewritten" and site.kind in SCALED]
     return list(zip(sites, scaled_nodes(graph), strict=True))
 
@@ -206,18 +204,22 @@ def has_unit(site: Site) -> bool:
 
 
 def at_scales(report: Report, graph: fx.Graph, scales: Mapping[str, float | str]) -> Report:
-    """Write the temperatures, in units of those of the `scales`, by place, that are numbers, into `graph`; the report of it."""
-    known = {place: scale for place, scale in scales.items() if isinstance(scale, float)}
-    for site, node in gauged(report, graph):
-        if site.place in known:
+    """Writes into `graph` the temperature of each gate in units of its scale, and returns the report of that.
+
+    `scales` has them by place; a scale that is no number, such as "sample", leaves the gate as it is.
+    """
+    numbers = {place: scale for place, scale in scales.items() if isinstance(scale, float)}
+    for site, node in scaled_sites(report, graph):
+        if site.place in numbers:
             rest = {k: v for k, v in node.kwargs.items() if k != "scale"}
-            node.kwargs = {**rest, "tau": site.temperature * known[site.place]}  # type: ignore[operator]
-    sites = tuple(replace(s, scale=known[s.place], reason="") if s.place in known else s for s in report.sites)
+            node.kwargs = {**rest, "tau": site.temperature * numbers[site.place]}  # type: ignore[operator]
+    sites = tuple(replace(s, scale=numbers[s.place], reason="") if s.place in numbers else s for s in report.sites)
     return replace(report, rules=replace(report.rules, scale=scales), sites=sites)
 
 
-def measured(report: Report, spreads: list[Spread]) -> Report:
-    """`report` with the deviation of each pre-activation."""
-    found = iter(spreads)
-    each = [s.status == "rewritten" and s.kind in SCALED for s in report.sites]
-    return replace(report, sites=tuple(replace(s, spread=next(found).deviation) if e else s for s, e in zip(report.sites, each)))
+def with_spreads(report: Report, spreads: list[Spread]) -> Report:
+    """Returns the report with the standard deviation of each pre-activation, the `spreads` being in the order of its sites."""
+    remaining = iter(spreads)
+    is_scaled = [site.status == "rewritten" and site.kind in SCALED for site in report.sites]
+    sites = [replace(s, spread=next(remaining).deviation) if scaled else s for s, scaled in zip(report.sites, is_scaled)]
+    return replace(report, sites=tuple(sites))

@@ -1,9 +1,9 @@
-"""One call of an explainer: its inputs, which of them are explained, and how they are cut and repeated along the batch."""
+"""One call of a method: what its caller asks, and the inputs that follow from it, cut and repeated along the batch."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,52 @@ import torch
 from torch import Tensor
 
 from ..targets import Direction, Target
+
+Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments that all methods have in common; `Explainer` says what each may be.
+
+    `extra` are positional arguments of the model after the inputs, which are not explained. `bounds` are an ascent's.
+    """
+
+    inputs: Inputs
+    target: Target = None
+    forward_kwargs: Mapping[str, Any] | None = None
+    wrt: str | None = None
+    batch_size: int | None = None
+    extra: tuple[Any, ...] = ()
+    bounds: tuple[Any, ...] = ()
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """The inputs without their container; of a mapping, its tensors."""
+        if isinstance(self.inputs, Mapping):
+            return tuple(value for value in self.inputs.values() if isinstance(value, Tensor))
+        return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
+
+    def call(self) -> Call:
+        """The call that the request stands for.
+
+        Raises:
+            TypeError, ValueError: inputs that autograd cannot use, none, or of different batch sizes.
+        """
+        kwargs, names = dict(self.forward_kwargs or {}), tuple[str, ...]()
+        if isinstance(self.inputs, Mapping):
+            names = tuple(name for name, value in self.inputs.items() if isinstance(value, Tensor))
+            kwargs |= {name: value for name, value in self.inputs.items() if name not in names}
+        tensors = self.tensors
+        return Call([*map(usable, tensors), *self.extra], len(tensors), kwargs, self.target, names, self.bounds)
+
+    def contained(self, maps: list[Tensor]) -> Any:
+        """The maps of the floating inputs, in order, in the container that the inputs came in, with None for the others."""
+        remaining = iter(maps)
+        by_input = [next(remaining) if x.is_floating_point() else None for x in self.tensors]
+        if isinstance(self.inputs, Mapping):
+            return dict(zip((name for name, value in self.inputs.items() if isinstance(value, Tensor)), by_input))
+        return tuple(by_input) if isinstance(self.inputs, tuple) else by_input[0]
 
 
 def usable(x: Any) -> Tensor:
@@ -26,29 +72,32 @@ def usable(x: Any) -> Tensor:
 
 @dataclass
 class Call:
-    """`values` are the positional arguments, of which the first `inputs` are inputs; floating inputs are explained.
+    """`values` are the positional arguments, of which the first `count` are inputs; floating inputs are explained.
 
     Inputs that have `names` are passed by them.
     """
 
     values: list[Any]
-    inputs: int
+    count: int
     kwargs: dict[str, Any]
     target: Target
     names: tuple[str, ...] = ()
-    along: tuple[Any, ...] = ()  # what broadcasts to an input, and may have the batch on its axis 0
+    bounds: tuple[Any, ...] = ()  # of an ascent: they broadcast to an input, and may have the batch on their axis 0
 
     def __post_init__(self) -> None:
-        given = self.values[: self.inputs]
-        if not given:
+        if not self.inputs:
             raise ValueError("expected at least one input, got an empty tuple")
         batches = {x.shape[0] for x in self.explained}
         if len(batches) > 1:
             raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")
 
     @property
+    def inputs(self) -> list[Tensor]:
+        return self.values[: self.count]
+
+    @property
     def explained(self) -> list[Tensor]:
-        return [x for x in self.values[: self.inputs] if x.is_floating_point()]
+        return [x for x in self.inputs if x.is_floating_point()]
 
     @property
     def batch(self) -> int:
@@ -56,35 +105,34 @@ class Call:
 
     def check(self, devices: set[torch.device], explains: bool) -> None:
         """Raise where the inputs are not fit for a model on `devices`, or, where it `explains` them, have nothing to explain."""
-        given = self.values[: self.inputs]
         if explains and not self.explained:
-            dtypes = ", ".join(str(x.dtype) for x in given)
+            dtypes = ", ".join(str(x.dtype) for x in self.inputs)
             raise TypeError(
                 f"nothing to explain: the inputs are {dtypes}; expected a floating one. Whole numbers have no gradient: make "
                 "pictures floating, and explain token ids with respect to their embedding, wrt='its name'"
             )
-        for x in given:
+        for x in self.inputs:
             if devices and x.device not in devices:
                 raise ValueError(f"the input is on {x.device} and the model on {', '.join(map(str, devices))}: move one of them")
             if x.is_floating_point() and bool(torch.isnan(x).any()):
                 raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
 
     @property
-    def targets_each(self) -> int | None:
+    def targets_a_sample(self) -> int | None:
         """T for targets [B, T], else None."""
         t = self.target
         if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch:
             return t.shape[1]
         return None
 
-    def of(self, module: Callable[..., Any], points: list[Tensor]) -> Any:
-        """What `module` returns with `points` in place of the explained inputs."""
-        rest = iter(points)
-        values = [next(rest) if i < self.inputs and x.is_floating_point() else x for i, x in enumerate(self.values)]
-        return module(*values[len(self.names) :], **dict(zip(self.names, values)), **self.kwargs)
+    def apply(self, function: Callable[..., Any], points: list[Tensor]) -> Any:
+        """What `function` returns for the arguments of the call with `points` in place of the explained inputs."""
+        remaining = iter(points)
+        values = [next(remaining) if i < self.count and x.is_floating_point() else x for i, x in enumerate(self.values)]
+        return function(*values[len(self.names) :], **dict(zip(self.names, values)), **self.kwargs)
 
     def pieces(self, batch_size: int | None) -> Iterator[Call]:
-        """The call cut along the batch."""
+        """The call cut along the batch, into calls of at most `batch_size` samples."""
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is at least 1, or None, got {batch_size!r}")
         if batch_size is None or batch_size >= self.batch:
@@ -94,20 +142,20 @@ class Call:
             yield self.mapped(operator.itemgetter(slice(start, start + batch_size)))
 
     def repeated(self, times: int) -> Call:
-        """Each sample `times` times in a row, one for each of its targets."""
+        """The call with each sample `times` times in a row, one for each of its targets."""
         flat = replace(self, target=None).mapped(lambda t: t.repeat_interleave(times, 0))
         return replace(flat, target=self.target.reshape(-1))  # type: ignore[union-attr]
 
     def mapped(self, change: Callable[[Any], Any]) -> Call:
-        """`change` applied to whatever has the batch on axis 0."""
+        """The call with `change` applied to whatever has the batch on axis 0."""
 
-        def each(value: Any) -> Any:
+        def changed(value: Any) -> Any:
             has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
             return change(value) if has_batch else value
 
-        target = change(self.target) if isinstance(self.target, list) else each(self.target)
-        target = target.mapped(each) if isinstance(target, Direction) else target
-        kwargs = {name: each(value) for name, value in self.kwargs.items()}
+        target = change(self.target) if isinstance(self.target, list) else changed(self.target)
+        target = target.mapped(changed) if isinstance(target, Direction) else target
+        kwargs = {name: changed(value) for name, value in self.kwargs.items()}
         rank = max((x.dim() for x in self.explained), default=0)
-        along = tuple(each(b) if isinstance(b, Tensor) and b.dim() == rank else b for b in self.along)
-        return replace(self, values=[each(v) for v in self.values], kwargs=kwargs, target=target, along=along)
+        bounds = tuple(changed(b) if isinstance(b, Tensor) and b.dim() == rank else b for b in self.bounds)
+        return replace(self, values=[changed(v) for v in self.values], kwargs=kwargs, target=target, bounds=bounds)

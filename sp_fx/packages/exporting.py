@@ -1,19 +1,19 @@
-"""What both engines of packages need: a program's graph as torch.export has it, and whose layer an engine's refusal is about."""
+"""What both engines of packages need: a program's graph as torch.export has it, and the layer that an engine refuses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..program.program import Program
+from ..program.program import Program
 
 
 def export_graph(program: Program, graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """Returns `graph`, a form of the program's, exported for the program's batch sizes; `example` is what it takes."""
     # Copies, since a looped ascent's example starts at its inputs, and export takes one tensor in two places for one argument.
     if not program.dynamic_batch:
         return torch.export.export(graph, tuple(x.clone() for x in example))
@@ -24,34 +24,37 @@ def export_graph(program: Program, graph: torch.fx.GraphModule, example: Sequenc
 
 
 def blamed(error: BaseException, program: Program) -> str:
-    """The op that the innermost reason of `error` names, the layers of the model that have it, and the reason."""
+    """Returns the reason of an engine's `error`, its innermost cause, after the op that it names and the layers that have it:
+    `aten.special_i0e.default in odd (OddOp): No decomposition ...`."""
     while error.__cause__ is not None:
         error = error.__cause__
     reason = str(error).strip()
     try:
-        found = layers_of(program.graph.graph, reason) or layers_of(written_out(program), reason)
-    except Exception:  # what cannot be exported at all
-        found = ""
-    return f"{found}{': ' if found else ''}{reason[:400]}"
+        layers = layers_of(program.graph.graph, reason) or layers_of(decomposed(program), reason)
+    except Exception:  # a graph that cannot be exported at all
+        layers = ""
+    return f"{layers}{': ' if layers else ''}{reason[:400]}"
 
 
 def layers_of(graph: torch.fx.Graph, reason: str) -> str:
-    """The ops of `graph` that are named in `reason`, each with its layers, as `onegraph.layer` writes them."""
-    said = {word.strip(".") for word in re.split(r"[^\w.]+", reason.replace("::", "."))}
-    found: dict[str, dict[str, None]] = {}
+    """Returns the ops of `graph` that are named in `reason`, each with its layers, as `program.graph.layer` writes them."""
+    words = {word.strip(".") for word in re.split(r"[^\w.]+", reason.replace("::", "."))}
+    layers_by_op: dict[str, dict[str, None]] = {}  # the inner one is an ordered set
     for node in graph.nodes:
         op = str(node.target)
-        if node.op == "call_function" and {op, op.rpartition(".")[0]} & said and "custom" in node.meta:
-            found.setdefault(op, {})[node.meta["custom"]["layer"]] = None
-    return "; ".join(f"{op} in {', '.join([*layers][:5])}{', ...' if len(layers) > 5 else ''}" for op, layers in found.items())
+        if node.op == "call_function" and {op, op.rpartition(".")[0]} & words and "custom" in node.meta:
+            layers_by_op.setdefault(op, {})[node.meta["custom"]["layer"]] = None
+    return "; ".join(
+        f"{op} in {', '.join([*layers][:5])}{', ...' if len(layers) > 5 else ''}" for op, layers in layers_by_op.items()
+    )
 
 
-def written_out(program: Program) -> torch.fx.Graph:
-    """The program in the smallest ops that torch has: an engine may be asked for those of a larger one."""
+def decomposed(program: Program) -> torch.fx.Graph:
+    """Returns the program's graph in the smallest ops that torch has: an exporter may refuse a part of a larger one."""
     from torch._decomp import decomposition_table
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.traceback import preserve_node_meta
 
-    read, table = torch.fx.Interpreter(program.graph).run, cast(Any, decomposition_table)
+    run, table = torch.fx.Interpreter(program.graph).run, cast(Any, decomposition_table)
     with torch.inference_mode(False), torch.no_grad(), preserve_node_meta():
-        return make_fx(read, decomposition_table=table, tracing_mode="real")(*program.example).graph
+        return make_fx(run, decomposition_table=table, tracing_mode="real")(*program.example).graph

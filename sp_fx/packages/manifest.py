@@ -1,7 +1,7 @@
-"""What a package says of itself, and the probe by which it shows that it still answers as it did.
+"""The manifest of a package, JSON: what was packaged, how it is called, and the expected answer to a probe, an input that anyone
+can make from its formula (`probe.weyl`).
 
-A manifest is JSON: what was packaged, how it is called, and the expected answer to a probe, an input that anyone can make from
-its formula (`weyl`).
+`describe` writes the signature of a program into it, `program_from` reads it back.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,116 +19,134 @@ from torch.utils import _pytree as pytree
 
 from ..containers import Slot
 from ..methods.ascent import Ascent
+from ..program.program import Program
+from ..program.signature import Run, Signature
 from ..version import __version__
 from .errors import PackageError
 from .probe import SKETCH, probe, probe_target, sketch
 
-if TYPE_CHECKING:
-    from ..program.program import Program
-
-
 FORMAT = 2
 
 
-def described(
+def describe(
     program: Program, suffix: str, class_names: Sequence[str] | None = None, input_space: str | None = None
 ) -> dict[str, Any]:
-    """The manifest, but for the digest of the file that it will travel in."""
-    inputs = probe(program)
-    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
-    explained = [m for m in ([maps] if program.single else maps) if m is not None]
+    """Returns the manifest of a program that is saved as `suffix`, but for the digest of the file that it will travel in.
+
+    Raises:
+        PackageError: the model's output holds what JSON cannot describe.
+    """
+    signature, inputs = program.signature, probe(program)
+    outputs, maps = program(inputs[0] if signature.single else tuple(inputs), probe_target(program))
+    maps = [m for m in ([maps] if signature.single else maps) if m is not None]
     values = [v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
-    slots, structure = pytree.tree_flatten(program.skeleton)
-    remedy = "Return a tensor, a tuple, a list or a dict"
-    if strange := sorted({type(leaf).__name__ for leaf in slots if not isinstance(leaf, Slot)}):
-        raise PackageError(f"outputs of this kind do not travel: {', '.join(strange)}. {remedy}")
-    try:
-        spec = pytree.treespec_dumps(structure)
-    except (NotImplementedError, ValueError) as error:
-        raise PackageError(f"outputs of this kind do not travel: {error}. {remedy}") from error
-    ascent = program.ascent and {
-        **{name: getattr(program.ascent, name) for name in ("steps", "step_size", "radius", "clip")},
-        "bounds": program.ascent.bounds and [torch.as_tensor(b).tolist() for b in program.ascent.bounds],
-    }
-    facts = zip(program.dtypes, program.shapes, program.rows)  # rows: of the embedding that an input is an index into
-    inputs_of = [{"dtype": told(dtype), "shape": list(shape), "rows": rows} for dtype, shape, rows in facts]
-    names = [f"input_{i}" if i else "inputs" for i in range(len(program.shapes))]
-    starts = [f"start_{i}" for i in range(len(program.explained))] if program.looped else []
+    facts = zip(signature.dtypes, signature.shapes, signature.rows)  # rows: of the embedding that an input is an index into
+    inputs_of = [{"dtype": dtype_name(dtype), "shape": list(shape), "rows": rows} for dtype, shape, rows in facts]
+    names = [f"input_{i}" if i else "inputs" for i in range(len(signature.shapes))]
+    starts = [f"start_{i}" for i in range(len(signature.explained))] if signature.looped else []
     return {
         "format": FORMAT,
         "engine": {".pt2": "aotinductor", ".onnx": "onnxruntime"}[suffix],
         "model": program.report.model,
         "rules": str(program.report.rules),
-        "method": program.method,
-        "arguments": {k: v for k, v in program.arguments.items() if k not in ("bounds",)},
-        "ascent": ascent,
-        "looped": program.looped,
-        "target": program.target,
+        "method": signature.method,
+        "arguments": {k: v for k, v in signature.arguments.items() if k != "bounds"},
+        "ascent": signature.ascent and encoded_ascent(signature.ascent),
+        "looped": signature.looped,
+        "target": signature.target,
         "arguments_of_the_graph": [*names, *starts, "target"],
-        "results_of_the_graph": [f"output_{i}" for i in range(len(values))] + [f"map_{i}" for i in range(len(explained))],
+        "results_of_the_graph": [f"output_{i}" for i in range(len(values))] + [f"map_{i}" for i in range(len(maps))],
         "inputs": inputs_of,
-        "single": program.single,
-        "explained": program.explained,
-        "batch": None if program.dynamic_batch else program.batch,
-        "output_spec": spec,
-        "output_tensors": program.tensors,
-        "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in program.constants],
-        "output_shape": list(program.output_shape),
-        "output_dtype": told(program.aim.dtype) if program.target == "direction" else "int64",
+        "single": signature.single,
+        "explained": signature.explained,
+        "batch": None if signature.dynamic_batch else signature.batch,
+        "output_spec": encoded_skeleton(signature.skeleton),
+        "output_tensors": signature.slots,
+        "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
+        "output_shape": list(signature.output_shape),
+        "output_dtype": dtype_name(signature.target_dtype),
         "input_space": input_space,
         "class_names": None if class_names is None else list(class_names),
-        "device": "cpu" if suffix == ".onnx" else str(program.device.type),
-        "machine": machine(program.device) if suffix == ".pt2" else None,
+        "device": "cpu" if suffix == ".onnx" else str(signature.device.type),
+        "machine": machine(signature.device) if suffix == ".pt2" else None,
         "versions": {"sp_fx": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "weights_sha256": weights_digest(program.graph),
         "probe": {
             "batch": len(inputs[0]),
-            "tolerance": program.tolerance,
+            "tolerance": signature.tolerance,
             "outputs": [v.double().flatten().tolist()[:SKETCH] for v in values],
-            "maps": [sketch(m).tolist() for m in explained],
+            "maps": [sketch(m).tolist() for m in maps],
         },
     }
 
 
-def restored(manifest: dict[str, Any], run: Callable[..., Sequence[Tensor]], device: str | None) -> Program:
-    from ..program.program import Program
+def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Program:
+    """Returns the program that `run` computes, with the signature that `manifest` says; `device` as for `load`."""
+    ascent = manifest["ascent"]
+    signature = Signature(
+        method=manifest["method"],
+        arguments=manifest["arguments"],
+        target=manifest["target"],
+        target_dtype=getattr(torch, manifest["output_dtype"]),
+        ascent=None if ascent is None else decoded_ascent(ascent),
+        tolerance=manifest["probe"]["tolerance"],
+        single=manifest["single"],
+        shapes=[torch.Size(i["shape"]) for i in manifest["inputs"]],
+        dtypes=[getattr(torch, i["dtype"]) for i in manifest["inputs"]],
+        rows=[i["rows"] for i in manifest["inputs"]],
+        device=torch.empty(0, device=device or manifest["device"]).device,
+        batch=manifest["batch"] or 0,
+        dynamic_batch=manifest["batch"] is None,
+        skeleton=decoded_skeleton(manifest["output_spec"]),
+        constants=manifest["output_constants"],
+        slots=manifest["output_tensors"],
+        output_shape=torch.Size(manifest["output_shape"]),
+    )
+    return Program(signature, run, manifest=manifest)
 
-    program = Program.__new__(Program)  # without what only compiling knows: the class has None for it
-    climbs = manifest["ascent"]
-    if climbs is not None:
-        bounds = climbs["bounds"] and tuple(torch.tensor(b) for b in climbs["bounds"])
-        program.ascent = Ascent(**{**climbs, "bounds": bounds})
-    else:
-        program.ascent = None
-    program.manifest, program.run = manifest, run
-    program.method, program.arguments = manifest["method"], manifest["arguments"]
-    program.target, program.looped, program.single = manifest["target"], manifest["looped"], manifest["single"]
-    program.explained, program.tensors = manifest["explained"], manifest["output_tensors"]
-    program.shapes = [torch.Size(i["shape"]) for i in manifest["inputs"]]
-    program.dtypes = [getattr(torch, i["dtype"]) for i in manifest["inputs"]]
-    program.device = torch.empty(0, device=device or manifest["device"]).device
-    program.dynamic_batch, program.batch = manifest["batch"] is None, manifest["batch"] or 0
-    program.constants, program.output_shape = manifest["output_constants"], torch.Size(manifest["output_shape"])
-    structure = pytree.treespec_loads(manifest["output_spec"])
-    program.skeleton = pytree.tree_unflatten([Slot(i) for i in range(structure.num_leaves)], structure)
-    program.rows = [i["rows"] for i in manifest["inputs"]]
-    program.aim = torch.empty(0, dtype=getattr(torch, manifest["output_dtype"]), device=program.device)
-    program.tolerance = manifest["probe"]["tolerance"]
-    return program
+
+def encoded_ascent(ascent: Ascent) -> dict[str, Any]:
+    numbers = {name: getattr(ascent, name) for name in ("steps", "step_size", "radius", "clip")}
+    return {**numbers, "bounds": ascent.bounds and [torch.as_tensor(b).tolist() for b in ascent.bounds]}
+
+
+def decoded_ascent(encoded: dict[str, Any]) -> Ascent:
+    return Ascent(**{**encoded, "bounds": encoded["bounds"] and tuple(torch.tensor(b) for b in encoded["bounds"])})
+
+
+def encoded_skeleton(skeleton: Any) -> str:
+    """Returns the containers of the model's output as pytree's JSON; PackageError for containers that it does not know."""
+    leaves, structure = pytree.tree_flatten(skeleton)
+    remedy = "Return a tensor, a tuple, a list or a dict"
+    if strange := sorted({type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Slot)}):
+        raise PackageError(f"outputs of this kind do not travel: {', '.join(strange)}. {remedy}")
+    try:
+        return pytree.treespec_dumps(structure)
+    except (NotImplementedError, ValueError) as error:
+        raise PackageError(f"outputs of this kind do not travel: {error}. {remedy}") from error
+
+
+def decoded_skeleton(spec: str) -> Any:
+    structure = pytree.treespec_loads(spec)
+    return pytree.tree_unflatten([Slot(i) for i in range(structure.num_leaves)], structure)
+
+
+# -- digests and names --------------------------------------------------------------------------------------------------
 
 
 def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With a digest of its own, which `whole` checks: names of classes are as dear as weights."""
+    """Returns the manifest with a digest of its own, which `verified` checks: names of classes are as dear as weights."""
     return {**manifest, "manifest_sha256": seal(manifest)}
 
 
 def seal(manifest: dict[str, Any]) -> str:
+    """Returns SHA-256 over the manifest, but for the digest itself, as JSON with sorted keys."""
     rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def whole(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Raise PackageError for another format, or a manifest that was altered."""
+def verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the manifest; PackageError for another format, or a manifest that was altered."""
     if manifest.get("format") != FORMAT:
         raise PackageError(f"{path} has format {manifest.get('format')!r}, and this sp_fx {__version__} reads {FORMAT}")
     if manifest.get("manifest_sha256") != seal(manifest):
@@ -136,10 +154,8 @@ def whole(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     return manifest
 
 
-# -- what is written down -----------------------------------------------------------------------------------------------
-
-
 def machine(device: torch.device) -> dict[str, str]:
+    """Returns what compiled code depends on: operating system, architecture, and the instructions of the processor or GPU."""
     if device.type == "cpu":
         capability = torch.backends.cpu.get_cpu_capability()
     else:
@@ -147,12 +163,12 @@ def machine(device: torch.device) -> dict[str, str]:
     return {"system": platform.system(), "architecture": platform.machine(), "capability": capability}
 
 
-def told(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def weights_digest(graph: torch.nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and values of what the graph holds: weights with BatchNorm folded in."""
+    """Returns SHA-256 over names, shapes, dtypes and values of the graph's buffers: weights with BatchNorm folded in."""
     digest = hashlib.sha256()
     for name, tensor in sorted(graph.named_buffers()):
         digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())

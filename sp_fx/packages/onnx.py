@@ -8,35 +8,32 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..program.program import Program
+from ..program.signature import Run
 from .errors import PackageError
 from .exporting import blamed, export_graph
-from .manifest import sealed, whole
-
-if TYPE_CHECKING:
-    from ..program.program import Program
-
+from .manifest import sealed, verified
 
 OPSET = 20
 
 
 def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
-    """Export, and append the manifest, which has the digest of the bytes before it: two protocol buffers in a row are one."""
+    """Exports, and appends the manifest, which has the digest of the bytes before it: two protocol buffers in a row are one."""
     import onnx
 
-    graph = means_by_axis(program.graph if program.device.type == "cpu" else on_cpu(program.graph))
+    graph = means_by_axis(program.graph if program.device.type == "cpu" else moved_to_cpu(program.graph))
     example = [x.cpu() for x in program.example]
     try:
         with torch.inference_mode(False), torch.no_grad():
             exported = export_graph(program, graph, example)
-            made = torch.onnx.export(
+            converted = torch.onnx.export(
                 exported,
                 dynamo=True,
                 opset_version=OPSET,
@@ -44,7 +41,7 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
                 output_names=manifest["results_of_the_graph"],
                 verbose=False,
             )
-        model = made.model_proto  # type: ignore[union-attr]
+        model = converted.model_proto  # type: ignore[union-attr]
     except Exception as error:  # the exporter's and onnx's, which share no base
         raise PackageError(f"ONNX does not take this program: {blamed(error, program)}") from error
     custom = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
@@ -53,14 +50,15 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     if (size := model.ByteSize()) >= 1 << 31:
         raise PackageError(f"an .onnx file holds less than 2 GiB, and this one has {size / 2**30:.1f}: save it as .pt2")
     body = model.SerializeToString()
-    held = sealed({**manifest, "digest": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}})
+    complete = sealed({**manifest, "digest": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}})
     tail = onnx.ModelProto()
     entry = tail.metadata_props.add()
-    entry.key, entry.value = "sp_fx", json.dumps(held)
+    entry.key, entry.value = "sp_fx", json.dumps(complete)
     path.write_bytes(body + tail.SerializeToString())
 
 
-def read(path: Path, device: str | None, threads: int | None) -> tuple[dict[str, Any], Callable[..., Sequence[Tensor]]]:
+def load_graph(path: Path, device: str | None, threads: int | None) -> tuple[dict[str, Any], Run]:
+    """Returns the manifest, and what runs the graph on the tensors that it says."""
     import onnxruntime
 
     body = path.read_bytes()
@@ -79,7 +77,7 @@ def read(path: Path, device: str | None, threads: int | None) -> tuple[dict[str,
 
     def run(*tensors: Tensor) -> list[Tensor]:
         by_name = {name: t.numpy() for name, t in zip(manifest["arguments_of_the_graph"], tensors) if name in names}
-        return [torch.from_numpy(np.asarray(found)) for found in session.run(None, by_name)]
+        return [torch.from_numpy(np.asarray(result)) for result in session.run(None, by_name)]
 
     return manifest, run
 
@@ -89,7 +87,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def manifest_in(body: bytes, path: Path) -> dict[str, Any]:
-    """From the tail alone, by hand: field 14 of a ModelProto, whose key is `sp_fx`."""
+    """Returns the manifest that is appended to `body`, read by hand: field 14 of a ModelProto, whose key is `sp_fx`."""
     start = body.rfind(b"\x0a\x05sp_fx\x12")
     try:
         if start < 0:
@@ -104,19 +102,21 @@ def manifest_in(body: bytes, path: Path) -> dict[str, Any]:
         raise PackageError(f"{path} is not a whole package of this library: {type(error).__name__}: {error}") from error
     if hashlib.sha256(body[: digest["bytes"]]).hexdigest() != digest["sha256"]:
         raise PackageError(f"{path} was altered after it was written: its graph has another digest than its manifest says")
-    return whole(manifest, path)
+    return verified(manifest, path)
 
 
 def varint(number: int) -> bytes:
-    """As protocol buffers write it."""
+    """Returns `number` as protocol buffers write it, in groups of seven bits."""
     groups = [number >> shift & 0x7F for shift in range(0, max(number.bit_length(), 1), 7)]
     return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
 
 
 def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The same graph, sharing its buffers, with each mean taken over one axis after the other. ONNX Runtime adds the numbers up
-    in a row: over [64, 112, 112] at once the mean of squares is 1.7e-5 off, by which SqueezeNet's map was 2.8e-4 off; axis by
-    axis 2e-8, in the same time."""
+    """Returns the same graph, sharing its buffers, with each mean taken over one axis after the other.
+
+    ONNX Runtime adds the numbers up in a row: over [64, 112, 112] at once the mean of squares is 1.7e-5 off, by which
+    SqueezeNet's map was 2.8e-4 off; axis by axis it is 2e-8 off, in the same time.
+    """
     graph = torch.fx.GraphModule(graph, copy.deepcopy(graph.graph))
     for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.mean.dim):
         x, axes, *keep = node.args
@@ -130,7 +130,8 @@ def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return graph
 
 
-def on_cpu(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def moved_to_cpu(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Returns a copy of the graph on the CPU, tensors that it makes itself included."""
     moved = copy.deepcopy(graph).cpu()
     for node in moved.graph.nodes:
         if "device" in node.kwargs:

@@ -1,9 +1,9 @@
 """Packages: a program as one file that runs without the model's Python. `program.save(path)`, `sp_fx.load(path)`.
 
-`.pt2` is for AOTInductor, `.onnx` for ONNX Runtime. Both hold the graph's inputs in order (inputs, then the starts of a looped
-ascent, then `target`) and return the tensors of the model's output and then the maps, as `program.py` says. A manifest travels
-inside. `load` serves only a file whose bytes are those that were written, on a machine and torch that it was made for, and whose
-answer to the manifest's probe is right.
+`.pt2` is for AOTInductor, `.onnx` for ONNX Runtime. Both take the graph's tensors in order (inputs, then the starts of a looped
+ascent, then `target`) and return the tensors of the model's output and then the maps, as `program/program.py` says. A manifest
+travels inside. `load` serves only a file whose bytes are those that were written, on a machine and torch that it was made for,
+and whose answer to the manifest's probe is right.
 """
 
 from __future__ import annotations
@@ -11,20 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ..program.program import Program, saves_programs
 from . import onnx, pt2
 from .errors import PackageError
-from .manifest import described, restored
-from .probe import answer
-
-if TYPE_CHECKING:
-    from ..program.program import Program
-
+from .manifest import describe, program_from
+from .probe import check_answer
 
 ENGINES = {".pt2": pt2, ".onnx": onnx}
 
 
+@saves_programs
 def save(
     program: Program,
     path: str | PathLike[str],
@@ -46,14 +44,14 @@ def save(
     path = Path(path)
     if path.suffix not in ENGINES:
         raise ValueError(f"a package is called *.pt2 (AOTInductor) or *.onnx (ONNX Runtime), got {path.name!r}")
-    if getattr(program, "graph", None) is None:
+    if program.graph is None:
         raise ValueError("this program was loaded from a package: copy that file, or save the program it was made from")
     classes = program.output_shape[0] if program.target == "class" else None
     if isinstance(class_names, str):
         raise TypeError(f"class_names is a sequence of names, got the string {class_names!r}")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"got {len(class_names)} class names for an output of {classes} classes")
-    manifest = described(program, path.suffix, class_names, input_space)
+    manifest = describe(program, path.suffix, class_names, input_space)
     draft = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         ENGINES[path.suffix].write(program, draft, manifest)
@@ -79,9 +77,9 @@ def load(path: str | PathLike[str], *, device: str | None = None, threads: int |
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no package at {path}")
-    manifest, run = engine_of(path).read(path, device, threads)
-    program = restored(manifest, run, device)
-    answer(program, path)
+    manifest, run = engine_of(path).load_graph(path, device, threads)
+    program = program_from(manifest, run, device)
+    check_answer(program, path)
     return program
 
 
@@ -96,6 +94,7 @@ def read_manifest(path: str | PathLike[str]) -> dict[str, Any]:
 
 
 def engine_of(path: Path) -> Any:
+    """Returns the module of the engine that the ending of `path` names."""
     if path.suffix not in ENGINES:
         raise PackageError(f"a package is called *.pt2 or *.onnx, got {path.name!r}")
     return ENGINES[path.suffix]

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..program.program import Program
 from .errors import PackageError
 
-if TYPE_CHECKING:
-    from ..program.program import Program
-
-
 SKETCH = 256  # numbers that stand for a map
-
-
-# -- the probe ----------------------------------------------------------------------------------------------------------
 
 
 def weyl(count: int) -> np.ndarray:
@@ -32,7 +26,7 @@ def weyl(count: int) -> np.ndarray:
 
 
 def probe(program: Program) -> list[Tensor]:
-    """The inputs that a package is asked: `weyl` in row-major order; integer inputs are zeros."""
+    """Returns the inputs of the probe: `weyl` in row-major order; integer inputs are zeros."""
     count = program.batch if not program.dynamic_batch else 2
     values = []
     for shape, dtype in zip(program.shapes, program.dtypes):
@@ -43,31 +37,31 @@ def probe(program: Program) -> list[Tensor]:
 
 
 def probe_target(program: Program) -> Any:
-    """Class 0, since the predicted one may hang on the last bits; a direction of ones."""
+    """Returns the target of the probe: class 0, since the predicted one may hang on the last bits; or a direction of ones."""
     count = program.batch if not program.dynamic_batch else 2
     return 0 if program.target == "class" else torch.ones((count, *program.output_shape), device=program.device)
 
 
 def sketch(values: Tensor) -> np.ndarray:
-    """256 signed sums of `values`: number i goes to sum `i mod 256` with the sign of `weyl`'s number i. The L2 distance of two
-    sketches is, in the mean over signs, that of what they are of."""
+    """Returns 256 signed sums of `values`: number i goes to sum `i mod 256` with the sign of `weyl`'s number i. The squared L2
+    distance of two sketches is, in the mean over signs, that of the values."""
     flat = values.detach().double().cpu().flatten().numpy()
     signed = np.where(weyl(len(flat)) < 0, -flat, flat)
     return np.pad(signed, (0, -len(flat) % SKETCH)).reshape(-1, SKETCH).sum(0)
 
 
-def answer(program: Program, path: Path) -> None:
-    """Ask the probe, and raise PackageError where the answer is not the one that was packaged."""
+def check_answer(program: Program, path: Path) -> None:
+    """Runs the probe, and raises PackageError where the answer is not the one that was packaged."""
     assert program.manifest is not None
-    held, inputs = program.manifest["probe"], probe(program)
+    packaged, inputs = program.manifest["probe"], probe(program)
     outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
     values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
     sketches = [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
-    for kind, found, wanted in (("outputs", values, held["outputs"]), ("maps", sketches, held["maps"])):
-        for got, want in zip(found, map(np.asarray, wanted), strict=True):
+    for kind, answers, expected in (("outputs", values, packaged["outputs"]), ("maps", sketches, packaged["maps"])):
+        for got, want in zip(answers, map(np.asarray, expected), strict=True):
             error = float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
-            if not error <= held["tolerance"]:
+            if not error <= packaged["tolerance"]:
                 raise PackageError(
                     f"{path} does not answer its probe as it did when it was made: the {kind} differ by {error:.1e} in relative "
-                    f"L2 distance, where {held['tolerance']:.0e} is allowed; it is not served"
+                    f"L2 distance, where {packaged['tolerance']:.0e} is allowed; it is not served"
                 )

@@ -8,49 +8,46 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..program.program import Program
+from ..program.signature import Run
 from .errors import PackageError
 from .exporting import blamed, export_graph
-from .manifest import machine, sealed, whole
-
-if TYPE_CHECKING:
-    from ..program.program import Program
-
+from .manifest import machine, sealed, verified
 
 CAPABILITIES = ("DEFAULT", "AVX2", "AVX512")  # of a CPU, each with the instructions of those before it
 
 
 def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
-    """Compile ahead of time, and put the manifest, which has the digest of every other member, in the archive's metadata."""
+    """Compiles ahead of time, and puts the manifest, which has the digest of every other member, in the archive's metadata."""
     from torch._inductor import aoti_compile_and_package
 
-    from ..program.inductor import COMPILING, settings, suited
+    from ..program.inductor import COMPILING, config_for, suited  # here, since it brings in torch's compilers
 
     try:
         with torch.inference_mode(False), torch.no_grad(), COMPILING:
             exported = export_graph(program, suited(program.graph), program.example)
             # As many threads as the process that loads it has, not as the one that saves it.
-            configs = {**settings(program.graph), "cpp.dynamic_threads": True}
+            configs = {**config_for(program.graph), "cpp.dynamic_threads": True}
             aoti_compile_and_package(exported, package_path=str(path), inductor_configs=configs)
     except Exception as error:  # Inductor's, export's and the C++ compiler's; all mean that there will be no package
         raise PackageError(f"AOTInductor does not compile this program: {blamed(error, program)}") from error
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     place = metadata_place(members)
-    held = sealed({**manifest, "digest": digest_of({k: v for k, v in members.items() if k != place})})
-    members[place] = json.dumps({**json.loads(members[place]), "sp_fx": json.dumps(held)}).encode()
+    complete = sealed({**manifest, "digest": digest_of({k: v for k, v in members.items() if k != place})})
+    members[place] = json.dumps({**json.loads(members[place]), "sp_fx": json.dumps(complete)}).encode()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
 
 
-def read(path: Path, device: str | None, threads: int | None) -> tuple[dict[str, Any], Callable[..., Sequence[Tensor]]]:
+def load_graph(path: Path, device: str | None, threads: int | None) -> tuple[dict[str, Any], Run]:
+    """Returns the manifest, and what runs the graph on the tensors that it says."""
     manifest = read_manifest(path)
     fits_here(manifest, path, device)
     try:
@@ -72,11 +69,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise PackageError(f"{path} is not a whole package of this library: {type(error).__name__}: {error}") from error
     if digest_of(members) != manifest.get("digest"):
         raise PackageError(f"{path} was altered after it was written: its members have another digest than its manifest says")
-    return whole(manifest, path)
+    return verified(manifest, path)
 
 
 def fits_here(manifest: dict[str, Any], path: Path, device: str | None) -> None:
-    """Raise PackageError where compiled code would not run: before it does."""
+    """Raises PackageError where the compiled code would not run on this machine, before it does."""
     kind = manifest["device"]
     asked = kind if device is None else torch.device(device).type
     if asked != kind:
@@ -89,17 +86,19 @@ def fits_here(manifest: dict[str, Any], path: Path, device: str | None) -> None:
             f"{path} was compiled by torch {made}, and this is torch {here}: code compiled for a newer torch calls what "
             "an older one does not have. Install that torch, or save the package with this one"
         )
-    wanted, found = manifest["machine"], machine(torch.device(device or kind))
-    same = wanted["system"] == found["system"] and wanted["architecture"] == found["architecture"]
+    target, this = manifest["machine"], machine(torch.device(device or kind))
+    same = target["system"] == this["system"] and target["architecture"] == this["architecture"]
     if kind == "cpu":
-        known = wanted["capability"] in CAPABILITIES and found["capability"] in CAPABILITIES
+        ranked = target["capability"] in CAPABILITIES and this["capability"] in CAPABILITIES
         rank = CAPABILITIES.index
-        same &= rank(wanted["capability"]) <= rank(found["capability"]) if known else wanted == found
+        same &= rank(target["capability"]) <= rank(this["capability"]) if ranked else target == this
     else:
-        same &= wanted["capability"] == found["capability"]
+        same &= target["capability"] == this["capability"]
     if not same:
-        made, here = [" ".join(str(m[k]) for k in ("system", "architecture", "capability")) for m in (wanted, found)]
-        raise PackageError(f"{path} was compiled for {made}, and this machine is {here}: save it on a machine like this one")
+        names = [" ".join(str(m[k]) for k in ("system", "architecture", "capability")) for m in (target, this)]
+        raise PackageError(
+            f"{path} was compiled for {names[0]}, and this machine is {names[1]}: save it on a machine like this one"
+        )
 
 
 def release(version: str) -> tuple[int, int]:
@@ -108,7 +107,7 @@ def release(version: str) -> tuple[int, int]:
 
 
 def metadata_place(members: dict[str, bytes]) -> str:
-    """The member that AOTInductor's loaders read the metadata from."""
+    """Returns the name of the member that AOTInductor's loaders read the metadata from."""
     return next(name for name in sorted(members) if name.endswith("wrapper_metadata.json"))
 
 

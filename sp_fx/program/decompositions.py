@@ -1,6 +1,6 @@
-"""Adjoints that PyTorch has as ops of their own, written as ops that every engine runs well: what replaces them in one graph.
+"""Decompositions of PyTorch's backward ops into ops that every engine runs well; `TABLE` is what the trace replaces by what.
 
-No `convolution_backward` (ONNX has none, and Inductor calls out for it), no scatter.
+There is no `convolution_backward` in a program (ONNX has none, and Inductor calls out for it), and no scatter.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def convolution_backward(v, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
-    """The input's gradient alone, by one of the forms below; parameters are constants here, and get none."""
+    """The input's gradient, by one of the three forms below; parameters are constants here, and get none."""
     if mask[1] or mask[2]:
         return NotImplemented
     if transposed:  # the adjoint of a transposed convolution is the convolution
@@ -27,21 +27,21 @@ def convolution_backward(v, x, weight, bias_sizes, stride, padding, dilation, tr
     # From 16 on it takes the time of the forward, the phases up to twice that (2.7, 4.9 and 2.6 ms for 64 to 128 channels).
     if x.shape[1] < 16 and all(d == 1 for d in dilation):
         return by_phases(v, x.shape[2:], weight, stride, padding, groups), None, None
-    reached = [
+    spans = [  # of the input, along each axis, by the taps of all outputs
         (o - 1) * s - 2 * p + d * (k - 1) + 1 for o, s, p, d, k in zip(v.shape[2:], stride, padding, dilation, weight.shape[2:])
     ]
-    beyond = [m - r for m, r in zip(x.shape[2:], reached)]
-    return aten.convolution.default(v, weight, None, stride, padding, dilation, True, beyond, groups), None, None
+    output_padding = [m - span for m, span in zip(x.shape[2:], spans)]
+    return aten.convolution.default(v, weight, None, stride, padding, dilation, True, output_padding, groups), None, None
 
 
 def plain(v: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> Tensor:
     return aten.convolution.default(v, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def turned(weight: Tensor, groups: int) -> Tensor:
+def transposed(weight: Tensor, groups: int) -> Tensor:
     """[out, in / groups, *kernel] as [in, out / groups, *kernel]."""
-    out, each, *kernel = weight.shape
-    return weight.reshape(groups, out // groups, each, *kernel).transpose(1, 2).reshape(groups * each, out // groups, *kernel)
+    out, width, *kernel = weight.shape
+    return weight.reshape(groups, out // groups, width, *kernel).transpose(1, 2).reshape(groups * width, out // groups, *kernel)
 
 
 def flipped(weight: Tensor) -> Tensor:
@@ -55,36 +55,37 @@ def fitted(y: Tensor, margins) -> Tensor:
 
 
 def unit_stride(v: Tensor, weight: Tensor, padding, dilation, groups: int) -> Tensor:
-    """A convolution with flipped weights."""
+    """The input's gradient at stride 1: a convolution with flipped weights."""
     margins = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding)]
     v = fitted(v, [(min(m, 0), min(m, 0)) for m in margins])
-    return plain(v, flipped(turned(weight, groups)), [1] * len(margins), [max(m, 0) for m in margins], dilation, groups)
+    return plain(v, flipped(transposed(weight, groups)), [1] * len(margins), [max(m, 0) for m in margins], dilation, groups)
 
 
 def by_phases(v: Tensor, spatial, weight: Tensor, stride, padding, groups: int) -> Tensor:
-    """At stride s, pixel `s j + a` of the padded input hears output o by tap `s (j - o) + a`: for each phase a a convolution
-    of stride 1 over j, all of them one convolution with s-fold channels an axis, and a pixel shuffle."""
+    """The input's gradient at stride s. Pixel `s j + a` of the padded input is read for output o by the tap `s (j - o) + a`: for
+    each phase a that is a convolution of stride 1 over j. All phases are one convolution, with s times the channels for each
+    axis, and a pixel shuffle."""
     n, channels = len(stride), groups * weight.shape[1]
-    # Phases that no tap falls in hold zeros, and are not computed.
-    held = [min(s, k) for s, k in zip(stride, weight.shape[2:])]
+    # Phases that no tap falls in are zero, and are not computed.
+    phases = [min(s, k) for s, k in zip(stride, weight.shape[2:])]
     taps = [-(-k // s) for k, s in zip(weight.shape[2:], stride)]
-    w = fitted(turned(weight, groups), [(0, s * t - k if t > 1 else 0) for k, s, t in zip(weight.shape[2:], stride, taps)])
-    w = w.reshape(*w.shape[:2], *(size for t, h in zip(taps, held) for size in (t, h)))  # [in, out/g, tap, phase, tap, phase]
+    w = fitted(transposed(weight, groups), [(0, s * t - k if t > 1 else 0) for k, s, t in zip(weight.shape[2:], stride, taps)])
+    w = w.reshape(*w.shape[:2], *(size for t, p in zip(taps, phases) for size in (t, p)))  # [in, out/g, tap, phase, tap, phase]
     w = w.permute(0, *range(3, 3 + 2 * n, 2), 1, *range(2, 2 + 2 * n, 2)).reshape(-1, w.shape[1], *taps)
     y = plain(v, flipped(w), [1] * n, [t - 1 for t in taps], [1] * n, groups)  # [B, in * phases, *places]
     places = [-(-(m + p) // s) for m, p, s in zip(spatial, padding, stride)]
     y = fitted(y, [(0, q - o) for q, o in zip(places, y.shape[2:])])
-    y = y.reshape(y.shape[0], channels, *held, *places)
+    y = y.reshape(y.shape[0], channels, *phases, *places)
     y = y.permute(0, 1, *(axis for i in range(n) for axis in (2 + n + i, 2 + i)))  # [B, in, place, phase, place, phase]
-    if held != list(stride):
-        y = F.pad(y, [side for s, h in zip(reversed(stride), reversed(held)) for side in (0, s - h, 0, 0)])
+    if phases != list(stride):
+        y = F.pad(y, [side for s, p in zip(reversed(stride), reversed(phases)) for side in (0, s - p, 0, 0)])
     y = y.reshape(y.shape[0], channels, *(q * s for q, s in zip(places, stride)))
     inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
     return y[inside]
 
 
 def slice_backward(v, sizes, dim, start, end, step):
-    """Zeros round a slice."""
+    """The cotangent of a slice with zeros before and after it; steps other than 1 are left to torch."""
     if step != 1:
         return NotImplemented
     size = sizes[dim]

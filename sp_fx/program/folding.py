@@ -1,6 +1,6 @@
-"""An explainer's graph made ready to be traced as one inference graph.
+"""A copy of a captured module, made ready to be traced as one inference graph.
 
-BatchNorms are folded into the convolutions that feed them, identities go, and global average pooling becomes a mean.
+BatchNorms are folded into the convolutions that feed them, identities are removed, and global average pooling becomes a mean.
 """
 
 from __future__ import annotations
@@ -19,22 +19,23 @@ from ..capture.clone import EvalClone, lets_through
 from ..gates.dual import dual_path
 
 
-def folded(explainer: fx.GraphModule) -> fx.GraphModule:
-    """The explainer's graph with every BatchNorm that a convolution feeds folded into it.
+def folded(captured: fx.GraphModule) -> fx.GraphModule:
+    """Returns a copy of the captured module in which every BatchNorm that a convolution feeds is folded into that convolution.
 
-    Before capture, because Inductor's own folding does not see through the adjoint, which would scale by it once more on the
-    way back. The modules are clones of the explainer's: a trace puts stand-ins for the weights into them, and the explainer may
+    Before the trace, because Inductor's own folding does not see through the adjoint, which would scale by the BatchNorm once
+    more on the way back. The modules are clones: a trace puts stand-ins for the weights into them, and the captured module may
     be running in another thread.
     """
-    module = fx.GraphModule(EvalClone()(explainer), copy.deepcopy(explainer.graph))
+    module = fx.GraphModule(EvalClone()(captured), copy.deepcopy(captured.graph))
     for node in list(module.graph.nodes):
         if node.op == "call_module" and lets_through(module.get_submodule(node.target)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
     for i, node in enumerate(list(module.graph.nodes)):
         conv: Any = node.args[1] if is_row(node, "affine_norm") else None
-        fits = is_row(conv, "conv") and len(conv.users) == 1
-        if fits and all(n is None or n.op == "get_attr" for n in (*conv.args[2:4], *node.args[2:6])):  # not computed in the pass
+        foldable = is_row(conv, "conv") and len(conv.users) == 1
+        # Weights that the forward computes (`weight - weight.mean()`) are not known yet.
+        if foldable and all(n is None or n.op == "get_attr" for n in (*conv.args[2:4], *node.args[2:6])):
             fold(module, conv, node, f"folded_{i}")
     for node in list(module.graph.nodes):
         average_by_mean(module, node)
@@ -44,7 +45,8 @@ def folded(explainer: fx.GraphModule) -> fx.GraphModule:
 
 
 def average_by_mean(module: fx.GraphModule, node: fx.Node) -> None:
-    """Global average pooling as a mean: PyTorch's own restrides channels-last results in place, whose adjoint is a scatter."""
+    """Replaces `node`, where it is a global average pooling, by a mean: PyTorch's own restrides channels-last results in place,
+    and the adjoint of that is a scatter."""
     size: Any
     size, axes = 0, 0
     if node.op == "call_module" and isinstance(leaf := module.get_submodule(str(node.target)), _AdaptiveAvgPoolNd):
@@ -62,10 +64,13 @@ ADAPTIVE: dict[Any, int] = {F.adaptive_avg_pool1d: 1, F.adaptive_avg_pool2d: 2, 
 
 
 def is_row(node: Any, kind: str) -> bool:
+    """Whether `node` is a dual-path call of the row `kind` of the table of adjoints, such as "conv"."""
     return isinstance(node, fx.Node) and node.target is dual_path and bool(node.args[0] == kind)
 
 
 def fold(module: fx.GraphModule, conv: fx.Node, norm: fx.Node, name: str) -> None:
+    """Replaces `norm(conv(x))` by a convolution with the weights of both, computed in float64: two buffers called `name`_*."""
+
     def value(node: Any, default: float) -> Tensor:
         if node is None:
             return torch.full((), default, dtype=torch.float64)
@@ -82,7 +87,7 @@ def fold(module: fx.GraphModule, conv: fx.Node, norm: fx.Node, name: str) -> Non
     module.register_buffer(f"{name}_weight", scaled.to(dtype))
     module.register_buffer(f"{name}_bias", shift.to(dtype))
     with module.graph.inserting_before(conv):
-        held = [module.graph.get_attr(f"{name}_{part}") for part in ("weight", "bias")]
-    conv.args = (*conv.args[:2], *held)
+        parameters = [module.graph.get_attr(f"{name}_{part}") for part in ("weight", "bias")]
+    conv.args = (*conv.args[:2], *parameters)
     norm.replace_all_uses_with(conv)
     module.graph.erase_node(norm)

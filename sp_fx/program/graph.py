@@ -1,9 +1,11 @@
-"""One graph: a function that differentiates an explainer, as an inference graph of aten ops with no autograd left.
+"""One graph: a function that differentiates a captured module, traced as an inference graph of aten ops with no autograd left.
 
-Requires: a function of tensors whose first axis is the batch. Ensures: a `fx.GraphModule` over the same tensors that returns a
-flat list; every parameter, and whatever depends on parameters alone, is a buffer of it; no op of its own writes in place; no
-`convolution_backward`, no scatter; the batch is a symbol where it was asked to be one; nothing in it is shared with the model;
-`node.meta["custom"]["layer"]` says where in the model a call comes from.
+Requires: a function of tensors whose first axis is the batch.
+Ensures: a `fx.GraphModule` over the same tensors that returns a flat list.
+- Every parameter, and whatever depends on parameters alone, is a buffer of it; no node or attribute is shared with the model.
+- No op writes in place; no `convolution_backward`, no scatter.
+- The batch is a symbol where it was asked to be one.
+- `node.meta["custom"]["layer"]` says where in the model a call comes from: `layer1.0.conv1 (Conv2d)`.
 """
 
 from __future__ import annotations
@@ -28,12 +30,12 @@ aten = torch.ops.aten
 
 
 def one_graph(function: Callable[..., Any], module: fx.GraphModule, examples: Sequence[Tensor], dynamic: bool) -> fx.GraphModule:
-    """`function(module, *examples)`, which returns a list of tensors, as a graph of `examples`. `module` is this graph's alone.
+    """Returns `function(module, *examples)`, a list of tensors, as a graph of `examples`. `module` is changed: pass a copy.
 
     Raises:
         ValueError: the batch was to be dynamic, and something in the model fixes it.
     """
-    held = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
     # Sizes 0 and 1 are special to torch, which would fix them: a batch of one is traced as two.
     batch: Any = examples[0].shape[0]
@@ -43,7 +45,7 @@ def one_graph(function: Callable[..., Any], module: fx.GraphModule, examples: Se
         ).shape[0]
     with mode:
         stand_ins = [torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in examples]
-    weights = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in held.items()}
+    weights = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in tensors.items()}
     for node in module.graph.nodes:
         node.meta = {"custom": {"layer": layer(node)}} if node.op.startswith("call") else {}
     module.__dict__["forward"] = fx.Interpreter(module).run  # node by node, so that what each becomes knows its layer
@@ -61,53 +63,57 @@ def one_graph(function: Callable[..., Any], module: fx.GraphModule, examples: Se
             f"the model fixes its batch at {batch}, by a shape that is written out or by mixing samples: "
             "compile it with dynamic_batch=False"
         )
-    spread_layers(graph, len(held))
-    hold(graph, list(held.values()))
+    spread_layers(graph, len(tensors))
+    freeze(graph, list(tensors.values()))
     fold_constants(graph)
     return graph
 
 
 def layer(node: fx.Node) -> str:
-    """Where a node of the explainer is: the module's name and class; of what the model's own forward calls, the line."""
+    """Returns where in the model a node is: the name and class of its module, `layer1.0.conv1 (Conv2d)`; for a call in the
+    model's own forward the line, `the model itself (net.py:12)`."""
     path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
     if path:
         return f"{path} ({kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__})"
-    lines = [at for at in re.findall(r'File "(.*)", line (\d+)', node.stack_trace or "") if "/torch/" not in at[0]]
+    lines = [line for line in re.findall(r'File "(.*)", line (\d+)', node.stack_trace or "") if "/torch/" not in line[0]]
     return "the model itself" + (f" ({Path(lines[-1][0]).name}:{lines[-1][1]})" if lines else "")
 
 
 def spread_layers(graph: fx.GraphModule, weights: int) -> None:
-    """What autograd adds has no layer: it gets that of its input that comes first in the model, which for a gate is the layer
-    that it gates. A weight, one of the first placeholders, is where it is used first."""
-    sizes = (int, torch.SymInt)  # are read from whatever tensor was at hand
-    calls = [n for n in graph.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), sizes)]
-    order = {node: i for i, node in enumerate(calls) if "custom" in node.meta}
+    """Labels the calls that autograd added, which the trace leaves without a layer, so that an engine's refusal can name one.
 
-    def spread(nodes: Iterable[fx.Node], node: fx.Node) -> None:
-        near = [n for n in nodes if n in order]
-        if near and node not in order:
-            first = min(near, key=order.__getitem__)
-            node.meta["custom"], order[node] = first.meta["custom"], order[first]
+    Such a call gets the layer of one of its inputs, the one that comes first in the model: the adjoint of a ReLU reads the
+    cotangent, from a later layer, and the pre-activation of `conv1`, and is labelled `conv1`. A weight (they are the first
+    `weights` placeholders) gets the layer of its first user, and so does a call without labelled inputs.
+    """
+    sizes = (int, torch.SymInt)  # not labelled: a size is read from any tensor that has it
+    calls = [n for n in graph.graph.nodes if n.op == "call_function" and not isinstance(n.meta.get("val"), sizes)]
+    position = {node: i for i, node in enumerate(calls) if "custom" in node.meta}  # in the model, of the labelled nodes
+
+    def label(node: fx.Node, neighbours: Iterable[fx.Node]) -> None:
+        labelled = [n for n in neighbours if n in position]
+        if labelled and node not in position:
+            first = min(labelled, key=position.__getitem__)
+            node.meta["custom"], position[node] = first.meta["custom"], position[first]
 
     for node in graph.graph.find_nodes(op="placeholder")[:weights]:
-        spread(node.users, node)
+        label(node, node.users)
     for node in calls:
-        spread(node.all_input_nodes, node)
-    for node in reversed(calls):  # of the graph's inputs and constants alone
-        spread(node.users, node)
+        label(node, node.all_input_nodes)
+    for node in reversed(calls):
+        label(node, node.users)
 
 
-def hold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
-    """Make the first placeholders buffers with the values `tensors`."""
-    for i, (node, tensor) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), tensors)):
-        put(graph, node, f"weight_{i}", tensor.detach())
+def freeze(graph: fx.GraphModule, weights: list[Tensor]) -> None:
+    """Replaces the first placeholders by buffers with the values `weights`."""
+    for i, (node, weight) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), weights)):
+        replace_by_buffer(graph, node, f"weight_{i}", weight.detach())
     graph.graph.eliminate_dead_code()
     graph.graph.set_codegen(fx.graph.CodeGen())  # make_fx's own would still ask for the weights
     graph.recompile()
 
 
-def put(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
-    """Replace `node` by a buffer."""
+def replace_by_buffer(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
     graph.register_buffer(name, value)
     with graph.graph.inserting_before(node):
         new = graph.graph.get_attr(name)
@@ -117,37 +123,37 @@ def put(graph: fx.GraphModule, node: fx.Node, name: str, value: Tensor) -> None:
 
 
 def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
-    """Of an input that is an index into an embedding: how many rows the least of them has."""
-    queue, found = [node], []
+    """Returns how many rows the embedding has that the input `node` is an index into; of several the fewest, of none None."""
+    queue, rows = [node], []
     while queue:
-        at = queue.pop()
-        for user in at.users:
-            if user.target is aten.embedding.default and user.args[1] is at:
-                found.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
-            elif user.target in PASSING and user.args[0] is at:
+        index = queue.pop()
+        for user in index.users:
+            if user.target is aten.embedding.default and user.args[1] is index:
+                rows.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
+            elif user.target in SAME_VALUES and user.args[0] is index:
                 queue.append(user)
-    return min(found, default=None)
+    return min(rows, default=None)
 
 
-PASSING = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
-           aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
+SAME_VALUES = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
+               aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
 
 
 def fold_constants(graph: fx.GraphModule) -> None:
-    """Compute what depends on buffers alone: flipped and folded weights, positions, causal masks."""
-    known: dict[fx.Node, Any] = {}
+    """Computes now what depends on buffers alone: flipped and folded weights, positions, causal masks."""
+    constants: dict[fx.Node, Any] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
-            known[node] = operator.attrgetter(node.target)(graph)
-        elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            known[node] = node.target(*args, **kwargs)
-    for i, (node, value) in enumerate(known.items()):
-        if node.op != "get_attr" and isinstance(value, Tensor) and not all(user in known for user in node.users):
-            put(graph, node, f"folded_{i}", value.contiguous())
+            constants[node] = operator.attrgetter(node.target)(graph)
+        elif node.op == "call_function" and node.all_input_nodes and all(n in constants for n in node.all_input_nodes):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), constants.__getitem__)
+            constants[node] = node.target(*args, **kwargs)
+    for i, (node, value) in enumerate(constants.items()):
+        if node.op != "get_attr" and isinstance(value, Tensor) and not all(user in constants for user in node.users):
+            replace_by_buffer(graph, node, f"folded_{i}", value.contiguous())
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
-    kept = {node.target for node in graph.graph.find_nodes(op="get_attr")}
-    for name in [name for name in graph._buffers if name not in kept]:
+    used = {node.target for node in graph.graph.find_nodes(op="get_attr")}
+    for name in [name for name in graph._buffers if name not in used]:
         del graph._buffers[name]
     graph.recompile()

@@ -1,4 +1,4 @@
-"""How a program's graph is compiled by Inductor, and the forms that its code for a CPU is best in."""
+"""How Inductor compiles a program's graph, and the forms of the graph that its code for a CPU is fastest in."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .replay import Replayed
+from .signature import Run
 
 aten = torch.ops.aten
 
 
-Run = Callable[..., Sequence[Tensor]]
-
-
-COMPILING = threading.Lock()  # Inductor's settings are the process's
+COMPILING = threading.Lock()  # Inductor's config is global to the process
 
 
 def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Run:
-    """`graph` as Inductor compiles it.
+    """Returns `graph` as Inductor compiles it.
 
     Raises:
         ModuleNotFoundError: a program for a GPU, and no Triton.
@@ -40,60 +38,63 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Run:
     from torch._inductor.compile_fx import compile_fx
 
     stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    with COMPILING, config.patch(settings(graph)), tracing(TracingContext(stand_ins[0].fake_mode)):
+    with COMPILING, config.patch(config_for(graph)), tracing(TracingContext(stand_ins[0].fake_mode)):
         run: Any = compile_fx(suited(graph), stand_ins)
     return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int)) if example[0].is_cuda else run
 
 
-def settings(graph: fx.GraphModule) -> dict[str, Any]:
-    """Inductor's: weights frozen into the code; but not in float64, for which oneDNN has no convolution and Inductor packs
-    weights all the same (torch 2.15)."""
+def config_for(graph: fx.GraphModule) -> dict[str, Any]:
+    """Returns Inductor's config for `graph`: weights are frozen into the code, but not in float64, for which oneDNN has no
+    convolution and Inductor packs weights all the same (torch 2.15)."""
     freezing = all(t.dtype != torch.float64 for t in graph.buffers())
-    long_loops = on_cpu(graph) and not any(map(concatenates, graph.graph.nodes))
-    return {"freezing": freezing} | ({"realize_opcount_threshold": OPERATIONS} if long_loops else {})
+    long_loops = on_cpu(graph) and not any(map(concatenates_channels, graph.graph.nodes))
+    return {"freezing": freezing} | ({"realize_opcount_threshold": LOOP_OPERATIONS} if long_loops else {})
 
 
 def by_batch(batch: int, of_this: Run, of_any: Run) -> Run:
+    """Returns a function that calls `of_this` where the batch size is `batch`, and `of_any` where it is another."""
     return lambda *tensors: (of_this if tensors[0].shape[0] == batch else of_any)(*tensors)
 
 
 def packs(graph: fx.GraphModule) -> bool:
-    """Whether Inductor would pack most of the weights, for sizes that it knows: those of a CPU's convolutions. Where the batch is
-    a symbol it packs them anew in every call, and leaves transposed convolutions as they are: ResNet-18 takes 1.13 times as long
-    at batch 4, ResNet-50 1.17."""
-    weights = {n.args[1] for n in graph.graph.nodes if n.target is aten.convolution.default}
-    held = {n: getattr(graph, n.target) for n in graph.graph.find_nodes(op="get_attr")}
-    most = sum(t.numel() for t in held.values()) / 2
-    return all(t.device.type == "cpu" for t in held.values()) and sum(held[n].numel() for n in weights if n in held) > most
+    """Whether Inductor would pack most of the weights if it knew the batch size: those of convolutions on a CPU.
+
+    Where the batch is a symbol it packs them anew in every call, and leaves transposed convolutions as they are: ResNet-18 takes
+    1.13 times as long at batch 4, ResNet-50 1.17.
+    """
+    weights = {n: getattr(graph, n.target) for n in graph.graph.find_nodes(op="get_attr")}
+    packed = {n.args[1] for n in graph.graph.nodes if n.target is aten.convolution.default}
+    numel = sum(weights[n].numel() for n in packed if n in weights)
+    return all(t.device.type == "cpu" for t in weights.values()) and numel > sum(t.numel() for t in weights.values()) / 2
 
 
-# -- what a CPU's code is better in -------------------------------------------------------------------------------------
+# -- what a CPU's code is faster in -------------------------------------------------------------------------------------
 
-# What a loop may compute before it is put in memory. A soft gate is eighty operations, and by Inductor's own bound of fifty it is
-# written and read again where a loop of another shape follows: ConvNeXt-T's pullback takes 0.87 of the time by this one. But not
-# where channels are concatenated, whose cotangents are sums of slices that grow instead: DenseNet-121 is no faster by a bound of
-# 100, and takes 195 s to compile, not 119.
-OPERATIONS = 200
+# The most operations of one loop before Inductor materialises its result. A soft gate is eighty operations: by Inductor's own
+# bound of fifty it is written to memory and read again where a loop of another shape follows; by this one ConvNeXt-T's pullback
+# takes 0.87 of the time. But not where channels are concatenated, whose cotangents are sums of slices that grow instead:
+# DenseNet-121 is no faster by a bound of 100, and takes 195 s to compile, not 119.
+LOOP_OPERATIONS = 200
 
 
-def concatenates(node: fx.Node) -> bool:
+def concatenates_channels(node: fx.Node) -> bool:
     return node.target is aten.cat.default and node.meta["val"].dim() == 4
 
 
 def suited(graph: fx.GraphModule) -> fx.GraphModule:
-    """The same function, sharing its buffers, in the forms that Inductor's code for a CPU is best in."""
+    """Returns the same function, sharing its buffers, in the forms that Inductor's code for a CPU is fastest in."""
     if not on_cpu(graph):
         return graph
     graph = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     for node in list(graph.graph.nodes):
         if node.target is aten.stack.default:
-            rewrite(graph, node, stacked_by_channels)
-        elif node.target in CHEAP and node.meta["val"].dtype == torch.float32 and torch.__version__ >= "2.15":
-            rewrite(graph, node, CHEAP[node.target])  # 2.11 compiles these wrongly: a map 0.8 off
+            replace_by_function(graph, node, stacked_channels_last)
+        elif node.target in CHEAPER and node.meta["val"].dtype == torch.float32 and torch.__version__ >= "2.15":
+            replace_by_function(graph, node, CHEAPER[node.target])  # 2.11 compiles these wrongly: a map 0.8 off
         elif node.target is aten.linalg_vector_norm.default:
-            put_down_normed(graph, node)
+            materialise_normed(graph, node)
         else:
-            put_down_scale(graph, node)
+            materialise_scale(graph, node)
     graph.recompile()
     return graph
 
@@ -102,8 +103,8 @@ def on_cpu(graph: fx.GraphModule) -> bool:
     return all(node.meta["val"].device.type == "cpu" for node in graph.graph.find_nodes(op="placeholder"))
 
 
-def rewrite(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:
-    """Replace `node` by what `function` does with its arguments."""
+def replace_by_function(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) -> None:
+    """Replaces `node` by the calls that `function` makes of its arguments."""
     with graph.graph.inserting_before(node):
         tracer = fx.proxy.GraphAppendingTracer(graph.graph)
         args, kwargs = pytree.tree_map_only(fx.Node, lambda n: fx.Proxy(n, tracer), (tuple(node.args), dict(node.kwargs)))
@@ -113,50 +114,57 @@ def rewrite(graph: fx.GraphModule, node: fx.Node, function: Callable[..., Any]) 
     graph.graph.erase_node(node)
 
 
-PASSING = (aten.alias.default, aten.clone.default, aten.view.default, aten._unsafe_view.default)
+VIEWS = (aten.alias.default, aten.clone.default, aten.view.default, aten._unsafe_view.default)
 
 
-def put_down_normed(graph: fx.GraphModule, norm: fx.Node) -> None:
-    """What is read for a norm, then for the division by it, else computed each time: the pixel shuffle at the end of ResNet-18's
-    pullback, 3.9 ms of a step of its ascent at batch 4 instead of 0.6."""
+def materialise_normed(graph: fx.GraphModule, norm: fx.Node) -> None:
+    """Materialises the tensor that `norm` is of, the node before its views.
+
+    It is read twice, for the norm and for the division by it, and Inductor would compute it both times: at the end of ResNet-18's
+    pullback that is a pixel shuffle, and 3.9 ms of a step of its ascent at batch 4 instead of 0.6.
+    """
     source: Any = norm.args[0]
-    while source.target in PASSING:
+    while source.target in VIEWS:
         source = source.args[0]
     if source.op == "call_function" and "val" in source.meta:
-        put_down(graph, source, list(source.users))
+        materialise(graph, source, list(source.users))
 
 
-def put_down_scale(graph: fx.GraphModule, node: fx.Node) -> None:
-    """What has one number a sample, for what has more: Inductor would take the root and the reciprocal of a deviation anew for
-    each sixteen values that it gates, 0.42 ms for a gate of ResNet-18's first layer at batch 4 instead of 0.28."""
-    if node.op == "call_function" and one_a_sample(node) and node.target not in SUMS:
+def materialise_scale(graph: fx.GraphModule, node: fx.Node) -> None:
+    """Materialises `node` if it has one number a sample and is read by calls that have more: the scale [B, 1, 1, 1] of a gate.
+
+    Inductor would take the root and the reciprocal of a deviation anew for each sixteen values that it gates: 0.42 ms for a gate
+    of ResNet-18's first layer at batch 4, and 0.28 so.
+    """
+    if node.op == "call_function" and one_a_sample(node) and node.target not in REDUCTIONS:
         if users := [user for user in node.users if not one_a_sample(user)]:
-            put_down(graph, node, users)
+            materialise(graph, node, users)
 
 
-SUMS = (aten.mean.dim, aten.sum.dim_IntList)  # are in memory as they are
+REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList)  # Inductor materialises their results anyway
 
 
 def one_a_sample(node: fx.Node) -> bool:
+    """Whether the value of `node` is floating and has one number for each sample, as [B, 1, 1, 1] has."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return False
     return value.dim() > 1 and all(size == 1 for size in value.shape[1:])
 
 
-def put_down(graph: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> None:
-    """Put `node` in memory, where `users` read it."""
+def materialise(graph: fx.GraphModule, node: fx.Node, users: list[fx.Node]) -> None:
+    """Has Inductor write the value of `node` to memory, contiguous, and `users` read it there instead of computing it again."""
     from torch._inductor.inductor_prims import force_stride_order
 
-    like = node.meta["val"]
-    order = list(torch.empty(like.shape[1:], device="meta").unsqueeze(0).stride())  # of any batch
+    value = node.meta["val"]
+    order = list(torch.empty(value.shape[1:], device="meta").unsqueeze(0).stride())  # of any batch
     with graph.graph.inserting_after(node):
-        held = graph.graph.call_function(force_stride_order, (node, order))
-    held.meta = {**node.meta, "val": like.contiguous()}
-    node.replace_all_uses_with(held, delete_user_cb=users.__contains__)
+        copied = graph.graph.call_function(force_stride_order, (node, order))
+    copied.meta = {**node.meta, "val": value.contiguous()}
+    node.replace_all_uses_with(copied, delete_user_cb=users.__contains__)
 
 
-def stacked_by_channels(parts: Sequence[Any], dim: int = 0) -> Any:
+def stacked_channels_last(parts: Sequence[Any], dim: int = 0) -> Any:
     """A stack of pictures [B, C, H, W] with their channels innermost in memory, as convolutions have them here: Inductor would
     write it in the order of its axes, and ResNet-18's max pooling take 17 ms on the way back, not 8, at batch 4."""
     if dim != 0 or any(part.node.meta["val"].dim() != 4 for part in parts):
@@ -164,8 +172,8 @@ def stacked_by_channels(parts: Sequence[Any], dim: int = 0) -> Any:
     return aten.permute.default(aten.stack.default([aten.permute.default(part, [0, 2, 3, 1]) for part in parts]), [0, 1, 4, 2, 3])
 
 
-# erf(x) / x for |x| <= 4 as a quotient of polynomials in x^2, least in the largest error of x times it: 5e-7 in float32.
-ERF_OVER, ERF_UNDER = (
+# erf(x) / x for |x| <= 4 as a quotient of polynomials in x^2, fitted for the least largest error of erf: 5e-7 in float32.
+ERF_NUMERATOR, ERF_DENOMINATOR = (
     [1.12837898, 0.196246137, 0.0534669187, 0.00400344925, 0.000288024703, 1.9747082e-06],
     [1.0, 0.507249776, 0.116475077, 0.0154440706, 0.00121628723, 3.74786845e-05],
 )
@@ -175,8 +183,8 @@ def erf_by_quotient(x: Any) -> Any:
     """Inductor's own erf takes 0.7 ns an element on one AVX-512 core, this 0.45."""
     x = x.clamp(-4, 4)
     square = x * x
-    over, under = (polynomial(square, coefficients) for coefficients in (ERF_OVER, ERF_UNDER))
-    return (x * (over / under)).clamp(-1, 1)
+    numerator, denominator = (polynomial(square, coefficients) for coefficients in (ERF_NUMERATOR, ERF_DENOMINATOR))
+    return (x * (numerator / denominator)).clamp(-1, 1)
 
 
 def polynomial(x: Any, coefficients: Sequence[float]) -> Any:
@@ -186,10 +194,10 @@ def polynomial(x: Any, coefficients: Sequence[float]) -> Any:
     return value
 
 
-def exp_by_two(x: Any) -> Any:
-    """Inductor keeps whatever holds an `exp` in memory instead of computing it twice: the nine weights of each window of a max
-    pooling, 29 MB for ResNet-18 at batch 4. It does not `exp2`."""
+def exp_by_exp2(x: Any) -> Any:
+    """Inductor materialises whatever has an `exp` in it instead of computing it twice: the nine weights of each window of a max
+    pooling, 29 MB for ResNet-18 at batch 4. It does not materialise an `exp2`."""
     return torch.exp2(x * math.log2(math.e))
 
 
-CHEAP: dict[Any, Callable[[Any], Any]] = {aten.erf.default: erf_by_quotient, aten.exp.default: exp_by_two}
+CHEAPER: dict[Any, Callable[[Any], Any]] = {aten.erf.default: erf_by_quotient, aten.exp.default: exp_by_exp2}

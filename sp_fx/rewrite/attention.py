@@ -2,98 +2,79 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx, nn
 
+from ..analysis.calls import keywords, op_of
+from ..analysis.facts import Facts
 from ..analysis.ops import AFFINE, MIXES, MIXES_OTHERWISE
-from ..gates.adjoints.attention import tempered_softmax
-from ..gates.adjoints.row import FROZEN, Temperature
-from ..gates.dual import dual_path
+from ..analysis.readers import SOFTMAX
+from .edits import FreezeSoftmax, is_hot
+from .plan import Plan
 
-if TYPE_CHECKING:
-    from .rewrite import Pass
-
-
-PRODUCTS = MIXES
+AFFINE_LEAVES = (*(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),)
 
 
-OTHERS = MIXES_OTHERWISE
+def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A softmax: attention, where it multiplies values; of a classifier or a router, which keeps its derivative, elsewhere."""
+    reader = SOFTMAX.get(op_of(node))
+    if reader is None:
+        return False
+    products, weights = products_of(node, facts, plan.absorbed)
+    if not products:
+        plan.note(node, "kept", "a softmax that multiplies no values")
+        return True
+    try:
+        scores, dim, dtype = reader(*node.args, **keywords(node))
+    except TypeError as error:
+        plan.note(node, "NOT REWRITTEN", f"its arguments are not constants of the graph: {error}")
+        return True
+    if dim is None:
+        plan.note(node, "NOT REWRITTEN", "softmax without a dim")
+        return True
+    tau = plan.gate(node, "attention")
+    if tau is None:
+        return True
+    known = []
+    for product in products:
+        form = mixing(product, weights, facts)
+        if form is not None:
+            known.append((product, *form))
+        elif is_hot(tau):
+            plan.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {facts.op(product)}")
+    plan.absorbed |= {product for product, *_ in known}
+    plan.rows[node] = "softmax"
+    plan.edits.append(FreezeSoftmax(node, scores, dim, dtype, weights, products[-1], known, tau))
+    return True
 
 
-AFFINE_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
-
-
-def products_of(run: Pass, softmax: fx.Node) -> tuple[list[fx.Node], set[fx.Node]]:
-    """The products of a softmax's weights with something else that varies, and the nodes that the weights pass through."""
+def products_of(softmax: fx.Node, facts: Facts, absorbed: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """Returns the products of a softmax's weights with something else that varies, and the nodes that the weights pass through on
+    the way: talking heads, dropout, a mask, a second normalisation. Products in `absorbed` are another softmax's."""
     weights, products = {softmax}, []
-    for node in run.graph.nodes:
-        inputs = [n for n in node.all_input_nodes if n in run.varying]
-        if node is softmax or not any(n in weights for n in inputs):
+    for node in facts.graph.nodes:
+        inputs = facts.varying_inputs(node)
+        if node is softmax or node in absorbed or not any(n in weights for n in inputs):
             continue
-        name = run.op(node) if node.op != "output" else ""
+        name = facts.op(node) if node.op != "output" else ""
         if any(n not in weights for n in inputs):
-            if name.strip("_") in PRODUCTS | OTHERS:
+            if name.strip("_") in MIXES | MIXES_OTHERWISE:
                 products.append(node)
-        elif run.storage.is_view(node) or name in AFFINE or isinstance(run.leaf(node), AFFINE_LEAVES):
+        elif facts.aliasing.is_view(node) or name in AFFINE or isinstance(facts.leaf(node), AFFINE_LEAVES):
             weights.add(node)
     return products, weights
 
 
-def freeze_softmax(
-    run: Pass, node: fx.Node, products: list[fx.Node], weights: set[fx.Node], read: tuple[fx.Node, int, Any], tau: Temperature
-) -> None:
-    """Make the weights constants; at a temperature that is not the forward's, let the values receive by tempered ones."""
-    graph, soft = run.graph, None
-    scores, dim, dtype = read
-    hot = tau not in (1, FROZEN)
-    with graph.inserting_before(node):
-        hard = graph.call_function(dual_path, ("softmax", scores), {"tau": tau, "dim": dim, "dtype": dtype})
-        if hot:
-            cut = graph.call_method("detach", (scores,))
-            soft = graph.call_function(tempered_softmax, (cut,), {"tau": tau, "dim": dim, "dtype": dtype})
-            soft = graph.call_method("type_as", (soft, hard))
-    hard.meta.update(node.meta)
-    run.supersede(node, hard)
-    graph.erase_node(node)
-    weights = (weights - {node}) | {hard}
-    again: dict[fx.Node, fx.Node] = {} if soft is None else {hard: soft}
-    for product in products:
-        form = mixing(product, weights, run)
-        run.moved[node] = product  # where the signal passes: the weights are constants
-        if form is None:
-            if hot:
-                run.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {run.op(product)}")
-            continue
-        mixed_by, values, args = form
-        with graph.inserting_before(product):
-            tempered = replayed(graph, mixed_by, weights, again) if hot else None
-            mixed = graph.call_function(dual_path, ("mix", mixed_by, tempered, values), {"tau": tau, **args})
-        mixed.meta.update(product.meta)
-        run.supersede(product, mixed)
-        run.moved[product] = run.moved[node] = mixed
-        graph.erase_node(product)
-
-
-def replayed(graph: fx.Graph, node: fx.Node, weights: set[fx.Node], again: dict[fx.Node, fx.Node]) -> fx.Node:
-    """What `node` would be, were the softmax another."""
-    if node not in weights:
-        return node
-    if node not in again:
-        for n in node.all_input_nodes:
-            replayed(graph, n, weights, again)
-        again[node] = graph.node_copy(node, lambda n: again.get(n, n))
-    return again[node]
-
-
-def mixing(product: fx.Node, weights: set[fx.Node], run: Pass) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
-    """The weights, the values and the row's arguments of a product that the table has."""
-    if run.op(product).strip("_") in PRODUCTS and len(product.args) == 2:
+def mixing(product: fx.Node, weights: set[fx.Node], facts: Facts) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
+    """Returns the weights, the values and the arguments of the row `mix`, of a product that it covers: `weights @ values`,
+    `values @ weights`, or an einsum of the two."""
+    if facts.op(product).strip("_") in MIXES and len(product.args) == 2:
         left, right = product.args
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return None
         return (left, right, {}) if left in weights else (right, left, {"form": "values @ weights"})
-    if run.op(product) == "einsum" and isinstance(product.args[0], str):
+    if facts.op(product) == "einsum" and isinstance(product.args[0], str):
         operands: Any = product.args[1] if isinstance(product.args[1], tuple | list) else product.args[1:]
         equation = product.args[0].replace(" ", "")
         terms = equation.split("->")[0].split(",")

@@ -56,7 +56,7 @@ class Site:
         return self.relative is None and isinstance(self.temperature, int | float) and TABLE[self.kind].homogeneous
 
     @property
-    def told_temperature(self) -> str:
+    def temperature_text(self) -> str:
         unit = f" x {self.scale:.4g}" if isinstance(self.scale, float) else " x scale" if self.scale == "sample" else ""
         return "" if self.temperature is None else f"{self.temperature}{unit}"
 
@@ -77,7 +77,7 @@ class Report:
     def __str__(self) -> str:
         counts = ", ".join(f"{len(self.of(s))} {s}" for s in ("rewritten", "kept", "NOT REWRITTEN"))  # type: ignore[arg-type]
         rows = [["place", "op", "gate", "temperature", ""]]
-        rows += [[site.place, site.op, site.kind, site.told_temperature, site.note] for site in self.sites]
+        rows += [[site.place, site.op, site.kind, site.temperature_text, site.note] for site in self.sites]
         if any(site.spread is not None for site in self.sites):
             known = [("" if n is None else f"{n:.4g}" for n in (s.spread, s.relative)) for s in self.sites]
             for row, cells in zip(rows, [("deviation", "of it"), *known]):
@@ -89,11 +89,11 @@ class Report:
 
     def misfits(self) -> list[str]:
         """Lines on temperatures that do not fit their gates, or that could not be compared with them."""
-        told = []
+        lines = []
         for word, end in (("hard", "the way back through them is the gradient's"), ("open", "half of everything passes them")):
             count = sum(f"effectively {word}" in site.note for site in self.sites)
             if count:
-                told.append(f"{count} gates are effectively {word}: {end}. calibrate(), or a scale of 'sample', fits them")
+                lines.append(f"{count} gates are effectively {word}: {end}. calibrate(), or a scale of 'sample', fits them")
         if any(site.supposes_unit_scale for site in self.sites):
-            told.append("absolute temperatures suppose pre-activations of unit scale: report(inputs) compares")
-        return told
+            lines.append("absolute temperatures suppose pre-activations of unit scale: report(inputs) compares")
+        return lines

@@ -1,1 +1,1 @@
-"""Packages at work: behind HTTP, and over folders of pictures."""
+"""Packages at work: behind HTTP (`http` < `service` < `requests`, `metrics`, `batching`) and over folders (`batch_jobs`)."""

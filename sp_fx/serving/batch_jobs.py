@@ -24,7 +24,7 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
 def pictures(folder: str | os.PathLike[str]) -> list[Path]:
-    """The pictures in a folder, by name."""
+    """Returns the pictures in a folder, sorted by name."""
     return sorted(file for file in Path(folder).iterdir() if file.suffix.lower() in ENDINGS)
 
 
@@ -42,54 +42,57 @@ class Batches:
         torch.set_num_threads(threads)
         self.program, self.files, self.batch = load(package, device=device, threads=threads), files, batch
         manifest: Any = self.program.manifest
-        told = {k: manifest[k] for k in ("model", "method", "rules", "weights_sha256", "versions", "input_space")}
+        facts = {k: manifest[k] for k in ("model", "method", "rules", "weights_sha256", "versions", "input_space")}
         digest = hashlib.sha256(Path(package).read_bytes()).hexdigest()
-        self.provenance = json.dumps({**told, "package_sha256": digest, "batch": batch, "threads": threads}, sort_keys=True)
+        self.provenance = json.dumps({**facts, "package_sha256": digest, "batch": batch, "threads": threads}, sort_keys=True)
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch)
 
     def __call__(self, number: int) -> dict[str, np.ndarray]:
-        """`names`; `errors`, "" where there is none; `logits`; `maps`, float16, each divided by its `scales`, float32, which is
-        its greatest magnitude, since pullbacks go below what float16 holds. A picture that cannot be read counts as zeros."""
+        """Returns arrays with an entry for each picture of the batch.
+
+        `names`; `errors`, "" where there is none; `logits`; `maps`, float16, each divided by its `scales`, float32, which is its
+        greatest magnitude, since pullbacks go below what float16 holds. A picture that cannot be read counts as zeros.
+        """
         files = self.files[number * self.batch : (number + 1) * self.batch]
         _, height, width = self.program.shapes[0]
         pixels, errors = np.zeros((self.batch, 3, height, width), np.float32), []
-        for place, file in zip(pixels, files):
+        for sample, file in zip(pixels, files):
             try:
-                place[:] = decode(file.read_bytes(), (height, width), 1 << 26)
+                sample[:] = decode(file.read_bytes(), (height, width), 1 << 26)
                 errors.append("")
             except (PictureError, OSError) as error:
                 errors.append(str(error)[:300])
-        found = self.program(torch.from_numpy(pixels).to(self.program.device))
-        logits, maps = (t.float().cpu().numpy()[: len(files)] for t in found)
+        results = self.program(torch.from_numpy(pixels).to(self.program.device))
+        logits, maps = (t.float().cpu().numpy()[: len(files)] for t in results)
         scales = np.abs(maps).max((1, 2, 3))
-        small = (maps / np.where(scales > 0, scales, 1)[:, None, None, None]).astype(np.float16)
+        scaled = (maps / np.where(scales > 0, scales, 1)[:, None, None, None]).astype(np.float16)
         names = np.array([file.name for file in files])
-        return {"names": names, "errors": np.array(errors), "logits": logits, "maps": small, "scales": scales}
+        return {"names": names, "errors": np.array(errors), "logits": logits, "maps": scaled, "scales": scales}
 
 
 def begin(out: str | os.PathLike[str], batches: Batches) -> Path:
-    """Make the folder `out`, or go on in it.
+    """Make the folder `out` of a job, or go on in it; `job.json` in it says which job it belongs to. Returns its path.
 
     Raises:
-        ValueError: what is there comes from other pictures, another package or other settings.
+        ValueError: the folder was begun with other pictures, another package, batch or number of threads.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     names = hashlib.sha256("\n".join(str(file) for file in batches.files).encode()).hexdigest()
-    wanted = {**json.loads(batches.provenance), "pictures": len(batches.files), "pictures_sha256": names}
+    job = {**json.loads(batches.provenance), "pictures": len(batches.files), "pictures_sha256": names}
     record = out / "job.json"
     if not record.exists():
-        whole(record, (json.dumps(wanted, indent=1) + "\n").encode())
-    held = json.loads(record.read_text())
-    if other := sorted(key for key in wanted.keys() | held.keys() if wanted.get(key) != held.get(key)):
-        raise ValueError(f"{out} was begun by a job that differs in {', '.join(other)}: give this one a folder of its own")
+        write_atomically(record, (json.dumps(job, indent=1) + "\n").encode())
+    begun = json.loads(record.read_text())
+    if differences := sorted(key for key in job.keys() | begun.keys() if job.get(key) != begun.get(key)):
+        raise ValueError(f"{out} was begun by a job that differs in {', '.join(differences)}: give this one a folder of its own")
     return out
 
 
-def whole(path: Path, content: bytes) -> None:
-    """Write a file that is never there by halves."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that, whenever the process dies, it is there in full or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     with draft.open("wb") as file:
         file.write(content)

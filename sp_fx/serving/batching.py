@@ -1,4 +1,4 @@
-"""Dynamic batching: single samples from many threads, run together. One worker, a bounded queue."""
+"""Dynamic batching: single samples that many threads submit are run together, by one worker behind a bounded queue."""
 
 from __future__ import annotations
 
@@ -11,44 +11,49 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-LOOK = 0.001  # seconds between two looks at what is expected
-
+POLL = 0.001  # seconds between two looks at how many samples are expected
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
 
 class Full(RuntimeError):
-    """The queue has no room for these samples."""
+    """The queue of a batcher has no room for the samples that were submitted."""
 
 
 class Closed(RuntimeError):
-    """The batcher takes no more samples."""
+    """The batcher is closing and takes no more samples."""
 
 
 class Batcher:
     """Runs `run(samples)`, which returns one answer a sample, on at most `size` samples at a time.
 
-    A batch starts when it is full, when no more samples are to be `expected` than it has, or `wait` seconds after its first one
-    came, which for samples that came while another batch ran is mostly at once. So one client is answered without waiting, and
-    of many that ask again and again most share a batch. At most `room` samples wait. A sample whose
-    future was cancelled before its batch started is dropped. Where a batch of several fails, its samples are run one by one, so
-    that one that cannot be run does not fail its neighbours.
+    A batch starts when it is full, when `expected()` says that no more samples are coming than it has, or `wait` seconds after
+    its first one came, which for samples that came while another batch ran is mostly at once. So a single client is answered
+    without waiting, and of many that ask again and again most share a batch. At most `room` samples wait. A sample whose future
+    was cancelled before its batch started is dropped. Where a batch of several fails, its samples are run one by one, so that one
+    that cannot be run does not fail its neighbours.
+
+    Attributes:
+        batches: how many batches of each size ran.
+        seconds: how long they ran in all.
+        waiting: how many samples wait.
     """
 
     def __init__(self, run: Run, size: int, wait: float, room: int, expected: Callable[[], float] = lambda: math.inf) -> None:
         self.run, self.size, self.wait, self.room, self.expected = run, size, wait, room, expected
         self.queue: queue.SimpleQueue[tuple[Any, Future, float] | None] = queue.SimpleQueue()
         self.waiting, self.lock, self.closed = 0, threading.Lock(), False
-        self.batches: Counter[int] = Counter()  # how many of each size ran
+        self.batches: Counter[int] = Counter()
         self.seconds = 0.0
         self.worker = threading.Thread(target=self._work, name="batcher", daemon=True)
         self.worker.start()
 
     def submit(self, samples: Sequence[Any]) -> list[Future]:
-        """Put all of `samples` in the queue, or none.
+        """Put all of `samples` in the queue, or none; returns a future of each one's answer.
 
         Raises:
-            Full, Closed: there is no room; the batcher is closing.
+            Full: there is no room for all of them.
+            Closed: the batcher is closing.
         """
         with self.lock:
             if self.closed:
@@ -62,7 +67,7 @@ class Batcher:
         return futures
 
     def close(self, timeout: float | None = None) -> None:
-        """Take no more, run what waits, and stop."""
+        """Take no more samples, run those that wait, and stop; `timeout` is how long to wait for that, in seconds."""
         with self.lock:
             if not self.closed:
                 self.closed = True
@@ -75,22 +80,22 @@ class Batcher:
             first = self.queue.get()
             if first is None:
                 return
-            taken, until = [first], first[2] + self.wait
-            while len(taken) < self.size:
-                left = until - time.monotonic() if self.expected() > len(taken) else 0.0
+            entries, until = [first], first[2] + self.wait
+            while len(entries) < self.size:
+                left = until - time.monotonic() if self.expected() > len(entries) else 0.0
                 try:
-                    found = self.queue.get(timeout=min(left, LOOK)) if left > 0 else self.queue.get_nowait()
+                    entry = self.queue.get(timeout=min(left, POLL)) if left > 0 else self.queue.get_nowait()
                 except queue.Empty:
-                    if left > LOOK:
+                    if left > POLL:
                         continue
                     break
-                if found is None:
+                if entry is None:  # close() was called
                     last = True
                     break
-                taken.append(found)
+                entries.append(entry)
             with self.lock:
-                self.waiting -= len(taken)
-            batch = [(sample, future) for sample, future, _ in taken if future.set_running_or_notify_cancel()]
+                self.waiting -= len(entries)
+            batch = [(sample, future) for sample, future, _ in entries if future.set_running_or_notify_cancel()]
             if batch:
                 self._answer(batch)
 
@@ -104,8 +109,8 @@ class Batcher:
             if len(batch) == 1:
                 batch[0][1].set_exception(error)
                 return
-            for one in batch:
-                self._answer([one])
+            for pair in batch:
+                self._answer([pair])
             return
         self.seconds += time.perf_counter() - started
         self.batches[len(batch)] += 1

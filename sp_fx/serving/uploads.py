@@ -1,4 +1,4 @@
-"""Pictures from strangers: decoded with limits. Needs Pillow (extra `serve`)."""
+"""Uploaded pictures, which may be anything: decoded with limits. Needs Pillow (extra `serve`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that al
 
 
 class PictureError(ValueError):
-    """Not a picture that is taken; `too_large` where its size is the reason."""
+    """An upload that is no picture of the known formats, or one with too many pixels (`too_large`)."""
 
     def __init__(self, message: str, too_large: bool = False) -> None:
         super().__init__(message)
@@ -20,7 +20,7 @@ class PictureError(ValueError):
 
 
 def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
-    """The picture in `content` as float32 [3, *size] in [-1, 1]: its shorter side resized to fit, its centre cropped.
+    """Returns the picture in `content` as float32 [3, *size] in [-1, 1]: its shorter side resized to fit, its centre cropped.
 
     The header is read first, and nothing is decoded beyond `max_pixels`.
 

@@ -1,1 +1,1 @@
-"""One file a family of gates: the exact forward, the soft adjoint, and the rows of the table that they make."""
+"""One file a family of gates: its formulas, each kind's exact forward and soft adjoint, and the rows of the table."""

@@ -1,6 +1,9 @@
-"""Attention: the signal goes back through the values only, by softmax weights at a temperature.
+"""Attention: the signal goes back through the values only. Queries, keys and the weights that they make are constants.
 
-Queries, keys and the weights that they make are constants.
+    attention  v -> softmax((q k^T scale + mask) / tau)^T v                 arXiv:2507.22832
+
+Attention that a model writes out is two rows: `softmax`, through which no signal goes back, and `mix`, the product of the weights
+with the values, `v -> softmax(scores / tau)^T v`. Frozen is tau = 1.
 """
 
 from __future__ import annotations
@@ -14,11 +17,9 @@ from torch import Tensor
 
 from .row import Row, Tau, cooled, wide
 
-# -- attention: through the values only ---------------------------------------------------------------------------------
-
 
 def attention(q, k, value, mask, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
-    # The mask goes in as given: detached, another CPU kernel would be chosen and the last bits would differ.
+    # The mask goes in as it came: detached, another CPU kernel would be chosen and the last bits would differ.
     return F.scaled_dot_product_attention(q, k, value, mask, 0.0, is_causal, scale=score_scale, enable_gqa=enable_gqa)
 
 
@@ -50,7 +51,7 @@ def softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tenso
 
 
 def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
-    """Attention weights that are written out are constants: what they multiply gets the signal, the scores none."""
+    """The adjoint of attention weights, which are constants: what they multiply gets the signal, the scores none."""
 
 
 def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:

@@ -1,7 +1,10 @@
-"""Max pooling of every form: the hard forward, and the adjoint that spreads a window's cotangent by `softmax(window / tau)`.
+"""Max pooling of every form: each window's cotangent is spread over the window by `softmax(window / tau)`.
 
-`v` and the forward's output `y` are [..., *windows], the input `x` [..., *spatial]; a temperature of one number a sample has its
-other axes 1. Frozen, a cotangent is spread over the maxima equally.
+    max_pool                                      v -> sum over the windows w of v_w softmax(z_w / tau)     arXiv:2507.22832
+    amax, adaptive_max_pool, fractional_max_pool  the same, over other windows; same principle
+
+Frozen, a cotangent goes to the maxima of its window equally, the limit as tau -> 0. `v` and the forward's output `y` are
+[..., *windows], the input `x` [..., *spatial]; a temperature of one number a sample has its other axes 1.
 """
 
 from __future__ import annotations
@@ -17,63 +20,48 @@ from torch import Tensor
 from .row import Row, Tau, wide
 
 
-def weights(difference: Tensor, tau: Tau) -> Tensor:
-    """`exp(difference / tau)` of an element's difference to its window's maximum, at most 0; frozen, whether it is one."""
-    if isinstance(tau, str):
-        return (difference >= 0).to(difference.dtype)
-    return torch.exp((difference * (1 / tau)).clamp_min(-60))  # no denormals
-
-
 def max_pool(x: Tensor, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel) - 1]
     return pool(x, kernel, stride, padding, dilation, ceil_mode)
 
 
 def max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, kernel, stride, padding, dilation, ceil_mode) -> Tensor:
-    """Spread each window's cotangent over the window by `softmax(window / tau)`; frozen, over its maxima equally.
+    """A gather, without scatter or unfold: with stride s, tap i of window o reads pixel `s o + i dilation`, that is, cell `o + j`
+    of phase `a` for `i dilation = s j + a`. Each phase is a strided slice; the phases are interleaved at the end.
 
-    `x` [..., *spatial], its maxima `y` and `v` [..., *windows]; kernel, stride, padding, dilation: a tuple, one number an axis.
-    A gather without scatter or unfold: with stride s, tap i of window o reads pixel `s o + i dilation`, that is, place
-    `o + j` of phase `a` for `i dilation = s j + a`. Each phase is a strided slice; the phases are interleaved at the end.
+    Kernel, stride, padding, dilation: a tuple, one number an axis.
     """
     n, lead, lowest = len(kernel), v.dim() - len(kernel), torch.finfo(wide(x).dtype).min
     windows, spatial = v.shape[lead:], x.shape[lead:]
     reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(windows, stride, dilation, kernel)]
-    places = [-(-max(r, p + m) // s) for r, p, m, s in zip(reach, padding, spatial, stride)]
-    margins = [(p, q * s - p - m) for p, q, s, m in zip(padding, places, stride, spatial)]
+    cells = [-(-max(r, p + m) // s) for r, p, m, s in zip(reach, padding, spatial, stride)]
+    margins = [(p, q * s - p - m) for p, q, s, m in zip(padding, cells, stride, spatial)]
     # Finite bounds keep inf - inf out of the differences: equal infinities tie, as they do in the forward pass.
     padded = F.pad(wide(x), flat(margins), value=-math.inf).clamp(lowest, -lowest)
     y = wide(y).clamp(lowest, -lowest)
-    split = padded.reshape(*x.shape[:lead], *(size for pair in zip(places, stride) for size in pair))
-    phase_axes, place_axes = range(lead + 1, lead + 2 * n, 2), range(lead, lead + 2 * n, 2)
-    phases = split.permute(*phase_axes, *range(lead), *place_axes).contiguous()  # [*stride, ..., *places]
+    split = padded.reshape(*x.shape[:lead], *(size for pair in zip(cells, stride) for size in pair))
+    phase_axes, cell_axes = range(lead + 1, lead + 2 * n, 2), range(lead, lead + 2 * n, 2)
+    phases = split.permute(*phase_axes, *range(lead), *cell_axes).contiguous()  # [*stride, ..., *cells]
 
     taps = []  # (phase, shift, weight of this tap in each window [..., *windows])
     for index in itertools.product(*map(range, kernel)):
         shift, phase = zip(*(divmod(i * d, s) for i, d, s in zip(index, dilation, stride)))
-        seen: Any = (*phase, ..., *(slice(j, j + o) for j, o in zip(shift, windows)))
-        difference = phases[seen] - y
-        taps.append((phase, shift, weights(difference, tau)))
+        tap: Any = (*phase, ..., *(slice(j, j + o) for j, o in zip(shift, windows)))
+        taps.append((phase, shift, weights(phases[tap] - y, tau)))
     per_weight = v / sum(weight for _, _, weight in taps)  # the maximum itself weighs 1: never a division by zero
 
     shares: dict[tuple[int, ...], Tensor] = {}
     for phase, shift, weight in taps:
-        room = [(j, q - o - j) for j, q, o in zip(shift, places, windows)]
+        room = [(j, q - o - j) for j, q, o in zip(shift, cells, windows)]
         share = F.pad(per_weight * weight, flat(room))
         shares[phase] = shares[phase] + share if phase in shares else share
-    nothing = torch.zeros_like(next(iter(shares.values())))
-    spread = torch.stack([shares.get(phase, nothing) for phase in itertools.product(*map(range, stride))])
+    zeros = torch.zeros_like(next(iter(shares.values())))
+    spread = torch.stack([shares.get(phase, zeros) for phase in itertools.product(*map(range, stride))])
     spread = spread.reshape(*stride, *spread.shape[1:])
-    interleaved = [axis for i in range(n) for axis in (n + lead + i, i)]  # [..., place, stride, place, stride, ...]
+    interleaved = [axis for i in range(n) for axis in (n + lead + i, i)]  # [..., cell, stride, cell, stride, ...]
     spread = spread.permute(*range(n, n + lead), *interleaved).reshape(padded.shape)
     inside: Any = (..., *(slice(p, p + m) for p, m in zip(padding, spatial)))
-    spread = spread[inside]
-    return spread.to(x.dtype)
-
-
-def flat(margins: list[tuple[int, int]]) -> list[int]:
-    """Per-axis (before, after) in the order `F.pad` reads them."""
-    return [side for pair in reversed(margins) for side in pair]
+    return spread[inside].to(x.dtype)
 
 
 def amax(x: Tensor, dim, keepdim: bool) -> Tensor:
@@ -81,7 +69,7 @@ def amax(x: Tensor, dim, keepdim: bool) -> Tensor:
 
 
 def amax_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) -> Tensor:
-    """Global max pooling: a maximum's cotangent over what it was taken from, by `softmax(x / tau)`; frozen, its ties equally."""
+    """Global max pooling: one window, the axes `dim` (all of them where it is empty)."""
     if not keepdim:
         for axis in sorted(d % x.dim() for d in dim or range(x.dim())):
             v, y = v.unsqueeze(axis), y.unsqueeze(axis)
@@ -97,12 +85,12 @@ def adaptive_max_pool(x: Tensor, size) -> Tensor:
 
 
 def adaptive_max_pool_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, size) -> Tensor:
-    """As `max_pool_adjoint`, over windows from `floor(i n / m)` to `ceil((i + 1) n / m)`, for n pixels and m windows an axis."""
+    """Over windows from `floor(i n / m)` to `ceil((i + 1) n / m)`, for n pixels and m windows an axis."""
     starts, ends = [], []
     for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :]):
-        place = torch.arange(m, device=x.device)
-        starts.append(place * n // m)
-        ends.append(-(-(place + 1) * n // m))
+        window = torch.arange(m, device=x.device)
+        starts.append(window * n // m)
+        ends.append(-(-(window + 1) * n // m))
     taps = [-(-n // m) + 1 for n, m in zip(x.shape[-len(size) :], v.shape[-len(size) :])]
     return spread_over(v, x, y, tau, starts, ends, taps)
 
@@ -113,8 +101,8 @@ def fractional_max_pool(x: Tensor, samples: Tensor, kernel, size, ratio) -> Tens
 
 
 def fractional_max_pool_adjoint(v: Tensor, x: Tensor, samples: Tensor, y: Tensor, tau: Tau, kernel, size, ratio) -> Tensor:
-    """As `max_pool_adjoint`, over the windows that `samples` [B, C, axes] choose (Graham, "Fractional Max-Pooling",
-    arXiv:1412.6071): with a = (n - k) / (m - 1), window i starts at floor((i + s) a) - floor(s a), the last one at n - k."""
+    """Over the windows that `samples` [B, C, axes] choose (Graham, "Fractional Max-Pooling", arXiv:1412.6071): with
+    a = (n - k) / (m - 1), window i starts at floor((i + s) a) - floor(s a), the last one at n - k."""
     lead = x.shape[: -len(kernel)]
     samples = samples.reshape(*lead, len(kernel)) if len(lead) == 2 else samples.reshape(*lead, -1)
     starts = []
@@ -127,19 +115,31 @@ def fractional_max_pool_adjoint(v: Tensor, x: Tensor, samples: Tensor, y: Tensor
     return spread_over(v, x, y, tau, starts, [start + k for start, k in zip(starts, kernel)], kernel)
 
 
+def weights(difference: Tensor, tau: Tau) -> Tensor:
+    """`exp(difference / tau)`, for an element's difference to its window's maximum, at most 0; frozen, 1 at a maximum, else 0."""
+    if isinstance(tau, str):
+        return (difference >= 0).to(difference.dtype)
+    return torch.exp((difference * (1 / tau)).clamp_min(-60))  # no denormals
+
+
+def flat(margins: list[tuple[int, int]]) -> list[int]:
+    """Per-axis (before, after) in the order `F.pad` reads them."""
+    return [side for pair in reversed(margins) for side in pair]
+
+
 def spread_over(v: Tensor, x: Tensor, y: Tensor, tau: Tau, starts: list[Tensor], ends: list[Tensor], widest) -> Tensor:
-    """Spread the cotangents of windows of any place and size: for each pooled axis `starts` and `ends` [..., windows], and
-    a bound on the pixels that a window has."""
+    """Spreads the cotangents of windows of any position and size: for each pooled axis `starts` and `ends` [..., windows], and
+    `widest`, a bound on the pixels of a window."""
     n, lowest = len(starts), torch.finfo(wide(x).dtype).min
     lead, spatial, windows = x.shape[:-n], x.shape[-n:], v.shape[-n:]
     index = torch.zeros((), dtype=torch.long, device=x.device)
     inside = torch.ones((), dtype=torch.bool, device=x.device)
     for axis, (start, end, pixels, most) in enumerate(zip(starts, ends, spatial, widest)):
-        place = start[..., None] + torch.arange(most, device=x.device)  # [..., windows, taps]
-        shape = [*place.shape[:-2], *(place.shape[-2] if a == axis else 1 for a in range(n))]
-        shape += [place.shape[-1] if a == axis else 1 for a in range(n)]
-        inside = inside & (place < end[..., None]).reshape(shape)
-        index = index * pixels + place.clamp_max(pixels - 1).reshape(shape)
+        pixel = start[..., None] + torch.arange(most, device=x.device)  # [..., windows, taps]
+        shape = [*pixel.shape[:-2], *(pixel.shape[-2] if a == axis else 1 for a in range(n))]
+        shape += [pixel.shape[-1] if a == axis else 1 for a in range(n)]
+        inside = inside & (pixel < end[..., None]).reshape(shape)
+        index = index * pixels + pixel.clamp_max(pixels - 1).reshape(shape)
     taps = math.prod(index.shape[-n:])
     index, inside = (t.flatten(-n).expand(*lead, *windows, taps).flatten(-n - 1) for t in (index, inside))
     value = wide(x).clamp(lowest, -lowest).flatten(-n).gather(-1, index).reshape(*v.shape, taps)

@@ -1,4 +1,10 @@
-"""Products of a signal with a gate made from the same input: GLU."""
+"""Products of a signal with a gate that is made from the same input.
+
+    glu  v -> (v sigmoid(b), 0)  for z = (a, b), the halves along an axis, and `glu(z) = a sigmoid(b)`
+
+The gate is a constant: no temperature, and no signal through it. Same principle as arXiv:2507.22832; `Rules()` leaves products
+their plain derivative.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .row import FROZEN, Row, Tau, wide
+from .row import Row, Tau, wide
 
 
 def glu_adjoint(v: Tensor, z: Tensor, tau: Tau, dim: int) -> Tensor:
@@ -15,5 +21,5 @@ def glu_adjoint(v: Tensor, z: Tensor, tau: Tau, dim: int) -> Tensor:
 
 
 ROWS: dict[str, Row] = {
-    "glu": Row(lambda z, dim: F.glu(z, dim), glu_adjoint, FROZEN, rule="product"),
+    "glu": Row(lambda z, dim: F.glu(z, dim), glu_adjoint, None, rule="product"),
 }

@@ -1,6 +1,18 @@
-"""Gates with a kink: ReLU and its like, thresholds, clamps, shrinkage, absolute value, ELU.
+"""Gates with kinks: ReLU and its like, clamps and thresholds, shrinkage, absolute value, ELU.
 
-The hard gate is a step, or a sum of steps, at each kink; the soft one the normal distribution function `Phi` in its place.
+The hard gate is a step at each kink, the soft one the step's average over Gaussian eps. With `u(z)` the step `z > 0` where frozen
+(one half at 0), and `P(z + tau eps > 0) = Phi(z / tau)`, the normal distribution function, where soft, the way back is
+
+    relu                    v u(z)                                          arXiv:2507.22832
+    leaky_relu, prelu       v (s + (1 - s) u(z))                            of slope s below 0
+    hardtanh, between       v (u(z - low) - u(z - high))                    ReLU6 and clamp, by numbers or tensors
+    maximum, minimum        v u(z - floor), v u(ceiling - z)
+    threshold               v u(z - threshold)
+    hardshrink, softshrink  v (u(z - width) + u(-z - width))
+    abs                     v (u(z) - u(-z))
+    elu                     v o (u(z) + a s E[e^{s (z + tau eps)}; z + tau eps < 0])    of scale a, output scale o, input scale s
+
+All but ReLU, which is the paper's: same principle.
 """
 
 from __future__ import annotations
@@ -13,22 +25,12 @@ from torch import Tensor
 
 from .row import FROZEN, Row, Tau, at_once, gain_row
 
-# -- pointwise gates ----------------------------------------------------------------------------------------------------
-
-
 OFFSET = torch.full((), 1e-30)
 
 
-def scaled(z: Tensor, by: Tensor) -> Tensor:
-    """`by * z + 1e-30`, where `by` [B, 1, ...] has one number a sample. Large samples one at a time, which takes one pass."""
-    if by.numel() == 1:
-        return torch.add(OFFSET, z, alpha=float(by))
-    if by.numel() != len(z) or z.numel() < len(z) << 14:
-        return (z * by).add_(OFFSET)
-    out = torch.empty_like(z)
-    for one, factor, place in zip(z, by.flatten().tolist(), out):
-        torch.add(OFFSET, one, alpha=factor, out=place)
-    return out
+def opening(z: Tensor, tau: Tau) -> Tensor:
+    """`u(z)`, the average of the step `z > 0`. Frozen, the step itself, one half at the kink: the limit as tau -> 0."""
+    return torch.sign(z).add_(1).mul_(0.5) if isinstance(tau, str) else normal_cdf(z, tau)
 
 
 def normal_cdf(z: Tensor, tau: float | Tensor = 1.0) -> Tensor:
@@ -43,9 +45,16 @@ def normal_cdf(z: Tensor, tau: float | Tensor = 1.0) -> Tensor:
     return torch.erf(z * (math.sqrt(0.5) / tau)).mul_(0.5).add_(0.5)  # erf, not erfc: Inductor vectorises it, ONNX has it
 
 
-def opening(z: Tensor, tau: Tau) -> Tensor:
-    """The average of the step `z > 0`. Frozen, the step itself, one half at the kink: the limit as tau -> 0."""
-    return torch.sign(z).add_(1).mul_(0.5) if isinstance(tau, str) else normal_cdf(z, tau)
+def scaled(z: Tensor, by: Tensor) -> Tensor:
+    """`by * z + 1e-30`, where `by` [B, 1, ...] has one number a sample. Large samples one at a time, which takes one pass."""
+    if by.numel() == 1:
+        return torch.add(OFFSET, z, alpha=float(by))
+    if by.numel() != len(z) or z.numel() < len(z) << 14:
+        return (z * by).add_(OFFSET)
+    out = torch.empty_like(z)
+    for sample, factor, product in zip(z, by.flatten().tolist(), out):
+        torch.add(OFFSET, sample, alpha=factor, out=product)
+    return out
 
 
 def leaky(z: Tensor, tau: Tau, slope: Tensor | float) -> Tensor:
@@ -53,8 +62,14 @@ def leaky(z: Tensor, tau: Tau, slope: Tensor | float) -> Tensor:
 
 
 def prelu_gain(z: Tensor, weight: Tensor, tau: Tau) -> Tensor:
+    """`weight` holds one slope, or one for each channel, axis 1 of `z`."""
     channels = [-1] + [1] * (z.dim() - 2) if weight.numel() > 1 else [1] * z.dim()
     return leaky(z, tau, weight.to(z.dtype).view(channels))
+
+
+def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) -> Tensor:
+    above_low = torch.ones_like(z) if low is None else opening(z - low, tau)
+    return above_low if high is None else above_low - opening(z - high, tau)
 
 
 def maximum_gain(z: Tensor, floor: Tensor, tau: Tau) -> Tensor:
@@ -65,21 +80,20 @@ def minimum_gain(z: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
     return opening(ceiling.to(z.dtype) - z, tau)
 
 
-def shrink_gain(z: Tensor, tau: Tau, width: float) -> Tensor:
-    return opening(z - width, tau) + opening(-z - width, tau)
-
-
-def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) -> Tensor:
-    above_low = torch.ones_like(z) if low is None else opening(z - low, tau)
-    return above_low if high is None else above_low - opening(z - high, tau)
-
-
 def between_gain(z: Tensor, floor: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
     return maximum_gain(z, floor, tau) - maximum_gain(z, ceiling, tau)
 
 
+def shrink_gain(z: Tensor, tau: Tau, width: float) -> Tensor:
+    return opening(z - width, tau) + opening(-z - width, tau)
+
+
+def elu(z: Tensor, alpha: float, output_scale: float, input_scale: float) -> Tensor:
+    return torch.ops.aten.elu(z, alpha, output_scale, input_scale)
+
+
 def elu_gain(z: Tensor, tau: Tau, alpha: float, output_scale: float, input_scale: float) -> Tensor:
-    # With s = input_scale: E[s e^{s(z + tau eps)}; z + tau eps < 0] = s e^{sz + (s tau)^2 / 2} Phi(-z/tau - s tau), here as
+    # With s = input_scale: E[e^{s(z + tau eps)}; z + tau eps < 0] = e^{sz + (s tau)^2 / 2} Phi(-z/tau - s tau), here as
     # one exponential of a sum because the product is inf * 0 at large z. At |z| = 1e4 both sides have long saturated.
     z, s = z.clamp(-1e4, 1e4), input_scale
     if isinstance(tau, str):
@@ -87,10 +101,6 @@ def elu_gain(z: Tensor, tau: Tau, alpha: float, output_scale: float, input_scale
     else:
         negative = torch.exp(s * z + (s * tau) ** 2 / 2 + torch.special.log_ndtr(-z / tau - s * tau))
     return output_scale * (opening(z, tau) + alpha * s * negative)
-
-
-def elu(z: Tensor, alpha: float, output_scale: float, input_scale: float) -> Tensor:
-    return torch.ops.aten.elu(z, alpha, output_scale, input_scale)
 
 
 ROWS: dict[str, Row] = {

@@ -1,4 +1,13 @@
-"""Gates that are smooth already, `f(z) = z g(z)`: GELU, SiLU, Hardswish, Mish. The way back multiplies by `g(z / tau)`."""
+"""Gates that are smooth already, `f(z) = z g(z)`: the way back multiplies by their own gain at a temperature, `v g(z / tau)`.
+
+    gelu        g(z) = Phi(z)                                       arXiv:2507.22832
+    silu        g(z) = sigmoid(z), or sigmoid(rate z) written out   arXiv:2507.22832
+    quick_gelu  g(z) = sigmoid(rate z)                              this and the next two: same principle
+    hardswish   g(z) = min(max(z / 6 + 1/2, 0), 1)
+    mish        g(z) = tanh(log(1 + e^z))
+
+Frozen is tau = 1, the gain of the forward pass.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +21,14 @@ from .relu import normal_cdf
 from .row import Row, Tau, cooled, gain_row
 
 
-def silu_gain(z: Tensor, tau: Tau, rate: float = 1.0) -> Tensor:
-    return torch.sigmoid(cooled(z, tau) * rate)
-
-
 def gelu_gain(z: Tensor, tau: Tau, approximate: str = "none") -> Tensor:
     if isinstance(tau, str) and approximate == "tanh":  # the forward's own gain, which differs from Phi by up to 5e-4
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
     return normal_cdf(z, 1.0 if isinstance(tau, str) else tau)
+
+
+def silu_gain(z: Tensor, tau: Tau, rate: float = 1.0) -> Tensor:
+    return torch.sigmoid(cooled(z, tau) * rate)
 
 
 ROWS: dict[str, Row] = {

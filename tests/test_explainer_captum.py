@@ -1,30 +1,14 @@
-"""Other libraries on the explainer, each against the library itself."""
+"""Captum's gradient methods on the explainer, which is a model to them: each is the pullback's like."""
 
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 import sp_fx
+from bridged import TARGET, Net, X
 from helpers import fill, relative
-from sp_fx.bridges import Attributor, explain_func
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
-        self.layer2 = nn.Sequential(nn.Conv2d(6, 8, 3, stride=2), nn.ReLU(), nn.MaxPool2d(2))
-        self.head = nn.Linear(8, 4)
-
-    def forward(self, x):
-        return self.head(self.layer2(self.layer1(x)).mean((2, 3)))
-
-
-X = torch.randn(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-TARGET = torch.tensor([1, 0, 3])
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +27,6 @@ def quiet():
         warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
         warnings.filterwarnings("ignore", "Setting backward hooks on ReLU")
         yield
-
-
-# -- Captum -------------------------------------------------------------------------------------------------------------
 
 
 def test_saliency_and_input_x_gradient(explainer):
@@ -110,55 +91,3 @@ def test_what_guided_grad_cam_means_here(model, explainer):
     expected = guided * attr.LayerAttribution.interpolate(cam, X.shape[2:])
     assert relative(found, expected) <= 1e-5
     assert relative(explainer.pullback(X, TARGET), sp_fx.transform(model).pullback(X, TARGET)) == 0  # no hook is left
-
-
-# -- Quantus ------------------------------------------------------------------------------------------------------------
-
-
-def test_explain_func_returns_arrays(model):
-    x = X.numpy()
-    found = explain_func(model=model, inputs=x, targets=TARGET.numpy(), device="cpu")
-    assert isinstance(found, np.ndarray) and found.dtype == x.dtype and found.shape == x.shape
-    assert np.array_equal(found, sp_fx.transform(model).pullback(X, TARGET).numpy())
-    climbed = explain_func(model, x, TARGET.numpy(), method="ascend", steps=2, step_size=1.0, rules=sp_fx.Rules.paper())
-    expected = sp_fx.transform(model, rules=sp_fx.Rules.paper()).ascend(X, TARGET, steps=2, step_size=1.0)
-    assert np.array_equal(climbed, expected.numpy())
-    assert np.array_equal(explain_func(sp_fx.transform(model), x, 2), sp_fx.transform(model).pullback(X, 2).numpy())
-    with pytest.raises(ValueError, match="one of pullback, double_pullback, ascend"):
-        explain_func(model, x, TARGET.numpy(), method="gradient")
-    with pytest.raises(TypeError, match="takes no stepz; it takes"):
-        explain_func(model, x, TARGET.numpy(), method="ascend", stepz=2)
-    with pytest.raises(ValueError, match="move one of them"):
-        explain_func(model, x, TARGET.numpy(), device="cuda")
-
-
-def test_quantus_evaluates_it(model):
-    quantus = pytest.importorskip("quantus")
-    metric = quantus.MaxSensitivity(nr_samples=3, lower_bound=0.05, disable_warnings=True, return_aggregate=False)
-    scores = metric(model=model, x_batch=X.numpy(), y_batch=TARGET.numpy(), explain_func=explain_func, device="cpu",
-                    explain_func_kwargs={"method": "pullback"})  # fmt: skip
-    assert len(scores) == 3 and all(0 < s < 10 for s in scores)
-    given = explain_func(model, X.numpy(), TARGET.numpy())
-    fidelity = quantus.FaithfulnessCorrelation(nr_runs=5, subset_size=40, disable_warnings=True, return_aggregate=False)
-    scores = fidelity(model=model, x_batch=X.numpy(), y_batch=TARGET.numpy(), a_batch=given, device="cpu")
-    assert len(scores) == 3 and np.isfinite(scores).all()
-
-
-# -- Zennit -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_attributor_is_zennits_gradient_on_the_explainer(explainer):
-    attribution = pytest.importorskip("zennit.attribution")
-    direction = torch.eye(4)[TARGET]
-    wanted = {"tensor": direction, "callable": lambda output: output * direction, "none": None}
-    for attr_output in wanted.values():
-        with attribution.Gradient(model=explainer) as theirs, Attributor(explainer) as ours:
-            x = X.clone().requires_grad_()
-            expected_output, expected = theirs(x, attr_output)
-            output, relevance = ours(X, attr_output)
-        assert torch.equal(output, expected_output) and relative(relevance, expected) <= 1e-6
-    assert relative(Attributor(explainer, direction)(X)[1], explainer.pullback(X, TARGET)) <= 1e-6
-    with torch.no_grad():
-        assert relative(Attributor(explainer, direction)(X)[1], explainer.pullback(X, TARGET)) <= 1e-6
-    with pytest.raises(TypeError, match="expected what transform"):
-        Attributor(nn.ReLU())

@@ -1,0 +1,158 @@
+"""Facts: what is known of a captured graph before anything in it is changed.
+
+Nothing here changes a graph, and whoever rewrites one reads all that it needs of it here, first.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import fx, nn
+
+from ..capture.capture import Capture
+from ..capture.clone import lets_through
+from .aliasing import Aliasing
+from .calls import is_multiplication, masks_of, name_of, writes
+from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
+from .registered import marked_gate, registered_gate
+from .sample_axis import Axis, sample_axis
+from .written_gates import Graph, Written, written_gate
+from .written_norms import Statistic, written_norm
+
+
+class Facts:
+    """Of one captured graph.
+
+    Attributes:
+        varying: the nodes whose values depend on the values of the inputs, and not on their shapes alone.
+        axes: which axis of each varying node is the sample.
+        entering: which axis of its first varying input is the sample.
+        patterns: the gates and norms that the model writes out itself or has registered, by the node that closes them.
+        parts: the nodes inside such a pattern, and the node that closes it.
+        aliasing: whose storage a node may share.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.modules, self.graph = capture.modules, capture.graph
+        self.aliasing = Aliasing(self.modules, self.graph)
+        self.varying: set[fx.Node] = set()
+        self.axes: dict[fx.Node, Axis] = {}
+        self.entering: dict[fx.Node, Axis] = {}
+        self.patterns: dict[fx.Node, Written | Statistic] = {}
+        self.parts: dict[fx.Node, fx.Node] = {}
+        self._find_varying()
+        self._find_registered(capture)
+        self._find_patterns()
+
+    # -- computed once
+
+    def _find_varying(self) -> None:
+        for node in self.graph.nodes:
+            name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
+            if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
+                self.varying.add(node)
+                self.axes[node] = sample_axis(node, self.axes, name_of, self._called, self._constant_shape)
+                self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
+
+    def _find_registered(self, capture: Capture) -> None:
+        for marked in capture.marked:
+            self.patterns[marked.output] = marked_gate(marked)
+            self.parts |= {n: marked.output for n in marked.inside if n is not marked.output}
+        for node in self.graph.nodes:
+            if (gate := registered_gate(node, self.leaf(node))) is not None and not self.is_identity(node):
+                self.patterns[node] = gate
+
+    def _find_patterns(self) -> None:
+        view = Graph(name_of, self.varying.__contains__, self.is_identity, self.modules)
+        for node in self.graph.nodes:
+            if node not in self.varying or node in self.parts or node in self.patterns:
+                continue
+            gate = written_gate(view, node)
+            if gate is not None and not (set(gate.inside) & set(self.parts)) and self._separable(gate, node):
+                self.patterns[node] = gate
+                self.parts |= {n: node for n in gate.inside if n is not node}
+            elif (norm := written_norm(view, node)) is not None:
+                self.patterns[node] = norm
+                self.parts |= {n: node for n in norm.inside if n not in self.patterns}
+
+    def _separable(self, gate: Written, node: fx.Node) -> bool:
+        """Whether what is inside a written gate is used nowhere else, and writes over nothing that is read afterwards."""
+        used = all(user in gate.inside or self.is_identity(user) for n in gate.inside if n is not node for user in n.users)
+        if not any(map(writes, gate.inside)):
+            return used
+        first = min(gate.inside, key=self.aliasing.position.__getitem__)
+        later = self.aliasing.later_readers(gate.source, first, gate.inside)
+        return used and all(user in gate.inside for user in later)
+
+    def _called(self, node: fx.Node) -> nn.Module | None:
+        return None if self.is_identity(node) else self.leaf(node)
+
+    def _constant_shape(self, node: fx.Node) -> torch.Size | None:
+        value = operator.attrgetter(str(node.target))(self.modules) if node.op == "get_attr" else node.meta.get("val")
+        return value.shape if isinstance(value, torch.Tensor) else None
+
+    # -- what a node calls
+
+    def leaf(self, node: fx.Node) -> nn.Module | None:
+        """Returns the module that `node` calls, if it calls one."""
+        return self.modules.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def is_identity(self, node: fx.Node) -> bool:
+        """Whether `node` is the mark of a module that the trace went through."""
+        return (leaf := self.leaf(node)) is not None and lets_through(leaf)
+
+    def op(self, node: fx.Node) -> str:
+        """Returns the op's plain name, or the class of the module that `node` calls: "relu", "Conv2d"."""
+        return name_of(node) if (leaf := self.leaf(node)) is None else type(leaf).__name__
+
+    # -- where its inputs come from
+
+    def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in node.all_input_nodes if n in self.varying]
+
+    def has_weights(self, node: fx.Node) -> bool:
+        """Whether weights of the model had a part in `node`."""
+        seen, queue = set(), [node]
+        while queue:
+            at = queue.pop()
+            if at.op == "get_attr" or (at.op == "call_module" and not self.is_identity(at)):
+                return True
+            queue += [n for n in at.all_input_nodes if n not in seen]
+            seen.update(at.all_input_nodes)
+        return False
+
+    def chooses_by_comparison(self, node: fx.Node) -> bool:
+        """Whether `node` chooses by a mask that the model makes by comparing what its weights had a part in, as
+        `torch.where(h > t, a, b)` does. Masks that are made of inputs alone are the caller's, as those of token ids are."""
+        return any(map(self._compares, masks_of(node)))
+
+    def _compares(self, mask: object) -> bool:
+        while isinstance(mask, fx.Node) and mask in self.varying and name_of(mask) not in COMPARISONS:
+            inputs = self.varying_inputs(mask)
+            if not inputs or not (self.aliasing.is_view(mask) or name_of(mask) in LOGICAL):
+                return False
+            mask = inputs[0]
+        return isinstance(mask, fx.Node) and mask in self.varying and self.has_weights(mask)
+
+    def gating_factors(self, node: fx.Node, rows: Mapping[fx.Node, str]) -> list[fx.Node]:
+        """Returns the factors of a product that are gates: those made by a sigmoid and its like, or where there is none, by an
+        activation. For example `s` in `x * s` after `s = torch.sigmoid(h).view(-1, c, 1, 1)`. `rows`: as `maker` has them."""
+        if not is_multiplication(node):
+            return []
+        makers = {n: self.maker(n, rows) for n in self.varying_inputs(node)}
+        shares = [n for n, name in makers.items() if name in SHARES]
+        return shares or [n for n, name in makers.items() if name in ACTIVATIONS]
+
+    def maker(self, node: fx.Node, rows: Mapping[fx.Node, str]) -> str:
+        """Returns the name of the call that made `node`, back through views and multiples; of a node that is a row of the table
+        by
+        `rows`, that row."""
+        while node not in rows:
+            inputs = self.varying_inputs(node)
+            name = name_of(node) if node.op in ("call_function", "call_method") else ""
+            if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):
+                return name
+            node = inputs[0]
+        return rows[node]

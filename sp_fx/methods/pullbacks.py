@@ -1,0 +1,151 @@
+"""The methods: functions of a captured module and a request, which return maps in the container of the inputs.
+
+All of them go through `explain`, which checks the inputs, cuts the batch into pieces, and puts the maps together; what they do
+with one piece is a `Method`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..containers import rebuilt
+from ..targets import Target, only_output, resolve, seed
+from .ascent import Ascent
+from .calls import Call, Inputs, Request
+from .captured import CapturedModule
+
+Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
+
+
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def pullback(module: CapturedModule, request: Request, chunk: int | None = None) -> Any:
+    """The soft pullback of the target direction: one forward and one backward, also for targets [B, T], `chunk` at a time."""
+    return explain(module, request, lambda module, call: pull(module, call, call.explained, chunk), many=True)
+
+
+def double_pullback(module: CapturedModule, request: Request, step: float) -> Any:
+    """The pullback at `x + step * pullback(x)`; with target None, of the class predicted at `x`."""
+    if not math.isfinite(step):
+        raise ValueError(f"step is a finite multiple of the first pullback, got {step!r}")
+
+    def method(module: CapturedModule, call: Call) -> list[Tensor]:
+        first = pull(module, call, call.explained)
+        return pull(module, call, [x.detach() + step * v for x, v in zip(call.explained, first)])
+
+    return explain(module, request, method)
+
+
+def ascend(module: CapturedModule, request: Request, ascent: Ascent, return_path: bool = False) -> Any:
+    """The change of the inputs by `ascent`; with `return_path` also all iterates, [steps + 1, B, ...]."""
+
+    def path_of(module: CapturedModule, call: Call) -> list[list[Tensor]]:
+        rule = replace(ascent, bounds=call.bounds or None)  # type: ignore[arg-type]  # those of the piece
+        return rule.path([x.detach() for x in call.explained], lambda x: pull(module, call, x))
+
+    def change(module: CapturedModule, call: Call) -> list[Tensor]:
+        path = path_of(module, call)
+        return [end - start for start, end in zip(path[0], path[-1])]
+
+    def stacked_path(module: CapturedModule, call: Call) -> list[Tensor]:
+        return [torch.stack(iterates) for iterates in zip(*path_of(module, call))]
+
+    request = replace(request, bounds=tuple(ascent.bounds or ()))
+    if not return_path:
+        return explain(module, request, change)
+    path = explain(module, request, stacked_path, batch_axis=1)
+    return rebuilt(path, lambda p: None if p is None else p[-1] - p[0]), path
+
+
+def attribute(module: CapturedModule, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
+    """The soft pullback under the calling convention of Captum's attribution methods.
+
+    Raises:
+        AssertionError: `target` is None and the model has more than one output for each sample.
+    """
+    extra = additional_forward_args if isinstance(additional_forward_args, tuple) else (additional_forward_args,)
+    if isinstance(target, Tensor) and target.numel() == 1 and target.dtype in INTEGERS:
+        target = int(target)
+    target = only_output if target is None else target
+    return pullback(module, Request(inputs, target, extra=() if additional_forward_args is None else extra))
+
+
+# -- how they run
+
+
+def explain(module: CapturedModule, request: Request, method: Method, *, many: bool = False, batch_axis: int = 0) -> Any:
+    """Check the inputs, run `method` a piece at a time, and put the maps together.
+
+    `many`: whether the method takes targets [B, T], so that samples need not be repeated for it. `batch_axis`: of its maps.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        call = request.call()
+        call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=request.wrt is None)
+        if request.wrt is not None:
+            tail, activation, kwargs = at_activation(module, request.wrt, call, request.batch_size)
+            if activation.shape[:1] != (call.batch,) and not (many and request.batch_size is None):
+                raise ValueError(
+                    f"{request.wrt} has the shape {list(activation.shape)}, without the batch on axis 0: "
+                    "only pullback(), without batch_size, can explain with respect to it"
+                )
+            inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=())
+            return explain(tail, inner, method, many=many, batch_axis=batch_axis)
+        repeats = None if many else call.targets_a_sample
+        if repeats is not None:
+            call = call.repeated(repeats)
+        pieces = [method(module, piece) for piece in call.pieces(request.batch_size)]
+        maps = [torch.cat(parts, batch_axis) for parts in zip(*pieces)]
+    if repeats is not None:
+        maps = [m.unflatten(batch_axis, (m.shape[batch_axis] // repeats, repeats)) for m in maps]
+    return request.contained(maps)
+
+
+def at_activation(
+    module: CapturedModule, name: str, call: Call, batch_size: int | None
+) -> tuple[CapturedModule, Tensor, dict[str, Any]]:
+    """What comes after the activation `name`, the activation of `call`, and those of the inputs that are needed after it.
+
+    Raises:
+        ValueError: there is no such activation, or what comes after it takes `*args` or `**kwargs`.
+    """
+    stem, tail = module.split(name)
+    with torch.no_grad():
+        activation = torch.cat([piece.apply(stem, piece.explained) for piece in call.pieces(batch_size)])
+    arguments = call.apply(inspect.signature(module.forward).bind, call.explained).arguments
+    needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
+    if any(n.startswith("*") for n in needed):
+        raise ValueError(f"what comes after {name} takes {', '.join(needed)}, which have no names of their own")
+    return tail, activation, {n: arguments[n] for n in needed if n in arguments}
+
+
+def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:
+    """The pullbacks at `points`, which stand in for the explained inputs; fixes the call's target if it was open."""
+    leaves = [x.detach().requires_grad_() for x in points]
+    try:
+        output = call.apply(module, leaves)
+    except RuntimeError as error:
+        dtypes = {x.dtype for x in leaves} - {t.dtype for t in module.parameters()}
+        if dtypes and "dtype" in str(error):
+            error.add_note(f"the inputs are {', '.join(map(str, dtypes))}, which no weight of the model is")
+        raise
+    if call.target is None:
+        call.target = resolve(output, None)
+    y, u = seed(output, call.target)
+    if not y.requires_grad:
+        raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")
+
+    def back(cotangent: Tensor, retain_graph: bool = True) -> tuple[Tensor, ...]:
+        grads = torch.autograd.grad(y, leaves, cotangent, retain_graph=retain_graph, allow_unused=True)
+        return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
+
+    if u.dim() == y.dim():
+        return list(back(u, retain_graph=False))
+    return list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))

@@ -1,0 +1,178 @@
+"""What becomes of each call of a graph, decided on facts.
+
+Each decision below looks at one node. Where the node is its business, it writes a line of the report, and the edit that makes it
+true, into the plan, and returns True. For example `gate` at `F.relu(h)`: the line "relu, rewritten, temperature 1.0 x scale",
+and a `ReplaceCall`. `rewrite.ORDER` says in which order decisions are asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import fx, nn
+
+from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
+from ..analysis.facts import Facts
+from ..analysis.ops import CELLS, COMPLEX, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.readers import READERS, Gate, Unread
+from ..analysis.written_gates import Written
+from ..analysis.written_norms import Statistic
+from ..gates.adjoints.row import FROZEN, Temperature
+from ..gates.rules import KINDS
+from ..gates.table import TABLE, rule_of
+from .edits import CloseWritten, Freeze, OpenLeaf, ReplaceCall
+from .plan import Plan
+
+
+def affine_leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A module that is affine and has a row of the table: `nn.Conv2d`. Also of constants: a leaf is opened for all of its
+    calls."""
+    leaf = facts.leaf(node)
+    if leaf is None or node in facts.patterns or not is_affine_row(leaf):
+        return False
+    plan.edits.append(OpenLeaf(node, leaf))
+    return True
+
+
+def constant(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """What does not depend on the inputs has no signal to pass."""
+    return node not in facts.varying
+
+
+def written_gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A gate that the model writes out itself, or that a user has registered."""
+    gate = facts.patterns.get(node)
+    if not isinstance(gate, Written):
+        return False
+    tau = plan.gate(node, rule_of(gate.kind))
+    if not TABLE[gate.kind].registered:
+        plan.amend(op=f"{name_of(node)}, written out")
+    if gate.weights:
+        reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
+        plan.amend(reason="; ".join(filter(None, (plan.sites[-1].reason, reason))))
+    if tau is not None:
+        plan.rows[node] = gate.kind
+        plan.edits.append(CloseWritten(node, gate, tau, plan.scale))
+    return True
+
+
+def leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A module that the trace did not go into."""
+    module = facts.leaf(node)
+    if module is None:
+        return False
+    if isinstance(module, nn.MultiheadAttention):
+        tau = plan.gate(node, "attention")
+        if tau is not None:
+            plan.edits.append(OpenLeaf(node, module, tau))
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        plan.note(node, "NOT REWRITTEN", RECURRENT)
+    elif not isinstance(module, AFFINE_MODULES):
+        plan.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
+    return True
+
+
+def written_norm(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A norm that the model writes out itself: its statistics become constants."""
+    norm = facts.patterns.get(node)
+    if not isinstance(norm, Statistic):
+        return False
+    if plan.gate(node, norm.kind) is not None:
+        plan.edits += [Freeze(call, call.args[at]) for call, at in norm.constants]  # type: ignore[arg-type]
+    plan.amend(op=f"{name_of(node)}, written out")
+    return True
+
+
+def part(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A call inside a gate or norm that is written out."""
+    if node not in facts.parts:
+        return False
+    if op_of(node) in READERS:
+        plan.note(node, "kept", f"part of the {facts.patterns[facts.parts[node]].kind} written out here")
+    return True
+
+
+def gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A call of a gate, a norm, attention or an affine map that the table has a row for."""
+    reader = READERS.get(op_of(node))
+    if reader is None:
+        return False
+    call = gate_of(node, reader, facts)
+    if isinstance(call, Unread):
+        plan.note(node, "NOT REWRITTEN", call.reason)
+    elif call is None:
+        pass
+    elif call.kind == "abs" and facts.maker(node.all_input_nodes[0], plan.rows).startswith(COMPLEX):
+        plan.note(node, "kept", "the modulus of a complex number, no gate")
+    elif (rule := rule_of(call.kind)) in KINDS:
+        tau = plan.gate(node, rule)
+        if tau is None and call.kind == "glu":
+            plan.amend(reason="product rule")
+        elif tau is not None:
+            replace_call(node, call, tau, plan.scale, plan)
+    elif not any(tensor in facts.varying for tensor in call.tensors[1:]):
+        replace_call(node, call, FROZEN, "absolute", plan)  # affine
+    else:
+        plan.note(node, "kept", "product rule")  # its weights are computed from the input
+    return True
+
+
+def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: Facts) -> Gate | Unread | None:
+    """Returns the gate that a reader makes of a call, its varying tensor first."""
+    try:
+        call = reader(*node.args, **keywords(node))
+    except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
+        return Unread(f"its arguments are not constants of the graph: {error}")
+    if isinstance(call, Gate) and call.fixed:
+        if sum(tensor in facts.varying for tensor in call.tensors) > 1:
+            return Unread(f"{name_of(node)} of two things that both vary has no rule")
+        if call.tensors[0] not in facts.varying:
+            return replace(call, tensors=call.tensors[::-1])
+    return call
+
+
+def replace_call(node: fx.Node, gate: Gate, tau: Temperature, scale: str | float, plan: Plan) -> None:
+    if not gate.first:
+        plan.rows[node] = gate.kind
+    plan.edits.append(ReplaceCall(node, gate, tau, scale))
+
+
+def no_rule(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """What gates, or chooses by value, and has no rule; and smooth functions, which are no gates."""
+    name = name_of(node)
+    if name in CELLS:
+        plan.note(node, "NOT REWRITTEN", RECURRENT)
+    elif name in PIECEWISE and (name not in INDICES or any(map(facts.has_weights, node.all_input_nodes))):
+        plan.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
+    elif name in SMOOTH:
+        plan.note(node, "kept", "smooth, no gate")
+    elif facts.chooses_by_comparison(node):
+        plan.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
+    else:
+        return False
+    return True
+
+
+def product(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A product or quotient of two things that vary; one with a gate has a rule of its own."""
+    name = name_of(node)
+    if name not in PRODUCT | QUOTIENT or len(facts.varying_inputs(node)) < 2:
+        return False
+    factors = facts.gating_factors(node, plan.rows)
+    if len(factors) != 1:
+        plan.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+    elif plan.gate(node, "product") is None:
+        plan.amend(reason="product rule")
+    else:
+        plan.edits.append(Freeze(node, factors[0]))
+    return True
+
+
+def opaque(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+    """A function that the trace did not see into."""
+    name = name_of(node)
+    if node.op != "call_function" or (name not in FUSED and known(op_of(node))):
+        return False
+    plan.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
+    return True

@@ -1,0 +1,89 @@
+"""The plan of a rewrite: a line of the report for each gating call, and the edits that make it true.
+
+A plan is made on the graph as it was captured, from facts; the edits are applied afterwards, in order.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from ..analysis.calls import name_of
+from ..analysis.facts import Facts
+from ..analysis.sample_axis import Axis
+from ..gates.adjoints.row import Temperature
+from ..gates.rules import Rules
+from .edits import Edit
+from .report import Site, Status
+
+
+class Plan:
+    """Of one graph.
+
+    Attributes:
+        sites: the lines of the report.
+        nodes: the call of each line.
+        edits: what is to be done to the graph, in order.
+        rows: the calls that become dual-path calls, and the row of the table that they become.
+        absorbed: the calls that the edit of another call replaces: they get no line of their own.
+    """
+
+    def __init__(self, facts: Facts, rules: Rules) -> None:
+        self.facts, self.rules = facts, rules
+        self.sites: list[Site] = []
+        self.nodes: list[fx.Node] = []
+        self.edits: list[Edit] = []
+        self.rows: dict[fx.Node, str] = {}
+        self.absorbed: set[fx.Node] = set()
+        self._calls: Counter[str] = Counter()
+
+    def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
+        """Write a line on a call that stays as it is."""
+        self.sites.append(Site(self._place(node), self.facts.op(node), "", status, None, reason, opaque=opaque))
+        self.nodes.append(node)
+
+    def gate(self, node: fx.Node, kind: str) -> Temperature | None:
+        """Write a line on the gate at `node`; returns the temperature that the rules give it, None for its plain derivative."""
+        place = self._place(node)
+        tau = self.rules.temperature(kind, place)
+        status: Status = "kept" if tau is None else "rewritten"
+        reason = "plain derivative, by the rules" if tau is None else ""
+        scale = self.rules.scale_of(kind, place, tau)
+        if scale == "sample" and not follows_sample(kind, self.facts.op(node), self.facts.entering.get(node)):
+            # Across samples it would let one sample's map depend on the others of its batch.
+            scale, reason = "absolute", "absolute, since axis 0 may not be the sample here: calibrate() measures a scale"
+        self.sites.append(Site(place, self.facts.op(node), kind, status, tau, reason, scale))
+        self.nodes.append(node)
+        return tau
+
+    def amend(self, **changes: Any) -> None:
+        """Change the last line."""
+        self.sites[-1] = replace(self.sites[-1], **changes)
+
+    @property
+    def scale(self) -> str | float:
+        """What the temperature of the last line is in units of."""
+        return self.sites[-1].scale
+
+    def _place(self, node: fx.Node) -> str:
+        """Returns the path of a module for its own call; for a function called in a module, the path and the function's name. A
+        second call there is `path#2`."""
+        path, module = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
+        if node.op == "call_module":
+            place = str(node.target)
+        elif module is not None and module.__module__.startswith("torch.nn.") and not issubclass(module, nn.Sequential):
+            place = path
+        else:
+            place = f"{path}.{name_of(node)}".lstrip(".")
+        self._calls[place] += 1
+        node.meta["place"] = place if self._calls[place] == 1 else f"{place}#{self._calls[place]}"
+        return node.meta["place"]
+
+
+def follows_sample(kind: str, op: str, axis: Axis) -> bool:
+    """Whether a gate's scale can be taken over each sample: the sample's axis is the first, or can be moved there."""
+    movable = kind in ("relu", "leaky_relu", "abs") or (op.startswith("max_pool") and axis == 1)
+    return axis in (0, "rows") or (isinstance(axis, int) and movable)

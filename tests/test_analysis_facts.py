@@ -1,0 +1,77 @@
+"""Facts: read off a captured graph, which stays as it is; and what they are, on graphs small enough to count by hand."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from helpers import NETS, golden
+from sp_fx.analysis.facts import Facts
+from sp_fx.analysis.written_gates import Written
+from sp_fx.analysis.written_norms import Statistic
+from sp_fx.capture.exported import export
+from sp_fx.capture.symbolic import trace
+
+
+class Mixed(nn.Module):
+    """Written gates and norms, views, a write in place, a comparison, a gated product, a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.register_buffer("offset", torch.ones(6))
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h * torch.sigmoid(1.702 * h)
+        h = h * torch.rsqrt(h.pow(2).mean(-1, True) + 1e-6)
+        gate = torch.sigmoid(self.second(h)).view(-1, 6)
+        h = h * gate
+        y = h.view(-1)
+        y.relu_()
+        h = torch.where(h > 0.1, h, self.offset * 2)
+        return F.gelu(h) + self.offset.exp()
+
+
+def captures(model, x):
+    yield trace(model)
+    yield export(model, {"x": x}, True)
+
+
+@pytest.mark.parametrize("name", ["mixed", *NETS])
+def test_nothing_changes_the_graph(name):
+    model, x = (Mixed().eval(), torch.randn(2, 6)) if name == "mixed" else (golden(name)[0], golden(name)[1]["input"])
+    for capture in captures(model, x):
+        nodes = list(capture.graph.nodes)
+        before = [(n.op, n.target, n.args, n.kwargs, dict(n.meta)) for n in nodes]
+        Facts(capture)
+        assert nodes == list(capture.graph.nodes)
+        assert [(n.op, n.target, n.args, n.kwargs, dict(n.meta)) for n in nodes] == before
+
+
+def named(facts, name):
+    return [n for n in facts.graph.nodes if n.op != "placeholder" and facts.op(n) == name]
+
+
+def test_facts_of_a_small_graph():
+    facts = Facts(trace(Mixed().eval()))
+    kinds = [p.kind for p in facts.patterns.values()]
+    assert kinds == ["quick_gelu", "rms_norm"]
+    gate, norm = facts.patterns.values()
+    assert isinstance(gate, Written) and len(gate.inside) == 3 and isinstance(norm, Statistic)
+    (exp,), (where,), (relu,) = named(facts, "exp"), named(facts, "where"), named(facts, "relu")
+    assert exp not in facts.varying and where in facts.varying
+    assert facts.chooses_by_comparison(where) and not facts.chooses_by_comparison(relu)
+    (view,) = [n for n in named(facts, "view") if relu in n.users]
+    product = view.all_input_nodes[0]
+    assert facts.aliasing.owner(relu) is product
+    assert set(facts.aliasing.later_readers(view, relu)) == {*named(facts, "gt"), where}
+    assert [facts.op(n) for n in facts.gating_factors(product, {})] == ["view"]
+    assert facts.maker(facts.gating_factors(product, {})[0], {}) == "sigmoid"
+    assert all(facts.axes[n] == 0 for n in facts.varying if n is not view and n is not relu and n.op != "output")
+
+
+def test_a_row_that_the_plan_has_names_the_maker():
+    facts = Facts(trace(Mixed().eval()))
+    ((closer, _),) = [(n, p) for n, p in facts.patterns.items() if isinstance(p, Written)]
+    assert facts.maker(closer, {}) == "mul" and facts.maker(closer, {closer: "quick_gelu"}) == "quick_gelu"

@@ -1,0 +1,45 @@
+"""Models by name: their classes, and that they are the library's own networks on pixels in [-1, 1]."""
+
+import pytest
+import torch
+import torchvision
+
+from command import write_inputs
+from sp_fx.figures.models import class_index, load_model, untrained, weights_hash
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    return write_inputs(tmp_path_factory.mktemp("pictures"))
+
+
+def test_class_names():
+    labels = ("tench, Tinca tinca", "crane", "crane", "cardigan", "Cardigan", "hen-of-the-woods, hen of the woods")
+    assert class_index("Tinca tinca", labels) == class_index("TENCH", labels) == class_index("tench, Tinca tinca", labels) == 0
+    assert class_index("cardigan", labels) == 3 and class_index("Cardigan", labels) == 4
+    with pytest.raises(ValueError, match=r"several classes are called 'crane': pass one of the indices 1 \(crane\), 2 \(crane\)"):
+        class_index("crane", labels)
+    with pytest.raises(ValueError, match="several classes are called 'CARDIGAN'"):
+        class_index("CARDIGAN", labels)
+    with pytest.raises(ValueError, match="no class is called 'tensh'; the nearest: tench"):
+        class_index("tensh", labels)
+    with pytest.raises(ValueError, match="no class is called 'xxxx'; it has 6, such as tench, Tinca tinca"):
+        class_index("xxxx", labels)
+    with pytest.raises(ValueError, match="not known: pass an index instead of 'tench'"):
+        class_index("tench", None)
+
+
+def test_timm_models_know_their_classes():
+    named = untrained("timm/resnet18")
+    assert class_index("tench", named.labels) == 0 and class_index("English springer", named.labels) == 217
+    assert (named.preprocessing.resize, named.preprocessing.crop) == (235, 224)  # 224 / 0.95, rounded down as timm does
+
+
+def test_prediction_equals_the_models_own(here):
+    named = load_model("squeezenet1_1", here / "weights.pt", 64)
+    x = named.preprocessing(here / "colour.png").pixels[None]
+    net = torchvision.models.squeezenet1_1()
+    net.load_state_dict(torch.load(here / "weights.pt"))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (named.preprocessing.mean, named.preprocessing.std))
+    assert torch.allclose(named.model(x), net.eval()(((x + 1) / 2 - mean) / std), atol=1e-4)
+    assert weights_hash(named.model) == weights_hash(load_model("squeezenet1_1", here / "weights.pt").model)
