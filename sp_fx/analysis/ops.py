@@ -1,7 +1,7 @@
 """The table of ops: what is known of each name that a call in a graph may have, and the sets of names drawn from it.
 
 A name is the one that `calls.name_of` gives, the same however a model spells the op: `relu` for `F.relu`, `torch.relu_`,
-`Tensor.relu_` and `aten.relu_.default`; `iadd` for `x += y`. No other file of the package lists names of ops.
+`Tensor.relu_` and `aten.relu_.default`; `iadd` for `operator.iadd`. No other file of the package lists names of ops.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ TABLE = """
 # -- products
 mul:                    product factor scales affine pointwise closes between broadcasts rank=same
 imul:                   product factor affine pointwise closes between broadcasts rank=same
-    ? mul in place: after `x *= 2` the signal is no multiple of x, to written norms and gated products
+    ? mul in place: `operator.imul(x, 2)` is no multiple of x, to written norms and gated products
 multiply:               product factor pointwise closes broadcasts  ? mul by another name
 matmul:                 product mixes broadcasts rank=same
 imatmul linalg_matmul:  ? matmul in place and by another name: attention by them is no attention
@@ -98,7 +98,7 @@ lerp:                   broadcasts
 
 # -- powers
 pow:                    power pointwise between broadcasts
-ipow:                   power between  ? pow in place: a written gate with `x **= 3` in it is not recognised
+ipow:                   power between  ? pow in place: a written gate with `operator.ipow(x, 3)` in it is not recognised
 square:                 squares pointwise
 sqrt rsqrt:             pointwise between
 
@@ -127,7 +127,7 @@ logcumsumexp:           piecewise  ? logsumexp of all that came before: smooth, 
 # -- softmax and attention
 softmax:                share rank=same family=softmax
 special_softmax:        ? softmax by another name: rewritten, it gates no product, and coverage does not see that reports list it
-softmin:                smooth  ? softmax of -x: attention by it keeps its derivative
+softmin:                smooth  ? softmax of -x: attention by it, as fx traces it, keeps its derivative
 log_softmax:            smooth  ? softmax but for the exp: attention by `log_softmax(x).exp()` keeps its derivative
 special_log_softmax:    ? log_softmax by another name
 gumbel_softmax:         piecewise  ? softmax of noisy scores: coverage counts it, and does not see that reports list it
