@@ -130,12 +130,12 @@ def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
         for user in index.users:
             if user.target is aten.embedding.default and user.args[1] is index:
                 rows.append(operator.attrgetter(str(user.args[0].target))(graph).shape[0])  # type: ignore[union-attr]
-            elif user.target in SAME_VALUES and user.args[0] is index:
+            elif user.target in INDEX_PRESERVING and user.args[0] is index:
                 queue.append(user)
     return min(rows, default=None)
 
 
-SAME_VALUES = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
+INDEX_PRESERVING = {aten.view.default, aten.reshape.default, aten._to_copy.default, aten.clone.default, aten.unsqueeze.default,
                aten.slice.Tensor, aten.expand.default, aten.permute.default, aten.detach.default, aten.alias.default}  # fmt: skip
 
 
