@@ -41,8 +41,7 @@ def explain(session, inputs, target=-1):
 
 
 def weyl(count):
-    """Returns the numbers of the probe's input, float32 in [-1, 1): a hash of 1, 2, 3, ...; `sp_fx/packages/probe.py` has the
-    formula."""
+    """Returns the numbers of the probe's input, float32 in [-1, 1); `sp_fx/packages/probe.py` has the formula."""
     x = np.arange(1, count + 1, dtype=np.uint64) * 2654435769 % 2**32
     x = (x ^ x >> np.uint64(15)) * 2246822519 % 2**32
     return ((x >> np.uint64(8)) / 2**23 - 1).astype(np.float32)
