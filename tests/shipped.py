@@ -37,9 +37,9 @@ def rewritten(path, to, change, seal=manifest.sealed):
         members = {n: archive.read(n) for n in archive.namelist()}
     place = package_pt2.metadata_place(members)
     metadata = json.loads(members[place])
-    held = json.loads(metadata["sp_fx"])
-    change(held, members)
-    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(seal(held))}).encode()
+    packaged = json.loads(metadata["sp_fx"])
+    change(packaged, members)
+    members[place] = json.dumps({**metadata, "sp_fx": json.dumps(seal(packaged))}).encode()
     with zipfile.ZipFile(to, "w") as archive:
         for name, content in members.items():
             archive.writestr(name, content)

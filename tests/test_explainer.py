@@ -234,9 +234,9 @@ def test_bounds_of_each_sample_are_cut_with_the_batch(vgg):
 
 def test_no_method_keeps_the_callers_graph(vgg):
     explainer, x = vgg[:2]
-    given = x[:1].clone().requires_grad_()
-    assert not explainer.pullback(given, 1).requires_grad and not explainer.double_pullback(given, 1).requires_grad
-    assert not any(t.requires_grad for t in explainer.ascend(given, 1, steps=1, return_path=True))
+    leaf = x[:1].clone().requires_grad_()
+    assert not explainer.pullback(leaf, 1).requires_grad and not explainer.double_pullback(leaf, 1).requires_grad
+    assert not any(t.requires_grad for t in explainer.ascend(leaf, 1, steps=1, return_path=True))
 
 
 def test_bad_batch_size(vgg):
@@ -265,8 +265,8 @@ def test_tiny_pullbacks_still_step():
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     with torch.no_grad():
         model[2].weight.mul_(1e-25)
-    found = sp_fx.transform(model).ascend(torch.ones(1, 4), 1, steps=1, step_size=1.0)
-    assert abs(found.norm().item() - 1) < 1e-5
+    change = sp_fx.transform(model).ascend(torch.ones(1, 4), 1, steps=1, step_size=1.0)
+    assert abs(change.norm().item() - 1) < 1e-5
 
 
 # -- life in a process
@@ -297,17 +297,17 @@ def test_copies_and_pickles(vgg, copied):
 def test_threads_share_one(vgg):
     explainer, x, _ = vgg
     expected = [explainer.pullback(x, k) for k in range(4)]
-    found = {}
+    threaded = {}
 
     def work(k):
-        found[k] = [explainer.pullback(x, k) for _ in range(5)]
+        threaded[k] = [explainer.pullback(x, k) for _ in range(5)]
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(m, expected[k]) for k in range(4) for m in found[k])
+    assert all(torch.equal(m, expected[k]) for k in range(4) for m in threaded[k])
 
 
 def live_tensors():

@@ -555,8 +555,8 @@ def test_autograd_through_the_explainer_is_the_pullback(name):
     leaves = [p.clone().requires_grad_() for p in (x if isinstance(x, tuple) else (x,))]
     y = transform(model, **UNEVEN)(*leaves)
     u = randn(*y.shape, seed=71)
-    found = torch.autograd.grad(y, leaves, u, allow_unused=True)
-    grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(found, leaves, strict=True))
+    pulled = torch.autograd.grad(y, leaves, u, allow_unused=True)
+    grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(pulled, leaves, strict=True))
     check(grads if isinstance(x, tuple) else grads[0], oracle.pull(ops, x, u, UNEVEN), DOUBLE)
 
 

@@ -61,10 +61,10 @@ def test_each_dtype_against_float64(case, dtype):
     model, x, u = case
     x, u = x.to(dtype), u.to(dtype)
     model = model.to(dtype)
-    found = maps(model, x, u)
-    assert found.dtype == dtype and found.isfinite().all()
+    pulled = maps(model, x, u)
+    assert pulled.dtype == dtype and pulled.isfinite().all()
     exact = maps(model.double(), x.double(), u.double())  # of the rounded weights and inputs
-    assert relative(found.double(), exact) <= BARS[dtype]
+    assert relative(pulled.double(), exact) <= BARS[dtype]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -75,9 +75,9 @@ def test_autocast_against_float64(case, dtype):
     with torch.autocast("cpu", dtype):
         y = explainer(x.float())
         assert torch.equal(y, model(x.float()))
-        found = explainer.pullback(x.float(), u.float().to(y.dtype))
-    assert found.dtype == torch.float32
-    assert relative(found.double(), exact) <= BARS[dtype]
+        pulled = explainer.pullback(x.float(), u.float().to(y.dtype))
+    assert pulled.dtype == torch.float32
+    assert relative(pulled.double(), exact) <= BARS[dtype]
 
 
 LAYOUTS = {
@@ -91,27 +91,27 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_do_not_matter(case, layout):
     model, x, u = case
-    given = LAYOUTS[layout](x)
-    assert torch.equal(given, x)
-    found = maps(model, given, u)
-    assert found.shape == x.shape and relative(found, maps(model, x, u)) <= 1e-12  # other kernels sum in another order
-    leaf = given.clone().requires_grad_()
+    view = LAYOUTS[layout](x)
+    assert torch.equal(view, x)
+    pulled = maps(model, view, u)
+    assert pulled.shape == x.shape and relative(pulled, maps(model, x, u)) <= 1e-12  # other kernels sum in another order
+    leaf = view.clone().requires_grad_()
     assert torch.equal(sp_fx.transform(model)(leaf), model(leaf))
 
 
 def test_a_model_in_channels_last(case):
     model, x, u = case
     expected = maps(model, x, u)
-    found = maps(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), u)
-    assert relative(found, expected) <= 1e-12
+    pulled = maps(model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last), u)
+    assert relative(pulled, expected) <= 1e-12
 
 
 def test_expanded_inputs(case):
     model, x, u = case
-    given, same = x[:1].expand(4, -1, -1, -1), x[:1].repeat(4, 1, 1, 1)
-    assert relative(maps(model, given, u), maps(model, same, u)) <= 1e-12
-    assert given.stride(0) == 0 and torch.equal(given, same)
-    ascended = sp_fx.transform(model).ascend(given, u, steps=2, step_size=0.5)
+    view, same = x[:1].expand(4, -1, -1, -1), x[:1].repeat(4, 1, 1, 1)
+    assert relative(maps(model, view, u), maps(model, same, u)) <= 1e-12
+    assert view.stride(0) == 0 and torch.equal(view, same)
+    ascended = sp_fx.transform(model).ascend(view, u, steps=2, step_size=0.5)
     assert relative(ascended, sp_fx.transform(model).ascend(same, u, steps=2, step_size=0.5)) <= 1e-12
 
 
@@ -134,9 +134,9 @@ def test_the_deviation_of_awkward_samples(kind, shape):
     exact = z.double().flatten(1).std(1, correction=0)
     for grad in (True, False):  # eager on a CPU has a formula of its own
         with torch.set_grad_enabled(grad):
-            found = deviation(z)
-        assert found.shape == (3, *[1] * (len(shape) - 1))
-        assert torch.allclose(found.flatten().double(), exact, rtol=1e-4, atol=0)
+            deviations = deviation(z)
+        assert deviations.shape == (3, *[1] * (len(shape) - 1))
+        assert torch.allclose(deviations.flatten().double(), exact, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("grad", [True, False])

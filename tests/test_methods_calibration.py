@@ -21,12 +21,12 @@ def network(norm=False, pool=True, dtype=torch.float64):
 
 def pre_activations(model, x):
     """What goes into each gate of a sequential model, by its own modules."""
-    found = {}
+    inputs_of = {}
     for i, layer in enumerate(model):
         if isinstance(layer, nn.ReLU | nn.MaxPool2d):
-            found[str(i)] = x.detach().numpy()
+            inputs_of[str(i)] = x.detach().numpy()
         x = layer(x)
-    return found
+    return inputs_of
 
 
 def test_the_scale_is_the_deviation_over_the_whole_set():
@@ -189,8 +189,9 @@ def test_gates_without_a_norm_keep_the_scale_they_had():
     within = (1 + 4 + 9 + 16 + 25) / 6 / (1 + 1e-5) + 36 / 6 * 1e-5 / 2e-5
     by_hand = (within + 2 / 6) ** 0.5
     for scale in ("absolute", "sample"):
-        found = sp_fx.transform(model, rules=sp_fx.Rules(scale=scale)).calibrate().report().rules.scale
-        assert (found["3"], found["9"]) == (scale, scale) and found["2"] == pytest.approx(by_hand, rel=1e-6)  # v is float32 above
+        scales = sp_fx.transform(model, rules=sp_fx.Rules(scale=scale)).calibrate().report().rules.scale
+        assert (scales["3"], scales["9"]) == (scale, scale)
+        assert scales["2"] == pytest.approx(by_hand, rel=1e-6)  # v is float32 above
     by_data = sp_fx.transform(model).calibrate(x)
     assert by_data.calibrate().report().rules.scale["9"] == by_data.report().rules.scale["9"]
     plain = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), nn.ReLU())
@@ -235,9 +236,9 @@ def test_gates_that_are_never_active_are_listed():
         model[2].bias.fill_(0.5)
     with pytest.warns(UserWarning) as caught:
         new = sp_fx.transform(model).calibrate(torch.randn(9, 4))
-    told = {str(w.message) for w in caught}
+    messages = {str(w.message) for w in caught}
     over = "over the calibration set, and stay hard: 3"
-    assert told == {f"gates that are constant {over}", "gates that are never active on the calibration set: 1"}
+    assert messages == {f"gates that are constant {over}", "gates that are never active on the calibration set: 1"}
     assert all(site.scale > 0 for site in new.report().of("rewritten") if site.kind)
 
 
@@ -267,8 +268,8 @@ def test_several_inputs_and_keywords():
     with torch.no_grad():
         expected = float(np.std(Two().body(x * shift + ids[:, None]).numpy()))
     for batches in ([(x, ids)], [(x[:3], ids[:3]), (x[3:], ids[3:])]):
-        found = explainer.calibrate(batches, forward_kwargs={"shift": shift}).report().rules.scale["relu"]
-        assert found == pytest.approx(expected, rel=1e-5)
+        scale = explainer.calibrate(batches, forward_kwargs={"shift": shift}).report().rules.scale["relu"]
+        assert scale == pytest.approx(expected, rel=1e-5)
     with pytest.raises(TypeError, match="batch 0 of the calibration set is a tuple of 6 inputs; the model takes 3"):
         explainer.calibrate([x.split(1)])
 
@@ -312,9 +313,9 @@ def test_measured_rules_fit_a_cut_and_an_exported_model():
             return torch.relu(self.layer(x)) if x.shape[1] == 4 else x
 
     x = torch.randn(5, 4)
-    found = sp_fx.transform(Branching(), example_inputs=x).calibrate(x).report()
-    assert found.tracer == "torch.export"
-    assert sp_fx.transform(Branching(), rules=found.rules, example_inputs=x).report().sites == found.sites
+    report = sp_fx.transform(Branching(), example_inputs=x).calibrate(x).report()
+    assert report.tracer == "torch.export"
+    assert sp_fx.transform(Branching(), rules=report.rules, example_inputs=x).report().sites == report.sites
 
 
 # -- the report

@@ -82,8 +82,8 @@ def test_with_respect_to_an_activation(cut):
     frozen = sp_fx.transform(model, rules=sp_fx.Rules(**{**dict.fromkeys(sp_fx.gates.rules.KINDS), "relu": "frozen"}))
     h = model.stem(x).detach().requires_grad_()
     expected = torch.autograd.grad(model.after(h, x)[:, 1].sum(), h)[0]
-    found = frozen.pullback(x, 1, wrt="act")
-    assert found.shape == h.shape and relative(found, expected) <= 1e-12  # hard gates are the derivative
+    pulled = frozen.pullback(x, 1, wrt="act")
+    assert pulled.shape == h.shape and relative(pulled, expected) <= 1e-12  # hard gates are the derivative
     soft = explainer.pullback(x, 1, wrt="act")
     # The chain rule of pullbacks: through the stem, the map of the activation is the map of the input, but for the skip.
     stem, tail = explainer.split("act")
@@ -142,14 +142,14 @@ def test_hooks_copies_weights_and_threads(cut):
     single = copy.deepcopy(explainer)
     single.pullback(x, 1, wrt="act")
     assert single.float().pullback(x.float(), 1, wrt="act").dtype == torch.float32
-    found = []
+    maps = []
     fresh = copy.copy(explainer)
-    threads = [threading.Thread(target=lambda: found.append(fresh.pullback(x, 1, wrt="block"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: maps.append(fresh.pullback(x, 1, wrt="block"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4 and all(torch.equal(f, expected) for f in found)
+    assert len(maps) == 4 and all(torch.equal(f, expected) for f in maps)
 
 
 def test_multihead_and_tokens():
@@ -178,5 +178,5 @@ def test_the_tail_compiles():
     explainer = sp_fx.transform(model)
     stem, tail = explainer.split("1")
     program = tail.compile(example_inputs=stem(x).detach())
-    outputs, found = program(stem(x).detach(), torch.tensor([1, 1, 1]))
-    assert relative(found, explainer.pullback(x, 1, wrt="1")) <= 1e-5 and relative(outputs, model(x)) <= 1e-5
+    outputs, maps = program(stem(x).detach(), torch.tensor([1, 1, 1]))
+    assert relative(maps, explainer.pullback(x, 1, wrt="1")) <= 1e-5 and relative(outputs, model(x)) <= 1e-5

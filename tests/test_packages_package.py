@@ -127,11 +127,11 @@ def test_a_direction_and_a_fixed_batch_travel(interpreted, tmp_path):
 
 
 def test_the_manifest_says_what_was_packaged(pt2, graph_file):
-    found = package.read_manifest(pt2[2])
-    assert found["method"] == "pullback" and found["rules"] == "Rules()" and found["model"] == "Small"
-    assert found["class_names"] == list("abcde") and found["input_space"] == "pixels in [-1, 1]"
-    assert found["versions"]["torch"] == torch.__version__ and found["machine"]["architecture"]
-    assert found["weights_sha256"] == package.read_manifest(graph_file[2])["weights_sha256"]
+    packaged = package.read_manifest(pt2[2])
+    assert packaged["method"] == "pullback" and packaged["rules"] == "Rules()" and packaged["model"] == "Small"
+    assert packaged["class_names"] == list("abcde") and packaged["input_space"] == "pixels in [-1, 1]"
+    assert packaged["versions"]["torch"] == torch.__version__ and packaged["machine"]["architecture"]
+    assert packaged["weights_sha256"] == package.read_manifest(graph_file[2])["weights_sha256"]
     properties = {p.key: p.value for p in onnx.load(graph_file[2]).metadata_props}
     assert json.loads(properties["sp_fx"]) == package.read_manifest(graph_file[2])
     onnx.checker.check_model(str(graph_file[2]))
@@ -305,5 +305,5 @@ def test_a_package_needs_no_model_code(pt2, tmp_path):
         "assert not m.requires_grad and not {'sp_fx.program.build', 'sp_fx.program.graph'} & set(sys.modules)\n"
         "print(tuple(m.shape))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert found.stdout.strip() == str(tuple(x.shape)), found.stderr
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.stdout.strip() == str(tuple(x.shape)), process.stderr

@@ -273,17 +273,17 @@ def test_weights_are_those_of_the_moment(resnet):
 
 def test_threads_share_one(resnet):
     _, x, t, made = resnet
-    alone, found = [made(x[i : i + 1], t[i : i + 1])[1] for i in range(3)], {}
+    alone, threaded = [made(x[i : i + 1], t[i : i + 1])[1] for i in range(3)], {}
 
     def work(i):
-        found[i] = [made(x[i : i + 1], t[i : i + 1])[1] for _ in range(5)]
+        threaded[i] = [made(x[i : i + 1], t[i : i + 1])[1] for _ in range(5)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert all(torch.equal(m, alone[i]) for i in range(3) for m in found[i])
+    assert all(torch.equal(m, alone[i]) for i in range(3) for m in threaded[i])
 
 
 def test_under_no_grad_and_inference_mode(resnet):

@@ -54,13 +54,13 @@ def test_a_direction_is_the_derivative_of_its_name(direction, function):
 @pytest.mark.parametrize("damping", [1e-6, 1e-3, 1.0, 1e6])
 def test_fisher_rao_solves_its_equation(damping):
     u = targets.fisher_rao(CLASSES, damping).of(Y)
-    for y, c, found in zip(Y, CLASSES, u, strict=True):
+    for y, c, direction in zip(Y, CLASSES, u, strict=True):
         p = y.softmax(0)
         fisher = torch.diag(p) - torch.outer(p, p)
         e = torch.eye(7, dtype=torch.float64)
         expected = torch.linalg.solve(fisher + damping * e, e[c] - p)
-        assert relative(found, expected - expected.mean()) <= 1e-6  # the system's condition is 1 / damping
-        assert abs(found.sum()) <= 1e-9 * found.abs().sum()
+        assert relative(direction, expected - expected.mean()) <= 1e-6  # the system's condition is 1 / damping
+        assert abs(direction.sum()) <= 1e-9 * direction.abs().sum()
 
 
 def test_fisher_rao_between_its_limits():
