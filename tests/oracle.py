@@ -133,7 +133,7 @@ def gaussian_average(derivative, z, tau, kinks, width=12.0, panels=48, nodes=20)
 
 
 def temperature(rules, kind, x):
-    """The temperature of a gate at x, one for each sample, beside x; or "frozen"."""
+    """The temperature of a gate at x, [B, 1, ...] with one number a sample; or "frozen"."""
     tau = rules[kind]
     if tau == FROZEN:
         return FROZEN
@@ -157,24 +157,24 @@ def pool_length(n, kernel, stride, padding, dilation, ceil_mode):
 
 
 def windows(shape, kernel, stride, padding, dilation, ceil_mode):
-    """The output's shape, and for each output place the flat indices of its window that lie inside the input."""
+    """The output's shape, and for each window the flat indices of its pixels inside the input."""
     axes = range(len(shape))
     out = [pool_length(shape[a], kernel[a], stride[a], padding[a], dilation[a], ceil_mode) for a in axes]
-    found = []
-    for place in itertools.product(*map(range, out)):
+    members = []
+    for position in itertools.product(*map(range, out)):
         inside = []
         for offset in itertools.product(*(range(kernel[a]) for a in axes)):
-            at = [place[a] * stride[a] - padding[a] + offset[a] * dilation[a] for a in axes]
+            at = [position[a] * stride[a] - padding[a] + offset[a] * dilation[a] for a in axes]
             if all(0 <= at[a] < shape[a] for a in axes):
                 inside.append(int(np.ravel_multi_index(at, shape)))
-        found.append(inside)
-    return out, found
+        members.append(inside)
+    return out, members
 
 
-def pool_matrix(values, found, tau):
+def pool_matrix(values, members, tau):
     """[out, in] of one flat channel: softmax(window / tau), or the winner with ties split equally."""
-    matrix = torch.zeros(len(found), values.numel(), dtype=values.dtype)
-    for o, inside in enumerate(found):
+    matrix = torch.zeros(len(members), values.numel(), dtype=values.dtype)
+    for o, inside in enumerate(members):
         window = values[inside]
         if tau == FROZEN:
             share = (window == window.max()).double()
@@ -336,9 +336,9 @@ class AvgPool(Op):
 
     def matrix(self, x):
         axes = len(self.kernel)
-        out, found = windows(x.shape[2:], self.kernel, self.stride, [0] * axes, [1] * axes, False)
-        matrix = torch.zeros(len(found), math.prod(x.shape[2:]), dtype=x.dtype)
-        for o, inside in enumerate(found):
+        out, members = windows(x.shape[2:], self.kernel, self.stride, [0] * axes, [1] * axes, False)
+        matrix = torch.zeros(len(members), math.prod(x.shape[2:]), dtype=x.dtype)
+        for o, inside in enumerate(members):
             matrix[o, inside] = 1 / len(inside)
         return out, matrix
 
@@ -421,22 +421,22 @@ class MaxPool(Op):
         self.padding = (padding,) * len(kernel) if isinstance(padding, int) else padding
         self.dilation = (dilation,) * len(kernel) if isinstance(dilation, int) else dilation
 
-    def each(self, x, tau):
+    def matrices(self, x, tau):
         """The matrices of all channels of all samples, [B * C] of [out, in]."""
-        out, found = windows(x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
+        out, members = windows(x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
         taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
-        return out, [pool_matrix(channel, found, t) for sample, t in zip(x.flatten(2), taus, strict=True) for channel in sample]
+        return out, [pool_matrix(channel, members, t) for sample, t in zip(x.flatten(2), taus, strict=True) for channel in sample]
 
     def forward(self, x):
         return self.frozen(x, x)
 
     def frozen(self, x, t):
-        out, matrices = self.each(x, FROZEN)
+        out, matrices = self.matrices(x, FROZEN)
         flat = t.flatten(2).flatten(0, 1)
         return torch.stack([m @ c for m, c in zip(matrices, flat, strict=True)]).reshape(*x.shape[:2], *out)
 
     def back(self, x, v, rules):
-        _, matrices = self.each(x, temperature(rules, "max_pool", x))
+        _, matrices = self.matrices(x, temperature(rules, "max_pool", x))
         flat = v.flatten(2).flatten(0, 1)
         return torch.stack([m.T @ c for m, c in zip(matrices, flat, strict=True)]).reshape(x.shape)
 
@@ -447,13 +447,13 @@ class AdaptiveMaxPool(MaxPool):
     def __init__(self, size):
         self.size = size
 
-    def each(self, x, tau):
-        found = []
-        for place in itertools.product(*map(range, self.size)):
-            spans = [range(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(place, x.shape[2:], self.size, strict=True)]
-            found.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
+    def matrices(self, x, tau):
+        members = []
+        for position in itertools.product(*map(range, self.size)):
+            spans = [range(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(position, x.shape[2:], self.size, strict=True)]
+            members.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
         taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
-        return self.size, [pool_matrix(c, found, t) for sample, t in zip(x.flatten(2), taus, strict=True) for c in sample]
+        return self.size, [pool_matrix(c, members, t) for sample, t in zip(x.flatten(2), taus, strict=True) for c in sample]
 
 
 class FractionalMaxPool(MaxPool):
@@ -464,7 +464,7 @@ class FractionalMaxPool(MaxPool):
     def __init__(self, kernel, size, samples):
         self.kernel, self.size, self.samples = kernel, size, samples
 
-    def each(self, x, tau):
+    def matrices(self, x, tau):
         matrices, axes = [], len(self.kernel)
         taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
         for b, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
@@ -473,11 +473,11 @@ class FractionalMaxPool(MaxPool):
             for s, n, m, k in zip(drawn[::-1] if axes == 2 else drawn, x.shape[2:], self.size, self.kernel, strict=True):
                 a = (n - k) / (m - 1)
                 starts.append([int((i + s) * a) - int(s * a) for i in range(m - 1)] + [n - k])
-            found = []
+            members = []
             for begin in itertools.product(*starts):
                 spans = [range(i, i + k) for i, k in zip(begin, self.kernel, strict=True)]
-                found.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
-            matrices.append(pool_matrix(x[b, c].flatten(), found, taus[b]))
+                members.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
+            matrices.append(pool_matrix(x[b, c].flatten(), members, taus[b]))
         return self.size, matrices
 
 
@@ -591,8 +591,8 @@ class GroupNorm(Norm):
         return x.reshape(x.shape[0], self.module.num_groups, -1)
 
     def unpool(self, statistic, x):
-        each = statistic.repeat_interleave(x.shape[1] // self.module.num_groups, 1)
-        return each.reshape(*each.shape, *[1] * (x.dim() - 2))
+        channels = statistic.repeat_interleave(x.shape[1] // self.module.num_groups, 1)
+        return channels.reshape(*channels.shape, *[1] * (x.dim() - 2))
 
 
 class InstanceNorm(Norm):

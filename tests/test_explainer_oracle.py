@@ -205,7 +205,7 @@ def pool(axes, kernel, **kwargs):
 def pooled(name, shape, channels, layer):
     axes = len(shape)
     convolution, op = conv(2, channels, 2, axes)
-    out = layer[1].each(torch.zeros(1, 1, *(n - 1 for n in shape)).double(), FROZEN)[0]
+    out = layer[1].matrices(torch.zeros(1, 1, *(n - 1 for n in shape)).double(), FROZEN)[0]
     case(f"max_pool{axes}d {name}", (2, 2, *shape), (convolution, op), layer, *head(channels, *out))
 
 
@@ -555,8 +555,8 @@ def test_autograd_through_the_explainer_is_the_pullback(name):
     leaves = [p.clone().requires_grad_() for p in (x if isinstance(x, tuple) else (x,))]
     y = transform(model, **UNEVEN)(*leaves)
     u = randn(*y.shape, seed=71)
-    pulled = torch.autograd.grad(y, leaves, u, allow_unused=True)
-    grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(pulled, leaves, strict=True))
+    partial = torch.autograd.grad(y, leaves, u, allow_unused=True)
+    grads = tuple(torch.zeros_like(p) if g is None else g for g, p in zip(partial, leaves, strict=True))
     check(grads if isinstance(x, tuple) else grads[0], oracle.pull(ops, x, u, UNEVEN), DOUBLE)
 
 
@@ -571,7 +571,6 @@ def test_without_rules_the_pullback_is_the_gradient(name):
         warnings.simplefilter("ignore")  # of having nothing to rewrite
         got = sp_fx.transform(model, rules=Rules(**plain)).pullback(x, u)
     check(got, expected if isinstance(x, tuple) else expected[0], 1e-12)  # the same ops
-
 
 
 # -- the Gaussian average of a hard gate -----------------------------------------------------------------------------------------
@@ -701,7 +700,7 @@ def test_the_pullback_is_the_transposed_product_of_matrices_convolutional(rules)
         tau = oracle.temperature(rules, kind, at)
         return oracle.frozen_gain(kind, at, **args) if isinstance(tau, str) else oracle.soft_gain(kind, at, tau, **args)
 
-    pooling = oracle.MaxPool((3, 3), (2, 2), (1, 1)).each(z[3], oracle.temperature(rules, "max_pool", z[3]))[1]
+    pooling = oracle.MaxPool((3, 3), (2, 2), (1, 1)).matrices(z[3], oracle.temperature(rules, "max_pool", z[3]))[1]
     product = torch.linalg.multi_dot([
         matrix(net[8], 4), matrix(net[6], 4, 2, 2), diagonal(gain("leaky_relu", z[5], slope=0.1)), matrix(net[4], 3, 3, 3),
         torch.block_diag(*pooling), diagonal(gain("relu", z[2])), matrix(net[1], 3, 6, 6), matrix(net[0], 2, 6, 6),
@@ -745,7 +744,8 @@ def test_the_pullback_is_the_transposed_product_of_matrices_transformer(rules):
     rstd2 = ((middle**2).mean(-1, keepdim=True) + 1e-3).rsqrt().expand_as(x)
     value = matrix(lambda t: net.qkv(t)[..., 8:], tokens, 4)
     first = torch.eye(n).double() + torch.linalg.multi_dot(
-        [matrix(net.out, tokens, 4), attention.reshape(n, n), value, diagonal(rstd1 * net.norm1.weight.detach())])
+        [matrix(net.out, tokens, 4), attention.reshape(n, n), value, diagonal(rstd1 * net.norm1.weight.detach())]
+    )
     second = torch.eye(n).double() + torch.linalg.multi_dot(
         [matrix(net.down, tokens, 8), diagonal(oracle.phi(inner / taus["gelu"])), matrix(net.up, tokens, 4),
          diagonal(rstd2 * net.norm2.weight.detach())])  # fmt: skip
@@ -1018,10 +1018,10 @@ CLIMBS = {
 def test_ascent_is_the_iteration(climber, how, form):
     (explainer, x), target = climber, TARGETS[form]
     options = dict(CLIMBS[how])
-    kept = explainer(x).argmax(1) if target is None else target
+    resolved = explainer(x).argmax(1) if target is None else target
     default = 20 * math.sqrt(x[0].numel() / 150528)
-    settings = {"steps": 5, "size": options.get("step_size", default), **{k: v for k, v in options.items() if k != "step_size"}}
-    expected = climb(lambda at: explainer.pullback(at, kept), x, **settings)
+    arguments = {"steps": 5, "size": options.get("step_size", default), **{k: v for k, v in options.items() if k != "step_size"}}
+    expected = climb(lambda at: explainer.pullback(at, resolved), x, **arguments)
     got = explainer.ascend(x, target, **options)
     check(got, expected[-1] - expected[0], 1e-12)  # the same pullbacks: only the step is computed twice
     both, path = explainer.ascend(x, target, return_path=True, **options)
@@ -1042,7 +1042,7 @@ def test_ascent_in_pieces_and_for_many_targets(climber):
     path = explainer.ascend(x, targets, step_size=1.0, steps=2, return_path=True)[1]
     assert together.shape == (3, 2, 3, 6, 6) and path.shape == (3, 3, 2, 3, 6, 6)
     for t in range(2):
-        expected = climb(lambda at, kept=targets[:, t]: explainer.pullback(at, kept), x, 2, 1.0)
+        expected = climb(lambda at, target=targets[:, t]: explainer.pullback(at, target), x, 2, 1.0)
         check(together[:, t], expected[-1] - x, 1e-12)
         check(path[:, :, t], expected, 1e-12)
 
@@ -1050,11 +1050,11 @@ def test_ascent_in_pieces_and_for_many_targets(climber):
 def test_ascent_over_two_inputs_takes_one_step_over_both():
     model, _, (x, memory) = network("sdpa cross masked")
     residual = TwoReaders(model).double()
-    explainer, kept = transform(residual), 1
-    got = explainer.ascend((x, memory), kept, steps=3, step_size=0.7)
+    explainer, target = transform(residual), 1
+    got = explainer.ascend((x, memory), target, steps=3, step_size=0.7)
     at, start = [x, memory], [x, memory]
     for _ in range(3):
-        nu = explainer.pullback(tuple(at), kept)
+        nu = explainer.pullback(tuple(at), target)
         length = sum((n**2).flatten(1).sum(1) for n in nu).sqrt()[:, None, None]
         at = [p + 0.7 * n / length for p, n in zip(at, nu, strict=True)]
     check(got, tuple(p - s for p, s in zip(at, start, strict=True)), 1e-12)
@@ -1073,7 +1073,7 @@ class TwoReaders(nn.Module):
 @pytest.mark.parametrize("form", TARGETS)
 def test_the_double_pullback_is_the_pullback_further_on(climber, form, step):
     (explainer, x), target = climber, TARGETS[form]
-    kept = explainer(x).argmax(1) if target is None else target
-    ahead = x + (2.0 if step is None else step) * explainer.pullback(x, kept)
+    resolved = explainer(x).argmax(1) if target is None else target
+    ahead = x + (2.0 if step is None else step) * explainer.pullback(x, resolved)
     got = explainer.double_pullback(x, target) if step is None else explainer.double_pullback(x, target, step=step)
-    check(got, explainer.pullback(ahead, kept), 1e-12)
+    check(got, explainer.pullback(ahead, resolved), 1e-12)

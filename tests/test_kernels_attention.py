@@ -149,12 +149,12 @@ def test_strides(device):
 
 def test_other_numbers_of_axes(device):
     v, q, k = draw((6, 2, 2, 21, 25, 16, 16), torch.float32, device)
-    whole = kernels.attention_adjoint(v, q, k, tau=0.7)
-    assert torch.equal(kernels.attention_adjoint(v[1, 0], q[1, 0], k[1, 0], tau=0.7), whole[1, 0])
-    assert torch.equal(kernels.attention_adjoint(v[1], q[1], k[1], tau=0.7), whole[1])
+    batched = kernels.attention_adjoint(v, q, k, tau=0.7)
+    assert torch.equal(kernels.attention_adjoint(v[1, 0], q[1, 0], k[1, 0], tau=0.7), batched[1, 0])
+    assert torch.equal(kernels.attention_adjoint(v[1], q[1], k[1], tau=0.7), batched[1])
     folded = [t.view(2, 3, *t.shape[1:]) for t in (v, q, k)]
     mask = torch.rand(2, 1, 1, 21, 25, generator=torch.Generator().manual_seed(1)).to(device) > 0.3
-    assert torch.equal(kernels.attention_adjoint(*folded, tau=0.7), whole.view(2, 3, 2, 25, 16))
+    assert torch.equal(kernels.attention_adjoint(*folded, tau=0.7), batched.view(2, 3, 2, 25, 16))
     check(kernels.attention_adjoint(*folded, mask, tau=0.7), *folded, mask, tau=0.7)
 
 

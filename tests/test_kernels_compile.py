@@ -20,12 +20,12 @@ POOL = dict(
     TAU=0.3, HARD=False, H=112, W=112, OH=56, OW=56, INNER=1, KH=3, KW=3, SH=2, SW=2, PH=1, PW=1, DH=1, DW=1, SAMPLE=2**30,
     WIDE=False, UNROLL=9, BLOCK=512,
 )  # fmt: skip
-NORM = dict(EPS=1e-5, CENTRED=True, SCALED=True, GIVEN=False, ROWS=1, BLOCK=1024, LOOP=False)
+NORM = dict(EPS=1e-5, CENTRED=True, SCALED=True, SAVED=False, ROWS=1, BLOCK=1024, LOOP=False)
 ROWS = dict(
     SCALE=0.125, PER_TAU=1.0, MASK="none", CAUSAL=False, D=64, SIZE=1024, BLOCK_D=64, BLOCK_N=128, BLOCK_M=64,
     q_col=1, k_col=1, mask_col=1,
 )  # fmt: skip
-KEYS = ROWS | dict(GIVEN=False, DV=64, BLOCK_DV=64, BLOCK_N=64, BLOCK_M=128, v_col=1)
+KEYS = ROWS | dict(SAVED=False, DV=64, BLOCK_DV=64, BLOCK_N=64, BLOCK_M=128, v_col=1)
 MOVE = dict(STEP=20.0, RADIUS=None, LOW=None, HIGH=None, PIECES=128, BLOCK=2048)
 
 #      name: (module, kernel, constants)
@@ -47,7 +47,7 @@ CASES = {
     "layer_norm": ("norm", "_norm_kernel", NORM),
     "layer_norm_loop": ("norm", "_norm_kernel", NORM | {"BLOCK": 8192, "LOOP": True}),
     "rms_norm_rows": ("norm", "_norm_kernel", NORM | {"CENTRED": False, "ROWS": 8, "BLOCK": 128}),
-    "norm_given": ("norm", "_norm_kernel", NORM | {"GIVEN": True, "SCALED": False}),
+    "norm_saved": ("norm", "_norm_kernel", NORM | {"SAVED": True, "SCALED": False}),
     "pool_share": ("max_pool", "_share_kernel", POOL),
     "pool_gather": ("max_pool", "_gather_kernel", POOL | {"UNROLL": 4}),
     "pool_gather_nhwc": ("max_pool", "_gather_kernel", POOL | {"UNROLL": 4, "INNER": 64}),
@@ -58,7 +58,7 @@ CASES = {
     "attention_rows_causal": ("attention", "_rows_kernel", ROWS | {"CAUSAL": True}),
     "attention_rows_masked": ("attention", "_rows_kernel", ROWS | {"MASK": "added"}),
     "attention_keys": ("attention", "_keys_kernel", KEYS),
-    "attention_keys_given": ("attention", "_keys_kernel", KEYS | {"GIVEN": True}),
+    "attention_keys_saved": ("attention", "_keys_kernel", KEYS | {"SAVED": True}),
     "attention_keys_causal": ("attention", "_keys_kernel", KEYS | {"CAUSAL": True}),
     "attention_keys_masked_128": (
         "attention", "_keys_kernel", KEYS | {"MASK": "bool", "D": 100, "DV": 100, "BLOCK_D": 128, "BLOCK_DV": 128, "BLOCK_M": 64}
@@ -80,7 +80,7 @@ def compiled(case, target, dtype):
     if "PRECISION" in kernel.arg_names:
         constants = constants | {"PRECISION": "tf32x3" if dtype == "fp32" and target != "gfx942" else "ieee"}
     signature, attributes = {}, {}
-    for place, argument in enumerate(kernel.arg_names):
+    for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
             continue
@@ -89,7 +89,7 @@ def compiled(case, target, dtype):
             signature[argument] = "*" + (mask if argument == "mask_ptr" else dtype if argument in FLOATS else "fp32")
         else:
             signature[argument] = "i32"
-        attributes[(place,)] = [["tt.divisibility", 16]]  # what a launch finds for aligned tensors of round sizes
+        attributes[(position,)] = [["tt.divisibility", 16]]  # as a launch specialises for aligned tensors of round sizes
     missing = constants.keys() - set(kernel.arg_names)
     assert not missing, missing
     source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
@@ -97,7 +97,7 @@ def compiled(case, target, dtype):
     return triton.compile(source, target=gpu, options={"num_warps": 4, **kernels.common.OPTIONS})
 
 
-BF16_ALONE = ("attention_keys_given", "attention_keys_added_128", "attention_rows_causal", "pool_gather_frozen_large")
+BF16_ALONE = ("attention_keys_saved", "attention_keys_added_128", "attention_rows_causal", "pool_gather_frozen_large")
 
 
 @pytest.mark.parametrize("dtype,case", [(d, c) for d in ("fp32", "bf16") for c in CASES if d == "bf16" or c not in BF16_ALONE])

@@ -1,4 +1,6 @@
-"""The library on the kernels: what `dual` sends to them comes back as the table's own adjoint."""
+"""The library on the kernels: adjoints and ascent steps by a kernel are those of the plain formulas."""
+
+import sys
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from sp_fx.gates import dual, fused
+from sp_fx.gates.adjoints import smooth
 from sp_fx.gates.table import TABLE
 from sp_fx.methods.ascent import Ascent
 
@@ -33,21 +36,38 @@ CASES = [
     ("attention", [(2, 4, 5, 8), (2, 2, 6, 8), (2, 2, 6, 8), None], {**SDPA, "enable_gqa": True}),
     ("attention", [(2, 4, 5, 8), (2, 4, 5, 8), (2, 4, 5, 8), None], {**SDPA, "is_causal": True}),
 ]
+LAUNCHERS = {
+    "max_pool": "max_pool_adjoint",
+    "layer_norm": "norm_adjoint",
+    "rms_norm": "norm_adjoint",
+    "attention": "attention_adjoint",
+}
 
 
 @pytest.fixture
-def sent(monkeypatch, device):
-    """Kernels reach the tensors of `device`; counts what goes to them."""
-    found = []
-    by_kernel = dual.by_kernel
-    monkeypatch.setattr(dual, "reached", lambda v: v.device.type == device)
-    monkeypatch.setattr(dual, "by_kernel", lambda kind, *rest: found.append(kind) or by_kernel(kind, *rest))
-    return found
+def launched(monkeypatch, device):
+    """Kernels reach the tensors of `device`; the names of the launchers that were called."""
+    names = []
+    kernels = fused.kernels()
+    for name in kernels.__all__:
+        launcher = getattr(kernels, name)
+        monkeypatch.setattr(
+            kernels, name, lambda *args, name=name, launcher=launcher, **kw: names.append(name) or launcher(*args, **kw)
+        )
+    monkeypatch.setattr(fused, "reached", lambda v: v.device.type == device)
+    return names
+
+
+def test_kinds_are_the_tables():
+    gate = sys.modules[fused.kernels().gate_adjoint.__module__]
+    assert tuple(gate.GATES) == fused.POINTWISE and set(fused.POINTWISE) <= set(TABLE)
+    assert set(gate.HOMOGENEOUS) == {kind for kind in fused.POINTWISE if TABLE[kind].homogeneous}
+    assert set(gate.SMOOTH) == set(smooth.ROWS) & set(fused.POINTWISE)
 
 
 @pytest.mark.parametrize("kind, shapes, args", CASES)
 @pytest.mark.parametrize("scale", ["absolute", "sample"])
-def test_adjoints(sent, device, kind, shapes, args, scale):
+def test_adjoints(launched, device, kind, shapes, args, scale):
     row = TABLE[kind]
     if scale == "sample" and not row.homogeneous:
         pytest.skip("the scale is for homogeneous gates")
@@ -61,22 +81,23 @@ def test_adjoints(sent, device, kind, shapes, args, scale):
         got = dual.adjoint(gate, v, dual.kept(gate, tensors, y))
         fitted = tau * dual.deviation(tensors[0]) if scale == "sample" else tau
         expected = row.adjoint(v, *dual.kept(gate, tensors, y), tau=fitted, **args)
-    assert sent == [kind] and got.dtype == expected.dtype and got.shape == expected.shape
+    assert launched == [LAUNCHERS.get(kind, "gate_adjoint")] and got.dtype == expected.dtype and got.shape == expected.shape
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)  # float32 in another order
 
 
-def test_under_a_trace_the_table_stays(sent, device):
+def test_under_a_trace_the_table_stays(launched, device):
     z = torch.randn(3, 4, device=device, requires_grad=True)
     torch.func.vjp(lambda z: dual.dual_path("relu", z, tau=0.6), z)[1](torch.ones_like(z))
-    assert sent == []
+    assert launched == []
 
 
 @pytest.mark.parametrize("radius, bounds", [(None, None), (0.5, None), (0.5, (-1.0, 0.3)), (None, (-0.2, 0.2))])
-def test_ascent_steps(sent, device, radius, bounds, monkeypatch):
+def test_ascent_steps(launched, device, radius, bounds, monkeypatch):
     g = torch.Generator().manual_seed(0)
     x, v, start = (torch.randn(2, 3, 5, generator=g).to(device) for _ in range(3))
     rule = Ascent(steps=1, step_size=2.0, radius=radius, bounds=bounds)
     (got,) = rule.step([start], [x], lambda _: [v], clamp=True)
-    monkeypatch.setattr(dual, "reached", lambda v: False)
+    assert launched == ["ascent_step"]
+    monkeypatch.setattr(fused, "reached", lambda v: False)
     (expected,) = rule.step([start], [x], lambda _: [v], clamp=True)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -41,12 +41,12 @@ def direct(v, x, tau, kernel, stride, padding, dilation, ceil):
     reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip((oh, ow), stride, dilation, kernel, strict=True)]
     margins = (padding[1], max(0, reach[1] - padding[1] - w), padding[0], max(0, reach[0] - padding[0] - h))
     padded, real = F.pad(x, margins), F.pad(torch.ones_like(x), margins) > 0
-    places = [
+    slices = [
         (..., slice(i * dilation[0], i * dilation[0] + (oh - 1) * stride[0] + 1, stride[0]),
          slice(j * dilation[1], j * dilation[1] + (ow - 1) * stride[1] + 1, stride[1]))
         for i, j in itertools.product(range(kernel[0]), range(kernel[1]))
     ]  # fmt: skip
-    taps, alive = torch.stack([padded[p] for p in places]), torch.stack([real[p] for p in places])
+    taps, alive = torch.stack([padded[p] for p in slices]), torch.stack([real[p] for p in slices])
     taps = taps.masked_fill(~alive, -math.inf)
     if isinstance(tau, str):
         weights = (taps == taps.amax(0)).double()
@@ -54,8 +54,8 @@ def direct(v, x, tau, kernel, stride, padding, dilation, ceil):
         weights = torch.exp((taps - taps.amax(0)) / tau)
     weights = weights / weights.sum(0)
     spread = torch.zeros_like(padded)
-    for place, weight in zip(places, weights, strict=True):
-        spread[place] += weight * v
+    for tap, weight in zip(slices, weights, strict=True):
+        spread[tap] += weight * v
     return spread[..., padding[0] : padding[0] + h, padding[1] : padding[1] + w]
 
 

@@ -206,8 +206,8 @@ def test_weights_of_the_other_network(packaged):
 
 def test_truncated_and_empty_files(packaged):
     path = packaged / "residual_cnn.safetensors"
-    for kept in (path.read_bytes()[:1000], b""):
-        path.write_bytes(kept)
+    for content in (path.read_bytes()[:1000], b""):
+        path.write_bytes(content)
         with pytest.raises(ValueError, match="sha256"):
             zoo.load("residual_cnn")
         with pytest.raises(ValueError, match="not a whole safetensors file"):

@@ -1,6 +1,7 @@
 """Triton kernels for the pullbacks that are worth one: launchers on plain tensors, without autograd.
 
-Each takes cotangents and what the forward pass knows, and returns new tensors; float32 inside, in every dtype but float64.
+A launcher takes cotangents and tensors of the forward pass, float32, float16 or bfloat16, and returns new ones; it computes in
+float32.
 """
 
 from .ascent import ascent_step

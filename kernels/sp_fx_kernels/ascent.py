@@ -1,8 +1,8 @@
 """One step of pullback ascent, `x <- P(x + step v / ||v||)` per sample, for the whole batch in two launches.
 
-The first writes partial sums for each piece of each sample, the second adds them up and moves. Where a ball of some radius round
-the start is asked for, the offset after the step is d + step u with d = x - start and u = v / ||v||, whose square norm
-<d, d> + 2 step <d, u> + step^2 needs nothing that the first launch cannot see.
+The first writes partial sums for each piece of each sample, the second adds them up and moves. With a ball of some radius round
+the start, the offset after the step is d + step u with d = x - start and u = v / ||v||; its square norm
+<d, d> + 2 step <d, u> + step^2 is made of sums that the first launch takes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def ascent_step(
 
     `x`, its pullback `v` and `start`: one shape [B, ...], float32, float16 or bfloat16 (also mixed), any strides; dense tensors
     in one layout are read as they lie. `P` projects on the L2 ball of `radius` round `start`, then clamps to `low` and `high`,
-    each of them where given. A zero pullback makes a zero step; pullbacks of any size above 1e-38 keep their direction.
+    where there are such. A zero pullback makes a zero step; pullbacks of any size above 1e-38 keep their direction.
     The partial sums are added in a fixed order. Numbers are compiled in: each new one compiles anew.
 
     Raises:
@@ -120,7 +120,7 @@ def ascent_step(
     if x.numel() == 0:
         return out
     samples, n = x.shape[0], x[0].numel()
-    round_what = others[0] if others else x
+    centre = others[0] if others else x  # without a ball no program reads it
     block, most = 2048, 128  # elements at a time; pieces of one sample, all of which every program of the second launch adds up
     tiles = triton.cdiv(n, block)
     blocks = triton.cdiv(tiles, most)
@@ -128,10 +128,10 @@ def ascent_step(
     partial = torch.empty((samples, 4, pieces), dtype=torch.float32, device=x.device)
     with on_device_of(x):
         _sums_kernel[(samples * pieces,)](
-            v, x, round_what, partial, n, pieces, blocks, BALL=radius is not None, BLOCK=block, num_warps=4, **OPTIONS
+            v, x, centre, partial, n, pieces, blocks, BALL=radius is not None, BLOCK=block, num_warps=4, **OPTIONS
         )
         _move_kernel[(samples * tiles,)](
-            v, x, round_what, partial, out, n, pieces, tiles,
+            v, x, centre, partial, out, n, pieces, tiles,
             STEP=float(step), RADIUS=radius if radius is None else float(radius), LOW=low if low is None else float(low),
             HIGH=high if high is None else float(high), PIECES=triton.next_power_of_2(pieces), BLOCK=block,
             num_warps=4, **OPTIONS,

@@ -46,7 +46,7 @@ def _normalise(
     SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Takes the keys from start to stop into each row's maximum and sum of exponentials: [BLOCK_N] both."""
+    """Returns each row's maximum and sum of exponentials with the keys from start to stop taken in: [BLOCK_N] both."""
     lane_m, lane_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     for first in range(start, stop, BLOCK_M):
         col = first + lane_m  # [BLOCK_M]
@@ -72,7 +72,7 @@ def _rows_kernel(
     SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Each query's largest score, in units of log 2, and the inverse of its sum of exponentials; 0 and 0 where it sees no key."""
+    """Stores each query's largest score, in units of log 2, and its inverse sum of exponentials; 0 and 0 where it sees no key."""
     blocks = tl.cdiv(n, BLOCK_N)
     first = tl.program_id(0) % blocks * BLOCK_N
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -87,15 +87,15 @@ def _rows_kernel(
 
     peak = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    # Whole blocks that every row sees go without a comparison; then the diagonal and the ragged end.
-    whole = tl.minimum(first, m) // BLOCK_M * BLOCK_M if CAUSAL else m // BLOCK_M * BLOCK_M
+    # Full blocks that every row sees go without a comparison; then, from `ragged` on, the diagonal and the last block.
+    ragged = tl.minimum(first, m) // BLOCK_M * BLOCK_M if CAUSAL else m // BLOCK_M * BLOCK_M
     stop = tl.minimum(first + BLOCK_N, m) if CAUSAL else m
     peak, total = _normalise(
-        peak, total, q, k_ptr, k_row, k_col, mask_ptr, mask_row, mask_col, row, 0, whole, n, m,
+        peak, total, q, k_ptr, k_row, k_col, mask_ptr, mask_row, mask_col, row, 0, ragged, n, m,
         SCALE, PER_TAU, MASK, CAUSAL, False, D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
     peak, total = _normalise(
-        peak, total, q, k_ptr, k_row, k_col, mask_ptr, mask_row, mask_col, row, whole, stop, n, m,
+        peak, total, q, k_ptr, k_row, k_col, mask_ptr, mask_row, mask_col, row, ragged, stop, n, m,
         SCALE, PER_TAU, MASK, CAUSAL, True, D, BLOCK_N, BLOCK_M, BLOCK_D, PRECISION,
     )  # fmt: skip
     blind = peak == float("-inf")
@@ -114,11 +114,11 @@ def _at_most_zero(x):
 def _receive(
     received, k, q_ptr, q_row, q_col, v_ptr, v_row, v_col, mask_ptr, mask_row, mask_col, peak_ptr, inverse_ptr,
     col, start, stop, n, m,
-    SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, GIVEN: tl.constexpr,
+    SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EDGE: tl.constexpr, SAVED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the queries from start to stop send to a block of keys: [BLOCK_M, BLOCK_DV]."""
+    """Returns `received` plus what the queries from start to stop send to a block of keys: [BLOCK_M, BLOCK_DV]."""
     lane_n, lane_d, lane_v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     for first in range(start, stop, BLOCK_N):
         row = first + lane_n  # [BLOCK_N]
@@ -128,7 +128,7 @@ def _receive(
         s = tl.dot(k, q, input_precision=PRECISION) * (SCALE * PER_TAU * 1.4426950408889634)  # [BLOCK_M, BLOCK_N]
         s = _biased(s, row[None, :], col[:, None], mask_ptr, mask_row, mask_col, n, m, PER_TAU, MASK, CAUSAL, EDGE)
         peak = tl.load(peak_ptr + row, mask=row < n, other=float("inf"))  # [BLOCK_N]; rows past the end weigh exp2(-inf) = 0
-        if GIVEN:  # a log-sum-exp in units of e; flash kernels mark rows that see nothing by either infinity
+        if SAVED:  # a log-sum-exp in units of e; flash kernels mark rows that see nothing by either infinity
             peak = tl.where(peak == float("-inf"), float("inf"), peak * 1.4426950408889634)
             p = tl.exp2(_at_most_zero(s - peak[None, :]))  # [BLOCK_M, BLOCK_N]
         else:
@@ -147,11 +147,11 @@ def _keys_kernel(
     q_batch, q_head, q_row, q_col, k_batch, k_head, k_row, k_col, v_batch, v_head, v_row, v_col,
     mask_batch, mask_head, mask_row, mask_col,
     heads, groups, n, m,
-    SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, GIVEN: tl.constexpr,
+    SCALE: tl.constexpr, PER_TAU: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, SAVED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, SIZE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """P^T v for one block of keys, summed over the queries and over the query heads that share these keys."""
+    """Stores P^T v for one block of keys, summed over the queries and over the query heads that share these keys."""
     blocks, key_heads = tl.cdiv(m, BLOCK_M), heads // groups
     first = tl.program_id(0) % blocks * BLOCK_M
     batch_head = (tl.program_id(0) // blocks).to(tl.int64)
@@ -163,9 +163,9 @@ def _keys_kernel(
     k = tl.load(k_ptr + lane_m[:, None] * k_row + lane_d[None, :] * k_col, mask=here, other=0)  # [BLOCK_M, BLOCK_D]
 
     received = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    # Queries before the first key see none of the block, those after the last see all of it; only those between are compared.
+    # Queries before the first key see none of the block, those from `below` on all of it; only those between are compared.
     start = tl.minimum(first, n) // BLOCK_N * BLOCK_N if CAUSAL else 0
-    whole = tl.minimum(tl.cdiv(first + BLOCK_M, BLOCK_N), tl.cdiv(n, BLOCK_N)) * BLOCK_N if CAUSAL else 0
+    below = tl.minimum(tl.cdiv(first + BLOCK_M, BLOCK_N), tl.cdiv(n, BLOCK_N)) * BLOCK_N if CAUSAL else 0
     for member in range(groups):
         head = key_head * groups + member
         q_head_ptr = q_ptr + batch * q_batch + head * q_head
@@ -175,27 +175,28 @@ def _keys_kernel(
         if CAUSAL:
             received = _receive(
                 received, k, q_head_ptr, q_row, q_col, v_head_ptr, v_row, v_col, mask_head_ptr, mask_row, mask_col,
-                peak_ptr + statistics, inverse_ptr + statistics, col, start, whole, n, m,
-                SCALE, PER_TAU, MASK, CAUSAL, True, GIVEN, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+                peak_ptr + statistics, inverse_ptr + statistics, col, start, below, n, m,
+                SCALE, PER_TAU, MASK, CAUSAL, True, SAVED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
             )  # fmt: skip
         # Keys past the end need no comparison: what they receive is not stored.
         received = _receive(
             received, k, q_head_ptr, q_row, q_col, v_head_ptr, v_row, v_col, mask_head_ptr, mask_row, mask_col,
-            peak_ptr + statistics, inverse_ptr + statistics, col, whole, n, n, m,
-            SCALE, PER_TAU, MASK, CAUSAL, False, GIVEN, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
+            peak_ptr + statistics, inverse_ptr + statistics, col, below, n, n, m,
+            SCALE, PER_TAU, MASK, CAUSAL, False, SAVED, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
         )  # fmt: skip
     at = out_ptr + (batch_head * m + first) * DV + lane_m[:, None] * DV + lane_v[None, :]
     tl.store(at, received.to(out_ptr.dtype.element_ty), mask=(col < m)[:, None] & (lane_v < DV)[None, :])
 
 
-def _configurations(block_n: str, block_m: str) -> list[triton.Config]:
-    sizes = ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))  # held in registers, streamed, warps, stages
-    return [triton.Config({block_n: held, block_m: streamed}, num_warps=w, num_stages=s) for held, streamed, w, s in sizes]
+def _configurations(kept: str, streamed: str) -> list[triton.Config]:
+    """Sizes of the block that a program keeps and of those that it streams past it; the arguments name the two constants."""
+    sizes = ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 2))  # in registers, streamed, warps, stages
+    return [triton.Config({kept: own, streamed: passing}, num_warps=w, num_stages=s) for own, passing, w, s in sizes]
 
 
 # One tuning for each magnitude of the sequence, not for each length.
 _rows_tuned = triton.autotune(_configurations("BLOCK_N", "BLOCK_M"), ["SIZE", "D", "MASK", "CAUSAL"])(_rows_kernel)
-_keys_tuned = triton.autotune(_configurations("BLOCK_M", "BLOCK_N"), ["SIZE", "D", "DV", "MASK", "CAUSAL", "GIVEN"])(_keys_kernel)
+_keys_tuned = triton.autotune(_configurations("BLOCK_M", "BLOCK_N"), ["SIZE", "D", "DV", "MASK", "CAUSAL", "SAVED"])(_keys_kernel)
 _UNTUNED = {"BLOCK_N": 32, "BLOCK_M": 32}  # autotuning asks for a GPU driver, which the interpreter has none of
 
 
@@ -279,6 +280,6 @@ def attention_adjoint(
             peak = inverse = lse.float().contiguous()
         keys_kernel[lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * batch * key_heads,)](
             q4, k4, v4, mask4, peak, inverse, out, *q4.stride(), *k4.stride(), *v4.stride(), *mask_strides, *sizes,
-            DV=dv, BLOCK_DV=max(16, triton.next_power_of_2(dv)), GIVEN=lse is not None, **common, **blocks,
+            DV=dv, BLOCK_DV=max(16, triton.next_power_of_2(dv)), SAVED=lse is not None, **common, **blocks,
         )  # fmt: skip
     return out.view(out_shape)

@@ -1,4 +1,4 @@
-"""What the kernels share: bounds, and what every launcher does first: checks, memory layouts, the device."""
+"""Shared by the kernels: finite bounds, and the first steps of a launcher: checks, memory layouts, the device."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @triton.jit
 def bounded(x):
-    """Finite, so that no inf - inf arises and equal infinities tie. NaN stays."""
+    """`x` within the finite floats, so that no inf - inf arises and equal infinities tie. NaN stays."""
     x = tl.where(x > 3.4028234663852886e38, 3.4028234663852886e38, x)
     return tl.where(x < -3.4028234663852886e38, -3.4028234663852886e38, x)
 
 
 def check(launcher: str, *tensors: Tensor) -> None:
-    """Raise unless all are floats that a kernel computes in float32, in one place that Triton reaches."""
+    """Raise unless all tensors have a dtype that kernels take, and are on one device that Triton reaches."""
     for t in tensors:
         if t.dtype not in FLOATS:
             raise TypeError(f"{launcher} computes in float32 and takes float32, float16 or bfloat16, got {t.dtype}")
@@ -58,7 +58,7 @@ def check(launcher: str, *tensors: Tensor) -> None:
 
 
 def check_temperature(launcher: str, tau: object) -> None:
-    """A tensor is taken as it is: reading its values would wait for the GPU."""
+    """Raise unless `tau` is a temperature. A tensor passes as it is: reading its values would wait for the GPU."""
     if isinstance(tau, Tensor) or (isinstance(tau, str) and tau == "frozen"):
         return
     if not isinstance(tau, int | float) or not 0 < tau < float("inf"):
@@ -66,7 +66,7 @@ def check_temperature(launcher: str, tau: object) -> None:
 
 
 def on_device_of(t: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Makes the device of `t` the current one, on which Triton launches."""
     return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
@@ -82,7 +82,7 @@ def is_dense(t: Tensor) -> bool:
 
 def in_one_layout(leader: Tensor, *others: Tensor) -> list[Tensor]:
     """All tensors (of one shape) in the memory order of `leader`, which is copied only where its elements are not dense or axis 0
-    is not outermost; then one offset means one element in each of them, and each sample is one piece of memory."""
+    is not outermost. Then an offset means the same element in all of them, and a sample is one piece of memory."""
     samples = leader.shape[0] if leader.dim() else 1
     outermost = samples <= 1 or leader.stride(0) * samples == leader.numel()
     leader = leader if is_dense(leader) and outermost else leader.contiguous()

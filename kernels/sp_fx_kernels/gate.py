@@ -1,6 +1,7 @@
 """The pullback of the pointwise gates, `v * gain(z)`, in one pass over memory.
 
-Hard gates are averaged over Gaussian noise of width tau, smooth ones keep their own gain at temperature tau (arXiv:2507.22832).
+Hard gates are averaged over Gaussian noise of deviation tau, smooth ones keep their own gain at temperature tau
+(arXiv:2507.22832).
 """
 
 from __future__ import annotations
@@ -88,10 +89,10 @@ def _gate_kernel(
     elif KIND == "leaky_relu":  # A: negative slope
         gain = A + (1 - A) * _opening(z, per_tau, HARD)
     elif KIND == "prelu":
-        place = base + lane
+        element = base + lane
         if not WIDE:
-            place = place.to(tl.int32)  # a division in 64 bits costs several times more
-        slope = tl.load(slope_ptr + place // inner % channels).to(tl.float32)  # [BLOCK]
+            element = element.to(tl.int32)  # a division in 64 bits costs several times more
+        slope = tl.load(slope_ptr + element // inner % channels).to(tl.float32)  # [BLOCK]
         gain = slope + (1 - slope) * _opening(z, per_tau, HARD)
     elif KIND == "hardtanh":  # A, B: low, high, or None
         gain = 1.0
@@ -118,7 +119,7 @@ def _gate_kernel(
     tl.store(out_ptr + base + lane, (v * gain).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-# kind: the arguments that become A, B, C, with the defaults of torch.nn
+# For each kind the numbers that become A, B, C, with the defaults of torch.nn.
 GATES: dict[str, dict[str, float | None]] = {
     "relu": {},
     "leaky_relu": {"negative_slope": 0.01},
@@ -130,7 +131,7 @@ GATES: dict[str, dict[str, float | None]] = {
     "hardswish": {},
     "mish": {},
 }
-HOMOGENEOUS = ("relu", "leaky_relu", "prelu")
+HOMOGENEOUS = ("relu", "leaky_relu", "prelu")  # these take one temperature for each sample
 SMOOTH = ("gelu", "silu", "hardswish", "mish")  # their frozen gate is tau = 1
 
 

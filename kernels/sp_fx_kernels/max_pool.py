@@ -36,18 +36,18 @@ def _share_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """v / sum of the window's weights."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], number of a window
-    inside = place < n
+    """Stores each window's cotangent over the sum of its weights."""
+    window = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = window < n
     if not WIDE:
-        place = place.to(tl.int32)  # divisions in 64 bits cost several times more
-    inner, ow = place % INNER, place // INNER % OW
-    oh, outer = place // (INNER * OW) % OH, place // (INNER * OW * OH)
+        window = window.to(tl.int32)  # divisions in 64 bits cost several times more
+    inner, ow = window % INNER, window // INNER % OW
+    oh, outer = window // (INNER * OW) % OH, window // (INNER * OW * OH)
     if TAU is None:
-        per_tau = 1 / tl.load(tau_ptr + place // SAMPLE, mask=inside, other=1)  # [BLOCK]
+        per_tau = 1 / tl.load(tau_ptr + window // SAMPLE, mask=inside, other=1)  # [BLOCK]
     else:
         per_tau = 1 / TAU
-    y = bounded(tl.load(y_ptr + place, mask=inside, other=0).to(tl.float32))  # [BLOCK]
+    y = bounded(tl.load(y_ptr + window, mask=inside, other=0).to(tl.float32))  # [BLOCK]
     total = tl.zeros([BLOCK], tl.float32)
     for tap in tl.range(0, KH * KW, loop_unroll_factor=UNROLL):
         h = oh * SH - PH + tap // KW * DH  # [BLOCK]
@@ -55,9 +55,9 @@ def _share_kernel(
         present = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
         x = tl.load(x_ptr + ((outer * H + h) * W + w) * INNER + inner, mask=present, other=0).to(tl.float32)  # [BLOCK]
         total += tl.where(present, _weight(x, y, per_tau, HARD), 0.0)
-    v = tl.load(v_ptr + place, mask=inside, other=0).to(tl.float32)  # [BLOCK]
+    v = tl.load(v_ptr + window, mask=inside, other=0).to(tl.float32)  # [BLOCK]
     total = tl.where(inside, total, 1.0)  # never 0 for a window, whose maximum weighs 1
-    tl.store(share_ptr + place, v / total, mask=inside)
+    tl.store(share_ptr + window, v / total, mask=inside)
 
 
 @triton.jit
@@ -69,20 +69,20 @@ def _gather_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
     DH: tl.constexpr, DW: tl.constexpr, WIDE: tl.constexpr, UNROLL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sum over the windows that contain a pixel: at most (dilation (kernel - 1) // stride + 1) of them an axis."""
+    """Stores for each pixel the sum over the windows that contain it, at most dilation (kernel - 1) // stride + 1 an axis."""
     JH: tl.constexpr = DH * (KH - 1) // SH + 1
     JW: tl.constexpr = DW * (KW - 1) // SW + 1
-    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK], number of a pixel
-    inside = place < n
+    pixel = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    inside = pixel < n
     if not WIDE:
-        place = place.to(tl.int32)
-    inner, w = place % INNER, place // INNER % W
-    h, outer = place // (INNER * W) % H, place // (INNER * W * H)
+        pixel = pixel.to(tl.int32)
+    inner, w = pixel % INNER, pixel // INNER % W
+    h, outer = pixel // (INNER * W) % H, pixel // (INNER * W * H)
     if TAU is None:
-        per_tau = 1 / tl.load(tau_ptr + place // SAMPLE, mask=inside, other=1)  # [BLOCK]
+        per_tau = 1 / tl.load(tau_ptr + pixel // SAMPLE, mask=inside, other=1)  # [BLOCK]
     else:
         per_tau = 1 / TAU
-    x = tl.load(x_ptr + place, mask=inside, other=0).to(tl.float32)  # [BLOCK]
+    x = tl.load(x_ptr + pixel, mask=inside, other=0).to(tl.float32)  # [BLOCK]
     received = tl.zeros([BLOCK], tl.float32)
     for window in tl.range(0, JH * JW, loop_unroll_factor=UNROLL):
         oh = (h + PH) // SH - window // JW  # [BLOCK], from the last window that begins at or before the pixel
@@ -94,7 +94,7 @@ def _gather_kernel(
         share = tl.load(share_ptr + at, mask=present, other=0)  # [BLOCK]
         y = bounded(tl.load(y_ptr + at, mask=present, other=0).to(tl.float32))  # [BLOCK]
         received += tl.where(present, share * _weight(x, y, per_tau, HARD), 0.0)
-    tl.store(out_ptr + place, received.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + pixel, received.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def max_pool_adjoint(

@@ -16,14 +16,14 @@ from .common import OPTIONS, check, on_device_of
 def _norm_kernel(
     v_ptr, x_ptr, gamma_ptr, rstd_ptr, out_ptr,  # [rows, n], [rows, n], [n], [rows], [rows, n]
     rows, n, v_stride, x_stride,
-    EPS: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, GIVEN: tl.constexpr,
+    EPS: tl.constexpr, CENTRED: tl.constexpr, SCALED: tl.constexpr, SAVED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     present = row < rows
     row = row.to(tl.int64)
     lane = tl.arange(0, BLOCK)  # [BLOCK]
-    if GIVEN:
+    if SAVED:
         rstd = tl.load(rstd_ptr + row, mask=present, other=0).to(tl.float32)  # [ROWS]
     else:
         # Deviations from the block's own mean, merged as Chan, Golub and LeVeque do: one read of x, and no difference of squares.
@@ -62,7 +62,7 @@ def norm_adjoint(
 
     `v` and `x`: one shape that ends in `normalized_shape`, float32, float16 or bfloat16, read in place where rows are contiguous.
     `gamma`: `normalized_shape`, or None. `centred=False` takes the mean square instead of the variance: RMSNorm. `rstd`: one
-    number a row (what the forward pass returned), if at hand; then `x` is not read. The result is contiguous, in x's dtype.
+    number a row, if the forward pass has saved it; then `x` is not read. The result is contiguous, in x's dtype.
 
     Raises:
         TypeError: a dtype that is none of the three (float64 among them).
@@ -88,7 +88,7 @@ def norm_adjoint(
         _norm_kernel[(triton.cdiv(rows, together),)](
             v, x, x if gamma is None else gamma.contiguous(), x if rstd is None else rstd.to(float32).contiguous(), out,
             rows, n, v.stride(0), x.stride(0),
-            EPS=float(eps), CENTRED=centred, SCALED=gamma is not None, GIVEN=rstd is not None,
+            EPS=float(eps), CENTRED=centred, SCALED=gamma is not None, SAVED=rstd is not None,
             ROWS=together, BLOCK=block, LOOP=n > block, num_warps=4 if block <= 2048 else 8, **OPTIONS,
         )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Small trained networks and drawn scenes with known truth, for trying explanations offline."""
+"""Two small trained networks, and drawn scenes whose objects' pixels are known: explanations can be tried offline."""
 
 from .scenes import Scenes, draw
 from .shapes import KINDS

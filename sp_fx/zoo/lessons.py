@@ -1,4 +1,4 @@
-"""Lessons: a network that is slow to find shapes by itself first copies, stage by stage, one that has found them."""
+"""Lessons: a network that is slow to learn shapes by itself first copies, stage by stage, one that knows them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The last module of each stage; both networks have stages of one size and width.
+# The last module of each stage. Stage by stage, both networks have maps of the same size and width.
 STAGES = {
     "residual_cnn": ("blocks.1", "blocks.3", "blocks.5"),
     "pyramid_transformer": ("stages.3", "stages.7", "stages.11"),
@@ -14,7 +14,7 @@ STAGES = {
 
 
 class Lesson:
-    """How far a pupil's stages are from a teacher's, each place's channels taken to zero mean and unit spread."""
+    """The distance of a pupil's stages to a teacher's, at every pixel with the channels at mean 0 and standard deviation 1."""
 
     def __init__(self, pupil: nn.Module, teacher: nn.Module) -> None:
         self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -29,11 +29,11 @@ class Lesson:
         """Mean squared differences, summed over stages; call it with the pictures [B, 3, 96, 96] the pupil just saw."""
         with torch.no_grad():
             self.teacher(x)
-        aims = (F.layer_norm(shown.float(), shown.shape[-1:]) for shown in self.shown)
-        apart = [F.mse_loss(copied.float(), aim) for copied, aim in zip(self.copied, aims, strict=True)]
+        targets = (F.layer_norm(shown.float(), shown.shape[-1:]) for shown in self.shown)
+        distances = [F.mse_loss(copied.float(), target) for copied, target in zip(self.copied, targets, strict=True)]
         self.copied.clear()
         self.shown.clear()
-        return torch.stack(apart).sum()
+        return torch.stack(distances).sum()
 
     def end(self) -> None:
         for hook in self._hooks:

@@ -34,7 +34,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """Stem with an overlapping padded max pooling, three stages of residual blocks, mean over places, logits."""
+    """Stem with an overlapping padded max pooling, three stages of residual blocks, mean over pixels, logits."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96), depths: tuple[int, ...] = (2, 2, 2)) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
 
 
 class ReducedAttention(nn.Module):
-    """Every place asks a coarser map, whose cells are `reduction` x `reduction` places; [B, H, W, D] to the same."""
+    """Attention with a query at every pixel, keys and values at cells of `reduction` x `reduction`; [B, H, W, D] to the same."""
 
     def __init__(self, width: int, heads: int, reduction: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class FeedForward(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.wide = nn.Linear(width, hidden)
-        # Its zero padding is what tells a place where it is: there is no other position code.
+        # Its zero padding is the only position code.
         self.neighbours = nn.Conv2d(hidden, hidden, 3, 1, 1, groups=hidden)
         self.gelu = nn.GELU()
         self.narrow = nn.Linear(hidden, width)
@@ -125,7 +125,7 @@ class PyramidBlock(nn.Module):
 
 
 class PyramidTransformer(nn.Module):
-    """Three stages at 1/4, 1/8 and 1/16 of the picture, overlapping patches between them, mean over places, logits."""
+    """Three stages at 1/4, 1/8 and 1/16 of the picture, overlapping patches between them, mean over pixels, logits."""
 
     def __init__(self, widths: tuple[int, ...] = (32, 64, 96), depths: tuple[int, ...] = (2, 2, 2)) -> None:
         super().__init__()

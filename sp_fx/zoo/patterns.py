@@ -1,8 +1,8 @@
-"""Textures: how much of a second colour is mixed into a first, between 0 and 1, at every place.
+"""Textures: how much of a second colour is mixed into a first, between 0 and 1, at every pixel.
 
 A pattern is a function of a generator and of coordinates `x` [1, W] and `y` [H, 1], float32, in picture widths and at
 most half of one from the origin; it returns float32 [H, W]. Objects and backgrounds take theirs from this one list, so
-a texture tells nothing of the kind.
+a texture says nothing of the kind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Drawn scenes: one object of a known kind, at a known place, in front of clutter.
+"""Drawn scenes: one object of a known kind, at known pixels, in front of clutter.
 
-The kind is told by shape alone: pose, size, place, colour, texture and background are drawn before it and without
-looking at it. So the same seed with other `kinds` gives the same scenes with other objects in them.
+Only its shape shows the kind: pose, size, position, colour, texture and background are drawn without looking at it. So the
+same seed with other `kinds` gives the same scenes with other objects in them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Scenes(NamedTuple):
 def draw(seed: int, count: int, size: int = 96, kinds: Sequence[str] | None = None, start: int = 0) -> Scenes:
     """Draw `count` scenes of `size` x `size` pixels; scene i depends on `seed`, i, `size` and its kind only.
 
-    `kinds` are names from `KINDS` (all ten unless given), taken in turn: scene i shows `kinds[i % len(kinds)]`.
+    `kinds` are names from `KINDS` (None: all ten), taken in turn: scene i shows `kinds[i % len(kinds)]`.
     `start` is the number of the first scene, to draw a long series in parts.
 
     Returns `Scenes`: `pixels` float32 [count, 3, size, size] in [-1, 1]; `labels` int64 [count], indices into `KINDS`;
-    `masks` bool [count, size, size], True where the object is what one sees.
+    `masks` bool [count, size, size], True where more than half of a pixel shows the object.
     """
     kinds = KINDS if kinds is None else tuple(kinds)
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -57,7 +57,7 @@ def _scene(rng: Rng, kind: str, size: int) -> tuple[np.ndarray, np.ndarray]:
         _distractor(rng, canvas)
     visible = _object(rng, canvas, kind)
     for _ in range(rng.integers(1, 4)):
-        _distractor(rng, canvas, keep=visible)
+        _distractor(rng, canvas, visible)
     picture = canvas.picture
     picture += np.float32(rng.uniform(0.0, 0.05)) * rng.standard_normal(picture.shape, dtype=np.float32)
     return np.clip(picture, 0, 1) * 2 - 1, visible > 0.5
@@ -124,8 +124,9 @@ def _line(rng: Rng, canvas: _Canvas) -> None:
     canvas.paint((slice(None), slice(None)), canvas.cover(np.abs(across) - np.float32(half)), _colour(rng))
 
 
-def _distractor(rng: Rng, canvas: _Canvas, keep: np.ndarray | None = None) -> None:
-    """A small simple thing; left out if it would hide more than a twentieth of `keep`, else `keep` loses what it hides."""
+def _distractor(rng: Rng, canvas: _Canvas, visible: np.ndarray | None = None) -> None:
+    """Paint a small simple shape. `visible` [S, S] is the object's share of each pixel: a shape that would hide more than a
+    twentieth of it is left out, and any other takes what it hides out of `visible`."""
     (cx, cy), radius, which = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.03, 0.085), rng.integers(4)
     angle, colour, strength = rng.uniform(0, 2 * np.pi), _colour(rng), rng.uniform(0.7, 1)
     where = rows, columns = canvas.window(cx, cy, 1.5 * radius)
@@ -139,16 +140,16 @@ def _distractor(rng: Rng, canvas: _Canvas, keep: np.ndarray | None = None) -> No
     else:
         distance = box(x, y, 0, 0, 1.4, 0.3)
     cover = canvas.cover(distance * np.float32(radius))
-    if keep is not None:
-        hidden = keep[where] * cover
-        if hidden.sum() > 0.05 * keep.sum():
+    if visible is not None:
+        hidden = visible[where] * cover
+        if hidden.sum() > 0.05 * visible.sum():
             return
-        keep[where] -= hidden
+        visible[where] -= hidden
     canvas.paint(where, np.float32(strength) * cover, colour)
 
 
 def _object(rng: Rng, canvas: _Canvas, kind: str) -> np.ndarray:
-    """Paint the object; returns how much of each pixel it covers, float32 [S, S]."""
+    """Paint the object. Returns the share of each pixel that it covers, float32 [S, S]."""
     # Half its width, in picture widths: 25% to 60% of the picture from side to side.
     half = rng.uniform(0.135, 0.305)
     stretch, shear, angle = np.exp(rng.uniform(-0.15, 0.15)), rng.uniform(-0.15, 0.15), np.deg2rad(rng.uniform(-35, 35))

@@ -1,4 +1,4 @@
-"""The ten kinds of object, each as a signed distance.
+"""The ten kinds of object, as signed distances.
 
 A kind is a function of local coordinates `x` (right) and `y` (up), both float32 of one shape, and of `v`, four numbers
 in [-1, 1] that vary its proportions. It fills about the unit disc and returns two arrays of that shape: the signed

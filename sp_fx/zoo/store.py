@@ -1,4 +1,4 @@
-"""Weights on disk: one safetensors file for a network, and a manifest with the hash of each."""
+"""Weights on disk: a safetensors file for each network, and a manifest with their hashes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def load(name: str, weights: str | PathLike[str] | None = None) -> nn.Module:
     `name` is one of `NAMES`. `weights` names another safetensors file of the same network; its parameter names and
     shapes are checked, and for the packaged file its SHA-256 too.
 
-    Raises ValueError for an unknown name or a file that is not what it should be, FileNotFoundError for one not there.
+    Raises ValueError for an unknown name or a file that is damaged or another network's, FileNotFoundError for a missing one.
     """
     if name not in NETWORKS:
         close = difflib.get_close_matches(str(name), NAMES, 1, 0.4)
@@ -37,7 +37,7 @@ def load(name: str, weights: str | PathLike[str] | None = None) -> nn.Module:
     if weights is None:
         _check_hash(name, path)
     network = NETWORKS[name]()
-    state = _read(path)
+    state = _tensors_in(path)
     _check_state(name, path, state, network.state_dict())
     check_finite(path, state)
     network.load_state_dict(state)
@@ -84,7 +84,7 @@ def _check_hash(name: str, path: Path) -> None:
         )
 
 
-def _read(path: Path) -> dict[str, torch.Tensor]:
+def _tensors_in(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

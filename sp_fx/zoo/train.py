@@ -1,9 +1,9 @@
 """Train a network of the zoo: `python -m sp_fx.zoo.train residual_cnn`.
 
-Each batch is used twice. The first pass also gives, for nothing, the gradient with respect to the pictures; the second
-sees the pictures moved a random way along it, towards a worse answer. A network that holds against this has
-gradients that look like objects, which is what an explanation by gradients needs. Noise, turns, zooms and swapped
-colours do the rest. The transformer starts with lessons from the packaged `residual_cnn`, which fade out by half time.
+Each batch is used twice. The first pass also gives, at no cost, the gradient with respect to the pictures; the second takes the
+pictures moved by a random length along it, towards a worse answer. A network that is robust to this has gradients that look
+like objects, which an explanation by gradients needs. Noise, turns, zooms and swapped colours do the rest. The transformer
+starts with lessons from the packaged `residual_cnn`, which fade out by half time.
 """
 
 from __future__ import annotations
