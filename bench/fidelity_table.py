@@ -61,15 +61,15 @@ FEW = 10  # fewer values give a mean without an interval
 def rows(results: dict[str, dict[str, Tensor]], passes: dict[str, int]) -> dict[str, Any]:
     """For each method its passes and, for each measure, the mean with a bootstrap interval over what was defined."""
     return {
-        method: {"passes": passes[method], **{name: summary(found[name]) for name in METRICS if name in found}}
-        for method, found in results.items()
+        method: {"passes": passes[method], **{name: summary(outcome[name]) for name in METRICS if name in outcome}}
+        for method, outcome in results.items()
     }
 
 
 def summary(values: Tensor) -> dict[str, float]:
     finite = values[values.isfinite()]
-    found = {"mean": finite.mean().item()} if len(finite) < FEW else paired_interval(finite)
-    return {**rounded(found), "of": len(finite)}
+    outcome = {"mean": finite.mean().item()} if len(finite) < FEW else paired_interval(finite)
+    return {**rounded(outcome), "of": len(finite)}
 
 
 def rounded(row: dict[str, float]) -> dict[str, float]:
@@ -79,7 +79,7 @@ def rounded(row: dict[str, float]) -> dict[str, float]:
 
 def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
     """Ours against others, paired, on the headline measures; `p` by sign flips, `holm` corrected over all of them together."""
-    found = []
+    outcome = []
     for ours, other in PAIRS:
         for name in HEADLINE:
             if name not in results.get(ours, {}) or name not in results.get(other, {}):
@@ -90,26 +90,26 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
             if len(difference) < FEW:
                 continue
             numbers = rounded({**paired_interval(difference), **ratio_interval(a[both], b[both])})
-            found.append({"measure": name, "ours": ours, "other": other, **numbers, "p": sign_flip_p(difference)})
-    adjusted = holm({f"{i}": row["p"] for i, row in enumerate(found)})
-    for i, row in enumerate(found):
+            outcome.append({"measure": name, "ours": ours, "other": other, **numbers, "p": sign_flip_p(difference)})
+    adjusted = holm({f"{i}": row["p"] for i, row in enumerate(outcome)})
+    for i, row in enumerate(outcome):
         row["holm"] = adjusted[f"{i}"]
         sign = {"low": -1, "high": 1}[METRICS[row["measure"]]] * row["mean"]
         row["verdict"] = "no difference shown" if row["holm"] >= 0.05 else "better" if sign > 0 else "worse"
-    return found
+    return outcome
 
 
 def table(record: dict[str, Any]) -> str:
     """Tables and comparisons, for a terminal."""
     lines = [f"**{record['network']}**, {record['samples']}", "", *markdown(record, tuple(METRICS), intervals=False)]
     lines += left_out(record)
-    for key, told in (("comparisons", "Paired, Holm-corrected:"), ("comparisons_fresh", f"The same of {record.get('fresh')}:")):
-        lines += ["", told] if key in record else []
+    for key, legend in (("comparisons", "Paired, Holm-corrected:"), ("comparisons_fresh", f"The same of {record.get('fresh')}:")):
+        lines += ["", legend] if key in record else []
         for c in record.get(key, ()):
             change = f"{c['mean']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
             ratio = f"ratio {c['ratio']:.3f} [{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]"
-            told = f"{change}, {ratio}, p {c['holm']:.2g}: {c['verdict']}"
-            lines.append(f"- {c['measure']}, {c['ours']} less {c['other']}: {told}")
+            legend = f"{change}, {ratio}, p {c['holm']:.2g}: {c['verdict']}"
+            lines.append(f"- {c['measure']}, {c['ours']} less {c['other']}: {legend}")
     return "\n".join(lines)
 
 
@@ -134,8 +134,8 @@ def left_out(record: dict[str, Any]) -> list[str]:
     return [f"Left out: {', '.join(m for m in why if why[m] == reason)} ({reason})." for reason in dict.fromkeys(why.values())]
 
 
-def interval(found: dict[str, float]) -> str:
-    return f"[{found['low']:.2g}, {found['high']:.2g}]" if "low" in found else ""
+def interval(outcome: dict[str, float]) -> str:
+    return f"[{outcome['low']:.2g}, {outcome['high']:.2g}]" if "low" in outcome else ""
 
 
 def in_full(record: dict[str, Any]) -> str:
@@ -194,14 +194,13 @@ def plotted(record: dict[str, Any]) -> Figure:
     methods = list(record["methods"])[::-1]
     for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names):
         for at, method in enumerate(methods):
-            found = record["methods"][method].get(name)
-            if found is None:
+            outcome = record["methods"][method].get(name)
+            if outcome is None:
                 continue
             colour = "#b2182b" if method.split(",")[0] in OURS else "#4d4d4d"
-            axis.plot(
-                [found.get("low", found["mean"]), found.get("high", found["mean"])], [at, at], color=colour, lw=2, alpha=0.5
-            )
-            axis.plot(found["mean"], at, "o", color=colour, ms=4)
+            ends = [outcome.get(end, outcome["mean"]) for end in ("low", "high")]
+            axis.plot(ends, [at, at], color=colour, lw=2, alpha=0.5)
+            axis.plot(outcome["mean"], at, "o", color=colour, ms=4)
         for row in record["controls"].values():
             if name in row:
                 axis.axvline(row[name]["mean"], color="#999999", ls=":", lw=1)
@@ -214,8 +213,8 @@ def plotted(record: dict[str, Any]) -> Figure:
         axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)
-    told = "means with 95 % intervals, passes in brackets; dotted: equal shares"
-    figure.suptitle(f"{record['network']}, {record['samples']}; {told}", fontsize=9)
+    legend = "means with 95 % intervals, passes in brackets; dotted: equal shares"
+    figure.suptitle(f"{record['network']}, {record['samples']}; {legend}", fontsize=9)
     return figure
 
 

@@ -24,7 +24,7 @@ from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import seen, take_markers
+from .functions import calling_stand_ins, take_markers
 
 aten = torch.ops.aten
 
@@ -92,7 +92,7 @@ class Exported:
         self.varies = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
-        marked = seen(self.clone, exporting=True)
+        marked = calling_stand_ins(self.clone, exporting=True)
         with all_require_grad(self.clone), marked, torch.enable_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.varies)

@@ -67,9 +67,9 @@ def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
 
 
 @contextmanager
-def seen(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
-    """While it lasts the modules of `clone` call the stand-ins of registered functions; for an export its registered modules mark
-    what they do."""
+def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
+    """While it lasts the modules of `clone` call the stand-in of every registered function; and while `exporting`, modules of a
+    registered class mark their output, since an export goes into them."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     homes = [file.__dict__ for f in STAND_INS if (file := sys.modules.get(getattr(f, "__module__", None) or "")) is not None]
     spaces = {id(space): space for space in (*homes, *(space for m in clone.modules() for space in namespaces(m)))}
@@ -82,7 +82,7 @@ def seen(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
         for m in clone.modules() if exporting else ():
             if (name := registered(m)) is not None and "forward" not in m.__dict__:
                 inner = type(m).forward
-                m.__dict__["forward"] = functools.partial(bracketed, inner, m, name)
+                m.__dict__["forward"] = functools.partial(marked_forward, inner, m, name)
         yield
     finally:
         for space, key, value in changed:
@@ -90,13 +90,16 @@ def seen(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
 
 
 def namespaces(module: nn.Module) -> list[dict[str, Any]]:
-    """Where its calls are looked up: its own attributes and the globals of the files that its classes are from."""
+    """Returns the dictionaries in which the calls of `module` are looked up: its own attributes, and the globals of the files
+    that its
+    classes are from."""
     own = [cls.__module__ for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
     files = map(sys.modules.get, own)
     return [module.__dict__, *(file.__dict__ for file in files if file is not None)]
 
 
-def bracketed(inner: Callable, module: nn.Module, name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def marked_forward(inner: Callable, module: nn.Module, name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward `inner` of a module whose class is registered as `name`, its output marked."""
     return marked(name, z, inner(module, z, *args, **kwargs), named(inner, (module, z, *args), kwargs) if args or kwargs else {})
 
 

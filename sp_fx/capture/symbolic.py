@@ -16,7 +16,7 @@ from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import call_by_name, functions_recorded, seen
+from .functions import call_by_name, calling_stand_ins, functions_recorded
 from .proxies import Snapshot
 
 OPENED_MODULES = (
@@ -57,7 +57,7 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
     versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = fixed_arguments(clone, example)
-        with seen(clone), functions_recorded(tracer, tracer.thread):
+        with calling_stand_ins(clone), functions_recorded(tracer, tracer.thread):
             graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
             if name in fixed:

@@ -59,9 +59,6 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and (value.op == "get_attr" or isinstance(value.meta.get("val"), torch.Tensor))
 
 
-# -- max pooling --------------------------------------------------------------------------------------------------------
-
-
 def per_axis(value: Any, axes: int) -> tuple[int, ...]:
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * axes if len(values) == 1 else values
