@@ -26,7 +26,8 @@ from provenance import provenance
 from torch import Tensor, nn
 
 import sp_fx
-from sp_fx.gates import dual, fused
+from sp_fx.gates import dual_path as dual
+from sp_fx.gates import kernels
 from sp_fx.gates.adjoints.row import Row
 from sp_fx.gates.table import TABLE
 
@@ -52,7 +53,7 @@ def gate_bytes(explainer: nn.Module, x: Tensor) -> int:
     storages: dict[int, Any] = {}
 
     def kept(gate: Any, tensors: Any, output: Tensor) -> list[Tensor | None]:
-        if gate[0] in fused.POINTWISE:
+        if gate[0] in kernels.POINTWISE:
             storages[tensors[0].untyped_storage().data_ptr()] = tensors[0].untyped_storage()
         return original(gate, tensors, output)
 
@@ -78,7 +79,7 @@ def in_bits(row: Row, bits: int) -> Row:
 @contextmanager
 def kept_in(bits: int) -> Iterator[None]:
     """A context in which pointwise gates keep so many bits a number."""
-    changed = {kind: in_bits(TABLE[kind], bits) for kind in fused.POINTWISE}
+    changed = {kind: in_bits(TABLE[kind], bits) for kind in kernels.POINTWISE}
     with mock.patch.dict(TABLE, changed):
         yield
 

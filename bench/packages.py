@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import sp_fx
 from sp_fx.packages import onnx as package_onnx
-from sp_fx.program import build
+from sp_fx.program import compiling
 from sp_fx.program.program import Program
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -57,11 +57,11 @@ def relative(result: Tensor, expected: Tensor) -> float:
 
 def uncompiled(explainer: sp_fx.Explainer, x: Tensor) -> Program:
     """Returns the program that is saved: its graph, without what Inductor makes of it for this process in minutes more."""
-    inductor, build.compiled = build.compiled, lambda graph, example: graph
+    inductor, compiling.compiled = compiling.compiled, lambda graph, example: graph
     try:
         return explainer.compile(example_inputs=x)
     finally:
-        build.compiled = inductor
+        compiling.compiled = inductor
 
 
 def parity(name: str, suffix: str) -> dict[str, Any]:

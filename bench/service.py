@@ -28,7 +28,7 @@ from provenance import provenance
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.program import build
+from sp_fx.program import compiling
 
 PORT = 8931
 
@@ -139,7 +139,7 @@ def main() -> int:
     scenes = zoo.draw(0, 2)
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / f"{args.network}.{args.format}"
-        build.compiled = lambda graph, example: graph  # what is saved is the graph
+        compiling.compiled = lambda graph, example: graph  # what is saved is the graph
         program = sp_fx.transform(zoo.load(args.network)).compile(example_inputs=scenes.pixels)
         program.save(package, class_names=zoo.labels)
         requests = {8: args.requests, 1: max(args.requests // 5, 200)}

@@ -11,8 +11,8 @@ from torch import Tensor
 from .methods import pullbacks
 from .methods.ascent import Ascent, Bounds, Clip
 from .methods.calibration import calibrated, calibrated_by_norms, measure, with_spreads
-from .methods.calls import Inputs, Request
 from .methods.captured import CapturedModule
+from .methods.requests import Inputs, Request
 from .rewrite.report import Report
 from .targets import Target
 
@@ -153,7 +153,7 @@ class Explainer(CapturedModule):
             ProgramError: the compiled program differs from this explainer.
             ModuleNotFoundError: the inputs are on a GPU, and Triton is not installed.
         """
-        from .program.build import build  # here, since it brings in torch's tracers: `import sp_fx` stays light
+        from .program.compiling import build  # here, since it brings in torch's tracers: `import sp_fx` stays light
 
         if example_inputs is None:
             raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")

@@ -11,7 +11,7 @@ import sp_fx
 from helpers import fill
 from sp_fx.packages import manifest
 from sp_fx.packages import pt2 as package_pt2
-from sp_fx.program import build
+from sp_fx.program import compiling
 
 
 class Small(nn.Module):
@@ -48,4 +48,4 @@ def rewritten(path, to, change, seal=manifest.sealed):
 
 def as_graph(patch):
     """The one graph, run as it is: what is saved, without the seconds that compiling it for this process takes."""
-    patch.setattr(build, "compiled", lambda graph, example: graph)
+    patch.setattr(compiling, "compiled", lambda graph, example: graph)

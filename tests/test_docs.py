@@ -54,7 +54,7 @@ def test_files_that_are_named_exist(name):
 
 
 def test_the_readme_names_every_folder_of_the_package():
-    table = table_below(README, "The folders of `sp_fx/`, in the order in which a model goes through them:")
+    table = table_below(README, "from those above it in this list, no others; `analysis/` and `program/` have a page of their own inside:")
     named = {folder for row in table for folder in re.findall(r"`(\w+)/`", row)}
     assert named == {path.parent.name for path in (ROOT / "sp_fx").glob("*/__init__.py")}
 

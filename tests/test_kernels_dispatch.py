@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from sp_fx.gates import dual, fused
+from sp_fx.gates import dual_path as dual
+from sp_fx.gates import kernels as dispatch
 from sp_fx.gates.adjoints import smooth
 from sp_fx.gates.table import TABLE
 from sp_fx.methods.ascent import Ascent
 
 pytestmark = pytest.mark.skipif(
-    not fused.kernels() or not (torch.cuda.is_available() or __import__("triton").knobs.runtime.interpret),
+    not dispatch.triton_kernels() or not (torch.cuda.is_available() or __import__("triton").knobs.runtime.interpret),
     reason="needs a GPU, or TRITON_INTERPRET=1 in a process of its own",
 )
 
@@ -48,21 +49,21 @@ LAUNCHERS = {
 def launched(monkeypatch, device):
     """Kernels reach the tensors of `device`; the names of the launchers that were called."""
     names = []
-    kernels = fused.kernels()
+    kernels = dispatch.triton_kernels()
     for name in kernels.__all__:
         launcher = getattr(kernels, name)
         monkeypatch.setattr(
             kernels, name, lambda *args, name=name, launcher=launcher, **kw: names.append(name) or launcher(*args, **kw)
         )
-    monkeypatch.setattr(fused, "reached", lambda v: v.device.type == device)
+    monkeypatch.setattr(dispatch, "reached", lambda v: v.device.type == device)
     return names
 
 
 def test_kinds_are_the_tables():
-    gate = sys.modules[fused.kernels().gate_adjoint.__module__]
-    assert tuple(gate.GATES) == fused.POINTWISE and set(fused.POINTWISE) <= set(TABLE)
-    assert set(gate.HOMOGENEOUS) == {kind for kind in fused.POINTWISE if TABLE[kind].homogeneous}
-    assert set(gate.SMOOTH) == set(smooth.ROWS) & set(fused.POINTWISE)
+    gate = sys.modules[dispatch.triton_kernels().gate_adjoint.__module__]
+    assert tuple(gate.GATES) == dispatch.POINTWISE and set(dispatch.POINTWISE) <= set(TABLE)
+    assert set(gate.HOMOGENEOUS) == {kind for kind in dispatch.POINTWISE if TABLE[kind].homogeneous}
+    assert set(gate.SMOOTH) == set(smooth.ROWS) & set(dispatch.POINTWISE)
 
 
 @pytest.mark.parametrize("kind, shapes, args", CASES)
@@ -98,6 +99,6 @@ def test_ascent_steps(launched, device, radius, bounds, monkeypatch):
     rule = Ascent(steps=1, step_size=2.0, radius=radius, bounds=bounds)
     (got,) = rule.step([start], [x], lambda _: [v], clamp=True)
     assert launched == ["ascent_step"]
-    monkeypatch.setattr(fused, "reached", lambda v: False)
+    monkeypatch.setattr(dispatch, "reached", lambda v: False)
     (expected,) = rule.step([start], [x], lambda _: [v], clamp=True)
     assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)

@@ -13,8 +13,8 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
-from sp_fx.gates import fused
-from sp_fx.program import build, inductor, program
+from sp_fx.gates import kernels
+from sp_fx.program import compiling, inductor, program
 from sp_fx.program import decompositions as decompose
 from sp_fx.program.folding import folded
 
@@ -22,7 +22,7 @@ from sp_fx.program.folding import folded
 @pytest.fixture
 def interpreted(monkeypatch):
     """The one graph, run as it is: what is compiled, without the seconds that compiling takes."""
-    monkeypatch.setattr(build, "compiled", lambda graph, example: graph)
+    monkeypatch.setattr(compiling, "compiled", lambda graph, example: graph)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_a_network_of_convolutions_is_compiled_for_its_example_too(monkeypatch):
     def compiled(graph, example):
         return lambda *args: batches.append(graph.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]) or graph(*args)
 
-    monkeypatch.setattr(build, "compiled", compiled)
+    monkeypatch.setattr(compiling, "compiled", compiled)
     convolutions = fill(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)))
     layers = fill(nn.Sequential(nn.Flatten(), nn.Linear(108, 8), nn.ReLU(), nn.Linear(8, 5)))
     for model, fixed in ((convolutions, True), (layers, False)):
@@ -302,7 +302,7 @@ def test_under_no_grad_and_inference_mode(resnet):
 
 def test_a_program_that_differs_is_refused(monkeypatch):
     model, data = golden("tiny_vgg")
-    monkeypatch.setattr(build, "compiled", lambda graph, example: lambda *args: [2 * r for r in graph(*args)])
+    monkeypatch.setattr(compiling, "compiled", lambda graph, example: lambda *args: [2 * r for r in graph(*args)])
     with pytest.raises(program.ProgramError, match=r"relative L2 distance 1.0e.00 where 1e-04"):
         sp_fx.transform(model).compile(example_inputs=data["input"])
 
@@ -384,8 +384,8 @@ def test_a_gpu_without_triton_is_told_so(monkeypatch):
 
 def test_without_triton_eager_adjoints_are_the_table_s(monkeypatch):
     monkeypatch.setitem(sys.modules, "sp_fx_kernels", None)  # importing it fails
-    fused.kernels.cache_clear()
+    kernels.triton_kernels.cache_clear()
     try:
-        assert fused.kernels() is None
+        assert kernels.triton_kernels() is None
     finally:
-        fused.kernels.cache_clear()
+        kernels.triton_kernels.cache_clear()

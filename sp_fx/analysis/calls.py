@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..capture.functions import applied
+from ..capture.kept_functions import applied
 from ..gates.registry import call_registered
 from .ops import CHOICES, FACTORS
 

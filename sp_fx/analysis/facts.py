@@ -16,7 +16,7 @@ from ..capture.clone import lets_through
 from .aliasing import Aliasing
 from .calls import is_multiplication, masks_of, name_of, writes
 from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
-from .registered import marked_gate, registered_gate
+from .registered_gates import marked_gate, registered_gate
 from .sample_axis import Axis, sample_axis
 from .written_gates import Graph, Written, written_gate
 from .written_norms import Statistic, written_norm

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .functions import Marked
+from .kept_functions import Marked
 
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
 

@@ -24,7 +24,7 @@ from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import calling_stand_ins, take_markers
+from .kept_functions import calling_stand_ins, take_markers
 
 aten = torch.ops.aten
 

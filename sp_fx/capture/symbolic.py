@@ -16,7 +16,7 @@ from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .functions import call_by_name, calling_stand_ins, functions_recorded
+from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
 from .proxies import Snapshot
 
 OPENED_MODULES = (

@@ -1,1 +1,1 @@
-"""Checks that a user can run on an explainer: `check.py` has them, `frozen.py` and `coverage.py` what they compare with."""
+"""Checks that a user can run on an explainer: `check.py`; `frozen_network.py` and `coverage.py` have what they compare with."""

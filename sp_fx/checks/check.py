@@ -16,11 +16,11 @@ from ..capture.clone import EvalClone
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..targets import primary
 from .coverage import dispatched, listed
-from .frozen import HARD, FrozenTangents
+from .frozen_network import HARD, FrozenTangents
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 

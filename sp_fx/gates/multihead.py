@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints.attention import tempered_softmax
 from .adjoints.row import FROZEN, Temperature
-from .dual import dual_path
+from .dual_path import dual_path
 
 
 def multihead_attention(

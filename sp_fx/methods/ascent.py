@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..gates.fused import ascent_step
+from ..gates.kernels import ascent_step
 
 Bounds = tuple[float | Tensor, float | Tensor]
 Clip = Literal["every", "last", "never"]

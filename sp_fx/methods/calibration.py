@@ -16,7 +16,7 @@ from ..analysis.calls import name_of
 from ..analysis.ops import SAME_VALUES
 from ..capture.clone import lets_through
 from ..gates.adjoints.row import wide
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.rules import KINDS, UNTEMPERED
 from ..gates.table import TABLE, rule_of
 from ..rewrite.report import Report, Site

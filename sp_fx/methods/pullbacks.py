@@ -18,8 +18,8 @@ from torch import Tensor
 from ..containers import rebuilt
 from ..targets import Target, only_output, resolve, seed
 from .ascent import Ascent
-from .calls import Call, Inputs, Request
 from .captured import CapturedModule
+from .requests import Call, Inputs, Request
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

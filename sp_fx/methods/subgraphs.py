@@ -19,7 +19,7 @@ from ..analysis.aliasing import Aliasing
 from ..analysis.calls import writes
 from ..capture.arguments import checked
 from ..gates.multihead import multihead_attention
-from ..rewrite.protection import protect
+from ..rewrite.inplace_copies import protect
 from ..rewrite.report import Report
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 
 from ..capture.clone import EvalClone, lets_through
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 
 
 def folded(captured: fx.GraphModule) -> fx.GraphModule:

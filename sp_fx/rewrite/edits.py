@@ -26,7 +26,7 @@ from ..analysis.readers import Gate
 from ..analysis.written_gates import Written
 from ..gates.adjoints.attention import tempered_softmax
 from ..gates.adjoints.row import FROZEN, Temperature
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 
 

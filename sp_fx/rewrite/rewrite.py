@@ -17,10 +17,10 @@ from ..capture.clone import passes
 from ..gates.rules import Rules
 from . import attention, decisions
 from .edits import Rewriting
+from .inplace_copies import protect
 from .plan import Plan
-from .protection import protect
 from .report import Report
-from .signal import mark_steering
+from .signal_path import mark_steering
 
 Decision = Callable[[fx.Node, Facts, Plan], bool]
 ORDER: tuple[Decision, ...] = (  # the first that answers settles a node

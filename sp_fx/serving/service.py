@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..figures.png import map_png
+from ..figures.map_png import map_png
 from ..program.program import Program
 from .batching import Batcher
 from .metrics import RequestMetrics

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.functions import Marked
+from ..capture.kept_functions import Marked
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, named, registered
 from .calls import op_of
 from .written_gates import Written

@@ -15,9 +15,9 @@ from ..containers import slotted, tensors_of
 from ..gates.adjoints.row import FROZEN
 from ..gates.table import THRESHOLDLESS
 from ..methods.ascent import Ascent
-from ..methods.calls import Request
 from ..methods.captured import CapturedModule
 from ..methods.pullbacks import ascend, double_pullback, pullback
+from ..methods.requests import Request
 from ..rewrite.report import Report
 from ..targets import primary
 from .folding import folded

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from ..explainer import Explainer
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import KINKED, TABLE, rule_of
 

@@ -14,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..analysis.aliasing import Aliasing
 from ..analysis.calls import writes
 from ..containers import rebuilt
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 
 

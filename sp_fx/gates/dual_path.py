@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import decoded, encoded
 from .adjoints.row import Temperature
-from .fused import by_kernel
+from .kernels import by_kernel
 from .table import TABLE
 from .temperature import deviation
 

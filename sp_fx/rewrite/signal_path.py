@@ -9,7 +9,7 @@ from torch import fx
 
 from ..analysis.calls import name_of
 from ..gates.adjoints.attention import nothing
-from ..gates.dual import dual_path
+from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import TABLE
 from .report import Site, Status

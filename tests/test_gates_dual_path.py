@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from helpers import relative
-from sp_fx.gates.dual import dual_path
+from sp_fx.gates.dual_path import dual_path
 from sp_fx.gates.table import TABLE
 
 POOL = dict(kernel=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), ceil_mode=False)

@@ -18,7 +18,7 @@ POINTWISE = ("relu", "leaky_relu", "prelu", "hardtanh", "elu", "gelu", "silu", "
 
 
 @functools.cache
-def kernels() -> Any:
+def triton_kernels() -> Any:
     """The Triton kernels, or None where triton is not installed."""
     try:
         import sp_fx_kernels
@@ -29,7 +29,7 @@ def kernels() -> Any:
 
 def reached(t: Tensor) -> bool:
     """Whether kernels take a tensor: on a GPU, in a dtype that they compute."""
-    return t.is_cuda and t.dtype in (torch.float32, torch.float16, torch.bfloat16) and kernels() is not None
+    return t.is_cuda and t.dtype in (torch.float32, torch.float16, torch.bfloat16) and triton_kernels() is not None
 
 
 def by_kernel(kind: str, v: Tensor, saved: Sequence[Tensor | None], tau: Any, args: dict[str, Any]) -> Tensor | None:
@@ -40,13 +40,13 @@ def by_kernel(kind: str, v: Tensor, saved: Sequence[Tensor | None], tau: Any, ar
     if kind in POINTWISE and v.shape == z.shape and z.dtype != torch.float64:
         if args.pop("rate", 1.0) != 1.0 or (kind == "prelu" and z.dim() < 2):
             return None
-        return kernels().gate_adjoint(kind, v, z, *saved[1:], tau=tau, **args)
+        return triton_kernels().gate_adjoint(kind, v, z, *saved[1:], tau=tau, **args)
     if kind == "max_pool" and z.dim() == 4:
         args.pop("ceil_mode")
-        return kernels().max_pool_adjoint(v, z, saved[1], tau=tau, **args)
+        return triton_kernels().max_pool_adjoint(v, z, saved[1], tau=tau, **args)
     if kind in ("layer_norm", "rms_norm") and v.shape == z.shape:
         eps = torch.finfo(z.dtype).eps if args["eps"] is None else args["eps"]
-        return kernels().norm_adjoint(v, z, saved[1], args["normalized_shape"], eps=eps, centred=kind == "layer_norm")
+        return triton_kernels().norm_adjoint(v, z, saved[1], args["normalized_shape"], eps=eps, centred=kind == "layer_norm")
     if kind == "attention":
         return attention_by_kernel(v, *saved[:4], tau, **args)  # type: ignore[call-arg]
     return None
@@ -59,7 +59,7 @@ def attention_by_kernel(v, q, k, value, mask, tau, is_causal=False, score_scale=
     fits = q.dim() == k.dim() == v.dim() and heads and k.shape[:-1] == value.shape[:-1] and q.shape[:-1] == v.shape[:-1]
     if not (one_kind and fits and max(q.shape[-1], v.shape[-1]) <= 128):
         return None
-    return kernels().attention_adjoint(v, q, k, mask, tau=tau, is_causal=is_causal, scale=score_scale)
+    return triton_kernels().attention_adjoint(v, q, k, mask, tau=tau, is_causal=is_causal, scale=score_scale)
 
 
 def ascent_step(x: Tensor, v: Tensor, start: Tensor, step: float, radius: float | None, bounds: Any) -> Tensor | None:
@@ -67,4 +67,4 @@ def ascent_step(x: Tensor, v: Tensor, start: Tensor, step: float, radius: float 
     low, high = bounds or (None, None)
     if not (reached(x) and at_once() and v.dtype == x.dtype) or isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
-    return kernels().ascent_step(x, v, start, step=step, radius=radius, low=low, high=high)
+    return triton_kernels().ascent_step(x, v, start, step=step, radius=radius, low=low, high=high)
