@@ -50,9 +50,6 @@ class Graph:
         return [n for n in node.all_input_nodes if self.varies(n)]
 
 
-# -- gates --------------------------------------------------------------------------------------------------------------
-
-
 def written_gate(graph: Graph, node: fx.Node) -> Written | None:
     """The gate whose last call is `node`, if there is one."""
     if node.op not in ("call_function", "call_method") or graph.name(node) not in CLOSERS:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,13 +70,13 @@ class Rewriting:
         self.graph.erase_node(node)
 
 
-class Edit:
+class Edit(ABC):
     """What is to be done at one call of a captured graph."""
 
     node: fx.Node
 
-    def apply(self, to: Rewriting) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def apply(self, to: Rewriting) -> None: ...
 
 
 def current(node: fx.Node, seen: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 
 from .reader import Gate, aten, per_axis, reads
 
-# -- affine maps that have a row ------------------------------------------------------------------------------------------
-
 
 @reads(F.linear, aten.linear)
 def linear(input, weight, bias=None):

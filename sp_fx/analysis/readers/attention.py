@@ -10,8 +10,6 @@ import torch.nn.functional as F
 
 from .reader import Gate, Unread, aten, reads
 
-# -- attention ----------------------------------------------------------------------------------------------------------
-
 
 @reads(F.scaled_dot_product_attention, aten.scaled_dot_product_attention)
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 
 from .reader import Gate, Unread, aten, reads
 
-# -- normalisations -----------------------------------------------------------------------------------------------------
-
 
 @reads(F.layer_norm, torch.layer_norm, aten.layer_norm)
 def layer_norm(input, normalized_shape, weight=None, bias=None, eps=1e-5, cudnn_enable=True):

@@ -9,8 +9,6 @@ import torch.nn.functional as F
 
 from .reader import Gate, Unread, aten, is_tensor, reads
 
-# -- pointwise ----------------------------------------------------------------------------------------------------------
-
 
 @reads(F.relu, F.relu_, torch.relu, torch.relu_, "relu", aten.relu, aten.relu_)
 def relu(input, inplace=False):
