@@ -66,12 +66,6 @@ def test_facts_of_a_small_graph():
     product = view.all_input_nodes[0]
     assert facts.aliasing.owner(relu) is product
     assert set(facts.aliasing.later_readers(view, relu)) == {*named(facts, "gt"), where}
-    assert [facts.op(n) for n in facts.gating_factors(product, {})] == ["view"]
-    assert facts.maker(facts.gating_factors(product, {})[0], {}) == "sigmoid"
+    assert [facts.op(n) for n in facts.gating_factors(product)] == ["view"]
+    assert facts.maker(facts.gating_factors(product)[0]) == "sigmoid"
     assert all(facts.axes[n] == 0 for n in facts.varying if n is not view and n is not relu and n.op != "output")
-
-
-def test_a_row_that_the_plan_has_names_the_maker():
-    facts = Facts(trace(Mixed().eval()))
-    ((closer, _),) = [(n, p) for n, p in facts.patterns.items() if isinstance(p, Written)]
-    assert facts.maker(closer, {}) == "mul" and facts.maker(closer, {closer: "quick_gelu"}) == "quick_gelu"

@@ -106,20 +106,3 @@ def masks_of(node: fx.Node) -> list[Any]:
     if name in CHOICES:
         return [node.args[0 if name == "where" and node.op == "call_function" else 1]] if len(node.args) > 1 else []
     return list(node.args[:2]) if name in FACTORS else []
-
-
-def operands(node: fx.Node) -> list[fx.Node]:
-    """Returns the nodes among the arguments of `node`, in order, as often as they stand there."""
-    return nodes_in((node.args, node.kwargs))
-
-
-def nodes_in(arguments: Any) -> list[fx.Node]:
-    """Returns the nodes in nested arguments, in order."""
-    nodes: list[fx.Node] = []
-
-    def keep(node: fx.Node) -> fx.Node:
-        nodes.append(node)
-        return node
-
-    fx.node.map_arg(arguments, keep)
-    return nodes

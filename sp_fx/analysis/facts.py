@@ -1,18 +1,19 @@
 """Facts: what is known of a captured graph before anything in it is changed.
 
-Nothing here changes a graph, and whoever rewrites one reads all that it needs of it here, first.
+Nothing here changes a graph. What is computed once is of the captured graph, and stays true while it is rewritten; the questions
+below it are about the graph as it stands: `maker` of a product's factor is the row of a gate, once that gate is a dual-path call.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
 
 from ..capture.capture import Capture
 from ..capture.clone import lets_through
+from ..gates.dual_path import dual_path
 from .aliasing import Aliasing
 from .calls import is_multiplication, masks_of, name_of, writes
 from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
@@ -109,8 +110,14 @@ class Facts:
 
     # -- where its inputs come from
 
+    def varies(self, node: object) -> bool:
+        """Whether `node` depends on the values of the inputs. What an edit has inserted since does, but for the tensors that it
+        reads off the modules."""
+        inserted = isinstance(node, fx.Node) and node not in self.aliasing.position and node.op != "get_attr"
+        return node in self.varying or inserted
+
     def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if n in self.varying]
+        return [n for n in node.all_input_nodes if self.varies(n)]
 
     def has_weights(self, node: fx.Node) -> bool:
         """Whether weights of the model had a part in `node`."""
@@ -129,30 +136,28 @@ class Facts:
         return any(map(self._compares, masks_of(node)))
 
     def _compares(self, mask: object) -> bool:
-        while isinstance(mask, fx.Node) and mask in self.varying and name_of(mask) not in COMPARISONS:
+        while isinstance(mask, fx.Node) and self.varies(mask) and name_of(mask) not in COMPARISONS:
             inputs = self.varying_inputs(mask)
             if not inputs or not (self.aliasing.is_view(mask) or name_of(mask) in LOGICAL):
                 return False
             mask = inputs[0]
-        return isinstance(mask, fx.Node) and mask in self.varying and self.has_weights(mask)
+        return isinstance(mask, fx.Node) and self.varies(mask) and self.has_weights(mask)
 
-    def gating_factors(self, node: fx.Node, rows: Mapping[fx.Node, str]) -> list[fx.Node]:
+    def gating_factors(self, node: fx.Node) -> list[fx.Node]:
         """Returns the factors of a product that are gates: those made by a sigmoid and its like, or where there is none, by an
-        activation. For example `s` in `x * s` after `s = torch.sigmoid(h).view(-1, c, 1, 1)`. `rows`: as `maker` has them."""
+        activation. For example `s` in `x * s` after `s = torch.sigmoid(h).view(-1, c, 1, 1)`."""
         if not is_multiplication(node):
             return []
-        makers = {n: self.maker(n, rows) for n in self.varying_inputs(node)}
+        makers = {n: self.maker(n) for n in self.varying_inputs(node)}
         shares = [n for n, name in makers.items() if name in SHARES]
         return shares or [n for n, name in makers.items() if name in ACTIVATIONS]
 
-    def maker(self, node: fx.Node, rows: Mapping[fx.Node, str]) -> str:
-        """Returns the name of the call that made `node`, back through views and multiples; of a node that is a row of the table
-        by
-        `rows`, that row."""
-        while node not in rows:
+    def maker(self, node: fx.Node) -> str:
+        """Returns the name of the call that made `node`, back through views and multiples; of a dual-path call, its row."""
+        while node.target is not dual_path:
             inputs = self.varying_inputs(node)
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):
                 return name
             node = inputs[0]
-        return rows[node]
+        return str(node.kwargs.get("row", node.args[0]))

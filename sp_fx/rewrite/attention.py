@@ -21,7 +21,7 @@ def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     reader = SOFTMAX.get(op_of(node))
     if reader is None:
         return False
-    products, weights = products_of(node, facts, plan.absorbed)
+    products, weights = products_of(node, facts)
     if not products:
         plan.note(node, "kept", "a softmax that multiplies no values")
         return True
@@ -43,19 +43,17 @@ def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
             known.append((product, *form))
         elif is_hot(tau):
             plan.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {facts.op(product)}")
-    plan.absorbed |= {product for product, *_ in known}
-    plan.rows[node] = "softmax"
-    plan.edits.append(FreezeSoftmax(node, scores, dim, dtype, weights, products[-1], known, tau))
+    plan.edit(FreezeSoftmax(node, scores, dim, dtype, weights, products[-1], known, tau))
     return True
 
 
-def products_of(softmax: fx.Node, facts: Facts, absorbed: set[fx.Node]) -> tuple[list[fx.Node], set[fx.Node]]:
+def products_of(softmax: fx.Node, facts: Facts) -> tuple[list[fx.Node], set[fx.Node]]:
     """Returns the products of a softmax's weights with something else that varies, and the nodes that the weights pass through on
-    the way: talking heads, dropout, a mask, a second normalisation. Products in `absorbed` are another softmax's."""
+    the way: talking heads, dropout, a mask, a second normalisation."""
     weights, products = {softmax}, []
     for node in facts.graph.nodes:
         inputs = facts.varying_inputs(node)
-        if node is softmax or node in absorbed or not any(n in weights for n in inputs):
+        if node is softmax or not any(n in weights for n in inputs):
             continue
         name = facts.op(node) if node.op != "output" else ""
         if any(n not in weights for n in inputs):

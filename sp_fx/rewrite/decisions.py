@@ -1,7 +1,7 @@
 """What becomes of each call of a graph, decided on facts.
 
-Each decision below looks at one node. Where the node is its business, it writes a line of the report, and the edit that makes it
-true, into the plan, and returns True. For example `gate` at `F.relu(h)`: the line "relu, rewritten, temperature 1.0 x scale",
+Each decision below looks at one node. Where the node is its business, it writes a line of the report, carries out the edit that
+makes it true, and returns True. For example `gate` at `F.relu(h)`: the line "relu, rewritten, temperature 1.0 x scale",
 and a `ReplaceCall`. `rewrite.ORDER` says in which order decisions are asked.
 """
 
@@ -18,7 +18,7 @@ from ..analysis.ops import CELLS, COMPLEX, FUSED, INDICES, PIECEWISE, PRODUCT, Q
 from ..analysis.readers import READERS, Gate, Unread
 from ..analysis.written_gates import Written
 from ..analysis.written_norms import Statistic
-from ..gates.adjoints.row import FROZEN, Temperature
+from ..gates.adjoints.row import FROZEN
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .edits import CloseWritten, Freeze, OpenLeaf, ReplaceCall
@@ -31,7 +31,7 @@ def affine_leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     leaf = facts.leaf(node)
     if leaf is None or node in facts.patterns or not is_affine_row(leaf):
         return False
-    plan.edits.append(OpenLeaf(node, leaf))
+    plan.edit(OpenLeaf(node, leaf))
     return True
 
 
@@ -52,8 +52,7 @@ def written_gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
         reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
         plan.amend(reason="; ".join(filter(None, (plan.sites[-1].reason, reason))))
     if tau is not None:
-        plan.rows[node] = gate.kind
-        plan.edits.append(CloseWritten(node, gate, tau, plan.scale))
+        plan.edit(CloseWritten(node, gate, tau, plan.scale))
     return True
 
 
@@ -65,7 +64,7 @@ def leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     if isinstance(module, nn.MultiheadAttention):
         tau = plan.gate(node, "attention")
         if tau is not None:
-            plan.edits.append(OpenLeaf(node, module, tau))
+            plan.edit(OpenLeaf(node, module, tau))
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
         plan.note(node, "NOT REWRITTEN", RECURRENT)
     elif not isinstance(module, AFFINE_MODULES):
@@ -79,7 +78,8 @@ def written_norm(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     if not isinstance(norm, Statistic):
         return False
     if plan.gate(node, norm.kind) is not None:
-        plan.edits += [Freeze(call, call.args[at]) for call, at in norm.constants]  # type: ignore[arg-type]
+        for call, at in norm.constants:
+            plan.edit(Freeze(call, call.args[at]))  # type: ignore[arg-type]
     plan.amend(op=f"{name_of(node)}, written out")
     return True
 
@@ -103,16 +103,16 @@ def gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
         plan.note(node, "NOT REWRITTEN", call.reason)
     elif call is None:
         pass
-    elif call.kind == "abs" and facts.maker(node.all_input_nodes[0], plan.rows).startswith(COMPLEX):
+    elif call.kind == "abs" and facts.maker(node.all_input_nodes[0]).startswith(COMPLEX):
         plan.note(node, "kept", "the modulus of a complex number, no gate")
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = plan.gate(node, rule)
         if tau is None and call.kind == "glu":
             plan.amend(reason="product rule")
         elif tau is not None:
-            replace_call(node, call, tau, plan.scale, plan)
-    elif not any(tensor in facts.varying for tensor in call.tensors[1:]):
-        replace_call(node, call, FROZEN, "absolute", plan)  # affine
+            plan.edit(ReplaceCall(node, call, tau, plan.scale))
+    elif not any(map(facts.varies, call.tensors[1:])):
+        plan.edit(ReplaceCall(node, call, FROZEN, "absolute"))  # affine
     else:
         plan.note(node, "kept", "product rule")  # its weights are computed from the input
     return True
@@ -125,17 +125,11 @@ def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: F
     except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
         return Unread(f"its arguments are not constants of the graph: {error}")
     if isinstance(call, Gate) and call.fixed:
-        if sum(tensor in facts.varying for tensor in call.tensors) > 1:
+        if sum(map(facts.varies, call.tensors)) > 1:
             return Unread(f"{name_of(node)} of two things that both vary has no rule")
-        if call.tensors[0] not in facts.varying:
+        if not facts.varies(call.tensors[0]):
             return replace(call, tensors=call.tensors[::-1])
     return call
-
-
-def replace_call(node: fx.Node, gate: Gate, tau: Temperature, scale: str | float, plan: Plan) -> None:
-    if not gate.first:
-        plan.rows[node] = gate.kind
-    plan.edits.append(ReplaceCall(node, gate, tau, scale))
 
 
 def no_rule(node: fx.Node, facts: Facts, plan: Plan) -> bool:
@@ -159,13 +153,13 @@ def product(node: fx.Node, facts: Facts, plan: Plan) -> bool:
     name = name_of(node)
     if name not in PRODUCT | QUOTIENT or len(facts.varying_inputs(node)) < 2:
         return False
-    factors = facts.gating_factors(node, plan.rows)
+    factors = facts.gating_factors(node)
     if len(factors) != 1:
         plan.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
     elif plan.gate(node, "product") is None:
         plan.amend(reason="product rule")
     else:
-        plan.edits.append(Freeze(node, factors[0]))
+        plan.edit(Freeze(node, factors[0]))
     return True
 
 

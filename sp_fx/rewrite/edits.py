@@ -1,7 +1,6 @@
 """The five edits of a rewrite.
 
-An edit is decided on the captured graph, and applied when the edits before it have been: `current` then says what stands in
-place of the nodes that the decision saw.
+An edit is applied as soon as it is decided: the next decision sees what it has left.
 
 - `ReplaceCall`: a call becomes a dual-path call.
 - `CloseWritten`: the calls of a gate that is written out stay, and what they compute passes through a dual-path call.
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..analysis.calls import AFFINE_ROWS, nodes_in, operands, writes
+from ..analysis.calls import AFFINE_ROWS, writes
 from ..analysis.facts import Facts
 from ..analysis.readers import Gate
 from ..analysis.written_gates import Written
@@ -79,16 +78,6 @@ class Edit(ABC):
     def apply(self, to: Rewriting) -> None: ...
 
 
-def current(node: fx.Node, seen: tuple[fx.Node, ...]) -> dict[fx.Node, fx.Node]:
-    """Returns what stands now in place of the operands of `node` that were `seen` when an edit was decided."""
-    return dict(zip(seen, operands(node), strict=True))
-
-
-def with_current(value: Any, now: dict[fx.Node, fx.Node]) -> Any:
-    """Returns `value`, a tuple or a dictionary of arguments, with the nodes in it replaced as `now` says."""
-    return fx.node.map_arg(value, lambda n: now.get(n, n)) if nodes_in(value) else value
-
-
 @dataclass
 class ReplaceCall(Edit):
     """The call `node` becomes a dual-path call of `gate`; where it returns indices too, these still come from the call."""
@@ -98,19 +87,14 @@ class ReplaceCall(Edit):
     tau: Temperature
     scale: str | float
 
-    def __post_init__(self) -> None:
-        self.seen = tuple(operands(self.node))
-
     def apply(self, to: Rewriting) -> None:
-        now = current(self.node, self.seen)
-        gate = replace(self.gate, tensors=with_current(self.gate.tensors, now), args=dict(with_current(self.gate.args, now)))
-        if gate.first:
-            self.replace_first(to, gate)
+        if self.gate.first:
+            self.replace_first(to)
         else:
-            self.replace_all(to, gate)
+            self.replace_all(to)
 
-    def replace_all(self, to: Rewriting, gate: Gate) -> None:
-        node, aliasing = self.node, to.facts.aliasing
+    def replace_all(self, to: Rewriting) -> None:
+        node, gate, aliasing = self.node, self.gate, to.facts.aliasing
         source = node.all_input_nodes[0]
         later = aliasing.later_readers(source, node) if writes(node) else []
         redirected = all(source in user.all_input_nodes for user in later) and not aliasing.is_view(source)
@@ -126,10 +110,10 @@ class ReplaceCall(Edit):
             user.replace_input_with(source, result)
         to.graph.erase_node(node)
 
-    def replace_first(self, to: Rewriting, gate: Gate) -> None:
+    def replace_first(self, to: Rewriting) -> None:
         node = self.node
         with to.graph.inserting_before(node):
-            soft = to.dual_path(node, gate, self.tau, self.scale)
+            soft = to.dual_path(node, self.gate, self.tau, self.scale)
         rest = []
         for user in list(node.users):
             index = user.args[1] if user.target in (operator.getitem, getattr) else None
@@ -183,14 +167,10 @@ class Freeze(Edit):
     node: fx.Node
     operand: fx.Node
 
-    def __post_init__(self) -> None:
-        self.seen = tuple(operands(self.node))
-
     def apply(self, to: Rewriting) -> None:
-        operand = current(self.node, self.seen)[self.operand]
         with to.graph.inserting_before(self.node):
-            constant = to.graph.call_method("detach", (operand,))
-        self.node.replace_input_with(operand, constant)
+            constant = to.graph.call_method("detach", (self.operand,))
+        self.node.replace_input_with(self.operand, constant)
 
 
 @dataclass
@@ -258,18 +238,14 @@ class FreezeSoftmax(Edit):
     products: list[tuple[fx.Node, fx.Node, fx.Node, dict[str, Any]]]
     tau: Temperature
 
-    def __post_init__(self) -> None:
-        self.seen = {node: tuple(operands(node)) for node in (self.node, *(product[0] for product in self.products))}
-
     def apply(self, to: Rewriting) -> None:
         graph, soft = to.graph, None
-        scores = current(self.node, self.seen[self.node])[self.scores]
         options = {"tau": self.tau, "dim": self.dim, "dtype": self.dtype}
         hot = is_hot(self.tau)
         with graph.inserting_before(self.node):
-            hard = graph.call_function(dual_path, ("softmax", scores), options)
+            hard = graph.call_function(dual_path, ("softmax", self.scores), options)
             if hot:
-                cut = graph.call_method("detach", (scores,))
+                cut = graph.call_method("detach", (self.scores,))
                 soft = graph.call_function(tempered_softmax, (cut,), options)
                 soft = graph.call_method("type_as", (soft, hard))
         hard.meta.update(self.node.meta)
@@ -277,10 +253,10 @@ class FreezeSoftmax(Edit):
         weights = (self.weights - {self.node}) | {hard}
         copies: dict[fx.Node, fx.Node] = {} if soft is None else {hard: soft}
         for product, mixing, values, args in self.products:
-            now = current(product, self.seen[product])
+            mixing, values = to.instead.get(mixing, mixing), to.instead.get(values, values)  # a product may mix another's values
             with graph.inserting_before(product):
-                tempered = replayed(graph, now[mixing], weights, copies) if hot else None
-                mixed = graph.call_function(dual_path, ("mix", now[mixing], tempered, now[values]), {"tau": self.tau, **args})
+                tempered = replayed(graph, mixing, weights, copies) if hot else None
+                mixed = graph.call_function(dual_path, ("mix", mixing, tempered, values), {"tau": self.tau, **args})
             mixed.meta.update(product.meta)
             to.supersede(product, mixed)
             to.passing[product] = mixed

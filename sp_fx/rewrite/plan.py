@@ -1,6 +1,6 @@
-"""The plan of a rewrite: a line of the report for each gating call, and the edits that make it true.
+"""The account of a rewrite: a line of the report for each gating call, and the edits that make these lines true.
 
-A plan is made on the graph as it was captured, from facts; the edits are applied afterwards, in order.
+A decision writes a line here, and passes on its edit, which is applied before the next node is looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..analysis.facts import Facts
 from ..analysis.sample_axis import Axis
 from ..gates.adjoints.row import Temperature
 from ..gates.rules import Rules
-from .edits import Edit
+from .edits import Edit, Rewriting
 from .report import Site, Status
 
 
@@ -26,19 +26,18 @@ class Plan:
     Attributes:
         sites: the lines of the report.
         nodes: the call of each line.
-        edits: what is to be done to the graph, in order.
-        rows: the calls that become dual-path calls, and the row of the table that they become.
-        absorbed: the calls that the edit of another call replaces: they get no line of their own.
+        rewriting: the graph, and what the edits so far have put in place of what.
     """
 
     def __init__(self, facts: Facts, rules: Rules) -> None:
         self.facts, self.rules = facts, rules
         self.sites: list[Site] = []
         self.nodes: list[fx.Node] = []
-        self.edits: list[Edit] = []
-        self.rows: dict[fx.Node, str] = {}
-        self.absorbed: set[fx.Node] = set()
+        self.rewriting = Rewriting(facts)
         self._calls: Counter[str] = Counter()
+
+    def edit(self, edit: Edit) -> None:
+        edit.apply(self.rewriting)
 
     def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
         """Write a line on a call that stays as it is."""

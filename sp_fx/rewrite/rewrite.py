@@ -16,7 +16,6 @@ from ..capture.capture import Capture
 from ..capture.clone import passes
 from ..gates.rules import Rules
 from . import attention, decisions
-from .edits import Rewriting
 from .inplace_copies import protect
 from .plan import Plan
 from .report import Report
@@ -46,16 +45,13 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
     """
     graph, facts = capture.graph, Facts(capture)
     plan = Plan(facts, rules)
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         called = node.op in ("call_module", "call_function", "call_method")
-        if called and node not in plan.absorbed and not facts.is_identity(node):
+        if called and node not in plan.rewriting.instead and not facts.is_identity(node):
             any(decision(node, facts, plan) for decision in ORDER)
-    rewriting = Rewriting(facts)
-    for edit in plan.edits:
-        edit.apply(rewriting)
-    for leaf in rewriting.opened:
+    for leaf in plan.rewriting.opened:
         leaf.__dict__["forward"] = passes
     notes = protect(graph, facts.aliasing)
-    sites = mark_steering(graph, plan.sites, plan.nodes, rewriting.passing)
+    sites = mark_steering(graph, plan.sites, plan.nodes, plan.rewriting.passing)
     graph.lint()
     return Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
