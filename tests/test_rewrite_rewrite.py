@@ -1,5 +1,7 @@
 """What the pass makes of each call: gates, what keeps its derivative, what works in place."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -322,3 +324,70 @@ def test_written_attention_passes_the_signal():
     explainer = sp_fx.transform(layered(lambda m, x: F.relu(m.layer((x @ x.T).softmax(-1) @ m.layer(x)))))
     softmax = next(s for s in explainer.report().sites if s.kind == "attention")
     assert softmax.status == "rewritten" and not softmax.reason
+
+
+class TwoLinears(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.a, self.b, self.body = nn.Linear(8, 8), nn.Linear(8, 8), body
+
+    def forward(self, x):
+        return self.body(self, x)
+
+
+def relu_by_its_old_name(m, x):
+    h = m.a(x)
+    F.relu_(h)
+    return m.b(x) * h
+
+
+def relu_by_its_old_name_after_a_mean(m, x):
+    h = m.a(x)
+    F.relu_(h)
+    return m.b(x) * h * h.mean(1, keepdim=True)
+
+
+def sigmoid_written_over(m, x):
+    h = torch.sigmoid(m.a(x))
+    F.elu_(h)
+    return m.b(x) * h
+
+
+def times_itself(m, x):
+    h = m.a(x)
+    r = F.relu_(h)
+    return h * r + x
+
+
+def a_mask_clamped(m, x):
+    return m.b(x) * (m.a(x) > 0).float().clamp_(0, 1)
+
+
+OUT_OF_PLACE = {
+    relu_by_its_old_name: lambda m, x: m.b(x) * F.relu(m.a(x)),
+    relu_by_its_old_name_after_a_mean: lambda m, x: (lambda b, h: b * h * h.mean(1, keepdim=True))(m.b(x), F.relu(m.a(x))),
+    sigmoid_written_over: lambda m, x: m.b(x) * F.elu(torch.sigmoid(m.a(x))),
+    times_itself: lambda m, x: (lambda r: r * r + x)(F.relu(m.a(x))),
+    a_mask_clamped: lambda m, x: m.b(x) * (m.a(x) > 0).float().clamp(0, 1),
+}
+
+
+@pytest.mark.parametrize("rules", [{}, {"product": "frozen"}], ids=["default", "frozen product"])
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("body", OUT_OF_PLACE, ids=lambda body: body.__name__)
+def test_a_decision_sees_what_the_edits_before_it_have_left(body, tracer, rules):
+    """A gate in place is read by the old name of what it wrote over: a product of that is a product with the gate."""
+    found = []
+    for spelling in (body, OUT_OF_PLACE[body]):
+        torch.manual_seed(0)
+        model, x = TwoLinears(spelling).double().eval(), torch.randn(3, 5, 8, dtype=torch.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            explainer = sp_fx.transform(model, rules=sp_fx.Rules(**rules), tracer=tracer, example_inputs=x)
+        assert torch.equal(explainer(x), model(x.clone()))
+        u = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        sites = sorted((s.op, s.kind, s.status, s.reason) for s in explainer.report().sites)
+        found.append((explainer.pullback(x, u), sites))
+    (in_place, its_sites), (expected, sites) = found
+    assert its_sites == sites
+    torch.testing.assert_close(in_place, expected, rtol=1e-12, atol=1e-12)
