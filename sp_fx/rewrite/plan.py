@@ -21,7 +21,7 @@ from .report import Site, Status
 
 
 class Plan:
-    """Of one graph.
+    """The lines of the report so far, and the graph as the edits so far have left it.
 
     Attributes:
         sites: the lines of the report.
@@ -37,6 +37,7 @@ class Plan:
         self._calls: Counter[str] = Counter()
 
     def edit(self, edit: Edit) -> None:
+        """Carry out an edit of the graph."""
         edit.apply(self.rewriting)
 
     def note(self, node: fx.Node, status: Status, reason: str, opaque: bool = False) -> None:
