@@ -50,11 +50,14 @@ class Facts:
     # -- computed once
 
     def _find_varying(self) -> None:
+        def called(node: fx.Node) -> nn.Module | None:
+            return None if self.is_identity(node) else self.leaf(node)
+
         for node in self.graph.nodes:
             name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
                 self.varying.add(node)
-                self.axes[node] = sample_axis(node, self.axes, name_of, self._called, self._constant_shape)
+                self.axes[node] = sample_axis(node, self.axes, name_of, called, self._constant_shape)
                 self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
 
     def _find_registered(self, capture: Capture) -> None:
@@ -86,9 +89,6 @@ class Facts:
         first = min(gate.inside, key=self.aliasing.position.__getitem__)
         later = self.aliasing.later_readers(gate.source, first, gate.inside)
         return used and all(user in gate.inside for user in later)
-
-    def _called(self, node: fx.Node) -> nn.Module | None:
-        return None if self.is_identity(node) else self.leaf(node)
 
     def _constant_shape(self, node: fx.Node) -> torch.Size | None:
         value = operator.attrgetter(str(node.target))(self.modules) if node.op == "get_attr" else node.meta.get("val")
