@@ -99,7 +99,7 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        report = replace(report, notes=(*report.notes, *own_names(capture.modules, graph)))
+        report = replace(report, notes=(*report.notes, *own_names(capture.modules, graph, report)))
         explainer = Explainer(capture.modules, graph, report)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         return explainer
@@ -189,15 +189,15 @@ def alike(a: Tensor, b: Tensor) -> bool:
     return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
 
 
-def own_names(modules: nn.Module, graph: fx.Graph) -> list[str]:
-    """Give those attributes of the model another name that an explainer has of its own, as a child called `compile`; returns a
-    note on
-    each."""
+def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
+    """Gives those attributes of the model another name that an explainer has of its own, such as a child called `split`;
+    returns a note on each."""
+    taken = {*dir(Explainer(nn.Module(), fx.Graph(), report)), "_origin"}  # of an explainer of nothing: no list to keep
     notes = []
     for table in (modules._modules, modules._parameters, modules._buffers):
-        for name in [name for name in table if hasattr(Explainer, name) or name in ("meta", "_graph", "_code")]:
+        for name in [name for name in table if name in taken]:
             new = f"{name}_"
-            while hasattr(modules, new):
+            while new in taken or hasattr(modules, new):
                 new += "_"
             table[new] = table.pop(name)  # type: ignore[assignment]
             for node in graph.nodes:

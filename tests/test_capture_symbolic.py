@@ -433,6 +433,27 @@ def test_children_with_an_explainers_names():
     assert {name for name, _ in model.named_children()} == {"graph", "meta", "split", "graph_"}
 
 
+@pytest.mark.parametrize("name", ["_report", "_splits", "_splitting", "_origin", "_tracer_cls", "_code"])
+def test_children_with_an_explainers_private_names(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 4))
+            self.act, self.head = nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.act(getattr(self, name)(x)))
+
+    model, x = Net(), torch.randn(3, 4)
+    plain = nn.Sequential(getattr(model, name), model.act, model.head)  # the same layers, by names that are nobody's
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(x), model(x))
+    assert torch.equal(explainer.pullback(x, 1), sp_fx.transform(plain).pullback(x, 1))
+    assert explainer.get_submodule(f"{name}_") is not None and list(dict(model.named_children())) == [name, "act", "head"]
+    again = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))
+
+
 def test_outputs_stay_of_their_kind():
     class Net(nn.Module):
         def __init__(self, kind):
