@@ -135,7 +135,8 @@ class Explainer(CapturedModule):
         the explanation, by one pass.
 
         The program is compared with this explainer on the example, and refused where it differs by more than 1e-4 in relative L2,
-        for float32 (`program.build.TOLERANCE`). It keeps the weights of this moment: later changes of the model do not reach it.
+        for float32 (`sp_fx.program.compiling.TOLERANCE`). It keeps the weights of this moment: later changes of the model do not
+        reach it.
 
         Args:
             method: "pullback", "double_pullback" or "ascend".

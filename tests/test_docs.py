@@ -1,9 +1,12 @@
 """The README and the pages of docs/: links, names of files, commands, and numbers that stand in two places."""
 
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+
+import sp_fx
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -75,3 +78,27 @@ def test_the_short_table_of_costs_is_part_of_the_long_one():
     long = table_below(PAGES["docs/performance.md"], "## Speed on two cores")
     assert {row: {column: long[row][column] for column in cells} for row, cells in short.items()} == short
     assert not {"VGG-11", "DenseNet-121"} & set(short["eager pullback"])  # columns of other runs
+
+
+CODE = sorted((ROOT / "sp_fx").rglob("*.py"))
+STEMS = {stem: [path.read_text() for path in CODE if path.stem == stem] for stem in {path.stem for path in CODE}}
+CLASSES = {name: path.read_text() for path in CODE for name in re.findall(r"^class (\w+)", path.read_text(), flags=re.MULTILINE)}
+TEXTS = {str(path.relative_to(ROOT)): path for path in (*CODE, *sorted((ROOT / "sp_fx").rglob("*.md")), *PAGES.values())}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_names_in_backticks_exist(name):
+    """`facts.varying`, `Rules.paper(...)`, `facts.py`, `sp_fx.load`: what is written as a name of a module or a class occurs in
+    its file. Where several files have one stem, in one of them; a variable such as `program` in `program.graph` is read as the
+    module of its name."""
+    for dotted in re.findall(r"`((?:\w+\.)+\w+)[`(]", TEXTS[name].read_text()):
+        first, last = dotted.split(".")[-2:]
+        if last == "py":
+            assert first in STEMS or list(ROOT.glob(f"[!.]*/{first}.py")), f"{name}: no file is called {dotted}"
+        elif dotted.startswith("sp_fx."):
+            value = sp_fx
+            for part in dotted.split(".")[1:]:
+                value = getattr(value, part, None) or importlib.import_module(f"{value.__name__}.{part}")
+        elif dotted == f"{first}.{last}" and (first in STEMS or first in CLASSES):
+            texts = STEMS.get(first, []) + [CLASSES.get(first, "")]
+            assert any(re.search(rf"\b{last}\b", text) for text in texts), f"{name}: {first} has no {last}"
