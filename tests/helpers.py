@@ -1,9 +1,10 @@
-"""What several tests need: seeded weights, the golden networks, the plain gradient."""
+"""What several tests need: seeded weights, the golden networks, the plain gradient, a model whose calls share modules."""
 
 import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
@@ -44,3 +45,19 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def gradient(model: nn.Module, x: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     x = x.detach().clone().requires_grad_()
     return torch.autograd.grad(model(x), x, u)[0]
+
+
+class Shared(nn.Module):
+    """One in-place ReLU module for three calls, a functional one, a method, a dropout, and a BatchNorm in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.ReLU())
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        x = self.act(self.conv(x))
+        x = F.relu(self.conv(x), inplace=True) + self.act(self.conv(x))
+        return self.head(self.body(x).relu().mean((2, 3)))

@@ -1,5 +1,7 @@
-"""Models that cannot be captured, or not wholly: each an error that says why, or a line in the report."""
+"""Models that cannot be captured, or not wholly: each an error that says why, or a line in the report; models whose attributes
+have an explainer's names."""
 
+import pickle
 import warnings
 
 import pytest
@@ -163,3 +165,42 @@ def test_every_rank_through_both_tracers(name):
     found = by_export.pullback(x, 1)
     assert found.shape == x.shape and torch.equal(found, by_fx.pullback(x, 1)) and found.norm() > 0
     assert by_export.ascend(x[:1], 1, steps=2).shape == x[:1].shape
+
+
+def test_children_with_an_explainers_names():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.graph, self.meta, self.split = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
+            self.report, self.graph_ = nn.Parameter(torch.rand(4)), nn.Identity()
+
+        def forward(self, x):
+            return self.split(self.meta(self.graph_(self.graph(x) * self.report)))
+
+    model, x = Net(), torch.randn(3, 4)
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(x), model(x)) and explainer.get_submodule("graph__").weight.shape == (4, 4)
+    assert any("the model's graph is called graph__ here" in note for note in explainer.report().notes)
+    assert explainer.pullback(x, 1, wrt="meta_").shape == (3, 4)
+    assert {name for name, _ in model.named_children()} == {"graph", "meta", "split", "graph_"}
+
+
+@pytest.mark.parametrize("name", ["_report", "_splits", "_splitting", "_origin", "_tracer_cls", "_code"])
+def test_children_with_an_explainers_private_names(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.add_module(name, nn.Linear(4, 4))
+            self.act, self.head = nn.ReLU(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.act(getattr(self, name)(x)))
+
+    model, x = Net(), torch.randn(3, 4)
+    plain = nn.Sequential(getattr(model, name), model.act, model.head)  # the same layers, by names that are nobody's
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(x), model(x))
+    assert torch.equal(explainer.pullback(x, 1), sp_fx.transform(plain).pullback(x, 1))
+    assert explainer.get_submodule(f"{name}_") is not None and list(dict(model.named_children())) == [name, "act", "head"]
+    again = pickle.loads(pickle.dumps(explainer))
+    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))

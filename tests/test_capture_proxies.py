@@ -1,11 +1,15 @@
 """What a forward stores while it is traced: proxies come off again, and what stood there before comes back."""
 
 import collections
+import copy
+import dataclasses
+import pickle
 import types
 
 import torch
 from torch import fx, nn
 
+import sp_fx
 from sp_fx.capture.clone import EvalClone
 from sp_fx.capture.proxies import Snapshot, holders
 
@@ -73,3 +77,50 @@ def test_containers_that_hold_themselves():
     snapshot = Snapshot(clone)
     fx.Tracer().trace(clone)
     assert snapshot.take_off() == [] and len(clone.ring) == 1 and clone.ring[0] is clone.ring
+
+
+def test_containers_of_every_kind_stay_the_models():
+    @dataclasses.dataclass
+    class Record:
+        last: object = None
+
+    class Store:
+        last = None
+
+    class Logging(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.log, self.space, self.record = collections.deque(maxlen=2), types.SimpleNamespace(last=None), Record()
+            self.store = Store()
+            self.ordered, self.layers = collections.OrderedDict(last=None), collections.OrderedDict(first=self.layer)
+            self.round = {}
+            self.round["itself"] = self.round
+
+        def forward(self, x):
+            y = self.layers["first"](x)
+            self.log.append(y)
+            self.space.last = self.record.last = self.ordered["last"] = self.store.last = self.store.new = y
+            return y.relu()
+
+    model, x = Logging(), torch.randn(2, 4)
+    explainer = sp_fx.transform(model)
+    assert not model.log and model.space.last is model.record.last is model.ordered["last"] is model.store.last is None
+    assert not hasattr(model.store, "new")
+    assert torch.equal(explainer(x), model(x)) and len(model.log) == 1
+
+
+def test_what_a_trace_puts_into_containers_is_taken_out():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.cache = nn.Linear(4, 2), {}
+
+        def forward(self, x):
+            self.cache["last"] = self.layer(x)
+            self.cache.setdefault("all", []).append(self.cache["last"])
+            return self.cache["last"].relu()
+
+    explainer, x = sp_fx.transform(Caching()), torch.randn(3, 4)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(explainer)))
+    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))

@@ -2,10 +2,6 @@
 
 import collections
 import contextlib
-import copy
-import dataclasses
-import functools
-import pickle
 import threading
 import types
 import warnings
@@ -14,29 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import prune
 
 import sp_fx
-from helpers import relative
-from sp_fx.capture.clone import EvalClone
+from helpers import Shared
 from sp_fx.program.folding import folded
 from sp_fx.program.graph import one_graph
-
-
-class Shared(nn.Module):
-    """One in-place ReLU module for three calls, a functional one, a method, a dropout, and a BatchNorm in train mode."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv, self.bn, self.act = nn.Conv2d(3, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
-        self.body = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Dropout(0.5), nn.ReLU())
-        self.head = nn.Linear(3, 5)
-
-    def forward(self, x):
-        x = self.act(self.bn(self.conv(x)))
-        x = self.act(self.conv(x))
-        x = F.relu(self.conv(x), inplace=True) + self.act(self.conv(x))
-        return self.head(self.body(x).relu().mean((2, 3)))
 
 
 def state(model):
@@ -98,34 +76,10 @@ def test_failures_of_transform_leave_the_model_alone():
     assert same(before, state(model))
 
 
-def test_weights_are_shared_and_in_place_updates_arrive():
-    model = Shared().eval()
-    explainer = sp_fx.transform(model)
-    assert explainer.conv.weight.data_ptr() == model.conv.weight.data_ptr()
-    assert explainer.conv.weight is not model.conv.weight
-    x = torch.randn(1, 3, 8, 8)
-    with torch.no_grad():
-        model.conv.weight.mul_(2)
-    assert torch.equal(explainer(x), model(x))
-    model.load_state_dict({k: torch.rand_like(v.float()).to(v.dtype) for k, v in model.state_dict().items()})
-    assert torch.equal(explainer(x), model(x))
-    replaced = model.double()
-    assert explainer(x).dtype == torch.float32 and replaced.conv.weight.dtype == torch.float64
-
-
 def test_call_sites_each_have_a_line():
     report = sp_fx.transform(Shared()).report()
     assert [s.place for s in report.of("rewritten")] == ["act", "act#2", "relu", "act#3", "body.2", "relu#2"]
     assert not report.of("NOT REWRITTEN")
-
-
-def test_train_mode_does_not_reach_the_graph():
-    model = Shared().train()
-    explainer = sp_fx.transform(model)
-    x = torch.randn(2, 3, 8, 8)
-    assert torch.equal(explainer(x), copy.deepcopy(model).eval()(x))
-    assert torch.equal(explainer(x), explainer(x))  # no dropout
-    assert explainer.eval() is explainer and not explainer.training
 
 
 def test_modules_keep_their_names_and_can_be_hooked():
@@ -143,26 +97,6 @@ def test_modules_keep_their_names_and_can_be_hooked():
     assert dict(explainer.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
-def test_compiled_and_parallel_models_are_unwrapped():
-    model = Shared().eval()
-    x = torch.randn(1, 3, 8, 8)
-    for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
-        assert torch.equal(sp_fx.transform(wrapped)(x), model(x))
-    inner = nn.Sequential(torch.compile(model), nn.ReLU())
-    assert sp_fx.transform(inner).report().sites[0].place == "0.act"
-
-
-def test_distributed_models_are_unwrapped(tmp_path):
-    model = Shared().eval()
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        x = torch.randn(1, 3, 8, 8)
-        assert torch.equal(sp_fx.transform(wrapped)(x), model(x))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 def test_arguments_with_defaults_are_settings():
     class Masked(nn.Module):
         def __init__(self):
@@ -178,29 +112,6 @@ def test_arguments_with_defaults_are_settings():
     assert explainer.pullback(x, 0, forward_kwargs={"mask": None, "gate": True}).shape == x.shape
     with pytest.raises(AssertionError, match="gate has been specialized to have value True"):
         explainer(x, gate=False)
-
-
-def test_clones_keep_structure_and_references():
-    class Tied(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-            self.b.weight = self.a.weight
-            self.again = self.a
-            self.steps = [self.a, self.b]
-            self.by_name = {"b": self.b}
-            self.call = self.step
-            self.bound = functools.partial(self.step, 1)
-
-        def step(self, i, x):
-            return self.steps[i](x)
-
-    model = Tied()
-    clone = EvalClone()(model)
-    assert clone.b.weight is clone.a.weight and clone.again is clone.a
-    assert clone.steps == [clone.a, clone.b] and clone.by_name["b"] is clone.b
-    assert clone.call.__self__ is clone and clone.bound.func.__self__ is clone
-    assert not set(map(id, model.modules())) & set(map(id, clone.modules()))
 
 
 def test_forwards_set_on_instances_are_the_ones_traced():
@@ -282,77 +193,6 @@ def test_a_model_without_gates_says_so():
         sp_fx.transform(nn.Linear(3, 2))
 
 
-def test_parametrised_and_normed_weights():
-    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
-    x = torch.randn(3, 4)
-    explainer = sp_fx.transform(model)
-    assert torch.equal(explainer(x), model(x))
-    frozen = sp_fx.transform(model, rules=sp_fx.Rules.frozen()).pullback(x, 1)
-    y = x.clone().requires_grad_()
-    assert relative(frozen, torch.autograd.grad(model(y)[:, 1].sum(), y)[0]) <= 1e-6
-
-
-def test_weights_that_hooks_compute():
-    """As the hook would compute them now, which is not what it left at the last forward."""
-    x = torch.randn(3, 4)
-    for hooked in (nn.utils.weight_norm, nn.utils.spectral_norm, lambda m: prune.l1_unstructured(m, "weight", 0.5)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # these forms are deprecated
-            model = nn.Sequential(hooked(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 2)).eval()
-        model.load_state_dict({name: torch.rand_like(value) for name, value in model.state_dict().items()})
-        explainer = sp_fx.transform(model)
-        assert torch.equal(explainer(x), model(x))
-        assert explainer.report().notes == (
-            "the hook of 0 computes its weight, as it was at transform: after an update, transform again",
-        )
-
-
-def test_hooks_that_do_not_run_are_told():
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-
-    def triple(module, args, output):
-        return 3 * output
-
-    model[0].register_forward_hook(triple)
-    model.register_forward_pre_hook(lambda module, args: None)
-    with pytest.warns(UserWarning, match="triple, does not run"):
-        explainer = sp_fx.transform(model)
-    told = " ".join(explainer.report().notes)
-    assert sp_fx.check(explainer, torch.randn(2, 4), model=model)["forward"].verdict == "FAILED"
-    assert "the hook of 0, " in told and "triple, does not run" in told and "the model's own hook" in told
-
-
-def test_containers_of_every_kind_stay_the_models():
-    @dataclasses.dataclass
-    class Record:
-        last: object = None
-
-    class Store:
-        last = None
-
-    class Logging(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-            self.log, self.space, self.record = collections.deque(maxlen=2), types.SimpleNamespace(last=None), Record()
-            self.store = Store()
-            self.ordered, self.layers = collections.OrderedDict(last=None), collections.OrderedDict(first=self.layer)
-            self.round = {}
-            self.round["itself"] = self.round
-
-        def forward(self, x):
-            y = self.layers["first"](x)
-            self.log.append(y)
-            self.space.last = self.record.last = self.ordered["last"] = self.store.last = self.store.new = y
-            return y.relu()
-
-    model, x = Logging(), torch.randn(2, 4)
-    explainer = sp_fx.transform(model)
-    assert not model.log and model.space.last is model.record.last is model.ordered["last"] is model.store.last is None
-    assert not hasattr(model.store, "new")
-    assert torch.equal(explainer(x), model(x)) and len(model.log) == 1
-
-
 def test_an_explainer_runs_while_others_are_made():
     """`torch.fx` patches nn.Module for all threads, and a compilation puts stand-ins for weights into modules."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3)).eval()
@@ -376,82 +216,12 @@ def test_an_explainer_runs_while_others_are_made():
     assert not failed, failed[0]
 
 
-class StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, v):
-        return v
-
-
-def test_a_function_of_ones_own_keeps_its_backward():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return StraightThrough.apply(self.layer(x)).relu()
-
-    model, x = Net(), torch.randn(2, 4)
-    apply = torch.autograd.Function.__dict__["apply"]
-    with pytest.warns(UserWarning, match="StraightThrough is opaque to the trace"):
-        explainer = sp_fx.transform(model, rules=sp_fx.Rules(relu=None))
-    assert torch.autograd.Function.__dict__["apply"] is apply
-    y = x.clone().requires_grad_()
-    expected = torch.autograd.grad(model(y)[:, 1].sum(), y)[0]
-    assert torch.equal(explainer.pullback(x, 1), expected) and expected.any()
-    again = pickle.loads(pickle.dumps(explainer))
-    assert torch.equal(again.pullback(x, 1), expected)
-
-
 def test_graph_modules_go_through():
     model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(3, 4)
     traced = torch.fx.symbolic_trace(model)
     explainer = sp_fx.transform(traced)
     assert torch.equal(explainer(x), traced(x))
     assert torch.equal(explainer.pullback(x, 1), sp_fx.transform(model).pullback(x, 1))
-
-
-def test_children_with_an_explainers_names():
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.graph, self.meta, self.split = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2)
-            self.report, self.graph_ = nn.Parameter(torch.rand(4)), nn.Identity()
-
-        def forward(self, x):
-            return self.split(self.meta(self.graph_(self.graph(x) * self.report)))
-
-    model, x = Net(), torch.randn(3, 4)
-    explainer = sp_fx.transform(model)
-    assert torch.equal(explainer(x), model(x)) and explainer.get_submodule("graph__").weight.shape == (4, 4)
-    assert any("the model's graph is called graph__ here" in note for note in explainer.report().notes)
-    assert explainer.pullback(x, 1, wrt="meta_").shape == (3, 4)
-    assert {name for name, _ in model.named_children()} == {"graph", "meta", "split", "graph_"}
-
-
-@pytest.mark.parametrize("name", ["_report", "_splits", "_splitting", "_origin", "_tracer_cls", "_code"])
-def test_children_with_an_explainers_private_names(name):
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.add_module(name, nn.Linear(4, 4))
-            self.act, self.head = nn.ReLU(), nn.Linear(4, 2)
-
-        def forward(self, x):
-            return self.head(self.act(getattr(self, name)(x)))
-
-    model, x = Net(), torch.randn(3, 4)
-    plain = nn.Sequential(getattr(model, name), model.act, model.head)  # the same layers, by names that are nobody's
-    explainer = sp_fx.transform(model)
-    assert torch.equal(explainer(x), model(x))
-    assert torch.equal(explainer.pullback(x, 1), sp_fx.transform(plain).pullback(x, 1))
-    assert explainer.get_submodule(f"{name}_") is not None and list(dict(model.named_children())) == [name, "act", "head"]
-    again = pickle.loads(pickle.dumps(explainer))
-    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))
 
 
 def test_outputs_stay_of_their_kind():
@@ -471,19 +241,3 @@ def test_outputs_stay_of_their_kind():
     for kind in kinds:
         explainer, x = sp_fx.transform(Net(kind)), torch.randn(3, 4)
         assert type(explainer(x)) is kind and explainer.pullback(x, 1).shape == x.shape
-
-
-def test_what_a_trace_puts_into_containers_is_taken_out():
-    class Caching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer, self.cache = nn.Linear(4, 2), {}
-
-        def forward(self, x):
-            self.cache["last"] = self.layer(x)
-            self.cache.setdefault("all", []).append(self.cache["last"])
-            return self.cache["last"].relu()
-
-    explainer, x = sp_fx.transform(Caching()), torch.randn(3, 4)
-    again = pickle.loads(pickle.dumps(copy.deepcopy(explainer)))
-    assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))
