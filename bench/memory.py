@@ -64,7 +64,7 @@ def gate_bytes(explainer: nn.Module, x: Tensor) -> int:
 
 
 def in_bits(row: Row, bits: int) -> Row:
-    """Returns the row with an adjoint whose pre-activation was kept in 16 `bits`, or its gain in 8."""
+    """Returns the row with an adjoint that keeps the pre-activation in 16 bits, or the gain in 8, as `bits` says."""
 
     def adjoint(v: Tensor, z: Tensor, *rest: Any, **fit: Any) -> Tensor | None:
         if bits == 16:

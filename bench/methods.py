@@ -65,7 +65,7 @@ def methods(
         try:
             chosen |= zennit_methods(model)
         except ModuleNotFoundError as error:
-            left = dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
+            left |= dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
     return chosen, left
 
 

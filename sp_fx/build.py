@@ -33,8 +33,8 @@ def transform(
     output: str | None = None,
     strict: bool = False,
 ) -> Explainer:
-    """An explainer of `model`, which is not changed in any way, neither now nor by what is done with the explainer, but for
-    writes into the weights, whose storage they share.
+    """An explainer of `model`. Neither this nor any use of the explainer changes the model, except that a write into the weights
+    of one is seen by the other: they share their storage.
 
     The explainer is in eval mode. Updating the weights in place (an optimiser step, `load_state_dict`) updates it too, while
     replacing them (`model.half()`, `model.to(...)`) leaves it as it was. Compiled, DataParallel and DistributedDataParallel
@@ -190,8 +190,8 @@ def alike(a: Tensor, b: Tensor) -> bool:
 
 
 def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
-    """Gives those attributes of the model another name that an explainer has of its own, such as a child called `split`;
-    returns a note on each."""
+    """Renames the attributes of the model whose names an explainer has of its own, such as a child called `split`; returns a
+    note on each."""
     taken = {*dir(Explainer(nn.Module(), fx.Graph(), report)), "_origin"}  # of an explainer of nothing: no list to keep
     notes = []
     for table in (modules._modules, modules._parameters, modules._buffers):

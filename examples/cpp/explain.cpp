@@ -55,7 +55,7 @@ static std::vector<double> numbers(const std::string& text) {
   return found;
 }
 
-// -- the probe, as `sp_fx/manifest.py` has it
+// -- the probe, as `sp_fx/packages/probe.py` has it
 
 static float weyl(uint64_t i) {
   uint32_t x = static_cast<uint32_t>(2654435769u * (i + 1));

@@ -110,8 +110,7 @@ class EvalClone:
 
     def hooks_left(self, model: nn.Module) -> list[str]:
         """Compute for the clone the weights that hooks of `model` compute; returns notes on these hooks, and on the others,
-        which a
-        clone does not run."""
+        which a clone does not run."""
         notes = []
         for path, module in model.named_modules():
             if (clone := self.clones.get(id(module))) is None:

@@ -157,8 +157,7 @@ class Exported:
 
     def parameter(self, name: str) -> list[fx.Node]:
         """Add the placeholder of a parameter and the check of its form; returns the nodes of the tensors in it: of a parameter
-        that
-        is a dictionary of two tensors, two."""
+        that is a dictionary of two tensors, two."""
         parameter, value = self.parameters[name], self.arguments[name]
         stars = VARIADIC.get(parameter.kind, "")
         optional = parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY
@@ -266,8 +265,7 @@ class Exported:
 
     def container(self, value: Any, outputs: Any) -> Any:
         """Returns the output's containers round the nodes `outputs`; those that a graph cannot hold, such as dataclasses, are
-        made by
-        a call of their class."""
+        made by a call of their class."""
         if isinstance(value, Slot):
             return outputs[value.index]
         kind, members = items(value) or ("", {})
@@ -300,8 +298,7 @@ ASSERTIONS = (
 
 def opened(node: fx.Node) -> bool:
     """Whether a node is a region whose body can be copied into the graph: not that of an autocast that is on, which changes
-    what is
-    computed."""
+    what is computed."""
     if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
         return False
     return node.target.name() != "wrap_with_autocast" or not node.args[2]
@@ -310,8 +307,7 @@ def opened(node: fx.Node) -> bool:
 @contextlib.contextmanager
 def all_require_grad(module: nn.Module) -> Iterator[None]:
     """While it lasts every parameter of `module` requires grad; else PyTorch's transformer layers call a fused op, which hides
-    their
-    gates."""
+    their gates."""
     frozen = [p for p in module.parameters() if p.is_floating_point() and not p.requires_grad]
     try:
         for p in frozen:

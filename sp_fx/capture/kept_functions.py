@@ -91,8 +91,7 @@ def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[Non
 
 def namespaces(module: nn.Module) -> list[dict[str, Any]]:
     """Returns the dictionaries in which the calls of `module` are looked up: its own attributes, and the globals of the files
-    that its
-    classes are from."""
+    that its classes are from."""
     own = [cls.__module__ for cls in type(module).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))]
     files = map(sys.modules.get, own)
     return [module.__dict__, *(file.__dict__ for file in files if file is not None)]
@@ -116,8 +115,7 @@ def call_by_name(graph: fx.Graph) -> None:
 @dataclasses.dataclass(frozen=True)
 class Marked:
     """What a marker in an exported graph says: `output` is the registered gate `name` of `source`, by the calls `inside`, with
-    the
-    plain arguments `arguments`."""
+    the plain arguments `arguments`."""
 
     name: str
     arguments: dict[str, Any]

@@ -1,1 +1,1 @@
-"""Pictures in, pictures of maps out: `images` and `models` load, `drawing` and `png` draw, `records` and `demo` do both."""
+"""Pictures in, pictures of maps out: `images` and `models` load, `drawing` and `map_png` draw, `records` and `demo` do both."""

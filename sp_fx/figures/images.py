@@ -99,7 +99,7 @@ def read_rgb(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ..
 
 
 def to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
-    """Returns the picture as eight-bit RGB, and the conversions that took. Errors as of `Preprocessing`."""
+    """Returns the picture as eight-bit RGB, and the conversions that this took. Errors as of `Preprocessing`."""
     from PIL import Image
 
     if image.mode == "RGB" and "transparency" not in image.info:

@@ -1,1 +1,1 @@
-"""Methods: a captured module, and what runs it: calls, pullbacks, ascents, cuts, calibration."""
+"""Methods: a captured module, and what runs it: requests and pullbacks, ascents, cuts at inner layers, calibration."""

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 def convolution_backward(v, x, weight, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask):
-    """The input's gradient, by one of the three forms below; parameters are constants here, and get none."""
+    """The input's gradient, in one of four forms; parameters are constants here, and get none."""
     if mask[1] or mask[2]:
         return NotImplemented
     if transposed:  # the adjoint of a transposed convolution is the convolution
@@ -38,7 +38,7 @@ def plain(v: Tensor, weight: Tensor, stride, padding, dilation, groups: int) -> 
     return aten.convolution.default(v, weight, None, stride, padding, dilation, False, [0] * len(stride), groups)
 
 
-def transposed(weight: Tensor, groups: int) -> Tensor:
+def swapped(weight: Tensor, groups: int) -> Tensor:
     """[out, in / groups, *kernel] as [in, out / groups, *kernel]."""
     out, width, *kernel = weight.shape
     return weight.reshape(groups, out // groups, width, *kernel).transpose(1, 2).reshape(groups * width, out // groups, *kernel)
@@ -58,7 +58,7 @@ def unit_stride(v: Tensor, weight: Tensor, padding, dilation, groups: int) -> Te
     """The input's gradient at stride 1: a convolution with flipped weights."""
     margins = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding)]
     v = fitted(v, [(min(m, 0), min(m, 0)) for m in margins])
-    return plain(v, flipped(transposed(weight, groups)), [1] * len(margins), [max(m, 0) for m in margins], dilation, groups)
+    return plain(v, flipped(swapped(weight, groups)), [1] * len(margins), [max(m, 0) for m in margins], dilation, groups)
 
 
 def by_phases(v: Tensor, spatial, weight: Tensor, stride, padding, groups: int) -> Tensor:
@@ -69,7 +69,7 @@ def by_phases(v: Tensor, spatial, weight: Tensor, stride, padding, groups: int) 
     # Phases that no tap falls in are zero, and are not computed.
     phases = [min(s, k) for s, k in zip(stride, weight.shape[2:])]
     taps = [-(-k // s) for k, s in zip(weight.shape[2:], stride)]
-    w = fitted(transposed(weight, groups), [(0, s * t - k if t > 1 else 0) for k, s, t in zip(weight.shape[2:], stride, taps)])
+    w = fitted(swapped(weight, groups), [(0, s * t - k if t > 1 else 0) for k, s, t in zip(weight.shape[2:], stride, taps)])
     w = w.reshape(*w.shape[:2], *(size for t, p in zip(taps, phases) for size in (t, p)))  # [in, out/g, tap, phase, tap, phase]
     w = w.permute(0, *range(3, 3 + 2 * n, 2), 1, *range(2, 2 + 2 * n, 2)).reshape(-1, w.shape[1], *taps)
     y = plain(v, flipped(w), [1] * n, [t - 1 for t in taps], [1] * n, groups)  # [B, in * phases, *places]

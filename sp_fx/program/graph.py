@@ -123,7 +123,8 @@ def replace_by_buffer(graph: fx.GraphModule, node: fx.Node, name: str, value: Te
 
 
 def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
-    """Returns how many rows the embedding has that the input `node` is an index into; of several the fewest, of none None."""
+    """Returns how many rows the embedding has that the input `node` is an index into: of several embeddings the fewest, None if
+    there is none."""
     queue, rows = [node], []
     while queue:
         index = queue.pop()

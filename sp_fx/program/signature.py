@@ -31,7 +31,7 @@ class Signature:
         tolerance: the relative L2 distance from the eager explainer that is allowed.
         single: whether the program is called with one tensor, not with a tuple.
         shapes, dtypes: of one sample of each input.
-        rows: for each input, of the embedding that it is an index into, where it is one, else None.
+        rows: for each input, how many rows the embedding has that it is an index into; None for an input that is no index.
         device: of the inputs.
         batch, dynamic_batch: the batch size of the example, and whether others will do.
         skeleton, constants, slots: the model's output, with a numbered `Slot` in place of each leaf; the leaves that are no

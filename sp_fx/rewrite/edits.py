@@ -133,8 +133,7 @@ class ReplaceCall(Edit):
 @dataclass
 class CloseWritten(Edit):
     """The calls inside `gate`, which `node` closes, stay, cut off from its source; what they compute passes through a dual-path
-    call
-    that differentiates it."""
+    call that differentiates it."""
 
     node: fx.Node
     gate: Written
@@ -176,8 +175,7 @@ class Freeze(Edit):
 @dataclass
 class OpenLeaf(Edit):
     """What the leaf of `node` computes becomes a call on its tensors: an affine leaf its row of the table, and then an identity
-    that
-    can be hooked; `nn.MultiheadAttention` the same with dual-path attention inside, at temperature `tau`."""
+    that can be hooked; `nn.MultiheadAttention` the same with dual-path attention inside, at temperature `tau`."""
 
     node: fx.Node
     leaf: nn.Module
@@ -221,8 +219,7 @@ class OpenLeaf(Edit):
 @dataclass
 class FreezeSoftmax(Edit):
     """The weights that the softmax `node` makes over `dim` become constants; at a temperature that is not the forward's, the
-    values
-    of the `products` receive by tempered weights, which go through the same calls as the forward's.
+    values of the `products` receive by tempered weights, which go through the same calls as the forward's.
 
     `weights` are the nodes that the softmax's weights pass through, `last` the last call that multiplies values by them;
     `products` are those of these calls that the table has a row for: the call, the weights that it takes, the values, the row's

@@ -1,1 +1,2 @@
-"""Packages at work: behind HTTP (`http` < `service` < `requests`, `metrics`, `batching`) and over folders (`batch_jobs`)."""
+"""Packages at work: behind HTTP (`http` uses `service`, which uses `requests`, `metrics` and `batching`), and over folders of
+pictures (`folder_jobs`)."""
