@@ -35,6 +35,13 @@ class Wide(Snake):
     pass
 
 
+class Squashes(nn.Module):
+    """A gate of one's own that ends in another."""
+
+    def forward(self, z):
+        return torch.ops.sp_fx_tests.squash(z + 1.0)
+
+
 @torch.library.custom_op("sp_fx_tests::squash", mutates_args=())
 def squash(z: torch.Tensor) -> torch.Tensor:
     return z.clamp(min=0) * 2
@@ -57,8 +64,9 @@ def gates():
     sp_fx.register_gate(sharp, sharp_gain, tau=0.7)
     sp_fx.register_gate(Snake, snake_gain, tau=0.5, frozen_at=1e-9, name="snake")
     sp_fx.register_gate(torch.ops.sp_fx_tests.squash.default, hard_gain, tau=0.4, frozen_at=1e-9)
+    sp_fx.register_gate(Squashes, lambda z, tau: 3.0 + z, name="squashes")
     yield
-    for name in ("sharp", "snake", "squash"):
+    for name in ("sharp", "snake", "squash", "squashes"):
         del TABLE[name]
     for names in (registry.FUNCTIONS, registry.MODULES, registry.STAND_INS):
         names.clear()
@@ -121,6 +129,15 @@ def test_every_form_under_both_tracers(model, tracer):
     assert relative(torch.func.vjp(explainer, X)[1](torch.ones_like(X))[0], pulled) <= 1e-12
     again = pickle.loads(pickle.dumps(explainer))
     assert torch.equal(again.pullback(X, lambda y: y.sum()), pulled)
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_a_registered_module_that_ends_in_a_registered_op_is_the_module_s_gate(tracer):
+    net = nn.Sequential(nn.Linear(5, 5), Squashes()).double()
+    explainer = sp_fx.transform(net, tracer=tracer, example_inputs=X)
+    assert [site.kind for site in explainer.report().of("rewritten")] == ["squashes"]
+    z = net[0](X).detach()
+    assert relative(explainer.pullback(X, lambda y: y.sum()), (3.0 + z) @ net[0].weight.detach()) <= 1e-12
 
 
 def test_its_exported_explainer_keeps_the_adjoint():

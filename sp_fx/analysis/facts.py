@@ -64,8 +64,10 @@ class Facts:
         for marked in capture.marked:
             self.patterns[marked.output] = marked_gate(marked)
             self.parts |= {n: marked.output for n in marked.inside if n is not marked.output}
-        for node in self.graph.nodes:
-            if (gate := registered_gate(node, self.leaf(node))) is not None and not self.is_identity(node):
+        for node in self.graph.nodes:  # a registered module that ends in a registered function is the module's gate
+            if node in self.patterns or self.is_identity(node):
+                continue
+            if (gate := registered_gate(node, self.leaf(node))) is not None:
                 self.patterns[node] = gate
 
     def _find_patterns(self) -> None:
