@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ..containers import Slot
@@ -23,7 +22,7 @@ from ..program.program import Program
 from ..program.signature import Run, Signature
 from ..version import __version__
 from .errors import PackageError
-from .probe import SKETCH, probe, probe_target, sketch
+from .probe import answer, probe_batch
 
 FORMAT = 2
 
@@ -36,10 +35,8 @@ def describe(
     Raises:
         PackageError: the model's output holds what JSON cannot describe.
     """
-    signature, inputs = program.signature, probe(program)
-    outputs, maps = program(inputs[0] if signature.single else tuple(inputs), probe_target(program))
-    maps = [m for m in ([maps] if signature.single else maps) if m is not None]
-    values = [v for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    signature = program.signature
+    outputs, maps = answer(program)
     facts = zip(signature.dtypes, signature.shapes, signature.rows)  # rows: of the embedding that an input is an index into
     inputs_of = [{"dtype": dtype_name(dtype), "shape": list(shape), "rows": rows} for dtype, shape, rows in facts]
     names = [f"input_{i}" if i else "inputs" for i in range(len(signature.shapes))]
@@ -55,7 +52,7 @@ def describe(
         "looped": signature.looped,
         "target": signature.target,
         "arguments_of_the_graph": [*names, *starts, "target"],
-        "results_of_the_graph": [f"output_{i}" for i in range(len(values))] + [f"map_{i}" for i in range(len(maps))],
+        "results_of_the_graph": [f"output_{i}" for i in range(len(outputs))] + [f"map_{i}" for i in range(len(maps))],
         "inputs": inputs_of,
         "single": signature.single,
         "explained": signature.explained,
@@ -72,10 +69,10 @@ def describe(
         "versions": {"sp_fx": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
         "weights_sha256": weights_digest(program.graph),
         "probe": {
-            "batch": len(inputs[0]),
+            "batch": probe_batch(program),
             "tolerance": signature.tolerance,
-            "outputs": [v.double().flatten().tolist()[:SKETCH] for v in values],
-            "maps": [sketch(m).tolist() for m in maps],
+            "outputs": [numbers.tolist() for numbers in outputs],
+            "maps": [numbers.tolist() for numbers in maps],
         },
     }
 

@@ -25,10 +25,13 @@ def weyl(count: int) -> np.ndarray:
     return ((x >> np.uint64(8)).astype(np.float64) / 2**23 - 1).astype(np.float32)
 
 
+def probe_batch(program: Program) -> int:
+    return 2 if program.dynamic_batch else program.batch
+
+
 def probe(program: Program) -> list[Tensor]:
     """Returns the inputs of the probe: `weyl` in row-major order; integer inputs are zeros."""
-    count = program.batch if not program.dynamic_batch else 2
-    values = []
+    count, values = probe_batch(program), []
     for shape, dtype in zip(program.shapes, program.dtypes):
         size = (count, *shape)
         value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if dtype.is_floating_point else torch.zeros(size)
@@ -38,8 +41,8 @@ def probe(program: Program) -> list[Tensor]:
 
 def probe_target(program: Program) -> Any:
     """Returns the target of the probe: class 0, since the predicted one may hang on the last bits; or a direction of ones."""
-    count = program.batch if not program.dynamic_batch else 2
-    return 0 if program.target == "class" else torch.ones((count, *program.output_shape), device=program.device)
+    shape = (probe_batch(program), *program.output_shape)
+    return 0 if program.target == "class" else torch.ones(shape, device=program.device)
 
 
 def sketch(values: Tensor) -> np.ndarray:
@@ -50,13 +53,19 @@ def sketch(values: Tensor) -> np.ndarray:
     return np.pad(signed, (0, -len(flat) % SKETCH)).reshape(-1, SKETCH).sum(0)
 
 
+def answer(program: Program) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Runs the probe; returns the first 256 numbers of each output, and the sketch of each map."""
+    inputs = probe(program)
+    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
+    values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
+    return values, [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
+
+
 def check_answer(program: Program, path: Path) -> None:
     """Runs the probe, and raises PackageError where the answer is not the one that was packaged."""
     assert program.manifest is not None
-    packaged, inputs = program.manifest["probe"], probe(program)
-    outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
-    values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
-    sketches = [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
+    packaged = program.manifest["probe"]
+    values, sketches = answer(program)
     for kind, answers, expected in (("outputs", values, packaged["outputs"]), ("maps", sketches, packaged["maps"])):
         for got, want in zip(answers, map(np.asarray, expected), strict=True):
             error = float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
