@@ -1,6 +1,6 @@
-"""Explain a folder of pictures by one package on a Ray cluster, or on this machine: `pip install 'ray[data]'`
+"""Explain a folder of pictures by one package on a Ray cluster, or on this machine: `pip install 'sp-fx[ray]'`
 
-    python examples/ray_batch.py PACKAGE PICTURES OUT [--workers 2] [--batch 8]
+    python examples/ray_batch.py PACKAGE PICTURES OUT [--workers 2] [--batch 8] [--threads 1] [--gpus 0]
 
 The batches of `sp_fx.offline`, by number, go to a pool of actors that each have loaded the package, and the results are written
 to OUT/maps as Parquet: for each picture `id`, the number of its batch, `name`, `error` ("" where there is none), `logits`, `map`,
@@ -8,7 +8,7 @@ float16, to be multiplied by `scale`, and `provenance`. Ray restarts actors that
 in OUT/done say which batches are written, so that a job that died as a whole goes on when it is started again. Not
 `ray.data.read_images`: one picture that cannot be read ends its job, and its batches are of whatever arrives together.
 
-PACKAGE, PICTURES and OUT are paths that all nodes see. A GPU a worker where the package is for one.
+PACKAGE, PICTURES and OUT are paths that all nodes see. For a package of a GPU, `--gpus 1` gives each worker one.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a forward stores while it is traced: proxies come off again, and what stood there before comes back."""
+"""What a forward stores while it is traced: proxies come off again, and what stood there before comes back, but in lists."""
 
 import collections
 import copy

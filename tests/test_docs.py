@@ -57,7 +57,7 @@ def test_files_that_are_named_exist(name):
 
 
 def test_the_readme_names_every_folder_of_the_package():
-    heading = "from those above it in this list, no others; `analysis/` and `program/` have a page of their own inside:"
+    heading = "order](docs/architecture.md#the-folders-lowest-first). `analysis/` and `program/` have a page of their own inside:"
     table = table_below(README, heading)
     named = {folder for row in table for folder in re.findall(r"`(\w+)/`", row)}
     assert named == {path.parent.name for path in (ROOT / "sp_fx").glob("*/__init__.py")}

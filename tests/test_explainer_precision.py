@@ -11,7 +11,7 @@ from torch import nn
 
 import sp_fx
 from helpers import fill, relative
-from sp_fx.gates.temperature import deviation
+from sp_fx.gates.scale import deviation
 
 
 class Convolutional(nn.Module):

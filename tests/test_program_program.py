@@ -19,12 +19,6 @@ from sp_fx.program import decompositions as decompose
 from sp_fx.program.folding import folded
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    """The one graph, run as it is: what is compiled, without the seconds that compiling takes."""
-    monkeypatch.setattr(compiling, "compiled", lambda graph, example: graph)
-
-
 @pytest.fixture(scope="module")
 def resnet():
     model, data = golden("tiny_resnet")

@@ -1,4 +1,4 @@
-"""What a node of a graph calls: the op's plain name, however the model spells it, and the module.
+"""What a node of a graph calls: the op's plain name, however the model spells it.
 
 `F.relu(x)`, `torch.relu_(x)`, `x.relu_()` and `aten.relu_.default(x)` are all called `relu`.
 """

@@ -1,7 +1,7 @@
-"""Facts: what is known of a captured graph before anything in it is changed.
+"""Facts: what is known of a captured graph. Nothing here changes it.
 
-Nothing here changes a graph. What is computed once is of the captured graph, and stays true while it is rewritten; the questions
-below it are about the graph as it stands: `maker` of a product's factor is the row of a gate, once that gate is a dual-path call.
+The attributes are computed once, before any edit. The methods answer for the graph as the edits so far have left it: `maker` of a
+product's factor is the row of a gate, once that gate is a dual-path call.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Facts:
             name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
                 self.varying.add(node)
-                self.axes[node] = sample_axis(node, self.axes, name_of, called, self._constant_shape)
+                self.axes[node] = sample_axis(node, self.axes, called, self._constant_shape)
                 self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
 
     def _find_registered(self, capture: Capture) -> None:
@@ -71,7 +71,7 @@ class Facts:
                 self.patterns[node] = gate
 
     def _find_patterns(self) -> None:
-        view = Graph(name_of, self.varying.__contains__, self.is_identity, self.modules)
+        view = Graph(self.varying.__contains__, self.is_identity, self.modules)
         for node in self.graph.nodes:
             if node not in self.varying or node in self.parts or node in self.patterns:
                 continue
@@ -113,8 +113,8 @@ class Facts:
     # -- where its inputs come from
 
     def varies(self, node: object) -> bool:
-        """Whether `node` depends on the values of the inputs. What an edit has inserted since does, but for the tensors that it
-        reads off the modules."""
+        """Whether `node` depends on the values of the inputs. What an edit has inserted since is taken to,
+        but for the tensors that it reads off the modules."""
         inserted = isinstance(node, fx.Node) and node not in self.aliasing.position and node.op != "get_attr"
         return node in self.varying or inserted
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from .calls import name_of
 from .ops import BROADCAST, MOVEMENTS, RANKS, SEVERAL
 
 ROWS: Literal["rows"] = "rows"
@@ -25,13 +26,15 @@ SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Multih
 
 
 def sample_axis(
-    node: fx.Node, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable[[fx.Node], nn.Module | None],
+    node: fx.Node,
+    axes: dict[fx.Node, Axis],
+    leaf: Callable[[fx.Node], nn.Module | None],
     shape_of: Callable[[fx.Node], torch.Size | None],
-) -> Axis:  # fmt: skip
+) -> Axis:
     """The sample's axis in the output of `node`, given those of its inputs.
 
-    `axes` has every node that varies with the model's input, `name_of` gives the plain name of an op, `leaf` the module that a
-    node calls, unless that is an identity, `shape_of` the shape of a constant, where that is known.
+    `axes` has every node that varies with the model's input, `leaf` gives the module that a node calls, unless that is an
+    identity, `shape_of` the shape of a constant, where that is known.
     """
     if node.op == "placeholder":
         return 0
@@ -59,10 +62,10 @@ def sample_axis(
         except TypeError:  # arguments that are computed at run time
             return None
     if moves == "expanded":
-        return expanded(axis, rank_of(node.args[0], axes, name_of, leaf), *args)
-    if name in BROADCAST and axis is not None:
+        return expanded(axis, rank_of(node.args[0], axes, leaf), *args)
+    if name in BROADCAST:
         shapes = [shape for n in node.all_input_nodes if n not in axes and (shape := shape_of(n)) is not None]
-        ranks = [rank_of(n, axes, name_of, leaf) for n in node.all_input_nodes if n in axes]
+        ranks = [rank_of(n, axes, leaf) for n in node.all_input_nodes if n in axes]
         return broadcast(axis, max(ranks, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
     return axis
 
@@ -180,7 +183,7 @@ def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
     return axis + len(constant) - rank if isinstance(axis, int) else None
 
 
-def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], str], leaf: Callable) -> int | None:
+def rank_of(node: Any, axes: dict[fx.Node, Axis], leaf: Callable) -> int | None:
     """The number of axes of a node's value, where the calls that made it tell: 4 after `conv2d`; None where they do not."""
     while isinstance(node, fx.Node) and node in axes:
         if "val" in node.meta:
@@ -199,7 +202,7 @@ def rank_of(node: Any, axes: dict[fx.Node, Axis], name_of: Callable[[fx.Node], s
         if known in ("less", "more"):
             source, index = node.args[0], node.args[1] if len(node.args) > 1 else 0
             several = name == "getitem" and isinstance(source, fx.Node) and name_of(source) in SEVERAL
-            rank = rank_of(source, axes, name_of, leaf)
+            rank = rank_of(source, axes, leaf)
             if rank is None or (name == "getitem" and not several and not isinstance(index, int)):
                 return None
             return rank + (0 if several else 1 if known == "more" else -1)  # an item of a tuple: `unbind` took its axis away

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from .calls import name_of
 from .ops import CLOSERS, POINTWISE
 
 LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
@@ -38,10 +39,9 @@ class Written:
 
 @dataclass(frozen=True)
 class Graph:
-    """What the readers of written gates and norms ask of a graph: the plain name of a call, whether a node varies with the input
-    of the model, whether it is a module that gives what it gets."""
+    """What the readers of written gates and norms ask of a graph: whether a node varies with the input of the model, whether it
+    is a module that gives what it gets."""
 
-    name: Callable[[fx.Node], str]
     varies: Callable[[fx.Node], bool]
     passes: Callable[[fx.Node], bool]
     modules: torch.nn.Module
@@ -52,7 +52,7 @@ class Graph:
 
 def written_gate(graph: Graph, node: fx.Node) -> Written | None:
     """The gate whose last call is `node`, if there is one."""
-    if node.op not in ("call_function", "call_method") or graph.name(node) not in CLOSERS:
+    if node.op not in ("call_function", "call_method") or name_of(node) not in CLOSERS:
         return None
     for source, inside in subgraphs(graph, node):
         if sum(source in n.all_input_nodes for n in inside) < 2 and not squared(node, source):
@@ -110,7 +110,7 @@ def subgraphs(graph: Graph, node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.No
         at = queue.pop()
         if at in pointwise or at in edge:
             continue
-        call = at.op in ("call_function", "call_method") and graph.name(at) in POINTWISE
+        call = at.op in ("call_function", "call_method") and name_of(at) in POINTWISE
         if at is not node and not call and not graph.passes(at):
             edge.append(at)
             continue

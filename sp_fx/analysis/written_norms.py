@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from . import ops
+from .calls import name_of
 from .written_gates import Graph
 
 
@@ -28,7 +29,7 @@ class Statistic:
 
 def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
     """The norm whose last call is `node`, if there is one."""
-    name = graph.name(node)
+    name = name_of(node)
     if node.op not in ("call_function", "call_method") or name not in ops.CLOSERS - ops.CHOICES or len(node.args) < 2:
         return None
     first, second = node.args[:2]
@@ -56,7 +57,7 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
 
 def carried(graph: Graph, node: fx.Node) -> fx.Node:
     """The node whose values `node` has, back through casts, views and module boundaries: x of `x.float().unsqueeze(1)`."""
-    while graph.inputs(node) and (graph.passes(node) or (graph.name(node) in ops.CARRIES and node.op != "call_module")):
+    while graph.inputs(node) and (graph.passes(node) or (name_of(node) in ops.CARRIES and node.op != "call_module")):
         node = graph.inputs(node)[0]
     return node
 
@@ -71,7 +72,7 @@ def signal_of(graph: Graph, node: fx.Node) -> tuple[set[fx.Node], tuple[fx.Node,
     forms = {at}
     while True:
         inputs = graph.inputs(at)
-        name = graph.name(at) if at.op in ("call_function", "call_method") else ""
+        name = name_of(at) if at.op in ("call_function", "call_method") else ""
         if name in ops.SCALES and len(inputs) == 1 and at.args[:1] != at.args[1:2]:
             at = carried(graph, inputs[0])
             forms.add(at)
@@ -97,7 +98,7 @@ def statistic(graph: Graph, node: fx.Node, forms: set[fx.Node]) -> list[fx.Node]
             if at is node:
                 return None
             continue
-        if not graph.passes(at) and (at.op not in ("call_function", "call_method") or graph.name(at) not in ops.STATISTIC):
+        if not graph.passes(at) and (at.op not in ("call_function", "call_method") or name_of(at) not in ops.STATISTIC):
             return None
         calls[at] = None
         queue.extend(graph.inputs(at))
@@ -106,9 +107,9 @@ def statistic(graph: Graph, node: fx.Node, forms: set[fx.Node]) -> list[fx.Node]
 
 def names_of(graph: Graph, calls: list[fx.Node]) -> set[str]:
     """The names of the calls, and "even" where one of them is a square: `x * x`, or `x.pow(2)`."""
-    names = {graph.name(n) for n in calls if n.op != "call_module"}
+    names = {name_of(n) for n in calls if n.op != "call_module"}
     for n in calls:
-        square = graph.name(n) in ops.POWERS and n.args[1:2] == (2,)
-        if square or (graph.name(n) == "mul" and n.args[:1] == n.args[1:2]):
+        square = name_of(n) in ops.POWERS and n.args[1:2] == (2,)
+        if square or (name_of(n) == "mul" and n.args[:1] == n.args[1:2]):
             names.add("even")
     return names

@@ -35,6 +35,12 @@ def adopt_forward(clone: nn.Module) -> None:
     clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": own.__func__, "__module__": type(clone).__module__})
 
 
+def give_own_buffers(clone: nn.Module) -> None:
+    """Gives the modules of `clone` copies of the buffers that they share with the model, for a forward that writes over them."""
+    for module in clone.modules():
+        module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+
+
 class EvalClone:
     """Clones a module tree; calling it twice on one module gives one clone."""
 

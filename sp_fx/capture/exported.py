@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, passes
+from .clone import EvalClone, adopt_forward, give_own_buffers, passes
 from .kept_functions import calling_stand_ins, take_markers
 
 aten = torch.ops.aten
@@ -45,8 +45,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     """Returns the capture of `model` on `example`, its arguments by name: for `any_batch`, or for the example's batch alone.
 
     Raises:
-        TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
-        CaptureError: `torch.export` refuses it, or its forward is another one for another batch.
+        CaptureError: `torch.export` refuses it, for whatever reason, or its forward is another one for another batch.
     """
     sizes = batch_sizes(example)
     try:  # torch.export takes an axis of size 1 for a constant
@@ -77,27 +76,26 @@ class Exported:
     With `varying` it is for all sizes of axis 0 of those arguments whose axis 0 has `sizes`, the batch of the example.
     """
 
-    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], sizes: torch.Size, varying: bool) -> None:
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], sizes: torch.Size, any_batch: bool) -> None:
         clones = EvalClone()
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
         adopt_forward(self.clone)
         self.reference = EvalClone()(self.clone)  # the modules of the clone become identities
-        for module in self.reference.modules():
-            module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+        give_own_buffers(self.reference)
         self.parameters = inspect.signature(self.clone.forward).parameters
         self.arguments, self.notes = dict(arguments), hooks
         self.tensors = tensors = tensors_of(self.arguments)
-        batch = max(*sizes, 2) if varying else None
-        self.varies = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
+        batch = max(*sizes, 2) if any_batch else None
+        self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
         marked = calling_stand_ins(self.clone, exporting=True)
         with all_require_grad(self.clone), marked, torch.enable_grad(), warnings.catch_warnings(), quiet:
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
-            dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.varies)
+            dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
-        if varying:
+        if any_batch:
             self.require_any_batch(program)
         self.source = program.module(check_guards=False)
         self.graph = fx.Graph()
@@ -108,7 +106,7 @@ class Exported:
     def require_any_batch(self, program: torch.export.ExportedProgram) -> None:
         """Raise CaptureError where the program is for one batch alone: `x.view(4, -1)` makes a constant of it."""
         inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
-        if any(free and isinstance(n.meta["val"].shape[0], int) for n, free in zip(inputs, self.varies)):
+        if any(free and isinstance(n.meta["val"].shape[0], int) for n, free in zip(inputs, self.free)):
             raise CaptureError("its forward makes a constant of the size of the batch")
         branches = [guard for guard in program._guards_code if not SAME_BATCH.fullmatch(guard)]
         if branches:
@@ -163,7 +161,7 @@ class Exported:
         optional = parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY
         default = (parameter.default if isinstance(parameter.default, PLAIN) else None,) if optional else ()
         node = self.graph.create_node("placeholder", stars + name, default, {}, name)
-        fixed = form(value, lambda t, axis: axis == 0 and any(free and t is u for u, free in zip(self.tensors, self.varies)))
+        fixed = form(value, lambda t, axis: axis == 0 and any(free and t is u for u, free in zip(self.tensors, self.free)))
         node = self.graph.call_function(checked, (node, stars + name, fixed))
         tensors: list[fx.Node] = []
 

@@ -7,7 +7,6 @@ While it is traced, a forward may store proxies where it stores tensors otherwis
 from __future__ import annotations
 
 import collections
-import copy
 import dataclasses
 import types
 from collections.abc import Iterator
@@ -24,12 +23,13 @@ class Snapshot:
     def __init__(self, clone: nn.Module) -> None:
         self.clone = clone
         self.buffers = {path: dict(module._buffers) for path, module in clone.named_modules()}
-        self.before = {
-            id(holder): (holder, copy.copy(holder)) for holder in holders(clone)
-        }  # an id is good while its object lives
+        # By id, which is good while its object lives. Of lists nothing is kept: a proxy in one is dropped, not undone.
+        dictionaries = [holder for holder in holders(clone) if isinstance(holder, dict)]
+        self.before = {id(holder): (holder, dict(holder)) for holder in dictionaries}
 
     def take_off(self) -> list[str]:
-        """Puts back what proxies have replaced, drops the other proxies; returns the names of the buffers that were replaced.
+        """Puts back what proxies have replaced in attributes, buffers and dictionaries, and drops those in lists and deques;
+        returns the names of the buffers that were replaced.
 
         For example `self.last = h` in the forward of `net.encoder`: `net.encoder.last` is what it was before the trace, or gone
         if there was none.
@@ -39,8 +39,8 @@ class Snapshot:
             replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
             module.__dict__["_buffers"] = self.buffers[path]
         for holder in list(holders(self.clone)):
-            before = self.before.get(id(holder), (None, {}))[1]
             if isinstance(holder, dict):
+                before = self.before.get(id(holder), (None, {}))[1]
                 for key in [key for key, value in holder.items() if isinstance(value, fx.Proxy)]:
                     del holder[key]
                     holder.update({key: before[key]} if key in before else {})

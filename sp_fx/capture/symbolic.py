@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, passes
+from .clone import EvalClone, adopt_forward, give_own_buffers, passes
 from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
 from .proxies import Snapshot
 
@@ -52,8 +52,7 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
     adopt_forward(clone)
     snapshot = Snapshot(clone)
     if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
-        for module in clone.modules():
-            module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
+        give_own_buffers(clone)
     versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = fixed_arguments(clone, example)

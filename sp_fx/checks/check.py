@@ -18,9 +18,10 @@ from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
+from ..gates.table import KINKED
 from ..targets import primary
 from .coverage import dispatched, listed
-from .frozen_network import HARD, FrozenTangents
+from .frozen_network import FrozenTangents
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
@@ -182,9 +183,9 @@ def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: 
 
 
 def check_hard_limit(name: str, explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
-    """The map at tau = 1e-9 against the model's own gradient; only where every rewritten gate is of a `HARD` kind."""
+    """The map at tau = 1e-9 against the model's own gradient; only where every rewritten gate is of a `KINKED` kind."""
     signals = [site for site in explainer.report().of("rewritten") if not site.reason.startswith("steers")]
-    others = sorted({site.kind for site in signals} - HARD)
+    others = sorted({site.kind for site in signals} - KINKED)
     if others:
         return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
     x, kw = cloned(args, torch.float64), cloned(kwargs, torch.float64)

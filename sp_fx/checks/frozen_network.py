@@ -21,7 +21,6 @@ from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import KINKED, TABLE, rule_of
 
-HARD = KINKED  # kinds whose hard form is piecewise linear: the gradient is their limit as tau -> 0
 SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
 
 
@@ -78,7 +77,7 @@ def frozen_tangent(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[st
     if kind in STATISTICS:
         gamma = tensors[1] if len(tensors) > 1 else None
         return STATISTICS[kind](z, t, gamma, **args)
-    if kind not in HARD and rule_of(kind) not in HARD and kind not in ("linear", "conv", "affine_norm"):
+    if kind not in KINKED and rule_of(kind) not in KINKED and kind not in ("linear", "conv", "affine_norm"):
         return TABLE[kind].adjoint(t, z, *tensors[1:], tau=FROZEN, **args)  # a registered gate multiplies, by its own word
     # What is left is piecewise linear, or linear: its derivative. `z` may be expanded, which a dual number must not be.
     duals = [forward_ad.make_dual(z.contiguous(), t.clone()) if operand is z else operand for operand in tensors]

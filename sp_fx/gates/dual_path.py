@@ -21,8 +21,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 from ..containers import decoded, encoded
 from .adjoints.row import Temperature
 from .kernels import by_kernel
+from .scale import deviation
 from .table import TABLE
-from .temperature import deviation
 
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints.attention import tempered_softmax
-from .adjoints.row import FROZEN, Temperature
+from .adjoints.attention import is_tempered, tempered_softmax
+from .adjoints.row import Temperature
 from .dual_path import dual_path
 
 
@@ -68,7 +68,7 @@ def multihead_attention(
         scaled = q * math.sqrt(1.0 / q.shape[-1])
         scores = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
         attention = torch.softmax(scores, -1)
-        soft = None if tau in (1, FROZEN) else tempered_softmax(scores, tau).detach()
+        soft = tempered_softmax(scores, tau).detach() if is_tempered(tau) else None
         mixed = dual_path("mix", attention.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
         averaged = attention.view(batch, num_heads, length, k.shape[1])
         averaged = averaged.mean(1) if average_attn_weights else averaged

@@ -30,5 +30,6 @@ def rule_of(row: str) -> str:
     return (TABLE[row].rule if row in TABLE else "") or row
 
 
-KINKED = frozenset(rule_of(kind) for kind in (*relu.ROWS, *pooling.ROWS))  # as tau -> 0, the soft adjoint is the gradient
+# Kinds whose hard form is piecewise linear: the gradient is the limit of their soft adjoint as tau -> 0.
+KINKED = frozenset(rule_of(kind) for kind in (*relu.ROWS, *pooling.ROWS))
 THRESHOLDLESS = frozenset((*smooth.ROWS, *norms.ROWS, "attention"))  # rounding moves these little, frozen or not

@@ -192,8 +192,11 @@ def fetched(module: nn.Module, name: str) -> Tensor:
 
 def scaled_sites(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
     """Returns the sites of the report whose pre-activation has a scale, each with its call."""
-    sites = [site for site in report.sites if site.status == "rewritten" and site.kind in SCALED]
-    return list(zip(sites, scaled_nodes(graph), strict=True))
+    return list(zip(filter(is_scaled, report.sites), scaled_nodes(graph), strict=True))
+
+
+def is_scaled(site: Site) -> bool:
+    return site.status == "rewritten" and site.kind in SCALED
 
 
 def has_unit(site: Site) -> bool:
@@ -218,6 +221,5 @@ def at_scales(report: Report, graph: fx.Graph, scales: Mapping[str, float | str]
 def with_spreads(report: Report, spreads: list[Spread]) -> Report:
     """Returns the report with the standard deviation of each pre-activation, the `spreads` being in the order of its sites."""
     remaining = iter(spreads)
-    is_scaled = [site.status == "rewritten" and site.kind in SCALED for site in report.sites]
-    sites = [replace(s, spread=next(remaining).deviation) if scaled else s for s, scaled in zip(report.sites, is_scaled)]
-    return replace(report, sites=tuple(sites))
+    sites = tuple(replace(site, spread=next(remaining).deviation) if is_scaled(site) else site for site in report.sites)
+    return replace(report, sites=sites)

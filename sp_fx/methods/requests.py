@@ -31,10 +31,16 @@ class Request:
     bounds: tuple[Any, ...] = ()
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of a mapping, the names of its tensors; of other inputs none."""
+        inputs = self.inputs if isinstance(self.inputs, Mapping) else {}
+        return tuple(name for name, value in inputs.items() if isinstance(value, Tensor))
+
+    @property
     def tensors(self) -> tuple[Any, ...]:
         """The inputs without their container; of a mapping, its tensors."""
         if isinstance(self.inputs, Mapping):
-            return tuple(value for value in self.inputs.values() if isinstance(value, Tensor))
+            return tuple(self.inputs[name] for name in self.names)
         return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
 
     def call(self) -> Call:
@@ -43,19 +49,17 @@ class Request:
         Raises:
             TypeError, ValueError: inputs that autograd cannot use, none, or of different batch sizes.
         """
-        kwargs, names = dict(self.forward_kwargs or {}), tuple[str, ...]()
+        kwargs, tensors = dict(self.forward_kwargs or {}), self.tensors
         if isinstance(self.inputs, Mapping):
-            names = tuple(name for name, value in self.inputs.items() if isinstance(value, Tensor))
-            kwargs |= {name: value for name, value in self.inputs.items() if name not in names}
-        tensors = self.tensors
-        return Call([*map(usable, tensors), *self.extra], len(tensors), kwargs, self.target, names, self.bounds)
+            kwargs |= {name: value for name, value in self.inputs.items() if name not in self.names}
+        return Call([*map(usable, tensors), *self.extra], len(tensors), kwargs, self.target, self.names, self.bounds)
 
     def contained(self, maps: list[Tensor]) -> Any:
         """The maps of the floating inputs, in order, in the container that the inputs came in, with None for the others."""
         remaining = iter(maps)
         by_input = [next(remaining) if x.is_floating_point() else None for x in self.tensors]
         if isinstance(self.inputs, Mapping):
-            return dict(zip((name for name, value in self.inputs.items() if isinstance(value, Tensor)), by_input))
+            return dict(zip(self.names, by_input))
         return tuple(by_input) if isinstance(self.inputs, tuple) else by_input[0]
 
 

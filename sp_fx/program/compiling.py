@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ HARD_TOLERANCE = 0.02
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},
     "double_pullback": {"step": 2.0},
-    "ascend": {"steps": 5, "step_size": None, "bounds": None, "radius": None, "clip": "every", "unrolled": False},
+    "ascend": {**{field.name: field.default for field in fields(Ascent)}, "unrolled": False},
 }
 
 

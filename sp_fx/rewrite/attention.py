@@ -10,30 +10,31 @@ from ..analysis.calls import keywords, op_of
 from ..analysis.facts import Facts
 from ..analysis.ops import AFFINE, MIXES, MIXES_OTHERWISE
 from ..analysis.readers import SOFTMAX
-from .edits import FreezeSoftmax, is_hot
-from .plan import Plan
+from ..gates.adjoints.attention import is_tempered
+from .account import Account
+from .edits import FreezeSoftmax
 
-AFFINE_LEAVES = (*(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase),)
+AFFINE_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Identity, nn.modules.dropout._DropoutNd, nn.modules.batchnorm._NormBase)
 
 
-def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A softmax: attention, where it multiplies values; of a classifier or a router, which keeps its derivative, elsewhere."""
     reader = SOFTMAX.get(op_of(node))
     if reader is None:
         return False
     products, weights = products_of(node, facts)
     if not products:
-        plan.note(node, "kept", "a softmax that multiplies no values")
+        account.note(node, "kept", "a softmax that multiplies no values")
         return True
     try:
         scores, dim, dtype = reader(*node.args, **keywords(node))
     except TypeError as error:
-        plan.note(node, "NOT REWRITTEN", f"its arguments are not constants of the graph: {error}")
+        account.note(node, "NOT REWRITTEN", f"its arguments are not constants of the graph: {error}")
         return True
     if dim is None:
-        plan.note(node, "NOT REWRITTEN", "softmax without a dim")
+        account.note(node, "NOT REWRITTEN", "softmax without a dim")
         return True
-    tau = plan.gate(node, "attention")
+    tau = account.gate(node, "attention")
     if tau is None:
         return True
     known = []
@@ -41,9 +42,9 @@ def softmax(node: fx.Node, facts: Facts, plan: Plan) -> bool:
         form = mixing(product, weights, facts)
         if form is not None:
             known.append((product, *form))
-        elif is_hot(tau):
-            plan.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {facts.op(product)}")
-    plan.edit(FreezeSoftmax(node, scores, dim, dtype, weights, products[-1], known, tau))
+        elif is_tempered(tau):
+            account.amend(temperature=1.0, reason=f"at temperature 1, for want of the adjoint of {facts.op(product)}")
+    account.apply(FreezeSoftmax(node, scores, dim, dtype, weights, products[-1], known, tau))
     return True
 
 
@@ -57,7 +58,7 @@ def products_of(softmax: fx.Node, facts: Facts) -> tuple[list[fx.Node], set[fx.N
             continue
         name = facts.op(node) if node.op != "output" else ""
         if any(n not in weights for n in inputs):
-            if name.strip("_") in MIXES | MIXES_OTHERWISE:
+            if name in MIXES | MIXES_OTHERWISE:
                 products.append(node)
         elif facts.aliasing.is_view(node) or name in AFFINE or isinstance(facts.leaf(node), AFFINE_LEAVES):
             weights.add(node)
@@ -67,7 +68,7 @@ def products_of(softmax: fx.Node, facts: Facts) -> tuple[list[fx.Node], set[fx.N
 def mixing(product: fx.Node, weights: set[fx.Node], facts: Facts) -> tuple[fx.Node, fx.Node, dict[str, Any]] | None:
     """Returns the weights, the values and the arguments of the row `mix`, of a product that it covers: `weights @ values`,
     `values @ weights`, or an einsum of the two."""
-    if facts.op(product).strip("_") in MIXES and len(product.args) == 2:
+    if facts.op(product) in MIXES and len(product.args) == 2:
         left, right = product.args
         if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
             return None

@@ -21,100 +21,100 @@ from ..analysis.written_norms import Statistic
 from ..gates.adjoints.row import FROZEN
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
+from .account import Account
 from .edits import CloseWritten, Freeze, OpenLeaf, ReplaceCall
-from .plan import Plan
 
 
-def affine_leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def affine_leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A module that is affine and has a row of the table: `nn.Conv2d`. Also of constants: a leaf is opened for all of its
     calls."""
     leaf = facts.leaf(node)
     if leaf is None or node in facts.patterns or not is_affine_row(leaf):
         return False
-    plan.edit(OpenLeaf(node, leaf))
+    account.apply(OpenLeaf(node, leaf))
     return True
 
 
-def constant(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def constant(node: fx.Node, facts: Facts, account: Account) -> bool:
     """What does not depend on the inputs has no signal to pass."""
     return node not in facts.varying
 
 
-def written_gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A gate that the model writes out itself, or that a user has registered."""
     gate = facts.patterns.get(node)
     if not isinstance(gate, Written):
         return False
-    tau = plan.gate(node, rule_of(gate.kind))
+    tau = account.gate(node, rule_of(gate.kind))
     if not TABLE[gate.kind].registered:
-        plan.amend(op=f"{name_of(node)}, written out")
+        account.amend(op=f"{name_of(node)}, written out")
     if gate.weights:
         reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
-        plan.amend(reason="; ".join(filter(None, (plan.sites[-1].reason, reason))))
+        account.amend(reason="; ".join(filter(None, (account.sites[-1].reason, reason))))
     if tau is not None:
-        plan.edit(CloseWritten(node, gate, tau, plan.scale))
+        account.apply(CloseWritten(node, gate, tau, account.scale))
     return True
 
 
-def leaf(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A module that the trace did not go into."""
     module = facts.leaf(node)
     if module is None:
         return False
     if isinstance(module, nn.MultiheadAttention):
-        tau = plan.gate(node, "attention")
+        tau = account.gate(node, "attention")
         if tau is not None:
-            plan.edit(OpenLeaf(node, module, tau))
+            account.apply(OpenLeaf(node, module, tau))
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        plan.note(node, "NOT REWRITTEN", RECURRENT)
+        account.note(node, "NOT REWRITTEN", RECURRENT)
     elif not isinstance(module, AFFINE_MODULES):
-        plan.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
+        account.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
     return True
 
 
-def written_norm(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def written_norm(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A norm that the model writes out itself: its statistics become constants."""
     norm = facts.patterns.get(node)
     if not isinstance(norm, Statistic):
         return False
-    if plan.gate(node, norm.kind) is not None:
+    if account.gate(node, norm.kind) is not None:
         for call, at in norm.constants:
-            plan.edit(Freeze(call, call.args[at]))  # type: ignore[arg-type]
-    plan.amend(op=f"{name_of(node)}, written out")
+            account.apply(Freeze(call, call.args[at]))  # type: ignore[arg-type]
+    account.amend(op=f"{name_of(node)}, written out")
     return True
 
 
-def part(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def part(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A call inside a gate or norm that is written out."""
     if node not in facts.parts:
         return False
     if op_of(node) in READERS:
-        plan.note(node, "kept", f"part of the {facts.patterns[facts.parts[node]].kind} written out here")
+        account.note(node, "kept", f"part of the {facts.patterns[facts.parts[node]].kind} written out here")
     return True
 
 
-def gate(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A call of a gate, a norm, attention or an affine map that the table has a row for."""
     reader = READERS.get(op_of(node))
     if reader is None:
         return False
     call = gate_of(node, reader, facts)
     if isinstance(call, Unread):
-        plan.note(node, "NOT REWRITTEN", call.reason)
+        account.note(node, "NOT REWRITTEN", call.reason)
     elif call is None:
         pass
     elif call.kind == "abs" and facts.maker(node.all_input_nodes[0]).startswith(COMPLEX):
-        plan.note(node, "kept", "the modulus of a complex number, no gate")
+        account.note(node, "kept", "the modulus of a complex number, no gate")
     elif (rule := rule_of(call.kind)) in KINDS:
-        tau = plan.gate(node, rule)
+        tau = account.gate(node, rule)
         if tau is None and call.kind == "glu":
-            plan.amend(reason="product rule")
+            account.amend(reason="product rule")
         elif tau is not None:
-            plan.edit(ReplaceCall(node, call, tau, plan.scale))
+            account.apply(ReplaceCall(node, call, tau, account.scale))
     elif not any(map(facts.varies, call.tensors[1:])):
-        plan.edit(ReplaceCall(node, call, FROZEN, "absolute"))  # affine
+        account.apply(ReplaceCall(node, call, FROZEN, "absolute"))  # affine
     else:
-        plan.note(node, "kept", "product rule")  # its weights are computed from the input
+        account.note(node, "kept", "product rule")  # its weights are computed from the input
     return True
 
 
@@ -132,41 +132,41 @@ def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: F
     return call
 
 
-def no_rule(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def no_rule(node: fx.Node, facts: Facts, account: Account) -> bool:
     """What gates, or chooses by value, and has no rule; and smooth functions, which are no gates."""
     name = name_of(node)
     if name in CELLS:
-        plan.note(node, "NOT REWRITTEN", RECURRENT)
+        account.note(node, "NOT REWRITTEN", RECURRENT)
     elif name in PIECEWISE and (name not in INDICES or any(map(facts.has_weights, node.all_input_nodes))):
-        plan.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
+        account.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
     elif name in SMOOTH:
-        plan.note(node, "kept", "smooth, no gate")
+        account.note(node, "kept", "smooth, no gate")
     elif facts.chooses_by_comparison(node):
-        plan.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
+        account.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
     else:
         return False
     return True
 
 
-def product(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def product(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A product or quotient of two things that vary; one with a gate has a rule of its own."""
     name = name_of(node)
     if name not in PRODUCT | QUOTIENT or len(facts.varying_inputs(node)) < 2:
         return False
     factors = facts.gating_factors(node)
     if len(factors) != 1:
-        plan.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
-    elif plan.gate(node, "product") is None:
-        plan.amend(reason="product rule")
+        account.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+    elif account.gate(node, "product") is None:
+        account.amend(reason="product rule")
     else:
-        plan.edit(Freeze(node, factors[0]))
+        account.apply(Freeze(node, factors[0]))
     return True
 
 
-def opaque(node: fx.Node, facts: Facts, plan: Plan) -> bool:
+def opaque(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A function that the trace did not see into."""
     name = name_of(node)
     if node.op != "call_function" or (name not in FUSED and known(op_of(node))):
         return False
-    plan.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
+    account.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
     return True

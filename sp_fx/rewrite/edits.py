@@ -23,8 +23,9 @@ from torch import fx, nn
 from ..analysis.calls import AFFINE_ROWS, writes
 from ..analysis.facts import Facts
 from ..analysis.readers import Gate
+from ..analysis.sample_axis import ROWS
 from ..analysis.written_gates import Written
-from ..gates.adjoints.attention import tempered_softmax
+from ..gates.adjoints.attention import is_tempered, tempered_softmax
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
@@ -49,7 +50,7 @@ class Rewriting:
         """Returns a dual-path call in place of `node`, with the sample's axis moved to the front where its scale needs it
         there."""
         axis = self.facts.entering.get(node)
-        moved = axis if scale == "sample" and axis != "rows" else 0
+        moved = axis if scale == "sample" and axis != ROWS else 0
         if isinstance(scale, float) and not isinstance(tau, str):
             tau = tau * scale
         fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
@@ -104,11 +105,9 @@ class ReplaceCall(Edit):
                 gate = replace(gate, tensors=tuple(copy if t is source else t for t in gate.tensors))
             soft = to.dual_path(node, gate, self.tau, self.scale)
             result = to.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
-        node.replace_all_uses_with(result)
-        to.instead[node] = result
+        to.supersede(node, result)
         for user in later if redirected else []:
             user.replace_input_with(source, result)
-        to.graph.erase_node(node)
 
     def replace_first(self, to: Rewriting) -> None:
         node = self.node
@@ -238,7 +237,7 @@ class FreezeSoftmax(Edit):
     def apply(self, to: Rewriting) -> None:
         graph, soft = to.graph, None
         options = {"tau": self.tau, "dim": self.dim, "dtype": self.dtype}
-        hot = is_hot(self.tau)
+        hot = is_tempered(self.tau)
         with graph.inserting_before(self.node):
             hard = graph.call_function(dual_path, ("softmax", self.scores), options)
             if hot:
@@ -258,11 +257,6 @@ class FreezeSoftmax(Edit):
             to.supersede(product, mixed)
             to.passing[product] = mixed
         to.passing[self.node] = to.passing.get(self.last, self.last)
-
-
-def is_hot(tau: Temperature) -> bool:
-    """Whether the weights of attention at this temperature are others than the forward's."""
-    return tau not in (1, FROZEN)
 
 
 def replayed(graph: fx.Graph, node: fx.Node, weights: set[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:

@@ -16,12 +16,12 @@ from ..capture.capture import Capture
 from ..capture.clone import passes
 from ..gates.rules import Rules
 from . import attention, decisions
+from .account import Account
 from .inplace_copies import protect
-from .plan import Plan
 from .report import Report
 from .signal_path import mark_steering
 
-Decision = Callable[[fx.Node, Facts, Plan], bool]
+Decision = Callable[[fx.Node, Facts, Account], bool]
 ORDER: tuple[Decision, ...] = (  # the first that answers settles a node
     decisions.affine_leaf,
     decisions.constant,
@@ -44,14 +44,14 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
     another capture may have other places.
     """
     graph, facts = capture.graph, Facts(capture)
-    plan = Plan(facts, rules)
+    account = Account(facts, rules)
     for node in list(graph.nodes):
         called = node.op in ("call_module", "call_function", "call_method")
-        if called and node not in plan.rewriting.instead and not facts.is_identity(node):
-            any(decision(node, facts, plan) for decision in ORDER)
-    for leaf in plan.rewriting.opened:
+        if called and node not in account.rewriting.instead and not facts.is_identity(node):
+            any(decision(node, facts, account) for decision in ORDER)
+    for leaf in account.rewriting.opened:
         leaf.__dict__["forward"] = passes
     notes = protect(graph, facts.aliasing)
-    sites = mark_steering(graph, plan.sites, plan.nodes, plan.rewriting.passing)
+    sites = mark_steering(graph, account.sites, account.nodes, account.rewriting.passing)
     graph.lint()
     return Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))

@@ -63,7 +63,7 @@ for _axes in (1, 2, 3):
     for _name, _reader in (("max_pool", max_pool), ("adaptive_max_pool", adaptive_max_pool)):
         _plain, _both = f"{_name}{_axes}d", f"{_name}{_axes}d_with_indices"
         # Of the adaptive ATen ops those without "with_indices" return both, too; so does torch's one-dimensional one.
-        _aten_both = True if _name == "adaptive_max_pool" else False
+        _aten_both = _name == "adaptive_max_pool"
         reads(getattr(F, _plain))(_reader(_axes))
         reads(getattr(F, _both))(_reader(_axes, True))
         reads(getattr(aten, _plain))(_reader(_axes, _aten_both))

@@ -1,4 +1,4 @@
-"""Which nodes of a graph are gates: every call form of an op, read into one `Gate`.
+"""What a reader makes of a call, a `Gate`, and the table of readers, one for every call form of an op.
 
 Modules need no entry of their own: capture traces into `torch.nn`'s gating modules, so that they appear as the functions
 they call, and a subclass is read by what it computes.
@@ -38,7 +38,7 @@ class Unread:
     reason: str
 
 
-READERS: dict[Any, Callable[..., Gate | Unread]] = {}
+READERS: dict[Any, Callable[..., Gate | Unread | None]] = {}
 
 
 def reads(*targets: Any) -> Callable:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .row import Row, Tau, cooled, wide
+from .row import FROZEN, Row, Tau, cooled, wide
 
 
 def attention(q, k, value, mask, is_causal=False, score_scale=None, enable_gqa=False) -> Tensor:
@@ -36,6 +36,11 @@ def attention_adjoint(v, q, k, value, mask, tau, is_causal=False, score_scale=No
     if groups > 1:
         received = received.reshape(*k.shape[:-2], groups, *received.shape[-2:]).sum(-3)
     return received.sum_to_size(value.shape).to(value.dtype)
+
+
+def is_tempered(tau: Tau) -> bool:
+    """Whether the weights of attention at this temperature are others than the forward's."""
+    return tau not in (1, FROZEN)
 
 
 def tempered_softmax(scores: Tensor, tau: Tau, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,14 +13,14 @@ from torch import fx, nn
 
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
-from ..analysis.sample_axis import Axis
+from ..analysis.sample_axis import ROWS, Axis
 from ..gates.adjoints.row import Temperature
 from ..gates.rules import Rules
 from .edits import Edit, Rewriting
 from .report import Site, Status
 
 
-class Plan:
+class Account:
     """The lines of the report so far, and the graph as the edits so far have left it.
 
     Attributes:
@@ -36,7 +36,7 @@ class Plan:
         self.rewriting = Rewriting(facts)
         self._calls: Counter[str] = Counter()
 
-    def edit(self, edit: Edit) -> None:
+    def apply(self, edit: Edit) -> None:
         """Carry out an edit of the graph."""
         edit.apply(self.rewriting)
 
@@ -69,8 +69,8 @@ class Plan:
         return self.sites[-1].scale
 
     def _place(self, node: fx.Node) -> str:
-        """Returns the path of a module for its own call; for a function called in a module, the path and the function's name. A
-        second call there is `path#2`."""
+        """Names the call for the report, and in the node's `meta["place"]`: the path of a module for its own call; for a function
+        called in a module, the path and the function's name. A second call there is `path#2`."""
         path, module = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
         if node.op == "call_module":
             place = str(node.target)
@@ -86,4 +86,4 @@ class Plan:
 def follows_sample(kind: str, op: str, axis: Axis) -> bool:
     """Whether a gate's scale can be taken over each sample: the sample's axis is the first, or can be moved there."""
     movable = kind in ("relu", "leaky_relu", "abs") or (op.startswith("max_pool") and axis == 1)
-    return axis in (0, "rows") or (isinstance(axis, int) and movable)
+    return axis in (0, ROWS) or (isinstance(axis, int) and movable)
