@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from .capture.arguments import bound
 from .capture.capture import Capture, CaptureError, tracing
-from .capture.clone import NOT_RUN
+from .capture.clone import NOT_RUN, EvalClone
 from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
-from .containers import cloned, tensors_of
 from .explainer import Explainer
 from .gates.rules import Rules
+from .methods.captured import WAITS, CapturedModule
+from .methods.scales import follows_sample
 from .methods.subgraphs import ending_at, within
+from .methods.verification import Verify, verified
 from .rewrite.report import Report
 from .rewrite.rewrite import rewrite
 
@@ -32,6 +33,7 @@ def transform(
     example_inputs: Any = None,
     output: str | None = None,
     strict: bool = False,
+    verify: Verify = True,
 ) -> Explainer:
     """An explainer of `model`. Neither this nor any use of the explainer changes the model, except that a write into the weights
     of one is seen by the other: they share their storage.
@@ -53,8 +55,13 @@ def transform(
         output: the name of an inner activation that is to be the explainer's output, so that a neuron, a channel or any direction
             of it can be the target: a module's (`"layer4.1.conv2"`, `"layer4"`) or a gate's place as the report prints it.
         strict: raise where a call that gates, or may, has no rule, instead of warning.
+        verify: compare the rewritten graph with the model, and under plain derivatives its gradient with the model's own: on the
+            example, or without one at the first call of each form (containers, dtypes, ranks, devices). Where they differ by more
+            than rounding, "auto" takes the other tracer; a `CaptureError` names the first module that differs where none is
+            right. "forward" compares the outputs alone, False nothing.
 
     Raises:
+        ValueError: another `verify`.
         TypeError: `model` is no `nn.Module`, has no Python source (TorchScript), or is an explainer already; its forward does
             not take the `example_inputs`.
         CaptureError: the model cannot be captured.
@@ -72,16 +79,16 @@ def transform(
         raise TypeError("got an Explainer: transform the model it was made from, with the rules you want")
     if tracer not in ("auto", "fx", "export"):
         raise ValueError(f"tracer is 'auto', 'fx' or 'export', got {tracer!r}")
+    if verify not in (True, False, "forward"):
+        raise ValueError(f"verify is True, 'forward' or False, got {verify!r}")
     if tracer == "export" and example_inputs is None:
         raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
     with tracing, torch.inference_mode(False):
         rules = Rules() if rules is None else rules
-        capture, report = rewritten(model, rules, tracer, example_inputs)
-        graph = capture.graph
-        rules.check_places(report.sites)
-        if output is not None:
-            graph = ending_at(capture.modules, graph, output)
-            report = within(report, graph)
+        example = None if example_inputs is None else bound(model, example_inputs)
+        made = rewritten(model, rules, tracer, example, verify)
+        rules.check_places(made.report.sites)
+        graph, report = at_output(made, output)
         rules.check_scales(report.sites)
         if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:
             warnings.warn("; ".join(unrun[:3]) + ("; ..." if len(unrun) > 3 else ""), stacklevel=2)
@@ -99,47 +106,69 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        report = replace(report, notes=(*report.notes, *own_names(capture.modules, graph, report)))
-        explainer = Explainer(capture.modules, graph, report)
+        renamed = own_names(made.modules, graph, report)
+        names = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]
+        compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if verify else None
+        waiting = [WAITS] if example is None and (verify or follows_sample(report)) else []
+        explainer = Explainer(made.modules, graph, replace(report, notes=(*report.notes, *names, *waiting)), compare)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
+        if example is not None:
+            explainer.measured(example)
         return explainer
 
 
-def rewritten(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tuple[Capture, Report]:
-    """The capture of `model`, rewritten, by the tracer that sees the most of it."""
-    example = None if example_inputs is None else bound(model, example_inputs)
+@dataclass(frozen=True)
+class Attempt:
+    """A capture of a model, rewritten: the graph, the modules that it uses, and what the report says."""
+
+    capture: Capture
+    modules: nn.Module
+    report: Report
+
+    @property
+    def opaque(self) -> int:
+        return sum(site.opaque for site in self.report.sites)
+
+
+def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str, Any] | None, verify: Verify) -> Attempt:
+    """The capture of `model`, rewritten, by the tracer that sees the most of it; compared with the model on the example.
+
+    Raises:
+        CaptureError: no tracer has one that is the model's function.
+    """
     if tracer == "export":
-        return by_export(model, example, rules)  # type: ignore[arg-type]
+        return by_export(model, example, rules, verify)  # type: ignore[arg-type]
     try:
-        capture, report = by_symbolic_trace(model, example, rules)
+        traced = by_symbolic_trace(model, example, rules, verify)
     except CaptureError as error:
         if tracer == "fx":
             raise
         if example is None:
             raise CaptureError(f"{error}. With example_inputs, torch.export is tried, which follows one path") from error
         try:
-            return by_export(model, example, rules)
+            return by_export(model, example, rules, verify)
         except CaptureError as second:
             raise CaptureError(f"{error}\n{second}") from second
-    opaque = [site for site in report.sites if site.opaque]
-    if tracer == "fx" or not opaque:
-        return capture, report
+    if tracer == "fx" or not traced.opaque:
+        return traced
     if example is None:
-        note = "what is opaque here, torch.export may see through: pass example_inputs"
-        return capture, replace(report, notes=(*report.notes, note))
+        return noting(traced, "what is opaque here, torch.export may see through: pass example_inputs")
     try:
-        exported = by_export(model, example, rules)
+        exported = by_export(model, example, rules, verify)
     except CaptureError as error:
-        return capture, replace(report, notes=(*report.notes, str(error)))
-    return exported if sum(site.opaque for site in exported[1].sites) < len(opaque) else (capture, report)
+        return noting(traced, str(error))
+    return exported if exported.opaque < traced.opaque else traced
 
 
-def by_symbolic_trace(model: nn.Module, example: Mapping[str, Any] | None, rules: Rules) -> tuple[Capture, Report]:
-    capture = trace(model, example)
-    return capture, rewrite(type(model).__name__, capture, rules)
+def noting(attempt: Attempt, *notes: str) -> Attempt:
+    return replace(attempt, report=replace(attempt.report, notes=(*attempt.report.notes, *notes)))
 
 
-def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules) -> tuple[Capture, Report]:
+def by_symbolic_trace(model: nn.Module, example: Mapping[str, Any] | None, rules: Rules, verify: Verify) -> Attempt:
+    return attempt(type(model).__name__, trace(model, example), example, rules, verify)
+
+
+def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules, verify: Verify) -> Attempt:
     """By `torch.export`: for batches of any size, where the forward takes one path for all of them, else for the example's.
 
     Raises:
@@ -152,48 +181,87 @@ def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules) -> tup
             capture = export(model, example, any_batch)
             notes = [f"the batch is fixed at {sizes[0]}, since {str(refusal).splitlines()[0]}" for refusal in refusals]
             capture = replace(capture, notes=(*notes, *capture.notes))
-            report = rewrite(type(model).__name__, capture, rules)
-            verify(type(model).__name__, capture)
-            return capture, report
+            return attempt(type(model).__name__, capture, example, rules, verify)
         except CaptureError as error:
             refusals.append(error)
     raise refusals[-1]
 
 
-def verify(model: str, capture: Capture) -> None:
-    """Raise CaptureError where the graph does not give on its examples what its reference gives.
+def attempt(name: str, capture: Capture, example: Mapping[str, Any] | None, rules: Rules, verify: Verify) -> Attempt:
+    """Rewrites a capture of the model called `name`; with an example, compares it with the model."""
+    modules, report = rewrite(name, capture, rules)
+    made = Attempt(capture, modules, report)
+    return made if example is None else noting(made, *verified(capture, modules, capture.graph, example, verify))
 
-    To a hundredth of the largest output, for half precision and for attention by other kernels: a graph that is wrong is wrong
-    by more.
+
+@dataclass(frozen=True)
+class AtFirstCall:
+    """Compares an explainer with its model at the first call of each form.
+
+    `made` is what the explainer was made of; where it ends at an inner output, that is compared, up to the model's own output.
     """
-    assert capture.reference is not None
-    graph = fx.GraphModule(capture.modules, capture.graph)
-    parameters = list(inspect.signature(capture.reference.forward).parameters.values())
-    try:
-        for example in capture.examples:
-            call = inspect.BoundArguments(inspect.Signature(parameters), dict(example))  # type: ignore[arg-type]
-            with torch.no_grad():
-                expected = tensors_of(capture.reference(*cloned(call.args), **cloned(call.kwargs)))
-                outputs = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
-            if len(outputs) != len(expected) or not all(map(alike, outputs, expected)):
-                raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
-    except Exception as error:  # whatever the graph raises where the model does not
-        raise CaptureError(f"the graph of {model} by {capture.tracer} is wrong: {error}") from error
+
+    made: Attempt
+    rules: Rules
+    tracer: str
+    output: str | None
+    verify: Verify
+    renamed: Mapping[str, str]
+
+    def __call__(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Outcome:
+        capture = replace(self.made.capture, reference=EvalClone()(self.made.capture.reference))
+        modules = EvalClone()(self.made.modules)
+        for own in (capture.reference, modules):
+            adopt(own, module, self.renamed)
+        with tracing, torch.inference_mode(False):
+            try:
+                return Outcome(verified(capture, modules, self.made.capture.graph, arguments, self.verify), None)
+            except CaptureError as error:
+                if self.tracer != "auto" or capture.tracer == "torch.export":
+                    raise
+                refusal = error
+            try:
+                exported = by_export(capture.reference, arguments, self.rules, self.verify)
+            except CaptureError as second:
+                raise CaptureError(f"{refusal}\n{second}") from second
+            graph, report = at_output(exported, self.output)
+            notes = [f"by torch.export, since {str(refusal).splitlines()[0]}"]
+            return Outcome(notes, (exported.modules, graph, report))
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether `a` is `b` to a hundredth of its largest number; exactly, where they are not floating."""
-    if a.shape != b.shape or a.dtype != b.dtype or not (b.is_floating_point() or b.is_complex()):
-        return torch.equal(a, b)
-    a, b = (torch.view_as_real(t).double() if t.is_complex() else t.double() for t in (a, b))
-    return torch.allclose(a, b, 1e-2, 1e-2 * float(b.abs().max()) if b.numel() else 0.0, equal_nan=True)
+@dataclass(frozen=True)
+class Outcome:
+    """Of a comparison: notes for the report, and another capture to take in place of the one that was wrong."""
+
+    notes: list[str]
+    instead: tuple[nn.Module, fx.Graph, Report] | None
 
 
-def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
-    """Renames the attributes of the model whose names an explainer has of its own, such as a child called `split`; returns a
-    note on each."""
+def at_output(made: Attempt, output: str | None) -> tuple[fx.Graph, Report]:
+    """The graph and the report up to the inner activation `output`; where that is None, as they are."""
+    if output is None:
+        return made.capture.graph, made.report
+    graph = ending_at(made.modules, made.capture.graph, output)
+    return graph, within(made.report, graph)
+
+
+def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> None:
+    """Gives `clone` the tensors that `module` has now, which may have been moved or cast since. `renamed` has, by the name in
+    `module`, those children's own names."""
+    modules = dict(clone.named_modules(remove_duplicate=False))
+    for path, owner in module.named_modules(remove_duplicate=False):
+        head, dot, rest = path.partition(".")
+        own = modules.get(renamed.get(head, head) + dot + rest)
+        for table in ("_parameters", "_buffers") if own is not None else ():
+            now = getattr(owner, table)
+            getattr(own, table).update({name: now[name] for name in getattr(own, table) if name in now})
+
+
+def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> dict[str, str]:
+    """Renames the attributes of the model whose names an explainer has of its own, such as a child called `split`; returns their
+    own names by the new ones."""
     taken = {*dir(Explainer(nn.Module(), fx.Graph(), report)), "_origin"}  # of an explainer of nothing: no list to keep
-    notes = []
+    renamed = {}
     for table in (modules._modules, modules._parameters, modules._buffers):
         for name in [name for name in table if name in taken]:
             new = f"{name}_"
@@ -203,8 +271,8 @@ def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> list[str]:
             for node in graph.nodes:
                 if node.op in ("call_module", "get_attr") and str(node.target).split(".")[0] == name:
                     node.target = new + str(node.target)[len(name) :]
-            notes.append(f"the model's {name} is called {new} here, since an explainer has a {name} of its own")
-    return notes
+            renamed[new] = name
+    return renamed
 
 
 class NotRewrittenError(ValueError):

@@ -38,7 +38,11 @@ def rebuilt(value: Any, change: Callable[[Any], Any]) -> Any:
     if parts is None:
         return change(value)
     form, contents = parts
-    inner = {key: rebuilt(item, change) for key, item in contents.items()}
+    return refilled(value, form, {key: rebuilt(item, change) for key, item in contents.items()})
+
+
+def refilled(value: Any, form: str, inner: dict[Any, Any]) -> Any:
+    """A container like `value`, taken apart by `form`, with the contents `inner`."""
     if form == "fields" or hasattr(value, "to_tuple"):  # a dataclass, or one of transformers' mappings that are dataclasses
         return type(value)(**inner)
     if isinstance(value, Mapping):

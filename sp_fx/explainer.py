@@ -194,8 +194,7 @@ class Explainer(CapturedModule):
         """
         other = copy.copy(self)
         if batches is None:
-            other._report = calibrated_by_norms(self._report, self, other.graph)
+            other.edited(calibrated_by_norms(self._report, self, other.graph))
         else:
-            other._report = calibrated(self._report, other.graph, measure(self, batches, forward_kwargs or {}))
-        other.recompile()
+            other.edited(calibrated(self._report, other.graph, measure(self, batches, forward_kwargs or {})))
         return other

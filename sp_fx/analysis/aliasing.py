@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from torch import fx, nn
 
-from ..capture.clone import lets_through
+from ..capture.passed import lets_through
 from .calls import name_of, writes
 from .ops import VIEW
 

@@ -6,19 +6,15 @@ product's factor is the row of a gate, once that gate is a dual-path call.
 
 from __future__ import annotations
 
-import operator
-
-import torch
 from torch import fx, nn
 
 from ..capture.capture import Capture
-from ..capture.clone import lets_through
+from ..capture.passed import lets_through, operands
 from ..gates.dual_path import dual_path
 from .aliasing import Aliasing
 from .calls import is_multiplication, masks_of, name_of, writes
 from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
 from .registered_gates import marked_gate, registered_gate
-from .sample_axis import Axis, sample_axis
 from .written_gates import Graph, Written, written_gate
 from .written_norms import Statistic, written_norm
 
@@ -28,8 +24,6 @@ class Facts:
 
     Attributes:
         varying: the nodes whose values depend on the values of the inputs, and not on their shapes alone.
-        axes: which axis of each varying node is the sample.
-        entering: which axis of its first varying input is the sample.
         patterns: the gates and norms that the model writes out itself or has registered, by the node that closes them.
         parts: the nodes inside such a pattern, and the node that closes it.
         aliasing: whose storage a node may share.
@@ -39,8 +33,6 @@ class Facts:
         self.modules, self.graph = capture.modules, capture.graph
         self.aliasing = Aliasing(self.modules, self.graph)
         self.varying: set[fx.Node] = set()
-        self.axes: dict[fx.Node, Axis] = {}
-        self.entering: dict[fx.Node, Axis] = {}
         self.patterns: dict[fx.Node, Written | Statistic] = {}
         self.parts: dict[fx.Node, fx.Node] = {}
         self._find_varying()
@@ -50,15 +42,10 @@ class Facts:
     # -- computed once
 
     def _find_varying(self) -> None:
-        def called(node: fx.Node) -> nn.Module | None:
-            return None if self.is_identity(node) else self.leaf(node)
-
         for node in self.graph.nodes:
             name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
             if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
                 self.varying.add(node)
-                self.axes[node] = sample_axis(node, self.axes, called, self._constant_shape)
-                self.entering[node] = next((self.axes[n] for n in node.all_input_nodes if n in self.axes), None)
 
     def _find_registered(self, capture: Capture) -> None:
         for marked in capture.marked:
@@ -92,10 +79,6 @@ class Facts:
         later = self.aliasing.later_readers(gate.source, first, gate.inside)
         return used and all(user in gate.inside for user in later)
 
-    def _constant_shape(self, node: fx.Node) -> torch.Size | None:
-        value = operator.attrgetter(str(node.target))(self.modules) if node.op == "get_attr" else node.meta.get("val")
-        return value.shape if isinstance(value, torch.Tensor) else None
-
     # -- what a node calls
 
     def leaf(self, node: fx.Node) -> nn.Module | None:
@@ -119,7 +102,7 @@ class Facts:
         return node in self.varying or inserted
 
     def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if self.varies(n)]
+        return [n for n in operands(node, self.is_identity) if self.varies(n)]
 
     def has_weights(self, node: fx.Node) -> bool:
         """Whether weights of the model had a part in `node`."""
@@ -128,8 +111,9 @@ class Facts:
             at = queue.pop()
             if at.op == "get_attr" or (at.op == "call_module" and not self.is_identity(at)):
                 return True
-            queue += [n for n in at.all_input_nodes if n not in seen]
-            seen.update(at.all_input_nodes)
+            inputs = operands(at, self.is_identity)
+            queue += [n for n in inputs if n not in seen]
+            seen.update(inputs)
         return False
 
     def chooses_by_comparison(self, node: fx.Node) -> bool:

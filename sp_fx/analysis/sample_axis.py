@@ -1,266 +1,202 @@
 """The sample's axis: which axis of each tensor of a graph is the batch's, so that a gate's scale can be each sample's own.
 
-Inputs have the batch on axis 0. `x.transpose(0, 1)` has it on axis 1, known from the call's arguments alone, since a symbolic
-trace knows no shapes. An axis is an int, `ROWS` or None. `ROWS`: times and samples are folded into axis 0, in whatever order, so
-that each row belongs to one sample, and so does a scale taken over it, until something unfolds them. None: not known.
+It is measured. The graph is run twice on fake tensors, which have shapes and no numbers, at a batch and at twice that batch: the
+axis whose size doubles is the sample's. A name says nothing: `x.T`, a GRU's last state and a user's own function are measured
+alike.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-from typing import Any, Literal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
 
+from ..capture.arguments import ByName
+from ..capture.passed import lets_through, operands
+from ..containers import rebuilt, tensors_of
 from .calls import name_of
-from .ops import BROADCAST, MOVEMENTS, RANKS, SEVERAL
+from .ops import POINTWISE, PRODUCT
 
-ROWS: Literal["rows"] = "rows"
-Axis = int | Literal["rows"] | None
-SPATIAL = re.compile(r"([123])d$")  # `max_pool2d` and `Conv2d` have two axes besides those of batch and channels
-
-SEQUENCE_MODULES = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.MultiheadAttention, nn.RNNBase, nn.Identity,
-                    nn.modules.dropout._DropoutNd)  # fmt: skip
+T = TypeVar("T")
 
 
-def sample_axis(
-    node: fx.Node,
-    axes: dict[fx.Node, Axis],
-    leaf: Callable[[fx.Node], nn.Module | None],
-    shape_of: Callable[[fx.Node], torch.Size | None],
-) -> Axis:
-    """The sample's axis in the output of `node`, given those of its inputs.
+@dataclass(frozen=True)
+class Axis:
+    """The axis of a tensor that the sample is, or is folded into.
 
-    `axes` has every node that varies with the model's input, `leaf` gives the module that a node calls, unless that is an
-    identity, `shape_of` the shape of a constant, where that is known.
+    `fold` says how other things are folded into it: "" not at all; "outer": each sample's are next to each other, as the tokens
+    of [B, T, C] after `reshape(-1, C)`; "inner": each of theirs has all samples next to each other, as those of [T, B, C].
     """
-    if node.op == "placeholder":
-        return 0
-    inputs = [axes[n] for n in node.all_input_nodes if n in axes]
-    axis = inputs[0] if inputs and all(a == inputs[0] for a in inputs) else None
-    module = leaf(node)
-    name, args, kwargs = name_of(node), node.args[1:], {k: v for k, v in node.kwargs.items() if k != "input"}
-    if node.target is getattr:  # x.T
-        name, args = str(node.args[1]), ()
-    if axis is None or (module is not None and axis not in (0, ROWS) and not isinstance(module, SEQUENCE_MODULES)):
-        return None
-    if node.op == "call_module" and module is None:  # an identity, whatever it is called
-        return axis
-    moves = MOVEMENTS.get(name)
-    if moves == "item" and isinstance(node.args[0], fx.Node):
-        several = node.args[0].op == "call_module" or name_of(node.args[0]) in SEVERAL
-        return axis if several else item(axis, node.args[1])
-    if moves == "reshaped":
-        return reshaped(axis, node)
-    if moves == "contracted":
-        return contracted(axis, node, axes)
-    if module is None and name in MOVES:
+
+    index: int
+    fold: Literal["", "outer", "inner"] = ""
+
+
+def sample_axes(module: fx.GraphModule, arguments: Mapping[str, Any]) -> dict[fx.Node, Axis]:
+    """Returns the sample's axis in the value of each node of `module`, where the value is a tensor and has one.
+
+    `arguments` are those of its forward, by name; the batch is axis 0 of the first floating tensor among them. Other tensors as
+    long on axis 0 have the batch there too, unless the module only runs where they do not: a mask [L, L] for B = L.
+
+    Raises:
+        ValueError: the module does not run at twice the batch, whatever is taken to go along.
+    """
+    floating = [t for t in tensors_of(arguments) if t.is_floating_point()]
+    lead = (floating or tensors_of(arguments))[:1]
+    if not lead or not lead[0].dim():
+        return {}
+    return in_its_own_thread(lambda: measured(module, arguments, lead[0]))
+
+
+def measured(module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor) -> dict[fx.Node, Axis]:
+    """`sample_axes`, where the batch is that of `lead`."""
+    batch, reasons = max(lead.shape[0], 2), []
+    for axes in (1, None):  # those with the batch on axis 0 go along, or those of the first one's whole shape alone
+
+        def at(size: int, axes: int | None = axes) -> Any:
+            goes_along = lambda t: t.shape[:axes] == lead.shape[:axes]  # noqa: E731
+            return rebuilt(arguments, lambda t: Form(t, size if goes_along(t) else None) if isinstance(t, Tensor) else t)
+
+        once, twice = (Fakes(module, at(size)) for size in (batch, 2 * batch))
+        if once.error is None and twice.error is None:
+            return compared(module, batch, once.values, twice.values)
+        reasons.append(twice.error or once.error)
+    raise ValueError(f"it does not run at {2 * batch} samples: {reasons[0]}")
+
+
+def in_its_own_thread(function: Callable[[], T]) -> T:
+    """Returns `function()`, run where no caller's mode is on: inference, autocast, `vmap`, another trace."""
+    outcome: list[Any] = []
+
+    def run() -> None:
         try:
-            return MOVES[name](axis, *args, **kwargs)
-        except TypeError:  # arguments that are computed at run time
-            return None
-    if moves == "expanded":
-        return expanded(axis, rank_of(node.args[0], axes, leaf), *args)
-    if name in BROADCAST:
-        shapes = [shape for n in node.all_input_nodes if n not in axes and (shape := shape_of(n)) is not None]
-        ranks = [rank_of(n, axes, leaf) for n in node.all_input_nodes if n in axes]
-        return broadcast(axis, max(ranks, key=lambda r: r or 99), max(shapes, key=len, default=torch.Size()))
-    return axis
+            with torch.no_grad():
+                outcome.extend((function(), None))
+        except BaseException as error:  # raised again below, in the caller's thread
+            outcome.extend((None, error))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-# -- ops that move axes: (the sample's axis before, the op's own arguments) -> the sample's axis after -------------------
+class Form:
+    """What a fake tensor is made from: what is known of a tensor without its numbers. No dataclass: those are containers."""
+
+    def __init__(self, t: Tensor, size: int | None) -> None:
+        """Of `t`, with `size` on axis 0 where that is not None."""
+        self.shape = tuple(t.shape) if size is None else (size, *t.shape[1:])
+        self.dtype, self.device = t.dtype, t.device
+
+    def made(self) -> Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
 
-def index_of(axis: Axis) -> int:
-    """The axis that the sample leads or is: `ROWS` lead axis 0."""
-    return axis if isinstance(axis, int) else 0
+class Fakes(ByName):
+    """Runs a module on fake tensors. What cannot run so, for want of numbers, has no value, nor has what depends on it."""
+
+    UNKNOWN = object()
+
+    def __init__(self, module: fx.GraphModule, arguments: Any) -> None:
+        """Runs the module; `values` has what each node is, and `error` why a first one does not run, where shapes are why."""
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+        self.error: str | None = None
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            self.run_by_name(rebuilt(arguments, lambda leaf: leaf.made() if isinstance(leaf, Form) else leaf))
+
+    def is_mark(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and lets_through(self.fetch_attr(str(node.target)))
+
+    def run_node(self, n: fx.Node) -> Any:
+        if any(self.env.get(m) is self.UNKNOWN for m in operands(n, self.is_mark)):
+            value = self.UNKNOWN
+        else:
+            try:
+                value = super().run_node(n)
+            except DATA_DEPENDENT:
+                value = self.UNKNOWN
+            except Exception as error:  # whatever an op says of shapes that do not fit
+                self.error = self.error or f"{n.format_node()}: {error}".splitlines()[0]
+                value = self.UNKNOWN
+        self.values[n] = value
+        return value
 
 
-def permute(axis: Axis, *dims: Any) -> Axis:
-    order = dims[0] if isinstance(dims[0], tuple | list) else dims
-    at = [d % len(order) for d in order].index(index_of(axis))
-    return at if isinstance(axis, int) else ROWS if at == 0 else None
+DATA_DEPENDENT = (
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+)
 
 
-def transpose(axis: Axis, dim0: int, dim1: int) -> Axis:
-    first, second = sorted((dim0, dim1), key=lambda d: d < 0)
-    if first < 0:  # of the matrices in a batch
-        return axis if index_of(axis) == 0 else None
-    if second < 0:
-        return axis if index_of(axis) == 0 and first > 0 else None
-    if index_of(axis) not in (first, second):
-        return axis
-    return (second if axis == first else first) if isinstance(axis, int) else None
-
-
-def matrix_transpose(axis: Axis) -> Axis:
-    return 1 - axis if axis in (0, 1) else None  # type: ignore[operator]
-
-
-def movedim(axis: Axis, source: int, destination: int) -> Axis:
-    if not isinstance(axis, int) or source < 0 or destination < 0:
-        return axis if index_of(axis) == 0 and source != 0 and destination != 0 else None
-    if source == axis:
-        return destination
-    return axis - (source < axis) + (destination <= axis - (source < axis))
-
-
-def flatten(axis: Axis, start_dim: int = 0, end_dim: int = -1) -> Axis:
-    at = index_of(axis)
-    if at == 0 or start_dim > at:
-        return axis
-    if end_dim >= 0 and end_dim < at:
-        return at - (end_dim - start_dim)
-    return ROWS if start_dim == 0 else None
-
-
-def unflatten(axis: Axis, dim: int, sizes: Any) -> Axis:
-    at = index_of(axis)
-    if dim < 0 or dim > at:
-        return axis
-    return (at + len(sizes) - 1 if dim < at else axis if at == 0 else None) if isinstance(axis, int) else None
-
-
-def unsqueeze(axis: Axis, dim: int = 0) -> Axis:
-    if dim < 0 or dim > index_of(axis):
-        return axis
-    return axis + 1 if isinstance(axis, int) else None
-
-
-def squeeze(axis: Axis, dim: Any = None) -> Axis:
-    if isinstance(dim, int) and (dim < 0 or dim > index_of(axis)):
-        return axis
-    return axis if dim is None and axis == 0 else None
-
-
-def removed(axis: Axis, dim: Any, *_: Any) -> Axis:
-    """Of ops that take axis `dim` away: `select`, `unbind`."""
-    if dim < 0 or dim > index_of(axis):
-        return axis
-    return axis - 1 if isinstance(axis, int) and dim < axis else None
-
-
-def reduced(axis: Axis, dim: Any = None, keepdim: bool = False, **_: Any) -> Axis:
-    if isinstance(dim, fx.Node):  # `max` of two tensors
-        return axis
-    dims = (dim,) if isinstance(dim, int) else dim
-    if not isinstance(dims, tuple | list) or index_of(axis) in dims:
-        return None
-    return axis - sum(0 <= d < axis for d in dims) if isinstance(axis, int) and not keepdim else axis
-
-
-def joined(axis: Axis, dim: int = 0) -> Axis:
-    return axis if dim != index_of(axis) else ROWS if dim == 0 else None
-
-
-def repeated(axis: Axis, *times: Any) -> Axis:
-    first = times[0][0] if isinstance(times[0], tuple | list) else times[0]
-    return axis if first == 1 else ROWS if index_of(axis) == 0 else None
-
-
-def expanded(axis: Axis, rank: int | None, *sizes: Any) -> Axis:
-    sizes = tuple(sizes[0]) if sizes and isinstance(sizes[0], tuple | list) else sizes
-    if not isinstance(axis, int):
-        return None
-    axis += 0 if rank is None else len(sizes) - rank
-    size = sizes[axis] if axis < len(sizes) else 1
-    return axis if isinstance(size, fx.Node) or size == -1 else None  # a number: the sample's axis may be further on
-
-
-def broadcast(axis: Axis, rank: int | None, constant: torch.Size) -> Axis:
-    """Of a tensor of `rank` axes with a constant of shape `constant`: one of more axes puts its own before the sample's.
-
-    [B, 5] + [4, 1, 5] is [4, B, 5], so that axis 0 becomes 1. Where the rank is not known, a constant of three axes or more whose
-    first is no 1 is taken to be the longer, and the axis is not known, but for [C, 1, 1], by which channels are scaled and images
-    normalised.
-    """
-    if rank is None:
-        return axis if len(constant) < 3 or constant[0] == 1 or set(constant[1:]) == {1} else None
-    if len(constant) <= rank:
-        return axis
-    return axis + len(constant) - rank if isinstance(axis, int) else None
-
-
-def rank_of(node: Any, axes: dict[fx.Node, Axis], leaf: Callable) -> int | None:
-    """The number of axes of a node's value, where the calls that made it tell: 4 after `conv2d`; None where they do not."""
-    while isinstance(node, fx.Node) and node in axes:
-        if "val" in node.meta:
-            return node.meta["val"].dim()
-        module, args = leaf(node), node.args[1:]
-        name = "" if node.op == "call_module" else name_of(node)
-        flat = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
-        spatial = SPATIAL.search(name if module is None else type(module).__name__)
-        if spatial is not None and not isinstance(module, nn.BatchNorm1d):  # which takes two axes too
-            return int(spatial[1]) + 2
-        known = RANKS.get(name)
-        if known == "sizes":
-            return len(flat)
-        if known == "flat" and tuple(flat) == (1,):
-            return 2
-        if known in ("less", "more"):
-            source, index = node.args[0], node.args[1] if len(node.args) > 1 else 0
-            several = name == "getitem" and isinstance(source, fx.Node) and name_of(source) in SEVERAL
-            rank = rank_of(source, axes, leaf)
-            if rank is None or (name == "getitem" and not several and not isinstance(index, int)):
-                return None
-            return rank + (0 if several else 1 if known == "more" else -1)  # an item of a tuple: `unbind` took its axis away
-        if not isinstance(module, SEQUENCE_MODULES) and name and known != "same":
-            return None
-        node = next((n for n in node.all_input_nodes if n in axes), None)
-    return None
-
-
-def item(axis: Axis, index: Any) -> Axis:
-    """Of `x[index]`: an int before the sample's axis takes an axis away, a None puts one there."""
-    source, target = 0, index_of(axis)  # the axis of x that comes next, and where the sample's goes
-    for part in index if isinstance(index, tuple) else (index,):
-        if part is Ellipsis or source > index_of(axis):
-            break
-        if part is None:
-            target += 1
+def compared(module: fx.GraphModule, batch: int, once: dict[fx.Node, Any], twice: dict[fx.Node, Any]) -> dict[fx.Node, Axis]:
+    """Returns the axis of each node by its shapes at `batch` and at twice that."""
+    axes: dict[fx.Node, Axis] = {}
+    for node, value in once.items():
+        other = twice[node]
+        if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.dim() != other.dim():
             continue
-        if source == index_of(axis) and part != slice(None):
-            return None
-        if source < index_of(axis) and not isinstance(part, slice | int):
-            return None
-        target -= isinstance(part, int)
-        source += 1
-    return target if isinstance(axis, int) else ROWS if target == 0 else None
+        changed = [i for i, (n, m) in enumerate(zip(value.shape, other.shape)) if n != m]
+        if len(changed) != 1 or other.shape[changed[0]] != 2 * value.shape[changed[0]]:
+            continue
+        (index,) = changed
+        if value.shape[index] == batch:
+            axes[node] = Axis(index)
+        elif value.shape[index] % batch == 0 and (folded := fold(module, batch, node, once, axes, index)) is not None:
+            axes[node] = folded
+    return axes
 
 
-def reshaped(axis: Axis, node: fx.Node) -> Axis:
-    """Of `view` and `reshape`, by shapes where an export knows them, else by the sizes asked for.
+def fold(
+    module: fx.GraphModule, batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], index: int
+) -> Axis | None:
+    """Returns the axis of a node in which samples and other things are folded into axis `index`: measured on the numbers of the
+    samples, where the node's call moves numbers and does not change them; else as in what it is made from."""
+    if node.op in ("call_function", "call_method") and name_of(node) not in POINTWISE | PRODUCT and name_of(node) != "dual_path":
+        numbers = moved(module, batch, node, values, axes)
+        if numbers is not None and numbers.shape == values[node].shape:
+            along = numbers.movedim(index, -1).flatten(0, -2) if numbers.dim() > 1 else numbers[None]
+            samples = torch.arange(batch, dtype=along.dtype)
+            times = along.shape[-1] // batch
+            if bool((along == samples.repeat_interleave(times)).all()):
+                return Axis(index, "outer")
+            if bool((along == samples.repeat(times)).all()):
+                return Axis(index, "inner")
+    size = values[node].shape[index]
+    before = [axes[n] for n in node.all_input_nodes if n in axes and values[n].shape[axes[n].index] == size]
+    return Axis(index, before[0].fold) if before and len({axis.fold for axis in before}) == 1 else None
 
-    Samples on axis 0 stay there, unless the first size is a number: of [B, 6, 8], `reshape(-1, 8)` has rows of samples there,
-    `reshape(3, -1, 8)` may have anything.
-    """
-    sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-    before, after = (n.meta["val"].shape if "val" in n.meta else None for n in (node.args[0], node))  # type: ignore[union-attr]
-    at = index_of(axis)
-    if before is not None and after is not None:
-        if list(map(str, before[: at + 1])) == list(map(str, after[: at + 1])):
-            return axis
-        divides = isinstance(before[0], int) and len(after) > 0 and isinstance(after[0], int) and after[0] % before[0] == 0
-        return axis if axis == 0 and divides else None
-    if axis == 0:
-        return 0 if sizes[0] == -1 or not isinstance(sizes[0], int) else None
-    return ROWS if axis != ROWS and sizes[0] == -1 and len(sizes) == 2 else None
 
+def moved(
+    module: fx.GraphModule, batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis]
+) -> Tensor | None:
+    """Returns what `node` makes of tensors that hold the number of their sample throughout; None where it does not run so."""
 
-def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
-    """Of `einsum`: where the letter of the sample's axis is in the output. `einsum("btc,dc->tbd", x, w)` has it on axis 1."""
-    equation, operands = node.args[0], node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-    if not isinstance(axis, int) or not isinstance(equation, str) or "->" not in equation or "." in equation:
+    def numbers(n: fx.Node) -> Any:
+        value = values[n]
+        if not isinstance(value, Tensor):
+            return rebuilt(value, lambda leaf: torch.zeros(leaf.shape) if isinstance(leaf, Tensor) else leaf)
+        if n not in axes:
+            return torch.full(value.shape, -1.0)
+        index, size = axes[n].index, value.shape[axes[n].index]
+        samples = torch.arange(batch, dtype=torch.float32)
+        samples = samples.repeat(size // batch) if axes[n].fold == "inner" else samples.repeat_interleave(size // batch)
+        return samples.view(-1, *[1] * (value.dim() - index - 1)).expand(value.shape)
+
+    try:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), numbers)
+        if node.op == "call_method":
+            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            result = node.target(*args, **kwargs)  # type: ignore[operator]
+    except Exception:  # what takes other numbers than these
         return None
-    left, right = equation.replace(" ", "").split("->")
-    letters = {term[axis] for term, operand in zip(left.split(","), operands) if operand in axes}
-    letter = letters.pop() if len(letters) == 1 else ""
-    return right.index(letter) if letter and letter in right else None
-
-
-BY_ARGUMENTS = (permute, transpose, matrix_transpose, movedim, flatten, unflatten, unsqueeze, squeeze, removed, reduced,
-                joined, repeated)  # fmt: skip
-
-MOVES: dict[str, Callable[..., Axis]] = {op: f for op, moves in MOVEMENTS.items() for f in BY_ARGUMENTS if f.__name__ == moves}
+    return result if isinstance(result, Tensor) else None

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..capture.passed import operands
 from .calls import name_of
 from .ops import CLOSERS, POINTWISE
 
@@ -47,7 +48,7 @@ class Graph:
     modules: torch.nn.Module
 
     def inputs(self, node: fx.Node) -> list[fx.Node]:
-        return [n for n in node.all_input_nodes if self.varies(n)]
+        return [n for n in operands(node, self.passes) if self.varies(n)]
 
 
 def written_gate(graph: Graph, node: fx.Node) -> Written | None:

@@ -52,6 +52,22 @@ def fixed_arguments(module: nn.Module, example: Mapping[str, Any] | None) -> dic
     return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN) and p.default is not p.empty}
 
 
+class ByName(fx.Interpreter):
+    """Runs a graph on the arguments of its forward, by name."""
+
+    arguments: Mapping[str, Any] = {}
+
+    def run_by_name(self, arguments: Mapping[str, Any]) -> Any:
+        """Runs the graph; arguments that are left out have their defaults."""
+        call = inspect.BoundArguments(inspect.signature(self.module.forward), dict(arguments))  # type: ignore[arg-type]
+        call.apply_defaults()
+        self.arguments = call.arguments
+        return self.run()
+
+    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.arguments[str(target).lstrip("*")]
+
+
 def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]:
     """The form of `value`; `any_size(tensor, axis)` says where the size does not matter.
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import fx, nn
 
@@ -20,22 +18,20 @@ class Capture:
     """A model as a graph.
 
     Attributes:
-        modules: the eval clone of the model, whose modules and tensors the graph uses.
+        modules: the modules and tensors that the graph uses: leaves, and marks of those that the capture went through.
+        reference: an eval clone of the model that the capture has not run, to compare the graph with.
         graph: the forward.
         tracer: what captured it, "torch.fx" or "torch.export".
         notes: what a reader of the report should know of the capture.
         marked: the registered gates that an export has marked.
-        reference: where the capture is to be verified, another eval clone, which computes what the model does on the `examples`.
-        examples: arguments by name, on which the graph is to give what `reference` gives.
     """
 
     modules: nn.Module
+    reference: nn.Module
     graph: fx.Graph
     tracer: str
     notes: tuple[str, ...] = ()
     marked: tuple[Marked, ...] = ()
-    reference: nn.Module | None = None
-    examples: tuple[Mapping[str, Any], ...] = ()
 
 
 def blame(error: BaseException) -> str:

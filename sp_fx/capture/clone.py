@@ -167,13 +167,3 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 QUANTISED = tuple(f"torch.{a}nn.{b}quantized" for a in ("", "ao.") for b in ("", "intrinsic."))
 REGISTRIES = frozenset(nn.Module().__dict__) | {"_compiled_call_impl"}
-
-
-def passes(x: Any) -> Any:
-    """The forward of a module whose inside lies open in the graph."""
-    return x
-
-
-def lets_through(module: nn.Module) -> bool:
-    """Whether a module is there to be named and hooked alone."""
-    return module.__dict__.get("forward") is passes

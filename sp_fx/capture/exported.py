@@ -23,8 +23,9 @@ from torch import Tensor, fx, nn
 from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, give_own_buffers, passes
+from .clone import EvalClone, adopt_forward
 from .kept_functions import calling_stand_ins, take_markers
+from .passed import marking, take_marks, with_marks
 
 aten = torch.ops.aten
 
@@ -52,10 +53,8 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
         exported = Exported(model, with_batch(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
-    examples = (example, with_batch(example, sizes, 1)) if any_batch else (example,)
-    return Capture(
-        exported.clone, exported.graph, "torch.export", tuple(exported.notes), exported.marked, exported.reference, examples
-    )
+    modules = with_marks(exported.clone, exported.paths)
+    return Capture(modules, exported.reference, exported.graph, "torch.export", tuple(exported.notes), exported.marked)
 
 
 def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
@@ -81,8 +80,7 @@ class Exported:
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
         adopt_forward(self.clone)
-        self.reference = EvalClone()(self.clone)  # the modules of the clone become identities
-        give_own_buffers(self.reference)
+        self.reference = EvalClone()(self.clone)
         self.parameters = inspect.signature(self.clone.forward).parameters
         self.arguments, self.notes = dict(arguments), hooks
         self.tensors = tensors = tensors_of(self.arguments)
@@ -90,8 +88,8 @@ class Exported:
         self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
-        marked = calling_stand_ins(self.clone, exporting=True)
-        with all_require_grad(self.clone), marked, torch.enable_grad(), warnings.catch_warnings(), quiet:
+        marked, marks = calling_stand_ins(self.clone, exporting=True), marking(self.clone)
+        with all_require_grad(self.clone), marked, marks as self.entries, torch.enable_grad(), quiet, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
@@ -150,8 +148,8 @@ class Exported:
         for placeholder, tensor in env.items():
             tensor.meta["val"] = placeholder.meta["val"]
         self.graph.output(self.container(skeleton, self.inline(self.source, env)))
-        self.graph.eliminate_dead_code()
-        self.mark_modules()
+        self.paths = take_marks(self.graph, self.entries)
+        self.graph.eliminate_dead_code(lambda node: node.op != "call_module" and node.is_impure())
 
     def parameter(self, name: str) -> list[fx.Node]:
         """Add the placeholder of a parameter and the check of its form; returns the nodes of the tensors in it: of a parameter
@@ -235,31 +233,6 @@ class Exported:
             return self.clone.get_submodule(path)
         except AttributeError:
             return None
-
-    def mark_modules(self) -> None:
-        """Pass the output of every module call through an identity under the module's name, where one tensor leaves the module:
-        so that `layer4` can be hooked and cut at."""
-        inside: dict[tuple, list[fx.Node]] = {}
-        for node in self.graph.nodes:
-            calls = node.meta.get("calls", ())
-            for depth in range(1, len(calls) + 1):
-                inside.setdefault(calls[:depth], []).append(node)
-        for calls in sorted(inside, key=len, reverse=True):
-            depth, (path, _) = len(calls), calls[-1][1]
-            outside = [(n, u) for n in inside[calls] for u in n.users if u.meta.get("calls", ())[:depth] != calls]
-            left = {n for n, _ in outside if isinstance(n.meta.get("val"), Tensor)}
-            if len(left) != 1 or not path or self.module(path) is None:
-                continue
-            (node,) = left
-            with self.graph.inserting_after(node):
-                mark = self.graph.call_module(path, (node,))
-            mark.meta = {**node.meta, "calls": calls[:-1]}
-            for n, user in outside:
-                if n is node:
-                    user.replace_input_with(node, mark)
-            for d in range(1, depth):
-                inside[calls[:d]].append(mark)
-            self.clone.get_submodule(path).__dict__["forward"] = passes
 
     def container(self, value: Any, outputs: Any) -> Any:
         """Returns the output's containers round the nodes `outputs`; those that a graph cannot hold, such as dataclasses, are

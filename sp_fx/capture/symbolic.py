@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, give_own_buffers, passes
+from .clone import EvalClone, adopt_forward, give_own_buffers
 from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
+from .passed import shown, taken_apart, with_marks
 from .proxies import Snapshot
 
 OPENED_MODULES = (
@@ -32,8 +34,8 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in `example`, or have no default, are inputs.
 
     Modules of `torch.nn` that gate are traced into, down to the function they call; others of `torch.nn` and
-    `nn.MultiheadAttention` stay leaves. Every module that was traced into appears in the graph as an identity under its own
-    name, through which its output passes: so `layer4` can still be hooked, and each node knows its place.
+    `nn.MultiheadAttention` stay leaves. Every module that was traced into appears in the graph as a mark under its own name
+    (`passed.Passed`), through which its output passes: so `layer4` can still be hooked, and each node knows its place.
 
     Raises:
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
@@ -50,6 +52,7 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
     clone = clones(model)
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
+    reference = EvalClone()(clone)
     snapshot = Snapshot(clone)
     if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
         give_own_buffers(clone)
@@ -75,10 +78,8 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
             "forward may not branch on the values or shapes of tensors"
         ) from error
     replaced = snapshot.take_off()
-    for name in tracer.passed:
-        clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    return Capture(clone, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
+    return Capture(with_marks(clone, tracer.passed), reference, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
 
 
 class PlaceTracer(fx.Tracer):
@@ -112,10 +113,15 @@ class PlaceTracer(fx.Tracer):
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
-        if isinstance(result, fx.Proxy) and not self.is_leaf_module(m, name):
-            self.passed[name] = None
-            result = self.create_proxy("call_module", name, (result,), {})
-        return result
+        if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
+            return result
+        self.passed[name] = None
+        mark = self.create_proxy("call_module", name, (result, *rebuilt(args, shown)), rebuilt(kwargs, shown))
+        return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
+
+
+def is_proxy(leaf: Any) -> bool:
+    return isinstance(leaf, fx.Proxy)
 
 
 def inline_wrapped(graph: fx.Graph) -> None:

@@ -154,7 +154,7 @@ def at_temperature(explainer: Explainer, tau: Any) -> Explainer:
             if node.args[0] == "mix":
                 node.args = (*node.args[:2], None, *node.args[3:])
     copied.graph.eliminate_dead_code()
-    copied.recompile()
+    copied.edited(copied.report(), compare=False)
     return copied
 
 
@@ -168,7 +168,8 @@ def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: 
     frozen, x, kw = at_temperature(explainer, FROZEN), cloned(args, torch.float64), cloned(kwargs, torch.float64)
     with torch.no_grad(), forward_ad.dual_level():
         inputs = tuple(forward_ad.make_dual(t, t.clone()) if t.is_floating_point() else t for t in x)
-        y, tangent = forward_ad.unpack_dual(primary(FrozenTangents(frozen, kw).run(*inputs)))
+        arguments = inspect.signature(frozen.forward).bind(*inputs, **kw).arguments
+        y, tangent = forward_ad.unpack_dual(primary(FrozenTangents(frozen).run_by_name(arguments)))
         y = y.clone()
         tangent = torch.zeros_like(y) if tangent is None else tangent.clone()
     u = direction(y)

@@ -6,15 +6,15 @@ forward's weights for attention. `check` compares these tangents with the explai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..explainer import Explainer
+from ..capture.arguments import ByName
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import dual_path
@@ -24,15 +24,8 @@ from ..gates.table import KINKED, TABLE, rule_of
 SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
 
 
-class FrozenTangents(fx.Interpreter):
+class FrozenTangents(ByName):
     """Runs a frozen explainer on dual numbers: PyTorch's forward mode for plain calls, `frozen_tangent` for gates."""
-
-    def __init__(self, module: Explainer, kwargs: Mapping[str, Any]) -> None:
-        super().__init__(module)
-        self.keyword_inputs = kwargs
-
-    def placeholder(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        return self.keyword_inputs[target] if target in self.keyword_inputs else super().placeholder(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is dual_path:

@@ -11,7 +11,9 @@ One function, `dual_path(kind, *tensors, tau=..., **args)`, for every kind and e
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,13 +37,44 @@ def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str =
     """
     if has_torch_function(tensors):
         return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **args)
-    if tensors[0] is not None and tensors[0].is_complex():  # the modulus is no gate, and keeps its derivative
+    modulus = tensors[0] is not None and tensors[0].is_complex()  # is no gate, and keeps its derivative
+    if modulus or is_plain():
         return TABLE[kind].forward(*tensors, **args)
     gate = (kind, tau, scale, tuple(args.items()))
     if torch.compiler._is_exporting_flag:  # is_exporting() itself is true of every compilation in torch 2.11's Dynamo
         padded = (*tensors, None, None, None, None)[:5]
         return torch.ops.sp_fx.dual_path(*padded, repr(encoded(gate)))
     return DualPath.apply(gate, *distinct(tensors))
+
+
+class _Mode(threading.local):
+    plain = False
+
+
+_mode = _Mode()
+
+
+def is_plain() -> bool:
+    """Whether this thread is inside `plain_derivatives`."""
+    return not torch.compiler.is_compiling() and _mode.plain
+
+
+@contextmanager
+def plain_derivatives() -> Iterator[None]:
+    """While it lasts, dual-path calls of this thread keep their ops' plain derivatives, and `frozen` operands are no constants:
+    a rewritten graph then has the gradient of the model that it was made from."""
+    before, _mode.plain = _mode.plain, True
+    try:
+        yield
+    finally:
+        _mode.plain = before
+
+
+def frozen(x: Tensor) -> Tensor:
+    """`x` as a constant, by a rule: of a norm's statistics, say. Plain derivatives go through it."""
+    if has_torch_function((x,)):
+        return handle_torch_function(frozen, (x,), x)
+    return x if is_plain() else x.detach()
 
 
 def distinct(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:

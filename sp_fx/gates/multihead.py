@@ -11,7 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints.attention import is_tempered, tempered_softmax
 from .adjoints.row import Temperature
-from .dual_path import dual_path
+from .dual_path import dual_path, frozen
 
 
 def multihead_attention(
@@ -69,7 +69,7 @@ def multihead_attention(
         scores = torch.bmm(scaled, k.mT) if mask is None else torch.baddbmm(mask, scaled, k.mT)
         attention = torch.softmax(scores, -1)
         soft = tempered_softmax(scores, tau).detach() if is_tempered(tau) else None
-        mixed = dual_path("mix", attention.detach(), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
+        mixed = dual_path("mix", frozen(attention), soft, v, tau=tau).transpose(0, 1).reshape(length * batch, width)
         averaged = attention.view(batch, num_heads, length, k.shape[1])
         averaged = averaged.mean(1) if average_attn_weights else averaged
     else:

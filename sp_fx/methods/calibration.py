@@ -3,6 +3,7 @@ temperatures in units of it. The report's column of spreads is measured the same
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from ..analysis.calls import name_of
 from ..analysis.ops import SAME_VALUES
-from ..capture.clone import lets_through
+from ..capture.arguments import ByName
+from ..capture.passed import lets_through
 from ..gates.adjoints.row import wide
 from ..gates.dual_path import dual_path
 from ..gates.rules import KINDS, UNTEMPERED
@@ -59,16 +61,12 @@ class Spread:
         return float(self.highest) > 0
 
 
-class Gauge(fx.Interpreter):
-    """Runs a captured module's graph and measures the pre-activation of each gate. Batches may be mappings, hence `kwargs`."""
+class Gauge(ByName):
+    """Runs a captured module's graph and measures the pre-activation of each gate."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.spreads = {node: Spread() for node in scaled_nodes(module.graph)}
-        self.kwargs: Mapping[str, Any] = {}
-
-    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.kwargs[target] if target in self.kwargs else super().placeholder(target, args, kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.spreads:
@@ -105,10 +103,10 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
                 raise TypeError(f"batch {i} of the calibration set is {got}; expected {expected}")
             if len(inputs) > takes:
                 raise TypeError(f"batch {i} of the calibration set is a tuple of {len(inputs)} inputs; the model takes {takes}")
-            gauge.kwargs = {**kwargs, **batch} if by_name else kwargs
             tensors = [x for x in batch.values() if isinstance(x, Tensor)] if by_name else inputs
             try:
-                gauge.run(*inputs)
+                named = {**kwargs, **batch} if by_name else kwargs
+                gauge.run_by_name(inspect.signature(module.forward).bind(*inputs, **named).arguments)
             except (RuntimeError, ValueError, TypeError) as error:
                 tried = f"batch {i} of the calibration set, of shape {', '.join(str(list(x.shape)) for x in tensors)}"
                 raise ValueError(f"the model cannot take {tried}: {str(error).splitlines()[0]}") from error

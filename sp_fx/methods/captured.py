@@ -3,28 +3,156 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import threading
 import warnings
-from typing import Any, Self, TypeVar
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, Self, TypeVar
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
+from ..analysis.sample_axis import sample_axes
+from ..containers import items, tensors_of
 from ..rewrite.report import Report
+from .scales import follows_sample, placed, unknown
 from .subgraphs import ending_at, restore_places, saved_places, starting_at, within
+
+FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
+WAITS = "at the first call the graph is compared with the model, and the sample's axis is measured at each gate"
+
+Form = Any  # what a call looks like but for sizes: containers, dtypes, ranks, devices, flags
+
+
+class Comparison(Protocol):
+    """What compares a captured module with the model it was made from, at the first call of each form."""
+
+    def __call__(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Verified:
+        """Raises CaptureError where `module` is another function of the `arguments` than the model, and no capture is right."""
+
+
+class Verified(Protocol):
+    """The outcome of a comparison: notes for the report; and where another tracer's capture is right, that."""
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    @property
+    def instead(self) -> tuple[nn.Module, fx.Graph, Report] | None: ...
 
 
 class CapturedModule(fx.GraphModule):
     """A module equal to the model it was captured from, whose autograd is the soft adjoint.
 
     Cuts, copies and unpickled ones are of its own class: those of an `Explainer` are Explainers.
+
+    What a graph does not say is measured at the first call of each form: whether it is the model's function, and which axis of a
+    pre-activation is the sample's. Where the axes of another form are other ones, that form has a module of its own.
     """
 
-    def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report) -> None:
+    def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report, compare: Comparison | None = None) -> None:
+        """`compare` is asked at the first call of each form; a module without one is not compared."""
         super().__init__(modules, graph, declared_class(self).__name__)
         self._report = report
+        self._compare = compare
+        self._unplaced: tuple[fx.Graph, Report] | None = (self.graph, report) if follows_sample(report) else None
+        self._forms: dict[Form, tuple[Self, bool]] = {}  # the module that runs calls of a form, and whether it was compared
+        self._measuring = threading.RLock()
         self._splits: dict[str, tuple[Self, Self]] = {}
         self._splitting = threading.Lock()
         self.training = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module = self.for_call(*args, **kwargs)
+        return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
+
+    def for_call(self, *args: Any, **kwargs: Any) -> Self:
+        """The module that runs calls with such arguments, most often this one; the first of each form is measured.
+
+        Raises:
+            CaptureError: the graph is not the model's function on these arguments.
+        """
+        if torch.compiler.is_compiling() or (self._unplaced is None and self._compare is None):
+            return self
+        form = form_of((args, kwargs))
+        module, compared = self._forms.get(form, (self, False))
+        obstacle = "" if compared else obstacle_to_comparing((args, kwargs))
+        if compared or (obstacle and form in self._forms):
+            return module
+        with self._measuring:
+            if form not in self._forms or not (obstacle or self._forms[form][1]):
+                self._measure(form, args, kwargs, obstacle)
+            return self._forms.get(form, (self, False))[0]
+
+    def measured(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the axes from the example it was made with, whose form was compared with the model then."""
+        args, kwargs = positional(self, arguments)
+        compare, self._compare = self._compare, None
+        try:
+            self._measure(form_of((args, kwargs)), args, kwargs, "")
+        finally:
+            self._compare = compare
+
+    def _measure(self, form: Form, args: Any, kwargs: Any, obstacle: str) -> None:
+        """Compares the graph with the model on the arguments, unless there is an obstacle, and measures the sample's axes."""
+        try:
+            arguments = inspect.signature(self.forward).bind(*args, **kwargs).arguments
+        except TypeError:  # which the call itself is to raise
+            return
+        if not all(isinstance(n, int) for t in tensors_of((args, kwargs)) for n in t.shape):
+            return  # symbols, in somebody's trace
+        notes = []
+        if obstacle and self._compare is not None:
+            notes = [f"not compared with the model {obstacle}"]
+        elif self._compare is not None:
+            verified = self._compare(self, arguments)
+            notes = verified.notes
+            if verified.instead is not None:
+                self._become(form, *verified.instead, notes)
+                return
+        axes, reason = {}, ""
+        if self._unplaced is not None:
+            try:
+                axes = sample_axes(fx.GraphModule(self, self._unplaced[0]), arguments)
+            except ValueError as error:
+                reason = str(error)
+        graph, report = self._unplaced or (self.graph, self._report)
+        graph, report = placed(graph, report, axes) if self._unplaced is not None else (graph, report)
+        report = noted(report, notes)
+        first = not self._forms
+        if first:
+            self._settle(graph, report)
+        same = first or (self.code == fx.GraphModule(self, graph).code and self._report.sites == report.sites)
+        if first or not same:
+            unknown(report, reason)
+        if len(self._forms) >= FORMS:
+            self._forms.pop(next(iter(self._forms)))
+        own: Any = self if same else declared_class(self)(self, graph, report)
+        own._unplaced = self._unplaced if own is self else None
+        self._forms[form] = own, not obstacle
+
+    def _settle(self, graph: fx.Graph, report: Report) -> None:
+        """Takes `graph` and `report` for its own, together."""
+        self._report = report
+        self._splits.clear()
+        if graph is not self.graph:
+            self.graph = graph
+
+    def _become(self, form: Form, modules: nn.Module, graph: fx.Graph, report: Report, notes: list[str]) -> None:
+        """Takes another capture in place of this one, for the first form; for a later one a module of its own is kept."""
+        report = noted(report, notes)
+        own: Any = self
+        if self._forms:
+            own = declared_class(self)(modules, graph, report)
+            own._unplaced = None
+        else:
+            plain = fx.GraphModule(modules, graph)
+            for table in ("_modules", "_parameters", "_buffers"):
+                self.__dict__[table] = plain.__dict__[table]
+            self._unplaced = None
+            self._settle(graph, report)
+        self._forms[form] = own, True
 
     @property
     def origin(self) -> nn.Module | None:
@@ -41,11 +169,14 @@ class CapturedModule(fx.GraphModule):
             if name not in self._splits:
                 graphs = ending_at(self, self.graph, name, "wrt"), starting_at(self, self.graph, name)
                 stem, tail = (declared_class(self)(self, graph, within(self._report, graph)) for graph in graphs)
+                if self._forms:  # the axes are placed
+                    stem._unplaced = tail._unplaced = None
                 self._splits[name] = stem, tail
             return self._splits[name]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._splits.clear()  # they hold the tensors that are replaced
+        self._forms = {form: (self, compared) for form, (own, compared) in self._forms.items() if own is self}
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Self:
@@ -56,14 +187,31 @@ class CapturedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple:
         plain = fx.GraphModule(self, self.graph)
-        return unpickled, (declared_class(self), plain, self._report, saved_places(self.graph))
+        report = noted(self._report, ["unpickled: not compared with the model"]) if waits(self) else self._report
+        is_placed = self._unplaced is None or bool(self._forms)
+        return unpickled, (declared_class(self), plain, report, saved_places(self.graph), is_placed)
 
     def __deepcopy__(self, memo: dict) -> Self:
         plain = copy.deepcopy(fx.GraphModule(self, self.graph), memo)
-        return declared_class(self)(plain, plain.graph, self._report)
+        return self._copied(plain, plain.graph)
 
     def __copy__(self) -> Self:
-        return declared_class(self)(self, copy.deepcopy(self.graph), self._report)
+        return self._copied(self, copy.deepcopy(self.graph))
+
+    def edited(self, report: Report, compare: bool = True) -> None:
+        """Takes the temperatures that were written into its graph, and the report of them. `compare`: whether it is still to be
+        compared with its model."""
+        unplaced = self._unplaced is not None and not self._forms and follows_sample(report)
+        self._report, self._unplaced = report, (self.graph, report) if unplaced else None
+        self._compare = self._compare if compare else None
+        self.recompile()
+
+    def _copied(self, modules: nn.Module, graph: fx.Graph) -> Self:
+        own = declared_class(self)(modules, graph, self._report, self._compare)
+        if self._forms or self._unplaced is None:
+            own._unplaced = None if self._unplaced is None else (copy.deepcopy(self._unplaced[0]), self._unplaced[1])
+        own._forms = {form: (own, compared) for form, (module, compared) in self._forms.items() if module is self}
+        return own
 
 
 AnyCaptured = TypeVar("AnyCaptured", bound=CapturedModule)
@@ -74,7 +222,53 @@ def declared_class(module: AnyCaptured) -> type[AnyCaptured]:
     return next(cls for cls in type(module).__mro__ if not cls.__qualname__.endswith("GraphModuleImpl"))
 
 
-def unpickled(cls: type[CapturedModule], plain: fx.GraphModule, report: Report, places: list[str | None]) -> CapturedModule:
+def unpickled(
+    cls: type[CapturedModule], plain: fx.GraphModule, report: Report, places: list[str | None], placed: bool = True
+) -> CapturedModule:
     """The captured module that was pickled as `plain`, whose nodes get back the places that a pickled graph forgets."""
     restore_places(plain.graph, places)
-    return cls(plain, plain.graph, report)
+    module = cls(plain, plain.graph, report)
+    if placed:
+        module._unplaced = None
+    return module
+
+
+def waits(module: CapturedModule) -> bool:
+    """Whether it is still to be compared with its model."""
+    return module._compare is not None and not any(compared for _, compared in module._forms.values())
+
+
+def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns the arguments, by name, as a call of `module` has them."""
+    call = inspect.BoundArguments(inspect.signature(module.forward), dict(arguments))  # type: ignore[arg-type]
+    return call.args, call.kwargs
+
+
+def noted(report: Report, notes: list[str]) -> Report:
+    """Returns the report with these notes in place of what it says of a comparison to come."""
+    kept = [note for note in report.notes if note != WAITS and not note.startswith("not compared with the model")]
+    return replace(report, notes=(*kept, *(note for note in notes if note not in kept)))
+
+
+def form_of(value: Any) -> Form:
+    """Returns what `value` looks like but for sizes and numbers: containers, dtypes, ranks, devices, flags."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim(), value.device
+    parts = items(value)
+    if parts is not None:
+        return type(value), tuple((key, form_of(item)) for key, item in parts[1].items())
+    return value if isinstance(value, bool | str | None) else type(value)
+
+
+def obstacle_to_comparing(arguments: Any) -> str:
+    """Says what keeps a call from being compared with the model; "" where nothing does."""
+    if torch.is_inference_mode_enabled():
+        return "inside inference mode"
+    if torch._C._are_functorch_transforms_active():
+        return "inside vmap and other transforms of torch.func"
+    if torch._C._len_torch_dispatch_stack():
+        return "inside a trace"
+    tensors = tensors_of(arguments)
+    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
+        return "inside the capture of a CUDA graph"
+    return "on an empty batch" if any(0 in t.shape for t in tensors) else ""

@@ -13,7 +13,6 @@ from torch import fx, nn
 
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
-from ..analysis.sample_axis import ROWS, Axis
 from ..gates.adjoints.row import Temperature
 from ..gates.rules import Rules
 from .edits import Edit, Rewriting
@@ -52,9 +51,6 @@ class Account:
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
         scale = self.rules.scale_of(kind, place, tau)
-        if scale == "sample" and not follows_sample(kind, self.facts.op(node), self.facts.entering.get(node)):
-            # Across samples it would let one sample's map depend on the others of its batch.
-            scale, reason = "absolute", "absolute, since axis 0 may not be the sample here: calibrate() measures a scale"
         self.sites.append(Site(place, self.facts.op(node), kind, status, tau, reason, scale))
         self.nodes.append(node)
         return tau
@@ -81,9 +77,3 @@ class Account:
         self._calls[place] += 1
         node.meta["place"] = place if self._calls[place] == 1 else f"{place}#{self._calls[place]}"
         return node.meta["place"]
-
-
-def follows_sample(kind: str, op: str, axis: Axis) -> bool:
-    """Whether a gate's scale can be taken over each sample: the sample's axis is the first, or can be moved there."""
-    movable = kind in ("relu", "leaky_relu", "abs") or (op.startswith("max_pool") and axis == 1)
-    return axis in (0, ROWS) or (isinstance(axis, int) and movable)

@@ -17,17 +17,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from ..analysis.calls import AFFINE_ROWS, writes
 from ..analysis.facts import Facts
 from ..analysis.readers import Gate
-from ..analysis.sample_axis import ROWS
 from ..analysis.written_gates import Written
 from ..gates.adjoints.attention import is_tempered, tempered_softmax
 from ..gates.adjoints.row import FROZEN, Temperature
-from ..gates.dual_path import dual_path
+from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
 
 
@@ -37,31 +35,23 @@ class Rewriting:
     Attributes:
         instead: for a node that was replaced, what its users read now.
         passing: for a call of the captured graph, the node through which its signal passes now.
-        opened: the leaves whose calls are written out, and which are identities once all edits are applied.
+        opened: the paths of leaves whose calls are written out, and which are marks once all edits are applied.
     """
 
     def __init__(self, facts: Facts) -> None:
         self.facts, self.graph, self.modules = facts, facts.graph, facts.modules
         self.instead: dict[fx.Node, fx.Node] = {}
         self.passing: dict[fx.Node, fx.Node] = {}
-        self.opened: list[nn.Module] = []
+        self.opened: list[str] = []
 
     def dual_path(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
-        """Returns a dual-path call in place of `node`, with the sample's axis moved to the front where its scale needs it
-        there."""
-        axis = self.facts.entering.get(node)
-        moved = axis if scale == "sample" and axis != ROWS else 0
+        """Returns a dual-path call in place of `node`."""
         if isinstance(scale, float) and not isinstance(tau, str):
             tau = tau * scale
         fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
-        first, *steering = gate.tensors
-        if moved:
-            first = self.graph.call_function(torch.movedim, (first, moved, 0))
-            if gate.kind == "written":
-                steering = [self.graph.call_function(torch.movedim, (steering[0], moved, 0))]
-        soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, first, *steering), {**fit, **gate.args})
+        soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {**fit, **gate.args})
         soft.meta.update(node.meta)
-        return self.graph.call_function(torch.movedim, (soft, 0, moved)) if moved else soft
+        return soft
 
     def supersede(self, node: fx.Node, by: fx.Node) -> None:
         """Let everything read `by` in place of `node`, which goes."""
@@ -144,7 +134,7 @@ class CloseWritten(Edit):
         first = min(gate.inside, key=to.facts.aliasing.position.__getitem__)
         source = to.instead.get(gate.source, gate.source)
         with to.graph.inserting_before(first):
-            constant = to.graph.call_method("detach", (source,))
+            constant = to.graph.call_function(frozen, (source,))
             if any(map(writes, gate.inside)):
                 constant = to.graph.call_method("clone", (constant,))
         for n in gate.inside:
@@ -167,7 +157,7 @@ class Freeze(Edit):
 
     def apply(self, to: Rewriting) -> None:
         with to.graph.inserting_before(self.node):
-            constant = to.graph.call_method("detach", (self.operand,))
+            constant = to.graph.call_function(frozen, (self.operand,))
         self.node.replace_input_with(self.operand, constant)
 
 
@@ -188,8 +178,8 @@ class OpenLeaf(Edit):
             to.passing[self.node] = soft
             to.supersede(self.node, soft)
         else:
-            self.node.args, self.node.kwargs = (soft,), {}
-            to.opened.append(self.leaf)
+            self.node.args = (soft, *self.node.args)
+            to.opened.append(str(self.node.target))
 
     def affine(self, to: Rewriting) -> fx.Node:
         kind, names, args = AFFINE_ROWS[type(self.leaf)]

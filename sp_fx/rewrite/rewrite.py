@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import fx
+from torch import fx, nn
 
 from ..analysis.facts import Facts
 from ..capture.capture import Capture
-from ..capture.clone import passes
+from ..capture.passed import with_marks
 from ..gates.rules import Rules
 from . import attention, decisions
 from .account import Account
@@ -37,8 +37,9 @@ ORDER: tuple[Decision, ...] = (  # the first that answers settles a node
 )
 
 
-def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
-    """Rewrite the captured graph of the model of that name in place; returns what became of its gates.
+def rewrite(model: str, capture: Capture, rules: Rules) -> tuple[nn.Module, Report]:
+    """Rewrite the captured graph of the model of that name in place; returns the modules that it now uses, and what became of its
+    gates.
 
     Whether `rules` fit the model (`Rules.check_places`, `Rules.check_scales`) is for the caller to ask of the report, since
     another capture may have other places.
@@ -49,9 +50,8 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
         called = node.op in ("call_module", "call_function", "call_method")
         if called and node not in account.rewriting.instead and not facts.is_identity(node):
             any(decision(node, facts, account) for decision in ORDER)
-    for leaf in account.rewriting.opened:
-        leaf.__dict__["forward"] = passes
     notes = protect(graph, facts.aliasing)
-    sites = mark_steering(graph, account.sites, account.nodes, account.rewriting.passing)
+    sites = mark_steering(facts, account.sites, account.nodes, account.rewriting.passing)
     graph.lint()
-    return Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
+    report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
+    return with_marks(capture.modules, account.rewriting.opened), report

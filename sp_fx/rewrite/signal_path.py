@@ -8,15 +8,17 @@ from dataclasses import replace
 from torch import fx
 
 from ..analysis.calls import name_of
+from ..analysis.facts import Facts
+from ..capture.passed import operands
 from ..gates.adjoints.attention import nothing
-from ..gates.dual_path import dual_path
+from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
 from ..gates.table import TABLE
 from .report import Site, Status
 
 
 def mark_steering(
-    graph: fx.Graph, sites: Sequence[Site], nodes: Sequence[fx.Node], passing: Mapping[fx.Node, fx.Node]
+    facts: Facts, sites: Sequence[Site], nodes: Sequence[fx.Node], passing: Mapping[fx.Node, fx.Node]
 ) -> tuple[Site, ...]:
     """Returns the `sites`, with a word on those that no signal passes, since all that they make steers frozen gates or is held
     constant: the activations of a squeeze-and-excite branch whose product is frozen, say.
@@ -24,9 +26,9 @@ def mark_steering(
     `nodes` are the calls of the sites, `passing` says what stands in place of those that were replaced.
     """
     reached: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
+    for node in reversed(facts.graph.nodes):
         if node.op == "output" or node in reached:
-            reached.update(receivers(node))
+            reached.update(receivers(node, facts))
     marked = []
     for site, node in zip(sites, nodes):
         if passing.get(node, node) not in reached and not site.reason.startswith("part of"):
@@ -36,9 +38,9 @@ def mark_steering(
     return tuple(marked)
 
 
-def receivers(node: fx.Node) -> list[fx.Node]:
+def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Returns the inputs of `node` that get a cotangent from it."""
-    if node.op != "call_module" and name_of(node) == "detach":
+    if node.target is frozen or (node.op != "call_module" and name_of(node) == "detach"):
         return []
     if node.target is dual_path:
         row = TABLE[str(node.args[0])]
@@ -46,4 +48,4 @@ def receivers(node: fx.Node) -> list[fx.Node]:
         return [at] if isinstance(at, fx.Node) else []
     if node.target is multihead_attention:
         return [node.args[2]]  # type: ignore[list-item]
-    return node.all_input_nodes
+    return operands(node, facts.is_identity)

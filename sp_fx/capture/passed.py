@@ -1,0 +1,249 @@
+"""The marks of modules that a capture went through: identities under the modules' names, which hooks, names and cuts go by.
+
+The inside of such a module lies open in the graph. `h = self.layer4(x)` is there as the calls inside `layer4` and, after them,
+the call `h = layer4(h, x)`: it returns `h`, and whoever has hooked `layer4` sees the input `x` and the output `h`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as torch_modules
+from torch.utils.hooks import BackwardHook
+
+from ..containers import PLAIN, Slot, items, rebuilt, refilled, slotted, tensors_of
+
+
+class Passed(nn.Module):
+    """Stands for a module whose inside lies open in the graph, with that module's children, parameters and buffers.
+
+    It can be indexed and iterated over as `nn.Sequential` and `nn.ModuleDict` can. Called with what the module has returned and
+    what it was called with, it runs the hooks and returns the former. Backward hooks are on the cotangent of the output, before
+    and after: what is inside is not behind them.
+
+    Raises:
+        RuntimeError: when called, where a forward pre-hook replaces an input, which the inside has read already.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Of `module`, whose own dictionaries of parameters and buffers it shares; children are added by `with_marks`."""
+        super().__init__()
+        self.name = getattr(module, "name", "") if isinstance(module, Passed) else type(module).__name__
+        self.training = False
+        for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            self.__dict__[table] = module.__dict__[table]
+        self.__dict__.update({key: value for key, value in module.__dict__.items() if isinstance(value, Tensor)})
+
+    def __call__(self, output: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in slotted(output)[1]):  # traced again, when a graph is unpickled
+            return super().__call__(output, *args, **kwargs)
+        if not hooked(self):
+            return output
+        for number, hook in [*torch_modules._global_forward_pre_hooks.items(), *self._forward_pre_hooks.items()]:
+            takes_kwargs = number in self._forward_pre_hooks_with_kwargs
+            replaced = hook(self, args, kwargs) if takes_kwargs else hook(self, args)
+            if replaced is not None and not same(replaced if takes_kwargs else (replaced, {}), (args, kwargs)):
+                raise RuntimeError(
+                    f"a forward pre-hook replaces an input of the {self.name}, whose inside lies open in the explainer and has "
+                    "read it already: hook the module that makes this input, or split the explainer there"
+                )
+        full, plain = self._get_backward_hooks()
+        pre = self._get_backward_pre_hooks()
+        backward = BackwardHook(self, full, pre) if full or pre else None
+        if backward is not None:
+            (output,) = backward.setup_input_hook((output,))
+        for number, hook in [*torch_modules._global_forward_hooks.items(), *self._forward_hooks.items()]:
+            takes_kwargs = number in self._forward_hooks_with_kwargs
+            replaced = hook(self, args, kwargs, output) if takes_kwargs else hook(self, args, output)
+            output = output if replaced is None else replaced
+        if backward is not None:
+            output = backward.setup_output_hook(output)
+        for hook in plain:
+            for tensor in tensors_of(output)[:1]:
+                if tensor.grad_fn is not None:
+                    tensor.grad_fn.register_hook(lambda before, after, hook=hook: hook(self, before, after))
+        return output
+
+    def forward(self, output: Any, *args: Any, **kwargs: Any) -> Any:
+        return output
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return self._modules[key] if isinstance(key, str) else list(self._modules.values())[key]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[nn.Module | None]:
+        return iter(list(self._modules.values()))
+
+    def __bool__(self) -> bool:
+        return True
+
+    def _get_name(self) -> str:
+        return self.name
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether anybody has hooked `module`, or all modules."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or torch_modules._global_forward_hooks
+        or torch_modules._global_forward_pre_hooks
+        or torch_modules._global_backward_hooks
+        or torch_modules._global_backward_pre_hooks
+    )
+
+
+def same(replaced: Any, inputs: Any) -> bool:
+    """Whether what a pre-hook returned for `inputs`, (args, kwargs), has their values; one tensor stands for a tuple of it."""
+    after, before = tensors_of(replaced), tensors_of(inputs)
+    return len(after) == len(before) and all(a is b or torch.equal(a, b) for a, b in zip(after, before))
+
+
+def with_marks(root: nn.Module, through: Iterable[str]) -> nn.Module:
+    """Returns the modules that a graph over `root` uses, by the same paths: a `Passed` for `root` itself, for the modules whose
+    path is in `through`, and for all that have one of these inside; the others are those of `root`, which stays as it is."""
+    paths = set(through)
+    prefixes = {path[:at] for path in paths for at, letter in enumerate(path) if letter == "."} | paths
+    copies: dict[int, nn.Module] = {}
+
+    def copied(module: nn.Module, path: str) -> nn.Module:
+        if path and path not in prefixes:
+            return module
+        if id(module) not in copies:
+            copies[id(module)] = own = Passed(module)
+            for name, child in module._modules.items():
+                own._modules[name] = None if child is None else copied(child, f"{path}.{name}" if path else name)
+        return copies[id(module)]
+
+    return copied(root, "")
+
+
+def lets_through(module: nn.Module) -> bool:
+    """Whether a module is there to be named and hooked alone."""
+    return isinstance(module, Passed)
+
+
+def operands(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it."""
+    if not is_mark(node):
+        return node.all_input_nodes
+    nodes: dict[fx.Node, None] = {}
+    fx.map_arg(node.args[0], lambda n: nodes.setdefault(n))
+    return list(nodes)
+
+
+# -- marks in a trace: both tracers put the call of a `Passed` behind what the module has returned
+
+
+def shown(leaf: Any) -> Any:
+    """What the hooks of a module see of an argument: the argument, or None for what a graph cannot hold."""
+    return leaf if isinstance(leaf, (fx.Proxy, Tensor, torch.dtype, torch.device, *PLAIN)) else None
+
+
+def taken_apart(mark: Any, result: Any, passes: Callable[[Any], bool], item: Callable[[Any, Any, str], Any]) -> Any:
+    """Returns the containers of `result`, what a module has returned, with items of its `mark` in place of the leaves for which
+    `passes` holds; `item(container, key, form)` makes an item. Of a lone leaf that is the mark itself."""
+    parts = items(result)
+    if parts is None:
+        return mark if passes(result) else result
+    form, contents = parts
+    inner = {}
+    for key, content in contents.items():
+        through = any(map(passes, slotted(content)[1]))
+        inner[key] = taken_apart(item(mark, key, form), content, passes, item) if through else content
+    return refilled(result, form, inner)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A call of the module at `path` during an export. `output` and `inputs`, (args, kwargs), have slots in place of tensors."""
+
+    path: str
+    output: Any
+    inputs: Any
+
+
+@contextmanager
+def marking(clone: nn.Module) -> Iterator[list[Entry]]:
+    """While it lasts, the modules inside `clone` pass their outputs through the op `sp_fx::passed`, which an export records.
+    Yields the list that receives an entry for each call: the op names it by its number."""
+    entries: list[Entry] = []
+
+    def hook(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        tensors: list[Tensor] = []
+        inputs = rebuilt((args, kwargs), lambda leaf: slot(leaf, tensors))
+        outputs: list[Tensor] = []
+        skeleton = rebuilt(output, lambda leaf: slot(leaf, outputs))
+        if not outputs:
+            return output
+        number = str(len(entries))
+        entries.append(Entry(path, skeleton, inputs))
+        marked = [torch.ops.sp_fx.passed(t, tensors, number) for t in outputs]
+        return rebuilt(skeleton, lambda leaf: marked[leaf.index] if isinstance(leaf, Slot) else leaf)  # other leaves stay
+
+    def slot(leaf: Any, tensors: list[Tensor]) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        tensors.append(leaf)
+        return Slot(len(tensors) - 1)
+
+    with ExitStack() as hooks:
+        for path, module in clone.named_modules():
+            if path:
+                hooks.callback(module.register_forward_hook(functools.partial(hook, path), with_kwargs=True).remove)
+        yield entries
+
+
+def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
+    """Replaces the ops that `marking` has left in an exported graph by calls of marks; returns the paths of these."""
+    by_number: dict[str, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.sp_fx.passed.default):
+        by_number.setdefault(node.args[2], []).append(node)
+    for number, nodes in by_number.items():
+        entry = entries[int(number)]
+        output = refilled_slots(entry.output, [node.args[0] for node in nodes])
+        args, kwargs = refilled_slots(entry.inputs, nodes[0].args[1])
+        with graph.inserting_after(nodes[-1]):
+            mark = graph.call_module(entry.path, (output, *args), kwargs)
+        at = mark
+
+        def item(container: fx.Node, key: Any, form: str) -> fx.Node:
+            nonlocal at
+            with graph.inserting_after(at):
+                at = graph.call_function(operator.getitem if form == "items" else getattr, (container, key))
+            return at
+
+        passed = slotted(taken_apart(mark, output, lambda leaf: isinstance(leaf, fx.Node), item))[1]
+        for node, through in zip(nodes, [leaf for leaf in passed if isinstance(leaf, fx.Node)], strict=True):
+            through.meta = {key: value for key, value in node.meta.items() if key != "calls"}
+            node.replace_all_uses_with(through)
+            graph.erase_node(node)
+    return {entries[int(number)].path for number in by_number}
+
+
+def refilled_slots(skeleton: Any, nodes: Any) -> Any:
+    """Returns a skeleton of an entry with `nodes` in its slots, and of the rest what a graph can hold."""
+    return rebuilt(skeleton, lambda leaf: nodes[leaf.index] if isinstance(leaf, Slot) else shown(leaf))
+
+
+@torch.library.custom_op("sp_fx::passed", mutates_args=(), schema="(Tensor y, Tensor[] inputs, str number) -> Tensor")
+def passed(y: Tensor, inputs: list[Tensor], number: str) -> Tensor:
+    return y.clone()
+
+
+passed.register_fake(lambda y, inputs, number: y.new_empty_strided(y.size(), y.stride()))  # laid out as what it stands for
+passed.register_autograd(
+    lambda ctx, v: (v, [None] * ctx.inputs, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "inputs", len(inputs[1])),
+)

@@ -1,0 +1,272 @@
+"""Verification: is a rewritten graph the model's function, and under plain derivatives its gradient the model's own?
+
+Both run once on the same arguments, forward and back. The graph runs with its rules switched off (`plain_derivatives`), so that
+what it loses on the way back, such as the backward of an `autograd.Function`, is seen as a difference of gradients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..capture.arguments import ByName
+from ..capture.capture import Capture, CaptureError
+from ..capture.clone import EvalClone, give_own_buffers
+from ..capture.passed import lets_through
+from ..containers import rebuilt, tensors_of
+from ..gates.dual_path import plain_derivatives
+
+Verify = Literal[True, False, "forward"]
+
+# The largest relative L2 distance that is a rounding error, of outputs that are not bitwise the model's and of gradients. Where
+# the outputs are not bitwise, a ReLU may open that the model's keeps shut, and gradients may differ by a gate.
+OUTPUT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+GRADIENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
+GATE = 2e-2
+
+
+def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any], verify: Verify) -> list[str]:
+    """Compares `graph`, rewritten over `modules`, with the model that was captured; returns notes for the reader of a report.
+
+    `arguments` are those of the forward, by name; `verify` is True, or "forward" for the outputs alone. Models that draw random
+    numbers are compared under one seed; the caller's random numbers go on where they were.
+
+    Raises:
+        CaptureError: they differ by more than rounding; the message names the first module whose output, or gradient, differs.
+    """
+    if not verify:
+        return []
+    reference = EvalClone()(capture.reference)
+    give_own_buffers(reference)
+    subject = fx.GraphModule(EvalClone()(modules), graph)
+    call = inspect.BoundArguments(inspect.signature(reference.forward), dict(arguments))  # type: ignore[arg-type]
+
+    def of_model(values: Mapping[str, Any]) -> Any:
+        call.arguments.update(values)
+        return reference(*call.args, **call.kwargs)
+
+    def of_graph(values: Mapping[str, Any]) -> Any:
+        with plain_derivatives():
+            return ByName(subject).run_by_name(values)
+
+    back = verify is True
+    own = ran(of_model, reference, arguments, back)
+    try:
+        other = ran(of_graph, subject, arguments, back)
+    except Exception as error:  # whatever the graph raises where the model does not
+        raise CaptureError(f"the graph by {capture.tracer} raises where the model does not: {first_line(error)}") from error
+    notes = [] if not own.drew else ["the forward draws random numbers: the same call twice gives two outputs, and two maps"]
+    apart = distance(other.outputs, own.outputs)
+    bar = bar_of(own.outputs, OUTPUT)
+    if not apart <= bar:
+        where = first_difference(of_model, of_graph, reference, subject, arguments)
+        raise CaptureError(f"the graph by {capture.tracer} computes other outputs than the model, off by {apart:.1e}; {where}")
+    if apart:
+        notes.append(f"outputs are the model's to {apart:.0e} (relative L2), not to the bit")
+    if back and own.gradients is None:
+        notes.append(f"the model's own backward fails, so that gradients were not compared: {own.reason}")
+    elif back:
+        gap = slope = float("inf") if other.gradients is None else distance(other.gradients, own.gradients)
+        bar = max(bar_of(own.gradients, GRADIENT), GATE if apart else 0.0)
+        if not gap <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
+            near = perturbed(arguments)
+            slope = distance(ran(of_graph, subject, near, True).gradients, ran(of_model, reference, near, True).gradients)
+        if not slope <= bar:
+            where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
+            how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
+            raise CaptureError(f"the graph by {capture.tracer} has another gradient than the model, {how_far}; {where}")
+    return notes
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run gave: `outputs`; `gradients` of a direction of them, None where there are none, for the `reason`; and whether
+    it drew random numbers."""
+
+    outputs: list[Tensor]
+    gradients: list[Tensor] | None
+    reason: str
+    drew: bool
+
+
+def ran(function: Callable[[Mapping[str, Any]], Any], module: nn.Module, arguments: Mapping[str, Any], back: bool) -> Run:
+    """Runs `function` of the arguments, forward and, with `back`, from a direction of all outputs back to the floating arguments,
+    or to the embeddings of `module` where none floats."""
+    with one_seed() as drew, torch.set_grad_enabled(True):
+        values, leaves = leaves_of(arguments, module)
+        outputs = tensors_of(function(values))
+        reason, gradients = "", None
+        if back:
+            try:
+                gradients = gradients_of(outputs, leaves)
+            except RuntimeError as error:
+                reason = first_line(error)
+        return Run([t.detach() for t in outputs], gradients, reason, drew())
+
+
+def leaves_of(arguments: Mapping[str, Any], module: nn.Module) -> tuple[Any, list[Tensor]]:
+    """Returns copies of the arguments, and what to differentiate by: those that float, or, where none does, the weights of the
+    embeddings of `module`, which are replaced by copies."""
+    leaves: list[Tensor] = []
+
+    def copied(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        own = leaf.detach().clone()
+        if own.is_floating_point():
+            leaves.append(own.requires_grad_())
+            return own * 1  # a forward may write over its inputs, and may not over a leaf
+        return own
+
+    values = rebuilt(dict(arguments), copied)
+    if not leaves:
+        for name, parameter in module.named_parameters():
+            if name.endswith("weight") and parameter.dim() == 2 and parameter.is_floating_point() and embeds(module, name):
+                leaves.append(parameter.requires_grad_())
+    return values, leaves
+
+
+def embeds(module: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` is an embedding's."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return isinstance(owner, nn.Embedding) or (lets_through(owner) and owner.name == "Embedding")  # type: ignore[union-attr]
+
+
+def gradients_of(outputs: list[Tensor], inputs: list[Tensor], keep: bool = False) -> list[Tensor]:
+    """Returns the gradients, by the `inputs`, of a direction of all outputs, the same at every call; 0 where there is none."""
+    directed = [y for y in outputs if y.requires_grad]
+    if not directed or not inputs:
+        return [torch.zeros_like(x) for x in inputs]
+    drawn = torch.Generator().manual_seed(0)
+    us = [torch.randn(y.shape, generator=drawn, dtype=torch.float32).to(y.device, y.dtype) for y in directed]
+    gradients = torch.autograd.grad(directed, inputs, us, allow_unused=True, retain_graph=keep)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients)]
+
+
+@contextlib.contextmanager
+def one_seed() -> Iterator[Callable[[], bool]]:
+    """While it lasts random numbers are the same at every call. Yields a function that says whether any was drawn."""
+    state = random.getstate()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
+        torch.manual_seed(0)
+        random.seed(0)
+        fresh = torch.get_rng_state()
+        devices = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
+        try:
+            yield (
+                lambda: (
+                    not (
+                        torch.equal(fresh, torch.get_rng_state())
+                        and all(torch.equal(before, torch.cuda.get_rng_state(i)) for i, before in enumerate(devices))
+                    )
+                )
+            )
+        finally:
+            random.setstate(state)
+
+
+def perturbed(arguments: Mapping[str, Any]) -> Any:
+    """Returns the arguments, with every floating number moved a little, so that none is another's equal."""
+    drawn = torch.Generator().manual_seed(1)
+
+    def moved(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            return leaf
+        noise = torch.randn(leaf.shape, generator=drawn, dtype=torch.float32).to(leaf.device, leaf.dtype)
+        return leaf.detach() + noise * (0.01 * leaf.detach().abs().nan_to_num(0, 0, 0).mean() + 0.01)
+
+    return rebuilt(dict(arguments), moved)
+
+
+def distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float:
+    """Returns the largest relative L2 distance of tensors, 0 where they are equal to the bit; infinite where their number, their
+    shapes, dtypes or places of NaN and infinities differ, or they do not float."""
+    if found is None or expected is None or len(found) != len(expected):
+        return 0.0 if found is expected else float("inf")
+    worst = 0.0
+    for a, b in zip(found, expected):
+        if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
+            return float("inf")
+        if torch.equal(a, b):
+            continue
+        if not (b.is_floating_point() or b.is_complex()):
+            return float("inf")
+        a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a, b))
+        odd = ~b.isfinite()
+        if not (torch.equal(odd, ~a.isfinite()) and torch.equal(a[odd].nan_to_num(0.0), b[odd].nan_to_num(0.0))):
+            return float("inf")
+        a, b = a.masked_fill(odd, 0).double(), b.masked_fill(odd, 0).double()
+        worst = max(worst, float((a - b).norm() / b.norm().clamp_min(1e-30)))
+    return worst
+
+
+def bar_of(tensors: list[Tensor] | None, bars: Mapping[torch.dtype, float]) -> float:
+    return max((bars.get(t.dtype, bars[torch.float32]) for t in tensors or ()), default=0.0)
+
+
+def first_difference(
+    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule, arguments: Any,
+    back: bool = False,
+) -> str:  # fmt: skip
+    """Says at which module the graph first goes another way than the model: the first whose output differs; with `back`, the last
+    whose output has another gradient, which is the first on the way back."""
+    calls: list[tuple[str, list[Tensor]]] = []
+    handles = [
+        module.register_forward_hook(lambda m, a, y, path=path: calls.append((path, tensors_of(y))))
+        for path, module in reference.named_modules()
+        if path
+    ]
+    seen = Seen(subject)
+    try:
+        with one_seed(), torch.set_grad_enabled(True):
+            outputs = tensors_of(of_model(leaves_of(arguments, reference)[0]))
+        with one_seed(), torch.set_grad_enabled(True), plain_derivatives():
+            others = tensors_of(seen.run_by_name(leaves_of(arguments, subject)[0]))
+    except Exception as error:
+        return f"it raises where the model does not: {first_line(error)}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    numbers: dict[str, int] = {}
+    pairs = []
+    for path, values in calls:
+        numbers[path] = numbers.get(path, 0) + 1
+        if (path, numbers[path]) in seen.values:
+            name = path if numbers[path] == 1 else f"{path}#{numbers[path]}"
+            pairs.append((name, seen.values[path, numbers[path]], values))
+    for name, found, expected in reversed(pairs) if back else pairs:
+        if back:
+            both = [(a, b) for a, b in zip(found, expected) if a.requires_grad and b.requires_grad]
+            if len(both) < sum(b.requires_grad for b in expected):
+                return f"at the output of {name} the graph has none"
+            found = gradients_of(others, [a for a, _ in both], keep=True)
+            expected = gradients_of(outputs, [b for _, b in both], keep=True)
+        if not distance(found, expected) <= bar_of(expected, GRADIENT if back else OUTPUT):
+            return f"the first module that differs is {name}" + (", by the gradient at its output" if back else "")
+    return "all of its modules agree: the difference is in the model's own forward"
+
+
+class Seen(ByName):
+    """Runs a graph and keeps what each call of each module gave, by the module's path and the number of the call."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[tuple[str, int], list[Tensor]] = {}
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().call_module(target, args, kwargs)
+        number = 1 + sum(path == target for path, _ in self.values)
+        self.values[target, number] = tensors_of(value)
+        return value
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
