@@ -88,7 +88,7 @@ def transform(
         example = None if example_inputs is None else bound(model, example_inputs)
         made = rewritten(model, rules, tracer, example, verify)
         rules.check_places(made.report.sites)
-        graph, report = at_output(made, output)
+        modules, graph, report, compare = finished(made, rules, tracer, output, verify)
         rules.check_scales(report.sites)
         if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:
             warnings.warn("; ".join(unrun[:3]) + ("; ..." if len(unrun) > 3 else ""), stacklevel=2)
@@ -106,11 +106,9 @@ def transform(
             )
         elif not report.of("rewritten"):
             warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        renamed = own_names(made.modules, graph, report)
-        names = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]
-        compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if verify else None
-        waiting = [WAITS] if example is None and (verify or follows_sample(report)) else []
-        explainer = Explainer(made.modules, graph, replace(report, notes=(*report.notes, *names, *waiting)), compare)
+        waiting = example is None and (compare is not None or follows_sample(report))
+        report = replace(report, notes=(*report.notes, *([WAITS] if waiting else [])))
+        explainer = Explainer(modules, graph, report, compare)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         if example is not None:
             explainer.measured(example)
@@ -216,7 +214,7 @@ class AtFirstCall:
         with tracing, torch.inference_mode(False):
             try:
                 return Outcome(verified(capture, modules, self.made.capture.graph, arguments, self.verify), None)
-            except CaptureError as error:
+            except (CaptureError, AssertionError) as error:
                 if self.tracer != "auto" or capture.tracer == "torch.export":
                     raise
                 refusal = error
@@ -224,9 +222,8 @@ class AtFirstCall:
                 exported = by_export(capture.reference, arguments, self.rules, self.verify)
             except CaptureError as second:
                 raise CaptureError(f"{refusal}\n{second}") from second
-            graph, report = at_output(exported, self.output)
             notes = [f"by torch.export, since {str(refusal).splitlines()[0]}"]
-            return Outcome(notes, (exported.modules, graph, report))
+            return Outcome(notes, finished(exported, self.rules, self.tracer, self.output, self.verify))
 
 
 @dataclass(frozen=True)
@@ -234,15 +231,22 @@ class Outcome:
     """Of a comparison: notes for the report, and another capture to take in place of the one that was wrong."""
 
     notes: list[str]
-    instead: tuple[nn.Module, fx.Graph, Report] | None
+    instead: tuple[nn.Module, fx.Graph, Report, AtFirstCall | None] | None
 
 
-def at_output(made: Attempt, output: str | None) -> tuple[fx.Graph, Report]:
-    """The graph and the report up to the inner activation `output`; where that is None, as they are."""
-    if output is None:
-        return made.capture.graph, made.report
-    graph = ending_at(made.modules, made.capture.graph, output)
-    return graph, within(made.report, graph)
+def finished(
+    made: Attempt, rules: Rules, tracer: str, output: str | None, verify: Verify
+) -> tuple[nn.Module, fx.Graph, Report, AtFirstCall | None]:
+    """What an explainer is made of: modules and a graph, up to the inner activation `output` where there is one, the report, and
+    what compares it at the first call of each form."""
+    graph, report = made.capture.graph, made.report
+    if output is not None:
+        graph = ending_at(made.modules, graph, output)
+        report = within(report, graph)
+    renamed = own_names(made.modules, {made.capture.graph, graph}, report)
+    notes = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]
+    compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if verify else None
+    return made.modules, graph, replace(report, notes=(*report.notes, *notes)), compare
 
 
 def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> None:
@@ -257,7 +261,7 @@ def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> No
             getattr(own, table).update({name: now[name] for name in getattr(own, table) if name in now})
 
 
-def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> dict[str, str]:
+def own_names(modules: nn.Module, graphs: set[fx.Graph], report: Report) -> dict[str, str]:
     """Renames the attributes of the model whose names an explainer has of its own, such as a child called `split`; returns their
     own names by the new ones."""
     taken = {*dir(Explainer(nn.Module(), fx.Graph(), report)), "_origin"}  # of an explainer of nothing: no list to keep
@@ -268,7 +272,7 @@ def own_names(modules: nn.Module, graph: fx.Graph, report: Report) -> dict[str, 
             while new in taken or hasattr(modules, new):
                 new += "_"
             table[new] = table.pop(name)  # type: ignore[assignment]
-            for node in graph.nodes:
+            for node in (node for graph in graphs for node in graph.nodes):
                 if node.op in ("call_module", "get_attr") and str(node.target).split(".")[0] == name:
                     node.target = new + str(node.target)[len(name) :]
             renamed[new] = name

@@ -93,7 +93,7 @@ def test_modules_keep_their_names_and_can_be_hooked():
     assert seen.keys() == expected.keys()
     for name in seen:
         assert all(torch.equal(a, b) for a, b in zip(seen[name], expected[name], strict=True)), name
-    assert isinstance(explainer.body, nn.Sequential) and explainer.body[0] is explainer.get_submodule("body.0")
+    assert explainer.body[0] is explainer.get_submodule("body.0") and len(explainer.body) == len(model.body)
     assert dict(explainer.named_parameters()).keys() == dict(model.named_parameters()).keys()
 
 
@@ -107,11 +107,14 @@ def test_arguments_with_defaults_are_settings():
             x = x if mask is None else x * mask
             return self.head(x.relu() if gate else x)
 
-    explainer = sp_fx.transform(Masked())
-    x = torch.randn(3, 4)
+    model, x = Masked().eval(), torch.randn(3, 4)
+    explainer = sp_fx.transform(model, tracer="fx")
     assert explainer.pullback(x, 0, forward_kwargs={"mask": None, "gate": True}).shape == x.shape
     with pytest.raises(AssertionError, match="gate has been specialized to have value True"):
         explainer(x, gate=False)
+    explainer = sp_fx.transform(model)  # which captures another form when it meets one
+    assert torch.equal(explainer(x), model(x)) and torch.equal(explainer(x, gate=False), model(x, gate=False))
+    assert explainer.report().tracer == "torch.fx"
 
 
 def test_forwards_set_on_instances_are_the_ones_traced():

@@ -7,8 +7,10 @@ alike.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -37,25 +39,28 @@ class Axis:
     fold: Literal["", "outer", "inner"] = ""
 
 
-def sample_axes(module: fx.GraphModule, arguments: Mapping[str, Any]) -> dict[fx.Node, Axis]:
-    """Returns the sample's axis in the value of each node of `module`, where the value is a tensor and has one.
+def sample_axes(
+    module: fx.GraphModule, arguments: Mapping[str, Any], wanted: Collection[fx.Node] = ()
+) -> tuple[dict[fx.Node, Axis], str]:
+    """Returns the sample's axis in the value of each node of `module`, where the value is a tensor and has one; and, where the
+    module does not run at twice the batch, why. It is run on the arguments themselves then, for the nodes that are `wanted`.
 
     `arguments` are those of its forward, by name; the batch is axis 0 of the first floating tensor among them. Other tensors as
     long on axis 0 have the batch there too, unless the module only runs where they do not: a mask [L, L] for B = L.
-
-    Raises:
-        ValueError: the module does not run at twice the batch, whatever is taken to go along.
     """
     floating = [t for t in tensors_of(arguments) if t.is_floating_point()]
     lead = (floating or tensors_of(arguments))[:1]
     if not lead or not lead[0].dim():
-        return {}
-    return in_its_own_thread(lambda: measured(module, arguments, lead[0]))
+        return {}, "its inputs have no axis 0"
+    axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0]))
+    if reason and floating and any(node not in axes for node in wanted):
+        axes = {**in_its_own_thread(lambda: by_influence(module, arguments, lead[0].shape[0], wanted)), **axes}
+    return axes, reason
 
 
-def measured(module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor) -> dict[fx.Node, Axis]:
+def measured(module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor) -> tuple[dict[fx.Node, Axis], str]:
     """`sample_axes`, where the batch is that of `lead`."""
-    batch, reasons = max(lead.shape[0], 2), []
+    batch, outcomes = max(lead.shape[0], 2), []
     for axes in (1, None):  # those with the batch on axis 0 go along, or those of the first one's whole shape alone
 
         def at(size: int, axes: int | None = axes) -> Any:
@@ -63,10 +68,65 @@ def measured(module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor)
             return rebuilt(arguments, lambda t: Form(t, size if goes_along(t) else None) if isinstance(t, Tensor) else t)
 
         once, twice = (Fakes(module, at(size)) for size in (batch, 2 * batch))
-        if once.error is None and twice.error is None:
-            return compared(module, batch, once.values, twice.values)
-        reasons.append(twice.error or once.error)
-    raise ValueError(f"it does not run at {2 * batch} samples: {reasons[0]}")
+        error = twice.error or once.error
+        reason = f"it does not run at {2 * batch} samples: {error}" if error else ""
+        outcomes.append((compared(module, batch, once.values, twice.values), reason))
+        if not reason:
+            break
+    return max(outcomes, key=lambda outcome: (not outcome[1], len(outcome[0])))
+
+
+def by_influence(
+    module: fx.GraphModule, arguments: Mapping[str, Any], batch: int, wanted: Collection[fx.Node]
+) -> dict[fx.Node, Axis]:
+    """Returns the axes of the nodes that are `wanted`, for a module that runs at the batch of the arguments alone: where a change
+    of the first sample changes their values."""
+
+    def changed(leaf: Any) -> Any:
+        if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (batch,)):
+            return leaf
+        leaf = leaf.detach().clone()
+        leaf[0] += torch.linspace(-1, 1, leaf[0].numel(), device=leaf.device).to(leaf.dtype).view(leaf[0].shape)
+        return leaf
+
+    if not batch:
+        return {}
+    once, twice = (Kept(module, wanted, values) for values in (dict(arguments), rebuilt(dict(arguments), changed)))
+    axes = {}
+    for node, value in once.values.items():
+        other = twice.values.get(node)
+        if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
+            places = (value != other).nonzero()
+            fits = [axis for axis in candidates(value.shape, batch) if within(places, axis, value.shape, batch)]
+            if len(places) and len(fits) == 1:
+                axes[node] = fits[0]
+    return axes
+
+
+def candidates(shape: torch.Size, batch: int) -> list[Axis]:
+    whole = [Axis(i) for i, size in enumerate(shape) if size == batch]
+    return whole + [Axis(i, fold) for i, n in enumerate(shape) if n > batch > 1 and n % batch == 0 for fold in ("outer", "inner")]
+
+
+def within(places: Tensor, axis: Axis, shape: torch.Size, batch: int) -> bool:
+    """Whether all the places [N, axes] are the first sample's, if `axis` is the sample's."""
+    index = places[:, axis.index]
+    return bool((index % batch == 0).all() if axis.fold == "inner" else (index < shape[axis.index] // batch).all())
+
+
+class Kept(ByName):
+    """Runs a module and keeps the values of some of its nodes."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Collection[fx.Node], arguments: Any) -> None:
+        super().__init__(module)
+        self.nodes, self.values = set(nodes), {}  # type: ignore[var-annotated]
+        self.run_by_name(arguments)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.nodes:
+            self.values[n] = value
+        return value
 
 
 def in_its_own_thread(function: Callable[[], T]) -> T:
@@ -86,6 +146,16 @@ def in_its_own_thread(function: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+@contextmanager
+def silent(logger: logging.Logger) -> Iterator[None]:
+    """While it lasts the logger says nothing: of shapes that do not fit, which is what is measured."""
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 class Form:
@@ -110,7 +180,7 @@ class Fakes(ByName):
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
         self.error: str | None = None
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), silent(logging.getLogger("torch._subclasses.fake_tensor")):
             self.run_by_name(rebuilt(arguments, lambda leaf: leaf.made() if isinstance(leaf, Form) else leaf))
 
     def is_mark(self, node: fx.Node) -> bool:
@@ -125,10 +195,16 @@ class Fakes(ByName):
             except DATA_DEPENDENT:
                 value = self.UNKNOWN
             except Exception as error:  # whatever an op says of shapes that do not fit
-                self.error = self.error or f"{n.format_node()}: {error}".splitlines()[0]
+                self.error = self.error or f"{place(n)}{type(error).__name__}: {error}".splitlines()[0]
                 value = self.UNKNOWN
         self.values[n] = value
         return value
+
+
+def place(node: fx.Node) -> str:
+    """Names the call of a node for a message: "layer1.0.conv1: "."""
+    where = node.meta.get("place") or (str(node.target) if node.op == "call_module" else name_of(node))
+    return f"{where}: "
 
 
 DATA_DEPENDENT = (

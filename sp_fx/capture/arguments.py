@@ -57,6 +57,10 @@ class ByName(fx.Interpreter):
 
     arguments: Mapping[str, Any] = {}
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # pages of it, in the message of an error
+
     def run_by_name(self, arguments: Mapping[str, Any]) -> Any:
         """Runs the graph; arguments that are left out have their defaults."""
         call = inspect.BoundArguments(inspect.signature(self.module.forward), dict(arguments))  # type: ignore[arg-type]
@@ -84,11 +88,15 @@ def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]
     raise TypeError(f"an argument is a {type(value).__name__}: expected tensors, plain values, and containers of them")
 
 
+class FormError(ValueError):
+    """An argument is of another form than the graph was captured for."""
+
+
 def checked(value: Any, name: str, expected: tuple[str, Any]) -> Any:
     """`value`, if it has the form of the argument that the graph was traced with.
 
     Raises:
-        ValueError: it has not; the message says what is different.
+        FormError: it has not; the message says what is different.
     """
     if has_torch_function((value,)):
         return handle_torch_function(checked, (value,), value, name, expected)
@@ -97,18 +105,18 @@ def checked(value: Any, name: str, expected: tuple[str, Any]) -> Any:
     if kind == "tensor":
         wanted = f"a tensor [{', '.join('*' if n is None else str(n) for n in content)}]"
         if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected {wanted}, got {value!r}; {remedy}")
+            raise FormError(f"{name}: expected {wanted}, got {value!r}; {remedy}")
         if len(content) != value.dim() or any(n is not None and n != m for n, m in zip(content, value.shape)):
-            raise ValueError(f"{name}: expected {wanted}, got {list(value.shape)}; {remedy}")
+            raise FormError(f"{name}: expected {wanted}, got {list(value.shape)}; {remedy}")
     elif kind == "is":
         if isinstance(value, Tensor) or items(value) is not None or value != content:
             got = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"{name}: expected {content!r}, got {got}; {remedy}")
+            raise FormError(f"{name}: expected {content!r}, got {got}; {remedy}")
     else:
         container = items(value)
         if container is None or set(container[1]) != set(content):
             got = f"a {type(value).__name__}" + ("" if container is None else f" of {list(container[1])}")
-            raise ValueError(f"{name}: expected one of {list(content)}, got {got}; {remedy}")
+            raise FormError(f"{name}: expected one of {list(content)}, got {got}; {remedy}")
         for key, item in container[1].items():
             checked(item, f"{name}[{key!r}]" if kind == "items" else f"{name}.{key}", content[key])
     return value

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..analysis.sample_axis import sample_axes
+from ..capture.clone import EvalClone
 from ..containers import items, tensors_of
 from ..rewrite.report import Report
+from .calibration import scaled_sites
 from .scales import follows_sample, placed, unknown
 from .subgraphs import ending_at, restore_places, saved_places, starting_at, within
 
@@ -33,13 +35,13 @@ class Comparison(Protocol):
 
 
 class Verified(Protocol):
-    """The outcome of a comparison: notes for the report; and where another tracer's capture is right, that."""
+    """The outcome of a comparison: notes for the report; and what makes a module of another tracer's capture, where that is right."""
 
     @property
     def notes(self) -> list[str]: ...
 
     @property
-    def instead(self) -> tuple[nn.Module, fx.Graph, Report] | None: ...
+    def instead(self) -> tuple[nn.Module, fx.Graph, Report, Comparison | None] | None: ...
 
 
 class CapturedModule(fx.GraphModule):
@@ -102,35 +104,37 @@ class CapturedModule(fx.GraphModule):
             return
         if not all(isinstance(n, int) for t in tensors_of((args, kwargs)) for n in t.shape):
             return  # symbols, in somebody's trace
-        notes = []
+        module: Any = self
+        notes, first = [], not self._forms
         if obstacle and self._compare is not None:
             notes = [f"not compared with the model {obstacle}"]
         elif self._compare is not None:
             verified = self._compare(self, arguments)
             notes = verified.notes
             if verified.instead is not None:
-                self._become(form, *verified.instead, notes)
-                return
-        axes, reason = {}, ""
-        if self._unplaced is not None:
-            try:
-                axes = sample_axes(fx.GraphModule(self, self._unplaced[0]), arguments)
-            except ValueError as error:
-                reason = str(error)
-        graph, report = self._unplaced or (self.graph, self._report)
-        graph, report = placed(graph, report, axes) if self._unplaced is not None else (graph, report)
-        report = noted(report, notes)
-        first = not self._forms
-        if first:
-            self._settle(graph, report)
-        same = first or (self.code == fx.GraphModule(self, graph).code and self._report.sites == report.sites)
-        if first or not same:
+                module = self._become(*verified.instead) if first else declared_class(self)(*verified.instead)
+        graph, report, reason = module._placed(arguments)
+        if module is not self or first:
+            module._settle(graph, noted(report, notes))
             unknown(report, reason)
+        elif self._unplaced is not None and not (self._report.sites == report.sites and same_code(self, graph)):
+            module = declared_class(self)(self, graph, noted(report, notes), self._compare)
+            module._unplaced = None
+            unknown(report, reason)
+        else:
+            self._report = noted(self._report, notes)
         if len(self._forms) >= FORMS:
             self._forms.pop(next(iter(self._forms)))
-        own: Any = self if same else declared_class(self)(self, graph, report)
-        own._unplaced = self._unplaced if own is self else None
-        self._forms[form] = own, not obstacle
+        self._forms[form] = module, not obstacle
+
+    def _placed(self, arguments: Mapping[str, Any]) -> tuple[fx.Graph, Report, str]:
+        """Returns its graph and report with the sample's axes measured on the arguments, and why they could not be."""
+        if self._unplaced is None:
+            return self.graph, self._report, ""
+        graph, report = self._unplaced
+        clone = fx.GraphModule(EvalClone()(self), graph)  # which has no hooks to run
+        axes, reason = sample_axes(clone, arguments, [node.all_input_nodes[0] for _, node in scaled_sites(report, graph)])
+        return *placed(graph, report, axes), reason
 
     def _settle(self, graph: fx.Graph, report: Report) -> None:
         """Takes `graph` and `report` for its own, together."""
@@ -139,20 +143,14 @@ class CapturedModule(fx.GraphModule):
         if graph is not self.graph:
             self.graph = graph
 
-    def _become(self, form: Form, modules: nn.Module, graph: fx.Graph, report: Report, notes: list[str]) -> None:
-        """Takes another capture in place of this one, for the first form; for a later one a module of its own is kept."""
-        report = noted(report, notes)
-        own: Any = self
-        if self._forms:
-            own = declared_class(self)(modules, graph, report)
-            own._unplaced = None
-        else:
-            plain = fx.GraphModule(modules, graph)
-            for table in ("_modules", "_parameters", "_buffers"):
-                self.__dict__[table] = plain.__dict__[table]
-            self._unplaced = None
-            self._settle(graph, report)
-        self._forms[form] = own, True
+    def _become(self, modules: nn.Module, graph: fx.Graph, report: Report, compare: Comparison | None) -> Self:
+        """Takes another capture in place of this one; returns itself."""
+        plain = fx.GraphModule(modules, graph)
+        for table in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[table] = plain.__dict__[table]
+        self._compare, self._unplaced = compare, (graph, report) if follows_sample(report) else None
+        self._settle(graph, report)
+        return self
 
     @property
     def origin(self) -> nn.Module | None:
@@ -248,6 +246,10 @@ def noted(report: Report, notes: list[str]) -> Report:
     """Returns the report with these notes in place of what it says of a comparison to come."""
     kept = [note for note in report.notes if note != WAITS and not note.startswith("not compared with the model")]
     return replace(report, notes=(*kept, *(note for note in notes if note not in kept)))
+
+
+def same_code(module: fx.GraphModule, graph: fx.Graph) -> bool:
+    return module.code == fx.GraphModule(module, graph).code
 
 
 def form_of(value: Any) -> Form:

@@ -87,6 +87,7 @@ def explain(module: CapturedModule, request: Request, method: Method, *, many: b
     with torch.inference_mode(False), torch.enable_grad():
         call = request.call()
         call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=request.wrt is None)
+        module = call.apply(module.for_call, call.explained)
         if request.wrt is not None:
             tail, activation, kwargs = at_activation(module, request.wrt, call, request.batch_size)
             if activation.shape[:1] != (call.batch,) and not (many and request.batch_size is None):

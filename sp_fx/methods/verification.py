@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,10 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import ByName
+from ..capture.arguments import ByName, FormError
 from ..capture.capture import Capture, CaptureError
 from ..capture.clone import EvalClone, give_own_buffers
-from ..capture.passed import lets_through
 from ..containers import rebuilt, tensors_of
 from ..gates.dual_path import plain_derivatives
 
@@ -60,6 +60,8 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     own = ran(of_model, reference, arguments, back)
     try:
         other = ran(of_graph, subject, arguments, back)
+    except (FormError, AssertionError):  # a call that the graph is not for, and says so
+        raise
     except Exception as error:  # whatever the graph raises where the model does not
         raise CaptureError(f"the graph by {capture.tracer} raises where the model does not: {first_line(error)}") from error
     notes = [] if not own.drew else ["the forward draws random numbers: the same call twice gives two outputs, and two maps"]
@@ -73,11 +75,11 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     if back and own.gradients is None:
         notes.append(f"the model's own backward fails, so that gradients were not compared: {own.reason}")
     elif back:
-        gap = slope = float("inf") if other.gradients is None else distance(other.gradients, own.gradients)
         bar = max(bar_of(own.gradients, GRADIENT), GATE if apart else 0.0)
-        if not gap <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
+        slope = slope_apart(other, own)
+        if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
-            slope = distance(ran(of_graph, subject, near, True).gradients, ran(of_model, reference, near, True).gradients)
+            slope = slope_apart(ran(of_graph, subject, near, True), ran(of_model, reference, near, True))
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
@@ -85,13 +87,25 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     return notes
 
 
+def slope_apart(found: Run, expected: Run) -> float:
+    """Returns how far apart the gradients of two runs are; 0 where the difference, over all of the inputs, would not show in a
+    float32 output."""
+    apart = distance(found.gradients, expected.gradients)
+    if math.isfinite(apart) and found.gradients is not None and expected.gradients is not None:
+        over = sum(float((a - b).double().norm()) for a, b in zip(found.gradients, expected.gradients)) * expected.reach
+        if over <= 1e-7 * sum(float(y.double().norm()) for y in expected.outputs if y.is_floating_point()):
+            return 0.0
+    return apart
+
+
 @dataclass(frozen=True)
 class Run:
-    """What one run gave: `outputs`; `gradients` of a direction of them, None where there are none, for the `reason`; and whether
-    it drew random numbers."""
+    """What one run gave: `outputs`; `gradients` of a direction of them, None where there are none, for the `reason`; whether it
+    drew random numbers; and `reach`, the norm of what the gradients are taken by."""
 
     outputs: list[Tensor]
     gradients: list[Tensor] | None
+    reach: float
     reason: str
     drew: bool
 
@@ -99,16 +113,19 @@ class Run:
 def ran(function: Callable[[Mapping[str, Any]], Any], module: nn.Module, arguments: Mapping[str, Any], back: bool) -> Run:
     """Runs `function` of the arguments, forward and, with `back`, from a direction of all outputs back to the floating arguments,
     or to the embeddings of `module` where none floats."""
-    with one_seed() as drew, torch.set_grad_enabled(True):
-        values, leaves = leaves_of(arguments, module)
-        outputs = tensors_of(function(values))
-        reason, gradients = "", None
-        if back:
+    reason, gradients = "", None
+    for whole in (False, True) if back else (False,):  # reentrant checkpoints do without a list of inputs alone
+        with one_seed() as drew, torch.set_grad_enabled(True):
+            values, leaves = leaves_of(arguments, module)
+            outputs = tensors_of(function(values))
+            drawn = drew()
             try:
-                gradients = gradients_of(outputs, leaves)
+                gradients = gradients_of(outputs, leaves, whole=whole) if back else None
+                break
             except RuntimeError as error:
-                reason = first_line(error)
-        return Run([t.detach() for t in outputs], gradients, reason, drew())
+                reason = reason or first_line(error)
+    reach = math.sqrt(sum(float(x.detach().double().norm()) ** 2 for x in leaves))
+    return Run([t.detach() for t in outputs], gradients, reach, reason, drawn)
 
 
 def leaves_of(arguments: Mapping[str, Any], module: nn.Module) -> tuple[Any, list[Tensor]]:
@@ -126,27 +143,28 @@ def leaves_of(arguments: Mapping[str, Any], module: nn.Module) -> tuple[Any, lis
         return own
 
     values = rebuilt(dict(arguments), copied)
-    if not leaves:
-        for name, parameter in module.named_parameters():
-            if name.endswith("weight") and parameter.dim() == 2 and parameter.is_floating_point() and embeds(module, name):
-                leaves.append(parameter.requires_grad_())
+    if not leaves:  # in the order of their places in memory, which is the same in the model and in the graph
+        embeds = lambda m: "Embedding" in (type(m).__name__, getattr(m, "name", ""))  # noqa: E731  # itself, or its mark
+        weights = {p.data_ptr(): p for m in module.modules() if embeds(m) for p in m.parameters(recurse=False)}
+        leaves = [weights[place].requires_grad_() for place in sorted(weights)]
     return values, leaves
 
 
-def embeds(module: nn.Module, name: str) -> bool:
-    """Whether the parameter `name` is an embedding's."""
-    owner = module.get_submodule(name.rpartition(".")[0])
-    return isinstance(owner, nn.Embedding) or (lets_through(owner) and owner.name == "Embedding")  # type: ignore[union-attr]
+def gradients_of(outputs: list[Tensor], inputs: list[Tensor], keep: bool = False, whole: bool = False) -> list[Tensor]:
+    """Returns the gradients, by the `inputs`, of a direction of all outputs, the same at every call; 0 where there is none.
 
-
-def gradients_of(outputs: list[Tensor], inputs: list[Tensor], keep: bool = False) -> list[Tensor]:
-    """Returns the gradients, by the `inputs`, of a direction of all outputs, the same at every call; 0 where there is none."""
+    `keep`: whether the graph is kept. `whole`: whether the inputs are leaves that gradients are accumulated in, as all others.
+    """
     directed = [y for y in outputs if y.requires_grad]
     if not directed or not inputs:
         return [torch.zeros_like(x) for x in inputs]
     drawn = torch.Generator().manual_seed(0)
     us = [torch.randn(y.shape, generator=drawn, dtype=torch.float32).to(y.device, y.dtype) for y in directed]
-    gradients = torch.autograd.grad(directed, inputs, us, allow_unused=True, retain_graph=keep)
+    if whole:
+        torch.autograd.backward(directed, us)  # type: ignore[arg-type]
+        gradients = tuple(x.grad for x in inputs)
+    else:
+        gradients = torch.autograd.grad(directed, inputs, us, allow_unused=True, retain_graph=keep)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, gradients)]
 
 

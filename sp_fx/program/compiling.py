@@ -61,6 +61,7 @@ def build(
         example = [x.detach().clone() for x in example]
         if ascent is not None:
             ascent.check([x for x in example if x.is_floating_point()])
+        module = module.for_call(*example)
         outputs = module(*example)
         y = explained_output(outputs, target)
         skeleton, leaves = slotted(outputs)
