@@ -35,7 +35,7 @@ class Comparison(Protocol):
 
 
 class Verified(Protocol):
-    """The outcome of a comparison: notes for the report; and what makes a module of another tracer's capture, where that is right."""
+    """The outcome of a comparison: notes for the report, and what makes a module of another tracer's capture, if that is right."""
 
     @property
     def notes(self) -> list[str]: ...
