@@ -80,7 +80,7 @@ def transform(
         graph = capture.graph
         rules.check_places(report.sites)
         if output is not None:
-            graph = ending_at(capture.modules, graph, output)
+            graph = ending_at(graph, output)
             report = within(report, graph)
         rules.check_scales(report.sites)
         if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:

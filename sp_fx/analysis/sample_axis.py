@@ -38,6 +38,8 @@ def sample_axis(
     """
     if node.op == "placeholder":
         return 0
+    if MOVEMENTS.get(name_of(node)) == "written" and len(node.args) > 1:
+        return written(node, axes)
     inputs = [axes[n] for n in node.all_input_nodes if n in axes]
     axis = inputs[0] if inputs and all(a == inputs[0] for a in inputs) else None
     module = leaf(node)
@@ -258,6 +260,41 @@ def contracted(axis: Axis, node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
     letters = {term[axis] for term, operand in zip(left.split(","), operands) if operand in axes}
     letter = letters.pop() if len(letters) == 1 else ""
     return right.index(letter) if letter and letter in right else None
+
+
+def written(node: fx.Node, axes: dict[fx.Node, Axis]) -> Axis:
+    """Of a tensor that was written over: its own axis, or, of one that did not vary before, that of what was written, counted in
+    the tensor that its place is a part of."""
+    tensor, write = node.args[:2]
+    if tensor in axes:
+        return axes[tensor]  # type: ignore[index]
+    place: Any = write
+    axis = axes.get(place)
+    while isinstance(place, fx.Node) and place is not tensor:
+        args, moves = place.args, MOVEMENTS.get(name_of(place))
+        if moves == "item" or name_of(place) == "setitem":
+            axis = outside(axis, args[1])
+        elif moves == "removed":
+            axis = outside(axis, (*[slice(None)] * args[1], 0)) if args[1] >= 0 else None  # type: ignore[operator]
+        elif moves not in (None, "written"):
+            return None
+        place = args[0] if args else None
+    return axis if place is tensor else None
+
+
+def outside(axis: Axis, index: Any) -> Axis:
+    """The axis of `x` that is axis `axis` of `x[index]`: `x[:, 0]` has axes 0, 2 and so on of `x`."""
+    if not isinstance(axis, int):
+        return None
+    at = 0
+    for part in index if isinstance(index, tuple) else (index,):
+        if part is Ellipsis or (isinstance(part, slice) and axis == 0):
+            break
+        if not isinstance(part, slice | int):
+            return None
+        axis -= isinstance(part, slice)
+        at += 1
+    return at + axis
 
 
 BY_ARGUMENTS = (permute, transpose, matrix_transpose, movedim, flatten, unflatten, unsqueeze, squeeze, removed, reduced,

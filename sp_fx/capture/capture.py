@@ -10,8 +10,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from .kept_functions import Marked
-
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
 
 
@@ -24,7 +22,6 @@ class Capture:
         graph: the forward.
         tracer: what captured it, "torch.fx" or "torch.export".
         notes: what a reader of the report should know of the capture.
-        marked: the registered gates that an export has marked.
         reference: where the capture is to be verified, another eval clone, which computes what the model does on the `examples`.
         examples: arguments by name, on which the graph is to give what `reference` gives.
     """
@@ -33,7 +30,6 @@ class Capture:
     graph: fx.Graph
     tracer: str
     notes: tuple[str, ...] = ()
-    marked: tuple[Marked, ...] = ()
     reference: nn.Module | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
 

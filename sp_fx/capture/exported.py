@@ -24,7 +24,7 @@ from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, give_own_buffers, passes
-from .kept_functions import calling_stand_ins, take_markers
+from .kept_functions import calling_stand_ins
 
 aten = torch.ops.aten
 
@@ -53,9 +53,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
     examples = (example, with_batch(example, sizes, 1)) if any_batch else (example,)
-    return Capture(
-        exported.clone, exported.graph, "torch.export", tuple(exported.notes), exported.marked, exported.reference, examples
-    )
+    return Capture(exported.clone, exported.graph, "torch.export", tuple(exported.notes), exported.reference, examples)
 
 
 def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
@@ -100,7 +98,6 @@ class Exported:
         self.source = program.module(check_guards=False)
         self.graph = fx.Graph()
         self.build(skeleton[0])
-        self.marked = tuple(take_markers(self.graph))
         self.graph.lint()
 
     def require_any_batch(self, program: torch.export.ExportedProgram) -> None:

@@ -14,10 +14,11 @@ from torch import fx
 from ..analysis.facts import Facts
 from ..capture.capture import Capture
 from ..capture.clone import passes
+from ..capture.kept_functions import take_markers
 from ..gates.rules import Rules
 from . import attention, decisions
 from .account import Account
-from .inplace_copies import protect
+from .out_of_place import normalise
 from .report import Report
 from .signal_path import mark_steering
 
@@ -43,7 +44,9 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
     Whether `rules` fit the model (`Rules.check_places`, `Rules.check_scales`) is for the caller to ask of the report, since
     another capture may have other places.
     """
-    graph, facts = capture.graph, Facts(capture)
+    graph = capture.graph
+    notes = normalise(capture.modules, graph)
+    facts = Facts(capture, take_markers(graph))
     account = Account(facts, rules)
     for node in list(graph.nodes):
         called = node.op in ("call_module", "call_function", "call_method")
@@ -51,7 +54,6 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
             any(decision(node, facts, account) for decision in ORDER)
     for leaf in account.rewriting.opened:
         leaf.__dict__["forward"] = passes
-    notes = protect(graph, facts.aliasing)
     sites = mark_steering(graph, account.sites, account.nodes, account.rewriting.passing)
     graph.lint()
     return Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
