@@ -241,7 +241,7 @@ def finished(
     what compares it at the first call of each form."""
     graph, report = made.capture.graph, made.report
     if output is not None:
-        graph = ending_at(made.modules, graph, output)
+        graph = ending_at(graph, output)
         report = within(report, graph)
     renamed = own_names(made.modules, {made.capture.graph, graph}, report)
     notes = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]

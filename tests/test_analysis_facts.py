@@ -11,6 +11,7 @@ from sp_fx.analysis.written_gates import Written
 from sp_fx.analysis.written_norms import Statistic
 from sp_fx.capture.exported import export
 from sp_fx.capture.symbolic import trace
+from sp_fx.rewrite.out_of_place import normalise
 
 
 class Mixed(nn.Module):
@@ -54,7 +55,9 @@ def named(facts, name):
 
 
 def test_facts_of_a_small_graph():
-    facts = Facts(trace(Mixed().eval()))
+    capture = trace(Mixed().eval())
+    normalise(capture.modules, capture.graph)
+    facts = Facts(capture)
     kinds = [p.kind for p in facts.patterns.values()]
     assert kinds == ["quick_gelu", "rms_norm"]
     gate, norm = facts.patterns.values()
@@ -63,9 +66,11 @@ def test_facts_of_a_small_graph():
     assert exp not in facts.varying and where in facts.varying
     assert facts.chooses_by_comparison(where) and not facts.chooses_by_comparison(relu)
     (view,) = [n for n in named(facts, "view") if relu in n.users]
-    product = view.all_input_nodes[0]
-    assert facts.aliasing.owner(relu) is product
-    assert set(facts.aliasing.later_readers(view, relu)) == {*named(facts, "gt"), where}
+    product = facts.aliasing.viewed(view)
+    assert product is view.all_input_nodes[0] and facts.aliasing.viewed(relu) is None
+    (written,) = {n.all_input_nodes[0] for n in named(facts, "gt")}  # what `relu_` has left of the product
+    assert written in where.all_input_nodes and written is not product and facts.axes[written] == 0
     assert [facts.op(n) for n in facts.gating_factors(product)] == ["view"]
     assert facts.maker(facts.gating_factors(product)[0]) == "sigmoid"
-    assert all(facts.axes[n] == 0 for n in facts.varying if n is not view and n is not relu and n.op != "output")
+    flat = {*named(facts, "view"), *named(facts, "overwrite"), relu}
+    assert all(facts.axes[n] == 0 for n in facts.varying if n not in flat and n.op != "output")

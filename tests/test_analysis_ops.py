@@ -68,7 +68,7 @@ def test_a_mark_that_names_an_op_names_one_with_other_traits():
 
 
 def test_values_are_of_their_kinds():
-    by_shapes = {"item", "reshaped", "contracted", "expanded"}
+    by_shapes = {"item", "reshaped", "contracted", "expanded", "written"}
     assert set(values("moves").values()) == by_shapes | {move.__name__ for move in sample_axis.BY_ARGUMENTS}
     assert all(callable(getattr(sample_axis, move)) for move in values("moves").values())
     assert set(values("rank").values()) == {"same", "less", "more", "sizes", "flat"}

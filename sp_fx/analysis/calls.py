@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.kept_functions import applied
 from ..gates.registry import call_registered
-from .ops import CHOICES, FACTORS
+from .ops import CHOICES, FACTORS, having
 
 # Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
 AFFINE_MODULES = (
@@ -37,7 +39,10 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
 
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
+ONLY_IN_PLACE, ITSELF = having("in_place"), having("itself")
+
+# The operators of `h += 1` and its like, by their plain names: `iadd`.
+AUGMENTED = frozenset(name[2:-2] for name in dir(operator) if name.startswith("__i") and hasattr(operator, f"__{name[3:]}"))
 
 
 def op_of(node: fx.Node) -> Any:
@@ -52,20 +57,118 @@ def name_of(node: fx.Node) -> str:
     if node.target is applied:
         return str(node.args[0]).rpartition(".")[2].rpartition(":")[2]
     target = op_of(node)
+    target = getattr(target, "stands_for", target)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
         name = next((n for n in dir(F) if getattr(F, n) is target), name)
     return name.strip("_")
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether the call writes over its first argument."""
+def written(node: fx.Node) -> list[fx.Node]:
+    """Returns the tensors that a call writes over: `h` of `h.add_(1)`, `F.relu(h, inplace=True)`, `torch.mul(a, b, out=h)`."""
     if node.op not in ("call_function", "call_method"):
-        return False
+        return []
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.is_mutable
+        arguments = node.target._schema.arguments
+        values = [node.args[i] if i < len(node.args) else node.kwargs.get(a.name) for i, a in enumerate(arguments)]
+        over = [value for a, value in zip(arguments, values) if a.alias_info is not None and a.alias_info.is_write]
+    elif "out" in node.kwargs:
+        over = [node.kwargs["out"]]
+    elif is_in_place(node):
+        over = [node.args[0] if node.args else node.kwargs.get("input")]
+    else:
+        return []
+    if name_of(node) in ITSELF and not draws(node):
+        return []
+    return [n for value in over for n in (value if isinstance(value, tuple | list) else [value]) if isinstance(n, fx.Node)]
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether the call writes over its first argument, by its name or by an argument `inplace`."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+    dunder = name.startswith("__") and name.endswith("__")
+    if dunder or getattr(node.target, "__module__", None) == "_operator":
+        return name.strip("_") in AUGMENTED or name.strip("_") == "setitem"
+    return name.endswith("_") or argument(node, "inplace") is True
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """Returns the argument `name` of a call, wherever it stands, or its default; None where the function has none."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    parameters = parameters_of(node.target) if node.op == "call_function" else {}
+    if name not in parameters:
+        return None
+    index = list(parameters).index(name)
+    return node.args[index] if index < len(node.args) else parameters[name].default
+
+
+@functools.cache
+def parameters_of(function: Any) -> Mapping[str, inspect.Parameter]:
+    """Returns the parameters of a function by name; none of a builtin that does not say."""
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return {}
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether a dropout is one that drops, also in eval mode, as `F.dropout(x)` does."""
+    if name_of(node) not in ITSELF or "dropout" not in name_of(node):
+        return False
+    training = argument(node, "training")
+    if training is None:  # torch.dropout(x, p, train), and the same in ATen
+        training = node.kwargs.get("train", node.args[2] if len(node.args) > 2 else True)
+    return training is not False
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the call writes over one of its arguments."""
+    return bool(written(node))
+
+
+def out_of_place(node: fx.Node) -> tuple[Any, tuple, dict[str, Any]] | None:
+    """Returns the call that gives what a call in place writes, as target, arguments and keyword arguments; None where there is
+    none.
+
+    Of `h.add_(1)` it is `h.add(1)`, of `F.relu(h, inplace=True)` and of `F.relu_(h)` `F.relu(h)`, of `h += 1` `h + 1`.
+    """
+    target, args, kwargs = node.target, node.args, dict(node.kwargs)
+    if name_of(node) in ONLY_IN_PLACE or name_of(node) == "setitem" or draws(node):
+        return None
+    if argument(node, "inplace") is True:
+        index = list(parameters_of(target)).index("inplace") if "inplace" not in kwargs else len(args)
+        if index < len(args):
+            return target, (*args[:index], False, *args[index + 1 :]), kwargs
+        return target, args, {**kwargs, "inplace": False}
+    if "out" in kwargs:
+        del kwargs["out"]
+        return target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target, args, kwargs
+    plain = plain_target(target)
+    return None if plain is None else (plain, args, kwargs)
+
+
+def plain_target(target: Any) -> Any:
+    """Returns the function or method that computes what the in-place `target` writes; None where there is none."""
+    if isinstance(target, torch._ops.OpOverload):
+        packet = plain_target(target.overloadpacket)
+        overload = getattr(packet, target._overloadname, None)
+        if overload is None or overload._schema.is_mutable:
+            return None
+        return overload if len(overload._schema.arguments) == len(target._schema.arguments) else None
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        library, _, name = target._qualified_op_name.partition("::")
+        return getattr(getattr(torch.ops, library), name.removesuffix("_"), None) if name.endswith("_") else None
+    if isinstance(target, str):
+        name = f"__{target[3:]}" if target.startswith("__i") else target.removesuffix("_")
+        return name if hasattr(torch.Tensor, name) else None
+    name = getattr(target, "__name__", "")
+    if getattr(target, "__module__", None) == "_operator":
+        return next((getattr(operator, name[1:] + end) for end in ("", "_") if hasattr(operator, name[1:] + end)), None)
+    for space in (F, torch):
+        if name.endswith("_") and getattr(space, name, None) is target:
+            return getattr(space, name.removesuffix("_"), None)
+    return None
 
 
 def known(target: Any) -> bool:

@@ -1,18 +1,22 @@
 """Facts: what is known of a captured graph. Nothing here changes it.
 
-The attributes are computed once, before any edit. The methods answer for the graph as the edits so far have left it: `maker` of a
-product's factor is the row of a gate, once that gate is a dual-path call.
+The attributes are computed once, before any edit, of a graph whose calls in place are normalised (`rewrite/out_of_place.py`).
+The methods answer for the graph as the edits so far have left it: `maker` of a product's factor is the row of a gate, once that
+gate is a dual-path call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx, nn
 
 from ..capture.capture import Capture
+from ..capture.kept_functions import Marked
 from ..capture.passed import lets_through, operands
 from ..gates.dual_path import dual_path
 from .aliasing import Aliasing
-from .calls import is_multiplication, masks_of, name_of, writes
+from .calls import is_multiplication, masks_of, name_of
 from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
 from .registered_gates import marked_gate, registered_gate
 from .written_gates import Graph, Written, written_gate
@@ -20,7 +24,7 @@ from .written_norms import Statistic, written_norm
 
 
 class Facts:
-    """Of one captured graph.
+    """Of one captured graph, with the gates that an export has marked in it as `registered`.
 
     Attributes:
         varying: the nodes whose values depend on the values of the inputs, and not on their shapes alone.
@@ -29,14 +33,14 @@ class Facts:
         aliasing: whose storage a node may share.
     """
 
-    def __init__(self, capture: Capture) -> None:
+    def __init__(self, capture: Capture, registered: Sequence[Marked] = ()) -> None:
         self.modules, self.graph = capture.modules, capture.graph
         self.aliasing = Aliasing(self.modules, self.graph)
         self.varying: set[fx.Node] = set()
         self.patterns: dict[fx.Node, Written | Statistic] = {}
         self.parts: dict[fx.Node, fx.Node] = {}
         self._find_varying()
-        self._find_registered(capture)
+        self._find_registered(registered)
         self._find_patterns()
 
     # -- computed once
@@ -47,8 +51,8 @@ class Facts:
             if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
                 self.varying.add(node)
 
-    def _find_registered(self, capture: Capture) -> None:
-        for marked in capture.marked:
+    def _find_registered(self, registered: Sequence[Marked]) -> None:
+        for marked in registered:
             self.patterns[marked.output] = marked_gate(marked)
             self.parts |= {n: marked.output for n in marked.inside if n is not marked.output}
         for node in self.graph.nodes:  # a registered module that ends in a registered function is the module's gate
@@ -71,13 +75,8 @@ class Facts:
                 self.parts |= {n: node for n in norm.inside if n not in self.patterns}
 
     def _separable(self, gate: Written, node: fx.Node) -> bool:
-        """Whether what is inside a written gate is used nowhere else, and writes over nothing that is read afterwards."""
-        used = all(user in gate.inside or self.is_identity(user) for n in gate.inside if n is not node for user in n.users)
-        if not any(map(writes, gate.inside)):
-            return used
-        first = min(gate.inside, key=self.aliasing.position.__getitem__)
-        later = self.aliasing.later_readers(gate.source, first, gate.inside)
-        return used and all(user in gate.inside for user in later)
+        """Whether what is inside a written gate is used nowhere else."""
+        return all(user in gate.inside or self.is_identity(user) for n in gate.inside if n is not node for user in n.users)
 
     # -- what a node calls
 

@@ -37,6 +37,11 @@ TRAITS = {
     "view": "may share the storage of its first input: `transpose`; `dropout`, which in eval mode gives its input",
     "same_values": "gives in eval mode the numbers that it got, in order or not: `flatten`",
     "shape": "depends on the shape, dtype or device of its input alone: `zeros_like`",
+    "number": "gives a number or a plain object, not a tensor: `size`",
+    "fresh": "makes a tensor that nothing has read yet, and keeps nothing of it for its derivative: `zeros_like`",
+    "same_form": "gives the dtype and shape of its input, or raises, in place or not: `relu`",
+    "in_place": "has no form out of place that gives the same: `copy_`",
+    "itself": "returns its very input, in eval mode: `dropout`",
     "broadcasts": "broadcasts its operands, so that a constant of more axes puts its own before the sample's: `add`",
     "several": "returns a tuple of tensors: `chunk`",
     "rank=": "how many axes the output has: the `same` as the input, one `more`, one `less`, as many as `sizes`, or `flat`",
@@ -141,18 +146,18 @@ transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_f
 lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell:    cell
 
 # -- gates that readers know
-relu:                   activation pointwise rank=same family=itself
-gelu silu:              activation rank=same family=itself
-hardswish:              rank=same family=itself  ? silu but for its share: gates no product
-mish:                   family=itself  ? silu but for its share: gates no product
-relu6 hardtanh:         activation pointwise family=clamp  ? relu with another bound: without its rank=same
-leaky_relu prelu hardshrink softshrink:    family=itself
+relu:                   activation pointwise rank=same same_form family=itself
+gelu silu:              activation rank=same same_form family=itself
+hardswish:              rank=same same_form family=itself  ? silu but for its share: gates no product
+mish:                   same_form family=itself  ? silu but for its share: gates no product
+relu6 hardtanh:         activation pointwise same_form family=clamp  ? relu with another bound: without its rank=same
+leaky_relu prelu hardshrink softshrink:    same_form family=itself
 prelu_kernel:           family=prelu  ? prelu by the name that is dispatched: broadcasts its weight
 rrelu:                  listed=leaky_relu  ? leaky_relu in eval mode: listed, not counted where dispatched
-elu selu celu:          family=elu
+elu selu celu:          same_form family=elu
 abs:                    pointwise family=itself
 absolute:               listed=abs  ? abs by another name: a written gate with it inside is not recognised
-threshold:              family=clamp  ? relu where both its numbers are 0: of another family, and part of no written gate
+threshold:              same_form family=clamp  ? relu, where its numbers are 0: of another family, part of no written gate
 clamp:                  pointwise between broadcasts rank=same family=itself
 clip:                   pointwise listed=clamp  ? clamp by another name
 clamp_min:              pointwise between broadcasts family=clamp  ? clamp with one bound: without its rank=same
@@ -212,12 +217,14 @@ bfloat16 int long short byte char to_copy:    ? float to another dtype, and to a
 to float:               view carries pointwise rank=same  ? contiguous in another dtype: without its same_values
 type_as:                view carries pointwise  ? to the dtype of another tensor: without its rank=same
 contiguous:             view same_values carries pointwise rank=same
-clone:                  affine carries pointwise rank=same  ? contiguous in new storage: without its same_values
-detach alias:           view  ? contiguous, as a view of all: without its same_values
+clone:                  fresh affine carries pointwise rank=same  ? contiguous in new storage: without its same_values
+detach alias after:     view moves=written  ? contiguous, as a view of all: without its same_values
 getattr:                view
-dropout:                view same_values rank=same
-dropout1d dropout2d dropout3d alpha_dropout:    view same_values  ? dropout in other forms: without its rank=same
-feature_alpha_dropout:  view  ? alpha_dropout of channels: without its same_values
+dropout:                view same_values rank=same itself
+dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout:    view same_values itself
+    ? dropout in other forms: without its rank=same
+requires_grad:          itself
+copy fill zero set resize resize_as random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
 
 # -- views that change the shape
 view reshape:           view carries moves=reshaped rank=sizes  ? flatten in other forms: without its same_values
@@ -228,46 +235,40 @@ ravel:                  ? flatten by another name
 unflatten:              view carries moves=unflatten  ? flatten undone: without its same_values
 squeeze:                view carries moves=squeeze  ? flatten of an axis of one: without its same_values
 unsqueeze:              view carries moves=unsqueeze rank=more  ? squeeze undone: without the same_values of flatten
-expand:                 view carries moves=expanded rank=sizes
+expand broadcast_to:    view carries moves=expanded rank=sizes
 expand_as:              view carries  ? expand to the shape of another tensor: the sample's axis is taken to stay
-broadcast_to:           moves=expanded  ? expand by another name: what is written over in place may be read through it
 
 # -- views that move axes
 permute:                view moves=permute rank=sizes  ? movedim of several axes: without its same_values
-transpose swapaxes:     view moves=transpose rank=same  ? movedim both ways: without its same_values
-swapdims:               moves=transpose  ? transpose by another name: what is written over in place may be read through it
-t T:                    view moves=matrix_transpose  ? transpose(0, 1): without the same_values of movedim
-numpy_T:                moves=matrix_transpose  ? T by the name that exports have
+transpose swapaxes swapdims:    view moves=transpose rank=same  ? movedim both ways: without its same_values
+t T numpy_T:            view moves=matrix_transpose  ? transpose(0, 1): without the same_values of movedim
 mT:                     view rank=same  ? transpose(-2, -1): where there are two axes, the sample's is taken to stay
-mH H adjoint:           view  ? mT, and T, of real numbers
-matrix_H:               ? H by the name that exports have
+mH H adjoint matrix_H conj:    view  ? mT, and T, of real numbers
 movedim:                view same_values moves=movedim rank=same
 moveaxis:               view moves=movedim  ? movedim by another name
 
 # -- views of parts
 split chunk:            view several rank=same
-tensor_split:           view several  ? split at given places: without its rank=same
-split_with_sizes:       several  ? split by the name that exports have
-hsplit vsplit dsplit unsafe_split unsafe_chunk:    ? split along an axis of their own, or into copies
+tensor_split split_with_sizes hsplit vsplit dsplit:    view several  ? split at given places: without its rank=same
+unsafe_split unsafe_chunk:    ? split into copies
 unbind:                 view several moves=removed rank=less
 checked:                view several
 select:                 view moves=removed rank=less
 getitem:                view between moves=item rank=less
-narrow slice diagonal:  view
+narrow slice diagonal linalg_diagonal as_strided:    view
 unfold:                 view  ? the method is a view; `F.unfold`, which has the same name, is none
-linalg_diagonal as_strided:    ? diagonal by another name, and any view
-real view_as_real:      view
-imag conj:              ? real, as another view of complex numbers
+real imag view_as_real:    view
 view_as_complex:        complex  ? view_as_real undone, and as much a view
 stft:                   complex
 complex polar:          complex  ? broadcast their operands, as add does
 rfft ifft fft_:         complex  ? no name begins with rfft or ifft; `fft_irfft` and `fft_hfft`, which are real, with fft_
 
 # -- shapes
-shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device:    shape
-zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor:    shape
-nelement ndimension:    ? numel and dim by other names
-rand_like randn_like randint_like:    ? zeros_like with other contents: what is made of them varies
+shape dtype device ndim size sym_size dim numel sym_numel stride len is_floating_point get_device:    shape number
+zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_tensor:    shape fresh
+zeros ones full empty arange linspace eye rand randn:    fresh
+nelement ndimension:    number  ? numel and dim by other names
+rand_like randn_like randint_like:    fresh  ? zeros_like with other contents: what is made of them varies
 
 # -- reductions
 mean sum:               affine reduces centre moves=reduced

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from torch import fx, nn
 
-from .kept_functions import Marked
-
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
 
 
@@ -23,7 +21,6 @@ class Capture:
         graph: the forward.
         tracer: what captured it, "torch.fx" or "torch.export".
         notes: what a reader of the report should know of the capture.
-        marked: the registered gates that an export has marked.
     """
 
     modules: nn.Module
@@ -31,7 +28,6 @@ class Capture:
     graph: fx.Graph
     tracer: str
     notes: tuple[str, ...] = ()
-    marked: tuple[Marked, ...] = ()
 
 
 def blame(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward
-from .kept_functions import calling_stand_ins, take_markers
+from .kept_functions import calling_stand_ins
 from .passed import marking, take_marks, with_marks
 
 aten = torch.ops.aten
@@ -54,7 +54,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
     modules = with_marks(exported.clone, exported.paths)
-    return Capture(modules, exported.reference, exported.graph, "torch.export", tuple(exported.notes), exported.marked)
+    return Capture(modules, exported.reference, exported.graph, "torch.export", tuple(exported.notes))
 
 
 def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
@@ -98,7 +98,6 @@ class Exported:
         self.source = program.module(check_guards=False)
         self.graph = fx.Graph()
         self.build(skeleton[0])
-        self.marked = tuple(take_markers(self.graph))
         self.graph.lint()
 
     def require_any_batch(self, program: torch.export.ExportedProgram) -> None:

@@ -21,20 +21,30 @@ from ..rewrite.report import Report
 
 
 class Dispatched(TorchDispatchMode):
-    """Counts, by family, the gating ops that are called on tensors computed from `inputs`, not those on parameters alone."""
+    """Counts, by family, the gating ops that are called on tensors computed from `inputs`, not those on parameters alone.
+
+    A buffer that is filled in place is computed from what is written into it, and so are its views.
+    """
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
         self.varying = WeakIdKeyDictionary()
+        self.written = WeakIdKeyDictionary()  # storages
         self.mark(inputs)
 
     def mark(self, value: Any) -> None:
         rebuilt(value, lambda t: self.varying.__setitem__(t, True) if isinstance(t, Tensor) else None)
 
+    def mark_written(self, value: Any) -> None:
+        rebuilt(value, lambda t: self.written.__setitem__(t.untyped_storage(), True) if has_storage(t) else None)
+
+    def varies(self, t: Tensor) -> bool:
+        return t in self.varying or (has_storage(t) and t.untyped_storage() in self.written)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         varies: list[bool] = []
-        rebuilt((args, kwargs or {}), lambda t: varies.append(t in self.varying) if isinstance(t, Tensor) else None)
+        rebuilt((args, kwargs or {}), lambda t: varies.append(self.varies(t)) if isinstance(t, Tensor) else None)
         result = func(*args, **(kwargs or {}))
         if any(varies):
             name = func.overloadpacket.__name__.strip("_")
@@ -42,7 +52,13 @@ class Dispatched(TorchDispatchMode):
                 # Integers are clamped to make indices of, as in relative positions.
                 self.counts[DISPATCHED[name]] += first.is_floating_point()
             self.mark(result)
+            if func._schema.is_mutable:
+                self.mark_written(result)
         return result
+
+
+def has_storage(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.layout == torch.strided
 
 
 def dispatched(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]) -> Counter[str]:

@@ -35,7 +35,7 @@ class Comparison(Protocol):
 
 
 class Verified(Protocol):
-    """The outcome of a comparison: notes for the report, and what makes a module of another tracer's capture, if that is right."""
+    """The outcome of a comparison: notes for the report; and, if another tracer's capture is right, what makes a module of it."""
 
     @property
     def notes(self) -> list[str]: ...
@@ -165,7 +165,7 @@ class CapturedModule(fx.GraphModule):
         """The module up to the activation `name`, and the module from there on; made once, and kept."""
         with self._splitting:
             if name not in self._splits:
-                graphs = ending_at(self, self.graph, name, "wrt"), starting_at(self, self.graph, name)
+                graphs = ending_at(self.graph, name, "wrt"), starting_at(self.graph, name)
                 stem, tail = (declared_class(self)(self, graph, within(self._report, graph)) for graph in graphs)
                 if self._forms:  # the axes are placed
                     stem._unplaced = tail._unplaced = None

@@ -1,7 +1,7 @@
 """Subgraphs of a rewritten graph: the part that ends at an inner activation, and the part that starts there.
 
-Requires: a graph that `rewrite` has made. Ensures: the values stay the same; a call whose result nobody reads is gone, unless it
-writes over a tensor that is read later; no call writes over an input.
+Requires: a graph that `rewrite` has made, where what depends on a call in place depends on it by data flow. Ensures: the values
+stay the same; a call whose result nobody reads is gone.
 
 An activation has the name of the module that returns it, or the place of the gate, as the report prints them: `layer2.0.relu`,
 and `layer2.0.relu#2` for the second call of that module. Of a module that returns a tuple it is the first tensor.
@@ -13,13 +13,10 @@ import difflib
 import operator
 from dataclasses import replace
 
-from torch import fx, nn
+from torch import fx
 
-from ..analysis.aliasing import Aliasing
-from ..analysis.calls import writes
 from ..capture.arguments import checked
 from ..gates.multihead import multihead_attention
-from ..rewrite.inplace_copies import protect
 from ..rewrite.report import Report
 
 
@@ -56,7 +53,7 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
     return named[name]
 
 
-def ending_at(modules: nn.Module, graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
+def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
     """Returns the subgraph up to the activation `name`, which is its output. It keeps all inputs."""
     end, cut = find(graph, name, option), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -68,31 +65,24 @@ def ending_at(modules: nn.Module, graph: fx.Graph, name: str, option: str = "out
         if node not in copies:
             copies[node] = cut.node_copy(node)
     cut.output(copies[end])
-    return pruned(modules, cut)
+    return pruned(cut)
 
 
-def starting_at(modules: nn.Module, graph: fx.Graph, name: str) -> fx.Graph:
+def starting_at(graph: fx.Graph, name: str) -> fx.Graph:
     """Returns the subgraph from the activation `name` on, its first input; it keeps those of the inputs that it needs."""
     start, cut = find(graph, name, "wrt"), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     activation = cut.placeholder("activation_")
     for node in graph.nodes:
         copies[node] = activation if node is start else cut.node_copy(node, copies.__getitem__)
-    return pruned(modules, cut, needed_only=True)
+    return pruned(cut, needed_only=True)
 
 
-def pruned(modules: nn.Module, graph: fx.Graph, needed_only: bool = False) -> fx.Graph:
-    """Erases the calls that have no effect on the output, and returns the graph; with `needed_only`, unread inputs as well.
-
-    A call without users stays where it writes over a tensor that a later one reads (`h.add_(1)` and then `relu(h)`).
-    """
-    aliasing = Aliasing(modules, graph)
-    protect(graph, aliasing)
+def pruned(graph: fx.Graph, needed_only: bool = False) -> fx.Graph:
+    """Erases the calls whose results nobody reads, and returns the graph; with `needed_only`, unread inputs as well."""
     for node in reversed(list(graph.nodes)):
         kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node.target == "activation_"))
-        if node.users or kept or (node.target is checked and not needed_only):
-            continue
-        if not (writes(node) and aliasing.later_readers(node.all_input_nodes[0], node)):
+        if not (node.users or kept or (node.target is checked and not needed_only)):
             graph.erase_node(node)
     graph.lint()
     return graph

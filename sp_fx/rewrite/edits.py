@@ -14,12 +14,12 @@ from __future__ import annotations
 import inspect
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
-from ..analysis.calls import AFFINE_ROWS, writes
+from ..analysis.calls import AFFINE_ROWS
 from ..analysis.facts import Facts
 from ..analysis.readers import Gate
 from ..analysis.written_gates import Written
@@ -85,19 +85,9 @@ class ReplaceCall(Edit):
             self.replace_all(to)
 
     def replace_all(self, to: Rewriting) -> None:
-        node, gate, aliasing = self.node, self.gate, to.facts.aliasing
-        source = node.all_input_nodes[0]
-        later = aliasing.later_readers(source, node) if writes(node) else []
-        redirected = all(source in user.all_input_nodes for user in later) and not aliasing.is_view(source)
-        with to.graph.inserting_before(node):
-            if later and not redirected:  # views of what was written over are read afterwards: they must see it
-                copy = to.graph.call_method("clone", (source,))
-                gate = replace(gate, tensors=tuple(copy if t is source else t for t in gate.tensors))
-            soft = to.dual_path(node, gate, self.tau, self.scale)
-            result = to.graph.call_method("copy_", (source, soft)) if later and not redirected else soft
-        to.supersede(node, result)
-        for user in later if redirected else []:
-            user.replace_input_with(source, result)
+        with to.graph.inserting_before(self.node):
+            soft = to.dual_path(self.node, self.gate, self.tau, self.scale)
+        to.supersede(self.node, soft)
 
     def replace_first(self, to: Rewriting) -> None:
         node = self.node
@@ -135,8 +125,6 @@ class CloseWritten(Edit):
         source = to.instead.get(gate.source, gate.source)
         with to.graph.inserting_before(first):
             constant = to.graph.call_function(frozen, (source,))
-            if any(map(writes, gate.inside)):
-                constant = to.graph.call_method("clone", (constant,))
         for n in gate.inside:
             n.replace_input_with(source, constant)
         users = list(node.users)

@@ -13,11 +13,12 @@ from torch import fx, nn
 
 from ..analysis.facts import Facts
 from ..capture.capture import Capture
+from ..capture.kept_functions import take_markers
 from ..capture.passed import with_marks
 from ..gates.rules import Rules
 from . import attention, decisions
 from .account import Account
-from .inplace_copies import protect
+from .out_of_place import normalise
 from .report import Report
 from .signal_path import mark_steering
 
@@ -44,13 +45,14 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> tuple[nn.Module, Repo
     Whether `rules` fit the model (`Rules.check_places`, `Rules.check_scales`) is for the caller to ask of the report, since
     another capture may have other places.
     """
-    graph, facts = capture.graph, Facts(capture)
+    graph = capture.graph
+    notes = normalise(capture.modules, graph)
+    facts = Facts(capture, take_markers(graph))
     account = Account(facts, rules)
     for node in list(graph.nodes):
         called = node.op in ("call_module", "call_function", "call_method")
         if called and node not in account.rewriting.instead and not facts.is_identity(node):
             any(decision(node, facts, account) for decision in ORDER)
-    notes = protect(graph, facts.aliasing)
     sites = mark_steering(facts, account.sites, account.nodes, account.rewriting.passing)
     graph.lint()
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
