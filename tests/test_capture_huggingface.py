@@ -114,7 +114,8 @@ def test_wav2vec_with_the_mask_of_its_processor():
     model = fill(transformers.Wav2Vec2ForSequenceClassification(config)).double()
     mask = torch.ones(2, 200, dtype=torch.long)
     mask[1, 150:] = 0
-    x = {"input_values": torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), "attention_mask": mask}
+    waves = torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = {"input_values": waves, "attention_mask": mask}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         explainer, plain = (sp_fx.transform(model, example_inputs=x, rules=r) for r in (None, sp_fx.Rules(**PLAIN)))

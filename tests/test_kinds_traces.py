@@ -110,7 +110,7 @@ QUESTIONS = {
     "dim": lambda m, h: torch.relu(m.norm(h) if h.dim() == 2 else h),
     "a size in max": lambda m, h: torch.relu(m.norm(h) / max(1, h.shape[-1]) * 8),
     "a NumPy number": lambda m, h: torch.relu(m.norm(h * np.float32(2.0) / 2)),
-    "a default that is a dict": lambda m, h, extra={}: torch.relu(m.norm(h) * extra.get("scale", 1.0)),  # noqa: B006
+    "a default that is a dict": lambda m, h, extra={}: torch.relu(m.norm(h) * extra.get("scale", 1.0)),
     "grad mode": lambda m, h: torch.relu(m.norm(h) if torch.is_grad_enabled() else h),
 }
 SIZES_AND_TYPES = ("is_floating_point", "dtype", "dim", "a size in max", "a NumPy number")  # a symbolic trace refuses these
