@@ -94,15 +94,16 @@ def assert_same_map(explainer, model, spelling, x, bar=1e-6):
     assert relative(explainer.pullback(fresh(x), score), expected) <= bar
 
 
-def assert_kind(model, spelling, x, way, bar=1e-6, refusable=False):
-    """Explained this way, `model` has its own forward, the map of its other spelling, and under plain rules its own gradient.
+def assert_kind(model, spelling, x, way, bar=1e-6, refusable=False, plainly=True):
+    """Explained this way, `model` has its own forward and the map of its other spelling; and, with an example, its own gradient
+    under plain rules (not `plainly`: without that, where there is nothing in the backward to lose).
 
     `refusable`: or it is refused, where this way of tracing cannot know better.
     """
     try:
         explainer = explain(model, x, way)
         assert_same_map(explainer, model, spelling, x, bar)
-        plain = explain(model, x, way, rules=sp_fx.Rules(**PLAIN)) if way == "an example" else None
+        plain = explain(model, x, way, rules=sp_fx.Rules(**PLAIN)) if plainly and way == "an example" else None
     except sp_fx.CaptureError as error:
         if not refusable:
             raise

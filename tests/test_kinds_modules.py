@@ -529,7 +529,7 @@ def test_names_of_children(name):
 
     model = fill(Names()).double()
     plain = nn.Sequential(model.parts[name], model._modules[name], nn.ReLU(), model.head)
-    for way in ("no example", "export"):
+    for way in ("no example", "export") if name in ("class", "x") else ("no example",):
         explainer = explain(model, X, way)
         assert_same_map(explainer, model, plain, X)
         assert torch.equal(copy.deepcopy(explainer).pullback(X, 1), explainer.pullback(X, 1))
