@@ -229,8 +229,11 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("body", STOPS, ids=lambda f: f.__name__)
+STOP_WAYS = [*((body, way) for body in STOPS for way in ("no example", "an example")),
+             *((body, "export") for body in (a_gate_in_no_grad, by_a_switch, detached_in_place, detached_by_result))]  # fmt: skip
+
+
+@pytest.mark.parametrize("body, way", STOP_WAYS, ids=lambda f: getattr(f, "__name__", f))
 def test_stop_gradients_are_kept(body, way):
     model, spelling = net(body, block=BLOCK), net(STOPS[body], block=BLOCK)
     assert_kind(model, spelling, X, way, refusable=body is by_a_switch and way == "export")
@@ -275,8 +278,10 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", RUNS)
+RUN_WAYS = [*((name, way) for name in RUNS for way in ("no example", "an example")), ("reentrant", "export")]
+
+
+@pytest.mark.parametrize("name, way", RUN_WAYS)
 def test_checkpoints_are_what_they_run(name, way):
     model, other = (fill(Checkpointed(run)).double() for run in (RUNS[name], lambda block, x: block(x)))
     try:
