@@ -1,9 +1,11 @@
-"""What does it cost that a capture is verified? `python bench/verification.py [--networks ...] [--out bench/results/verification.json]`.
+"""What does it cost that a capture is verified?
 
-`transform` with an example, verified (`verify=True`), by its forward alone, and not at all, side by side in turns, in medians; and
-the network's own forward and gradient on that example, the units that the difference is given in. A verification runs the network
-and the graph once each, forward and back, and the graph on fake tensors, which have shapes and no numbers. The exit status is 1
-where it costs more than twice both and `--fake` seconds for the fake runs.
+    python bench/verification.py [--networks ...] [--out bench/results/verification.json]
+
+`transform` with an example, verified (`verify=True`), by its forward alone, and not at all, in turns, in medians; and the network's
+own forward and gradient on that example, the units that the difference is given in. A verification runs the network and the graph
+once each, forward and back, and the graph on fake tensors, which have shapes and no numbers. The exit status is 1 where it costs
+more than two gradients and `--fake` seconds for the fake runs.
 """
 
 from __future__ import annotations
@@ -88,9 +90,8 @@ def main() -> int:
     warnings.simplefilter("ignore")  # Swin's, whose attention a symbolic trace does not see
 
     record: dict[str, Any] = {**provenance(), "batch": args.batch, "turns": args.turns, "networks": {}}
-    print(
-        f"{'seconds, batch ' + str(args.batch):28} {'not verified':>12} {'forward':>9} {'verified':>9} {'ratio':>6} {'in gradients':>13}"
-    )
+    heading = f"seconds, batch {args.batch}"
+    print(f"{heading:28} {'not verified':>12} {'forward':>9} {'verified':>9} {'ratio':>6} {'in gradients':>13}")
     kept = True
     for name in args.networks:
         try:
@@ -99,10 +100,8 @@ def main() -> int:
             print(f"verification: {error}", file=sys.stderr)
             return 2
         seconds = [row["median_s"][way] for way in ("not verified", "forward", "verified")]
-        cells = (
-            f"{seconds[0]:12.3f} {seconds[1]:9.3f} {seconds[2]:9.3f} {row['ratio']['verified']:6.2f} {row['in_gradients']:13.2f}"
-        )
-        print(f"{name:28} {cells}", flush=True)
+        cells = f"{seconds[0]:12.3f} {seconds[1]:9.3f} {seconds[2]:9.3f}"
+        print(f"{name:28} {cells} {row['ratio']['verified']:6.2f} {row['in_gradients']:13.2f}", flush=True)
         kept &= row["beside_two_gradients_s"] <= args.fake
         if args.out:
             args.out.write_text(json.dumps(record, indent=1) + "\n")
