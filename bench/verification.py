@@ -2,8 +2,8 @@
 
     python bench/verification.py [--networks ...] [--out bench/results/verification.json]
 
-`transform` with an example, verified (`verify=True`), by its forward alone, and not at all, in turns, in medians; and the network's
-own forward and gradient on that example, the units that the difference is given in. A verification runs the network and the graph
+`transform` with an example, verified (`verify=True`), by its forward alone, and not at all, in turns, in medians; and the model's
+own forward and gradient on that example, the units that the difference is given in. A verification runs the model and the graph
 once each, forward and back, and the graph on fake tensors, which have shapes and no numbers. The exit status is 1 where it costs
 more than two gradients and `--fake` seconds for the fake runs.
 """
