@@ -2,8 +2,10 @@
 
 All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
 filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
-attention aside), the gating ATen ops that the model dispatches are those that the report lists, the map of a random direction is
-finite, not zero, and not the gradient. Rows are kept as they come; a second call goes on where the first ended, `--again` does
+attention aside), the gating ATen ops that the model dispatches are those that the report lists, no gate that is in units of a
+sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the gradient; and all
+that with an example and without, which gives the same map, or is refused with a message that says to give one. Rows are kept as
+they come; a second call goes on where the first ended, `--again` does
 failures anew, `--minutes` ends a piece.
 """
 
@@ -115,33 +117,64 @@ def examine(build: Any) -> dict[str, Any]:
     try:
         x = example(model)
         row["size"] = x.shape[-1]
-        begun = time.perf_counter()
-        explainer = sp_fx.transform(model, example_inputs=x)
-        report = explainer.report()
-        row |= {"transform_s": round(time.perf_counter() - begun, 2), "tracer": report.tracer}
-        row |= {status: len(report.of(status)) for status in ("rewritten", "kept", "NOT REWRITTEN")}  # type: ignore[arg-type]
-        # Gates whose temperature could follow the sample's scale, and does not since the trace has lost where the sample is.
-        scaled = [s for s in report.of("rewritten") if s.kind in TABLE and TABLE[s.kind].homogeneous]
-        row["absolute"] = sum(s.scale == "absolute" for s in scaled)
-        clone = EvalClone()(model)
-        lines = [check_forward(explainer, clone, (x,), {}), check_coverage(explainer, clone, (x,), {})]
-        row |= {"forward": lines[0].found, "coverage": lines[1].note}
-        wrong = [f"{line.name}: {line.note or line.found}" for line in lines if line.verdict == "FAILED"]
         leaf = x.clone().requires_grad_()
         y = primary(model(leaf * 1))
         u = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         (gradient,) = torch.autograd.grad(y, leaf, u)
-        map = explainer.pullback(x, u)
-        row["from_gradient"] = float((map - gradient).norm() / gradient.norm().clamp_min(1e-30))
-        if not y.isfinite().all() or not y.any():
-            wrong.append("the outputs are zero or not finite, with these weights")
-        if not map.isfinite().all() or not map.any():
-            wrong.append("the map is zero or not finite")
-        if report.of("rewritten") and not row["from_gradient"] > 1e-3:
-            wrong.append("the map is the gradient")
-    except Exception as error:
+        wrong = [] if y.isfinite().all() and y.any() else ["the outputs are zero or not finite, with these weights"]
+        begun = time.perf_counter()
+        explainer = sp_fx.transform(model, example_inputs=x)
+        row["transform_s"] = round(time.perf_counter() - begun, 2)
+        map, facts, faults = examined(model, explainer, x, u, gradient)
+        row |= facts
+        wrong += faults
+        alone, faults = without_example(model, x, u, gradient, map, facts)
+        row["without an example"] = alone
+        wrong += [f"without an example: {fault}" for fault in faults]
+    except Exception as error:  # whatever a network raises is its row
         wrong = [f"{type(error).__name__}: {str(error)[:300]}"]
     return {**row, "ok": not wrong, "why": "; ".join(wrong), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def examined(
+    model: nn.Module, explainer: sp_fx.Explainer, x: torch.Tensor, u: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, dict[str, Any], list[str]]:
+    """Returns the map of the direction `u`, what goes into the row, and what is wrong."""
+    map = explainer.pullback(x, u)
+    report = explainer.report()  # after the first call, which may have changed it
+    facts: dict[str, Any] = {"tracer": report.tracer}
+    facts |= {status: len(report.of(status)) for status in ("rewritten", "kept", "NOT REWRITTEN")}  # type: ignore[arg-type]
+    # Gates whose temperature could follow the sample's scale, and does not since it is not known where the sample is.
+    scaled = [s for s in report.of("rewritten") if s.kind in TABLE and TABLE[s.kind].homogeneous]
+    facts["absolute"] = sum(s.scale == "absolute" for s in scaled)
+    clone = EvalClone()(model)
+    lines = [check_forward(explainer, clone, (x,), {}), check_coverage(explainer, clone, (x,), {})]
+    facts |= {"forward": lines[0].found, "coverage": lines[1].note}
+    facts["from_gradient"] = float((map - gradient).norm() / gradient.norm().clamp_min(1e-30))
+    wrong = [f"{line.name}: {line.note or line.found}" for line in lines if line.verdict == "FAILED"]
+    if facts["absolute"]:
+        wrong.append(f"the scale of {facts['absolute']} gates is not known")
+    if not map.isfinite().all() or not map.any():
+        wrong.append("the map is zero or not finite")
+    if report.of("rewritten") and not facts["from_gradient"] > 1e-3:
+        wrong.append("the map is the gradient")
+    return map, facts, wrong
+
+
+def without_example(
+    model: nn.Module, x: torch.Tensor, u: torch.Tensor, gradient: torch.Tensor, map: torch.Tensor, facts: dict[str, Any]
+) -> tuple[str, list[str]]:
+    """Returns what becomes of the network without an example, beside its `map` and `facts` with one, and what is wrong."""
+    try:
+        explainer = sp_fx.transform(model)
+        alone, others, wrong = examined(model, explainer, x, u, gradient)
+    except sp_fx.CaptureError as error:
+        return "refused", [] if "example_inputs" in str(error) else [f"refused, and not asked for one: {str(error)[:200]}"]
+    if others["NOT REWRITTEN"] > facts["NOT REWRITTEN"]:  # what is opaque to a symbolic trace is listed as one call
+        wrong = [fault for fault in wrong if not fault.startswith("coverage")]
+        return f"{others['NOT REWRITTEN']} not rewritten", wrong
+    difference = float((alone - map).norm() / map.norm().clamp_min(1e-30))
+    return f"differs by {difference:.0e}", wrong + ["another map"] * (difference > 1e-4)
 
 
 def main() -> int:

@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+pytest.register_assert_rewrite("kinds")  # its comparisons say what they compared
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 

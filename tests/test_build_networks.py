@@ -1,6 +1,9 @@
-"""Real architectures with weights from a seed: the forward is bitwise the model's, and every gate is in the report."""
+"""Real architectures with weights from a seed: the forward is bitwise the model's, every gate is in the report, and none whose
+scale is not known."""
 
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +12,9 @@ import torchvision
 
 import sp_fx
 from helpers import fill, gradient, relative
+
+BENCH = Path(__file__).parents[1] / "bench"
+SCALED = ("relu", "leaky_relu", "prelu", "abs", "max_pool")  # kinds whose temperature is in units of the sample's deviation
 
 # name: (gates of the model, calls that are not rewritten)
 MODELS = {
@@ -53,3 +59,51 @@ def test_forward_and_coverage(name):
     assert relative(found, gradient(model, x, u)) > 0.05
     report = explainer.report()
     assert (len(report.of("rewritten")), len(report.of("NOT REWRITTEN"))) == MODELS[name]
+    assert unscaled(report) == []
+
+
+def unscaled(report):
+    """The places whose temperature could follow each sample's deviation, and does not."""
+    return [site.place for site in report.of("rewritten") if site.kind in SCALED and site.scale != "sample"]
+
+
+SMALL = {"squeezenet1_0": 64, "timm/ghostnet_100": 64}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_with_an_example_and_without(name):
+    """The example changes no map of a network that a symbolic trace sees whole."""
+    side = SMALL[name]
+    model, x = fill(build(name)), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    without, explainer = sp_fx.transform(model), sp_fx.transform(model, example_inputs=x)
+    maps, expected = explainer.pullback(x, 3), without.pullback(x, 3)
+    assert torch.equal(explainer(x), model(x)) and torch.equal(without(x), model(x))
+    for each in (explainer, without):
+        assert each.report().of("NOT REWRITTEN") == [] and unscaled(each.report()) == []
+    assert relative(maps, expected) <= 1e-6
+    assert relative(explainer.pullback(x[1:], 3), maps[1:]) <= 1e-4  # convolutions of one sample round otherwise
+
+
+def library(name):
+    sys.path.insert(0, str(BENCH))
+    import zoo
+
+    source = zoo.torchvision_models if name == "torchvision" else zoo.timm_models
+    return zoo, {key: build for key, _, build in source()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BENCH.exists(), reason="the benches are not beside these tests")
+@pytest.mark.parametrize("name", ["torchvision", "timm"])
+def test_every_network_of_a_library(name):
+    """As `python bench/zoo.py` has it: forward, coverage, scales, with an example and without."""
+    zoo, builds = library(name)
+    assert len(builds) >= {"torchvision": 80, "timm": 98}[name]
+    wrong = {}
+    for key, build_it in builds.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            row = zoo.examine(build_it)
+        if not row["ok"]:
+            wrong[key] = row["why"]
+    assert not wrong

@@ -1,13 +1,15 @@
 """Hugging Face models by configuration, tiny, weights from a seed: the forward is the model's, every gate is found, maps reach
 the embeddings or the pixels."""
 
+import warnings
 from collections import Counter
 
 import pytest
 import torch
 
 import sp_fx
-from helpers import fill
+from helpers import fill, relative
+from kinds import PLAIN
 
 transformers = pytest.importorskip("transformers")
 
@@ -101,3 +103,25 @@ def test_masked_tokens_and_ascent():
     assert torch.equal(path[0], model.bert.embeddings.word_embeddings(inputs["input_ids"]))
     mask = {"attention_mask": inputs["attention_mask"]}
     assert torch.equal(explainer.pullback(inputs["input_ids"], 1, forward_kwargs=mask, wrt=embedding), found)
+
+
+def test_wav2vec_with_the_mask_of_its_processor():
+    """The model writes over the output of a linear layer where the mask is 0."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "num_labels": 3,
+             "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2, "vocab_size": 8,
+             "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}  # fmt: skip
+    config = transformers.Wav2Vec2Config(**sizes, feat_extract_norm="layer", do_stable_layer_norm=True)
+    model = fill(transformers.Wav2Vec2ForSequenceClassification(config)).double()
+    mask = torch.ones(2, 200, dtype=torch.long)
+    mask[1, 150:] = 0
+    waves = torch.randn(2, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    x = {"input_values": waves, "attention_mask": mask}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explainer, plain = (sp_fx.transform(model, example_inputs=x, rules=r) for r in (None, sp_fx.Rules(**PLAIN)))
+    with torch.no_grad():
+        assert relative(explainer(**x).logits, model(**x).logits) <= 1e-5
+    wave = x["input_values"].clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(wave, attention_mask=mask).logits[:, 1].sum(), wave)
+    assert relative(plain.pullback(x, 1)["input_values"], expected) <= 1e-6
+    assert explainer.pullback(x, 1)["input_values"].isfinite().all()
