@@ -7,12 +7,14 @@ alike.
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +23,7 @@ from torch._subclasses import FakeTensorMode
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through, operands
 from ..containers import rebuilt, tensors_of
+from ..gates.dual_path import dual_path
 from .calls import name_of
 from .ops import POINTWISE, PRODUCT
 
@@ -29,14 +32,29 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Axis:
-    """The axis of a tensor that the sample is, or is folded into.
+    """Where the sample is in a tensor of `rank` axes.
 
-    `fold` says how other things are folded into it: "" not at all; "outer": each sample's are next to each other, as the tokens
-    of [B, T, C] after `reshape(-1, C)`; "inner": each of theirs has all samples next to each other, as those of [T, B, C].
+    It is on axis `index`; or folded into it with other things, or into the `span` axes from there on: read as one, these have
+    `before` times all samples, each of them `after` times. The tokens of [B, T, C] after `reshape(-1, C)` have after = T; those
+    of [T, B, C] have before = T.
     """
 
     index: int
-    fold: Literal["", "outer", "inner"] = ""
+    rank: int
+    span: int = 1
+    before: int = 1
+    after: int = 1
+
+    @property
+    def alone(self) -> bool:
+        """Whether the axis is the sample's alone."""
+        return self.span == self.before == self.after == 1
+
+    def numbers(self, shape: torch.Size, batch: int) -> Tensor:
+        """A tensor of that shape with the number of its sample in each place."""
+        samples = torch.arange(batch, dtype=torch.float32).repeat_interleave(self.after).repeat(self.before)
+        group = shape[self.index : self.index + self.span]
+        return samples.view(*group, *[1] * (self.rank - self.index - self.span)).expand(shape).clone()
 
 
 def sample_axes(
@@ -52,28 +70,38 @@ def sample_axes(
     lead = (floating or tensors_of(arguments))[:1]
     if not lead or not lead[0].dim():
         return {}, "its inputs have no axis 0"
-    axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0]))
+    axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0], wanted))
     if reason and floating and any(node not in axes for node in wanted):
         axes = {**in_its_own_thread(lambda: by_influence(module, arguments, lead[0].shape[0], wanted)), **axes}
     return axes, reason
 
 
-def measured(module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor) -> tuple[dict[fx.Node, Axis], str]:
+def measured(
+    module: fx.GraphModule, arguments: Mapping[str, Any], lead: Tensor, wanted: Collection[fx.Node]
+) -> tuple[dict[fx.Node, Axis], str]:
     """`sample_axes`, where the batch is that of `lead`."""
     batch, outcomes = max(lead.shape[0], 2), []
-    for axes in (1, None):  # those with the batch on axis 0 go along, or those of the first one's whole shape alone
-
-        def at(size: int, axes: int | None = axes) -> Any:
-            goes_along = lambda t: t.shape[:axes] == lead.shape[:axes]  # noqa: E731
-            return rebuilt(arguments, lambda t: Form(t, size if goes_along(t) else None) if isinstance(t, Tensor) else t)
-
-        once, twice = (Fakes(module, at(size)) for size in (batch, 2 * batch))
+    along = [i for i, t in enumerate(tensors_of(arguments)) if t.shape[:1] == lead.shape[:1]]
+    lead_at = next(i for i, t in enumerate(tensors_of(arguments)) if t is lead)
+    alike = [i for i in along if tensors_of(arguments)[i].shape == lead.shape]
+    # All that are as long on axis 0 have the batch there; or one of them does not, a table of as many rows; or most do not.
+    for chosen in (along, *([j for j in along if j != i] for i in along if i != lead_at), alike):
+        once, twice = (Fakes(module, with_size(arguments, chosen, size)) for size in (batch, 2 * batch))
         error = twice.error or once.error
         reason = f"it does not run at {2 * batch} samples: {error}" if error else ""
-        outcomes.append((compared(module, batch, once.values, twice.values), reason))
-        if not reason:
+        axes = compared(batch, once.values, twice.values)
+        outcomes.append((axes, reason, sum(node in axes for node in wanted)))
+        if not reason and outcomes[-1][2] == len(wanted):
             break
-    return max(outcomes, key=lambda outcome: (not outcome[1], len(outcome[0])))
+    axes, reason, _ = max(outcomes, key=lambda outcome: (not outcome[1], outcome[2]))
+    return axes, reason
+
+
+def with_size(arguments: Mapping[str, Any], chosen: Collection[int], size: int) -> Any:
+    """Returns the arguments with forms in place of tensors: those whose numbers are `chosen` with `size` on axis 0."""
+    count = itertools.count()
+    change = lambda t: Form(t, size if next(count) in chosen else None) if isinstance(t, Tensor) else t  # noqa: E731
+    return rebuilt(dict(arguments), change)
 
 
 def by_influence(
@@ -97,21 +125,24 @@ def by_influence(
         other = twice.values.get(node)
         if isinstance(value, Tensor) and isinstance(other, Tensor) and value.shape == other.shape:
             places = (value != other).nonzero()
-            fits = [axis for axis in candidates(value.shape, batch) if within(places, axis, value.shape, batch)]
+            fits = [axis for axis in candidates(value.shape, batch) if within(places, axis, batch)]
             if len(places) and len(fits) == 1:
                 axes[node] = fits[0]
     return axes
 
 
 def candidates(shape: torch.Size, batch: int) -> list[Axis]:
-    whole = [Axis(i) for i, size in enumerate(shape) if size == batch]
-    return whole + [Axis(i, fold) for i, n in enumerate(shape) if n > batch > 1 and n % batch == 0 for fold in ("outer", "inner")]
+    """Returns the axes that may be the sample's, by their sizes."""
+    axes = [Axis(i, len(shape)) for i, size in enumerate(shape) if size == batch]
+    for i, size in enumerate(shape):
+        if size > batch > 1 and size % batch == 0:
+            axes += [Axis(i, len(shape), before=size // batch), Axis(i, len(shape), after=size // batch)]
+    return axes
 
 
-def within(places: Tensor, axis: Axis, shape: torch.Size, batch: int) -> bool:
+def within(places: Tensor, axis: Axis, batch: int) -> bool:
     """Whether all the places [N, axes] are the first sample's, if `axis` is the sample's."""
-    index = places[:, axis.index]
-    return bool((index % batch == 0).all() if axis.fold == "inner" else (index < shape[axis.index] // batch).all())
+    return bool((places[:, axis.index] // axis.after % batch == 0).all())
 
 
 class Kept(ByName):
@@ -135,7 +166,7 @@ def in_its_own_thread(function: Callable[[], T]) -> T:
 
     def run() -> None:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng([]):  # a dropout that is measured draws nothing of the caller's
                 outcome.extend((function(), None))
         except BaseException as error:  # raised again below, in the caller's thread
             outcome.extend((None, error))
@@ -213,66 +244,90 @@ DATA_DEPENDENT = (
 )
 
 
-def compared(module: fx.GraphModule, batch: int, once: dict[fx.Node, Any], twice: dict[fx.Node, Any]) -> dict[fx.Node, Axis]:
-    """Returns the axis of each node by its shapes at `batch` and at twice that."""
+def compared(batch: int, once: dict[fx.Node, Any], twice: dict[fx.Node, Any]) -> dict[fx.Node, Axis]:
+    """Returns the axis of each node by its values at `batch` and at twice that."""
     axes: dict[fx.Node, Axis] = {}
+    mixed: set[fx.Node] = set()  # their shapes change with the batch, and no axis is the sample's
     for node, value in once.items():
         other = twice[node]
         if not isinstance(value, Tensor) or not isinstance(other, Tensor) or value.dim() != other.dim():
             continue
         changed = [i for i, (n, m) in enumerate(zip(value.shape, other.shape)) if n != m]
-        if len(changed) != 1 or other.shape[changed[0]] != 2 * value.shape[changed[0]]:
+        if not changed:
             continue
-        (index,) = changed
-        if value.shape[index] == batch:
-            axes[node] = Axis(index)
-        elif value.shape[index] % batch == 0 and (folded := fold(module, batch, node, once, axes, index)) is not None:
-            axes[node] = folded
+        axis = None
+        if not mixed.intersection(node.all_input_nodes):
+            if (numbers := moved(batch, node, once, axes)) is not None:
+                axis = read(numbers, batch, changed)
+            elif len(changed) == 1 and other.shape[changed[0]] == 2 * value.shape[changed[0]]:
+                axis = by_size(batch, node, once, axes, changed[0])
+        if axis is None:
+            mixed.add(node)
+        else:
+            axes[node] = axis
     return axes
 
 
-def fold(
-    module: fx.GraphModule, batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], index: int
-) -> Axis | None:
-    """Returns the axis of a node in which samples and other things are folded into axis `index`: measured on the numbers of the
-    samples, where the node's call moves numbers and does not change them; else as in what it is made from."""
-    if node.op in ("call_function", "call_method") and name_of(node) not in POINTWISE | PRODUCT and name_of(node) != "dual_path":
-        numbers = moved(module, batch, node, values, axes)
-        if numbers is not None and numbers.shape == values[node].shape:
-            along = numbers.movedim(index, -1).flatten(0, -2) if numbers.dim() > 1 else numbers[None]
-            samples = torch.arange(batch, dtype=along.dtype)
-            times = along.shape[-1] // batch
-            if bool((along == samples.repeat_interleave(times)).all()):
-                return Axis(index, "outer")
-            if bool((along == samples.repeat(times)).all()):
-                return Axis(index, "inner")
-    size = values[node].shape[index]
-    before = [axes[n] for n in node.all_input_nodes if n in axes and values[n].shape[axes[n].index] == size]
-    return Axis(index, before[0].fold) if before and len({axis.fold for axis in before}) == 1 else None
+def by_size(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], index: int) -> Axis | None:
+    """Returns the axis of a node whose axis `index` doubles with the batch: the sample's alone, or folded as in what the node is
+    made from."""
+    shape = values[node].shape
+    if shape[index] == batch:
+        return Axis(index, len(shape))
+    folds = {
+        (a.before, a.after) for n in node.all_input_nodes if (a := axes.get(n)) and a.before * batch * a.after == shape[index]
+    }
+    return Axis(index, len(shape), 1, *folds.pop()) if len(folds) == 1 else None
 
 
-def moved(
-    module: fx.GraphModule, batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis]
-) -> Tensor | None:
-    """Returns what `node` makes of tensors that hold the number of their sample throughout; None where it does not run so."""
+def read(numbers: Tensor, batch: int, changed: list[int]) -> Axis | None:
+    """Returns the axis by the number of the sample in each place, NaN where a constant is; None where it is on no axes in a row
+    that hold the `changed` ones."""
+    rank = numbers.dim()
+    for span in range(1, rank + 1):
+        for index in range(rank - span + 1):
+            group = numbers.shape[index : index + span]
+            if not set(changed) <= set(range(index, index + span)) or math.prod(group) % batch:
+                continue
+            rest = [i for i in range(rank) if not index <= i < index + span]
+            along = numbers.permute(*rest, *range(index, index + span)).reshape(-1, math.prod(group))
+            line = along.nan_to_num(-1).amax(0)
+            after = int((line == line[0]).int().cumprod(0).sum())
+            if line.min() < 0 or math.prod(group) % (batch * after):
+                continue
+            axis = Axis(index, rank, span, math.prod(group) // (batch * after), after)
+            if bool((numbers.isnan() | (numbers == axis.numbers(numbers.shape, batch))).all()):
+                return axis
+    return None
+
+
+def moved(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis]) -> Tensor | None:
+    """Returns what a call makes of tensors that hold the number of their sample throughout, and NaN where constants are; None of
+    one that does not move numbers but changes them: that adds up, multiplies, or has weights."""
+    first, second = (on_numbers(batch, node, values, axes, shift) for shift in (0.0, 0.5))
+    for result in (first, second):
+        if not isinstance(result, Tensor) or result.shape != values[node].shape or not result.is_floating_point():
+            return None
+    return first if torch.equal(first.nan_to_num(-1), (second - 0.5).nan_to_num(-1)) else None
+
+
+def on_numbers(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], shift: float) -> Any:
+    """Returns what a call makes of the numbers of the samples, plus `shift`; None where it does not run so."""
+    called = node.op in ("call_function", "call_method") and node.target is not dual_path
+    if not called or name_of(node) in POINTWISE | PRODUCT or any(n.op == "get_attr" for n in node.all_input_nodes):
+        return None
 
     def numbers(n: fx.Node) -> Any:
         value = values[n]
-        if not isinstance(value, Tensor):
-            return rebuilt(value, lambda leaf: torch.zeros(leaf.shape) if isinstance(leaf, Tensor) else leaf)
-        if n not in axes:
-            return torch.full(value.shape, -1.0)
-        index, size = axes[n].index, value.shape[axes[n].index]
-        samples = torch.arange(batch, dtype=torch.float32)
-        samples = samples.repeat(size // batch) if axes[n].fold == "inner" else samples.repeat_interleave(size // batch)
-        return samples.view(-1, *[1] * (value.dim() - index - 1)).expand(value.shape)
+        if n in axes:
+            return axes[n].numbers(value.shape, batch) + shift
+        if isinstance(value, tuple | list) and tensors_of(value):  # of `chunk`, say, whose items these are
+            return on_numbers(batch, n, values, axes, shift)
+        return rebuilt(value, lambda leaf: torch.full(leaf.shape, math.nan) if isinstance(leaf, Tensor) else leaf)
 
     try:
         args, kwargs = fx.map_arg((node.args, node.kwargs), numbers)
-        if node.op == "call_method":
-            result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        else:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+        return target(*args[node.op == "call_method" :], **kwargs)
     except Exception:  # what takes other numbers than these
         return None
-    return result if isinstance(result, Tensor) else None

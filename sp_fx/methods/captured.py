@@ -22,7 +22,10 @@ from .scales import follows_sample, placed, unknown
 from .subgraphs import ending_at, restore_places, saved_places, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
-WAITS = "at the first call the graph is compared with the model, and the sample's axis is measured at each gate"
+WAITS = (
+    "not verified yet: at the first call the graph is compared with the model, and the sample's axis is measured at each gate; "
+    "torch.compile and torch.export, where they come first, take axis 0"
+)
 
 Form = Any  # what a call looks like but for sizes: containers, dtypes, ranks, devices, flags
 
@@ -107,7 +110,7 @@ class CapturedModule(fx.GraphModule):
         module: Any = self
         notes, first = [], not self._forms
         if obstacle and self._compare is not None:
-            notes = [f"not compared with the model {obstacle}"]
+            notes = [f"not verified: the graph was not compared with the model {obstacle}"]
         elif self._compare is not None:
             verified = self._compare(self, arguments)
             notes = verified.notes
@@ -185,7 +188,11 @@ class CapturedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple:
         plain = fx.GraphModule(self, self.graph)
-        report = noted(self._report, ["unpickled: not compared with the model"]) if waits(self) else self._report
+        report = (
+            noted(self._report, ["unpickled: not verified: the graph was not compared with the model"])
+            if waits(self)
+            else self._report
+        )
         is_placed = self._unplaced is None or bool(self._forms)
         return unpickled, (declared_class(self), plain, report, saved_places(self.graph), is_placed)
 
@@ -244,7 +251,11 @@ def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[An
 
 def noted(report: Report, notes: list[str]) -> Report:
     """Returns the report with these notes in place of what it says of a comparison to come."""
-    kept = [note for note in report.notes if note != WAITS and not note.startswith("not compared with the model")]
+    kept = [
+        note
+        for note in report.notes
+        if note != WAITS and not note.startswith("not verified: the graph was not compared with the model")
+    ]
     return replace(report, notes=(*kept, *(note for note in notes if note not in kept)))
 
 

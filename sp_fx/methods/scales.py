@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
 from torch import fx
 
 from ..analysis.sample_axis import Axis
-from ..gates.table import rule_of
 from ..rewrite.report import Report
 from .calibration import scaled_sites
 
 UNKNOWN = "absolute, since no axis is the sample's here: calibrate() measures a scale"
-POINTWISE = ("relu", "leaky_relu", "abs")  # gates that can be turned: they have no axes of their own
 
 
 def follows_sample(report: Report) -> bool:
@@ -32,51 +30,119 @@ def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tup
     which none is known have absolute temperatures there."""
     copies: dict[fx.Node, fx.Node] = {}
     own = fx.Graph()
-    output = own.graph_copy(graph, copies)
-    own.output(output)
-    whole = next(((copies[n], axis.index) for n, axis in axes.items() if not axis.fold), None)
+    own.output(own.graph_copy(graph, copies))
+    whole = next(((copies[n], axis.index) for n, axis in axes.items() if axis.alone), None)
     sites = {site.place: site for site in report.sites}
     for site, node in scaled_sites(report, graph):
         if node.kwargs.get("scale") != "sample":
             continue
-        axis = axes.get(node.args[1])  # type: ignore[arg-type]
-        gate = copies[node]
-        kind = rule_of(str(node.kwargs.get("row", node.args[0])))
-        if axis == Axis(0) or (axis is not None and kind not in POINTWISE and axis.index == 0):
-            continue  # each row has a scale of its own
-        pool = axis is not None and axis.index == 1 and not axis.fold and node.args[0] == "max_pool"
-        if axis is None or (axis.fold and whole is None) or not (kind in POINTWISE or pool):
+        gate, axis = copies[node], axes.get(node.args[1])  # type: ignore[arg-type]
+        if axis is not None and axis.alone and axis.index == 0:
+            continue
+        turn = None if axis is None or whole is None else turn_of(gate, axis)
+        if turn is None:
             gate.kwargs = {key: value for key, value in gate.kwargs.items() if key != "scale"}
             sites[site.place] = replace(site, scale="absolute", reason=UNKNOWN)
-            continue
-        turn(own, gate, axis, whole)
+        else:
+            turn.apply(own, gate, whole)  # type: ignore[arg-type]
     own.lint()
     return own, replace(report, sites=tuple(sites.get(site.place, site) for site in report.sites))
 
 
-def turn(graph: fx.Graph, gate: fx.Node, axis: Axis, whole: tuple[fx.Node, int] | None) -> None:
-    """Turns the pre-activation of `gate` so that the sample is its first axis, and the gate's output back. `whole` is a tensor
-    with the batch on an axis of its own, and that axis."""
-    at = axis.index + (axis.fold == "inner")
+@dataclass(frozen=True)
+class Turn:
+    """How a pre-activation is turned so that the sample is its first axis, and the gate's output back.
 
-    def turned(node: fx.Node) -> fx.Node:
-        if axis.fold:
+    Attributes:
+        axis: where the sample is.
+        order: the axes in the order that the gate gets them. They have names: 0, 1, ... in the pre-activation, "sample", and
+            "before" and "after" for what is folded with it.
+        planes: how many of the axes after the first are read as one: of a pooling all but the last two, say.
+        gone: the axes that the gate takes away.
+        options: the gate's own arguments that count axes, as they are then.
+    """
+
+    axis: Axis
+    order: tuple[Any, ...]
+    planes: int = 1
+    gone: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def apply(self, graph: fx.Graph, gate: fx.Node, whole: tuple[fx.Node, int]) -> None:
+        """Writes it round `gate`. `whole` is a tensor with the batch on an axis of its own, and that axis."""
+        users, operands = list(gate.users), gate.args[1:3] if gate.args[0] == "written" else gate.args[1:2]
+        with graph.inserting_before(gate):
+            sizes = [graph.call_method("size", (operands[0], i)) for i in self.sized()]
             batch = graph.call_method("size", whole)
-            parts = (batch, -1) if axis.fold == "outer" else (-1, batch)
-            node = graph.call_method("unflatten", (node, axis.index, parts))
-        return graph.call_function(torch.movedim, (node, at, 0)) if at else node
+            turned = [self.turned(graph, operand, batch) for operand in operands]
+            if self.planes > 1:
+                inner = [graph.call_method("size", (turned[0], 1 + i)) for i in range(self.planes)]
+                turned = [graph.call_method("flatten", (t, 1, self.planes)) for t in turned]
+        gate.args = (gate.args[0], *turned, *gate.args[1 + len(operands) :])
+        gate.kwargs = {**gate.kwargs, **self.options}
+        back, order = gate, tuple(name for name in self.order if name not in self.gone)
+        with graph.inserting_before(gate.next):
+            if self.planes > 1:
+                back = graph.call_method("unflatten", (back, 1, tuple(inner)))
+            straight = tuple(name for name in named(self.axis) if name not in self.gone)
+            if order != straight:
+                back = graph.call_method("permute", (back, tuple(order.index(name) for name in straight)))
+            folded = [name for name in straight if not isinstance(name, int)]
+            at = straight.index(folded[0])
+            if len(folded) > 1:
+                back = graph.call_method("flatten", (back, at, at + len(folded) - 1))
+            if self.axis.span > 1:
+                back = graph.call_method("unflatten", (back, at, tuple(sizes)))
+        for user in users:
+            user.replace_input_with(gate, back)
 
-    operands = gate.args[1:3] if gate.args[0] == "written" else gate.args[1:2]
-    users = list(gate.users)
-    with graph.inserting_before(gate):
-        gate.args = (gate.args[0], *map(turned, operands), *gate.args[1 + len(operands) :])  # type: ignore[arg-type]
-    with graph.inserting_after(gate):
-        back = graph.call_function(torch.movedim, (gate, 0, at)) if at else gate
-    if axis.fold:
-        with graph.inserting_after(back):
-            back = graph.call_method("flatten", (back, axis.index, axis.index + 1))
-    for user in users:
-        user.replace_input_with(gate, back)
+    def sized(self) -> list[int]:
+        """The axes that the sample is folded into, where these are several."""
+        return list(range(self.axis.index, self.axis.index + self.axis.span)) if self.axis.span > 1 else []
+
+    def turned(self, graph: fx.Graph, node: Any, batch: fx.Node) -> fx.Node:
+        axis, straight = self.axis, named(self.axis)
+        if axis.span > 1:
+            node = graph.call_method("flatten", (node, axis.index, axis.index + axis.span - 1))
+        if axis.before > 1 or axis.after > 1:
+            parts: tuple[Any, ...] = (
+                (batch, -1) if axis.before == 1 else (-1, batch) if axis.after == 1 else (axis.before, batch, -1)
+            )
+            node = graph.call_method("unflatten", (node, axis.index, parts))
+        if self.order != straight:
+            node = graph.call_method("permute", (node, tuple(straight.index(name) for name in self.order)))
+        return node
+
+
+def named(axis: Axis) -> tuple[Any, ...]:
+    """The names of the axes of a pre-activation, with those that the sample is folded into taken apart."""
+    fold = [name for name, times in (("before", axis.before), ("sample", 0), ("after", axis.after)) if times != 1]
+    return (*range(axis.index), *fold, *range(axis.index + axis.span, axis.rank))
+
+
+def turn_of(gate: fx.Node, axis: Axis) -> Turn | None:
+    """Returns the turn for a gate, None where it has none: it chooses among samples, or cannot be told other axes."""
+    names = named(axis)
+    rest = [name for name in names if name != "sample"]
+    row, options = str(gate.kwargs.get("row", gate.args[0])), gate.kwargs
+    if row in ("relu", "leaky_relu", "abs"):
+        return Turn(axis, ("sample", *rest))
+    if row == "prelu" and 1 in rest:
+        return Turn(axis, ("sample", 1, *(name for name in rest if name != 1)))
+    if row in ("max_pool", "adaptive_max_pool"):
+        spatial = range(axis.rank - len(options["kernel" if row == "max_pool" else "size"]), axis.rank)  # type: ignore[arg-type]
+        leading = [name for name in rest if name not in spatial]
+        if not all(i in rest for i in spatial):
+            return None
+        return Turn(axis, ("sample", *leading, *spatial), planes=len(leading))
+    if row == "amax":
+        dims = [d % axis.rank for d in (options["dim"] if isinstance(options["dim"], tuple | list) else [options["dim"]])]  # type: ignore[operator]
+        if not dims or not all(d in rest for d in dims):
+            return None
+        order = ("sample", *rest)
+        gone = () if options.get("keepdim") else tuple(dims)
+        return Turn(axis, order, gone=gone, options={"dim": tuple(order.index(d) for d in dims)})
+    return None
 
 
 def unknown(report: Report, reason: str) -> None:

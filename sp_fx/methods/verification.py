@@ -209,7 +209,7 @@ def distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float
     if found is None or expected is None or len(found) != len(expected):
         return 0.0 if found is expected else float("inf")
     worst = 0.0
-    for a, b in zip(found, expected):
+    for a, b in ((a.detach(), b.detach()) for a, b in zip(found, expected)):
         if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
             return float("inf")
         if torch.equal(a, b):
