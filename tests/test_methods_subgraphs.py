@@ -27,7 +27,7 @@ class Residual(nn.Module):
 
     def after(self, h, x):
         out = self.block(h)
-        out += h
+        out.add_(h)  # `out += h` would be traced out of place
         out = self.act(out)
         return self.head(F.gelu(out + self.skip(x)).mean((2, 3)))
 

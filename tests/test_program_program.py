@@ -111,7 +111,7 @@ class Odd(nn.Module):
 
     def forward(self, x, ids):
         h = F.relu(self.mix(x + self.embed(ids)), inplace=True)
-        h += 1
+        h.add_(1)  # `h += 1` would be traced out of place
         return {"logits": self.head(h), "hidden": h}
 
 

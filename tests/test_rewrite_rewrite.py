@@ -68,8 +68,12 @@ def view_before(x):
 def written_after(x):
     y = x * 2
     z = F.gelu(y)
-    y += 1  # the gate has saved y
+    y.add_(1)  # the gate has saved y, so that the model's own backward raises; `y += 1` would be traced out of place
     return z * y
+
+
+def written_after_out_of_place(x):
+    return F.gelu(x * 2) * (x * 2 + 1)
 
 
 def unused_result(x):
@@ -104,6 +108,10 @@ def test_in_place_calls_mean_what_they_meant(f):
         found = explainer.pullback(x, lambda y: y.sum())
         if grad is not None:
             assert relative(found, grad) <= 1e-12  # away from the kink, hard gates are the derivative
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                expected.sum().backward()
+            assert relative(found, explain(written_after_out_of_place).pullback(x, lambda y: y.sum())) <= 1e-12
     assert torch.equal(x, given)
 
 
