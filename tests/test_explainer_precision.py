@@ -11,7 +11,6 @@ from torch import nn
 
 import sp_fx
 from helpers import fill, relative
-from sp_fx.gates.scale import deviation
 
 
 class Convolutional(nn.Module):
@@ -113,37 +112,3 @@ def test_expanded_inputs(case):
     assert view.stride(0) == 0 and torch.equal(view, same)
     ascended = sp_fx.transform(model).ascend(view, u, steps=2, step_size=0.5)
     assert relative(ascended, sp_fx.transform(model).ascend(same, u, steps=2, step_size=0.5)) <= 1e-12
-
-
-AWKWARD = {
-    "channels of other means": lambda z: z + 30 * torch.arange(8.0).view(-1, 1, 1),
-    "far from zero": lambda z: z + 300,
-    "one row far from the rest": lambda z: torch.cat([z[:, :, :1] + 100, z[:, :, 1:]], 2),
-    "one value far from the rest": lambda z: z + 1e4 * (torch.arange(z[0].numel()).view(z[0].shape) == 0),
-    "small": lambda z: 1e-12 * z,
-}
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 12, 10), (3, 8, 1, 1), (3, 8, 16), (3, 8)])
-@pytest.mark.parametrize("kind", AWKWARD)
-def test_the_deviation_of_awkward_samples(kind, shape):
-    """Within 1e-4: 300 deviations from zero, float32 has rounded the values themselves by 2e-5 deviations; a row's mean may be
-    sqrt(12) of them off the whole's."""
-    z = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    z = AWKWARD[kind](z.view(*shape, *[1] * (4 - len(shape)))).view(shape)
-    exact = z.double().flatten(1).std(1, correction=0)
-    for grad in (True, False):  # eager on a CPU has a formula of its own
-        with torch.set_grad_enabled(grad):
-            deviations = deviation(z)
-        assert deviations.shape == (3, *[1] * (len(shape) - 1))
-        assert torch.allclose(deviations.flatten().double(), exact, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("grad", [True, False])
-def test_the_deviation_of_what_has_none(grad):
-    with torch.set_grad_enabled(grad):
-        for shape in [(2, 1), (2,), (2, 3, 0), (2, 0), (0, 3), ()]:
-            assert (deviation(torch.full(shape, 7.3)) == 1e-30).all()
-        broken = torch.randn(3, 4, 5)
-        broken[0, 1, 2], broken[1, 0, 0] = torch.inf, torch.nan
-        assert deviation(broken).flatten()[:2].tolist() == [1, 1]

@@ -91,6 +91,8 @@ def suited(graph: fx.GraphModule) -> fx.GraphModule:
             replace_by_function(graph, node, CHEAPER[node.target])  # 2.11 compiles these wrongly: a map 0.8 off
         elif node.target is aten.linalg_vector_norm.default:
             materialise_normed(graph, node)
+        elif node.target is aten.mean.dim and one_a_sample(node) and node.meta["val"].dtype == torch.float32:
+            replace_by_function(graph, node, mean_in_doubles)
         else:
             materialise_scale(graph, node)
     graph.recompile()
@@ -137,6 +139,15 @@ def materialise_scale(graph: fx.GraphModule, node: fx.Node) -> None:
     if node.op == "call_function" and one_a_sample(node) and node.target not in REDUCTIONS:
         if users := [user for user in node.users if not one_a_sample(user)]:
             materialise(graph, node, users)
+
+
+def mean_in_doubles(x: Any, dim: Sequence[int], keepdim: bool = False) -> Any:
+    """A mean over whole samples, such as a moment of a gate's pre-activation.
+
+    Inductor's loops add up from left to right, sixteen sums side by side: in float32 3e-5 off where one value is 1e4 times the
+    others. It costs 1 to 6 % of the gate.
+    """
+    return aten._to_copy.default(aten.mean.dim(x, dim, keepdim, dtype=torch.float64), dtype=torch.float32)
 
 
 REDUCTIONS = (aten.mean.dim, aten.sum.dim_IntList)  # Inductor materialises their results anyway
