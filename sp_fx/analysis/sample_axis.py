@@ -274,9 +274,14 @@ def by_size(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx
     shape = values[node].shape
     if shape[index] == batch:
         return Axis(index, len(shape))
-    folds = {
-        (a.before, a.after) for n in node.all_input_nodes if (a := axes.get(n)) and a.before * batch * a.after == shape[index]
-    }
+    known, queue = [], list(node.all_input_nodes)
+    while queue:
+        at = queue.pop()
+        if at in axes:
+            known.append(axes[at])
+        elif not isinstance(values[at], Tensor) and tensors_of(values[at]):  # an LSTM's tuple
+            queue += at.all_input_nodes
+    folds = {(axis.before, axis.after) for axis in known if axis.before * batch * axis.after == shape[index]}
     return Axis(index, len(shape), 1, *folds.pop()) if len(folds) == 1 else None
 
 
