@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.kept_functions import applied
+from ..capture.tracing.schemas import IN_PLACE
 from ..gates.registry import call_registered
 from .ops import CHOICES, FACTORS
 
@@ -36,8 +36,6 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NORM),
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
-
-IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem, operator.ipow, operator.imatmul}
 
 
 def op_of(node: fx.Node) -> Any:

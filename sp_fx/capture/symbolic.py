@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, give_own_buffers, passes
+from .clone import EvalClone, adopt_forward, passes
 from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
 from .proxies import Snapshot
+from .tracing.stand_ins import Known, StandIn, questions_answered
 
 OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -39,26 +40,19 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
         CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
     """
-    try:
-        return traced_by(model, example, PlaceTracer(buffers=True))
-    except CaptureError:  # perhaps since the forward reads a setting from a buffer
-        return traced_by(model, example, PlaceTracer(buffers=False))
-
-
-def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
     clones = EvalClone()
     clone = clones(model)
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
+    parameters = inspect.signature(clone.forward).parameters
+    tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}))
     snapshot = Snapshot(clone)
-    if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
-        give_own_buffers(clone)
-    versions = {n: (b, b._version) for n, b in clone.named_buffers()}
     try:
         fixed = fixed_arguments(clone, example)
-        with calling_stand_ins(clone), functions_recorded(tracer, tracer.thread):
+        patched = calling_stand_ins(clone), functions_recorded(tracer, tracer.thread), questions_answered(tracer.known, clone)
+        with patched[0], patched[1], patched[2], torch.enable_grad():
             graph = tracer.trace(clone, concrete_args=fixed)
-        for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
+        for node, name in zip(graph.find_nodes(op="placeholder"), parameters):
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
         for node in graph.find_nodes(op="call_function", target=torch._assert):
@@ -66,27 +60,38 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
         inline_wrapped(graph)
         call_by_name(graph)
-        written = [n for n, (b, version) in versions.items() if b._version != version]
-        if written:
-            raise RuntimeError(f"the forward writes over {', '.join(written)} and reads it as a constant")
+        if tracer.known.refusals:  # which the forward has caught, and taken another path
+            raise tracer.known.refusals[0]
     except Exception as error:
-        raise CaptureError(
-            f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
-            "forward may not branch on the values or shapes of tensors"
-        ) from error
+        raise refusal(type(clone).__name__, next(iter(tracer.known.refusals), error)) from error
     replaced = snapshot.take_off()
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    return Capture(clone, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
+    notes = [*hooks, *map(note.format, replaced)]
+    if baked := ", ".join(tracer.known.baked):
+        notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
+    return Capture(clone, graph, "torch.fx", tuple(notes))
+
+
+def refusal(model: str, error: Exception) -> CaptureError:
+    """What to say of an error that a symbolic trace ended in, or would have without the forward."""
+    reason = "" if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__}: "
+    stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
+    said = " ".join(str(error).split())
+    return CaptureError(f"torch.fx cannot trace {model}: {reason}{said} ({blame(error)}){'' if reason else stands}")
 
 
 class PlaceTracer(fx.Tracer):
     """Symbolic tracing that opens gating modules and marks every module that it went through."""
 
-    def __init__(self, buffers: bool = True) -> None:
+    known: Known
+
+    def __init__(self, known: Known | None = None) -> None:  # none where an unpickled graph is traced
         super().__init__()
-        self.proxy_buffer_attributes = buffers
+        if known is not None:
+            self.known = known
+        self.proxy_buffer_attributes = True
         self.passed: dict[str, None] = {}
         self.record_stack_traces = True
         self.thread = threading.get_ident()
@@ -97,8 +102,28 @@ class PlaceTracer(fx.Tracer):
         opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if "known" not in self.__dict__:
+            self.known = Known(root, None, {})
+        return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> StandIn:
+        return StandIn(node, self)
+
+    def to_bool(self, obj: Any) -> bool:
+        return bool(self.known.worth(obj, "branches on"))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """The items of a constant: those of a tensor as stand-ins, since what is made of them is a call of the graph."""
+        value = self.known.worth(obj, "iterates over")
+        return iter([obj[i] for i in range(len(value))] if isinstance(value, Tensor) else value)
+
     def create_arg(self, a: Any) -> Any:
         """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a).__module__ == "numpy" and getattr(a, "shape", None) == ():
+            return a.item()
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
             values = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
             fields = {name: self.create_arg(value) for name, value in values.items() if value is not None}
