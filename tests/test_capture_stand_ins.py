@@ -156,7 +156,7 @@ REFUSED = {
     "the class of an input": (lambda m, x: F.relu(m.a(x[0] if isinstance(x, tuple) else x)), "asks for the class of the input x"),
     "an attribute of an input": (lambda m, x: F.relu(m.a(x.tensors if hasattr(x, "tensors") else x)), "'tensors' of the input x"),
     "a value": (lambda m, x: F.relu(m.a(x)) if x.sum() > 0 else x, "branches on what sum returns"),
-    "a dtype": (lambda m, x: F.relu(m.a(x) if x.is_floating_point() else x), "branches on the is_floating_point of a tensor"),
+    "a dtype": (lambda m, x: F.relu(m.a(x) if x.is_floating_point() else x), "branches on what is_floating_point returns"),
     "a number": (lambda m, x: F.relu(m.a(x)) * float(x.max()), "makes a number of what max returns"),
     "a length": (lambda m, x: F.relu(m.a(x)) * len(x), "asks for the length of the input x"),
     "rows": (lambda m, x: F.relu(torch.stack([m.a(r) for r in x])), "iterates over the input x"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import threading
@@ -16,8 +17,10 @@ from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
-from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
+from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
 from .proxies import Snapshot
+from .tracing.regions import Regions, carries, detach
+from .tracing.schemas import name_of, writes
 from .tracing.stand_ins import Known, StandIn, questions_answered
 
 OPENED_MODULES = (
@@ -45,12 +48,16 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
     parameters = inspect.signature(clone.forward).parameters
-    tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}))
+    regions = Regions()
+    tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}), regions)
     snapshot = Snapshot(clone)
     try:
         fixed = fixed_arguments(clone, example)
-        patched = calling_stand_ins(clone), functions_recorded(tracer, tracer.thread), questions_answered(tracer.known, clone)
-        with patched[0], patched[1], patched[2], torch.enable_grad():
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(calling_stand_ins(clone))
+            patches.enter_context(functions_kept(recorded_by(tracer)))
+            patches.enter_context(questions_answered(tracer.known, clone))
+            patches.enter_context(regions.followed())
             graph = tracer.trace(clone, concrete_args=fixed)
         for node, name in zip(graph.find_nodes(op="placeholder"), parameters):
             if name in fixed:
@@ -68,7 +75,7 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
     note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    notes = [*hooks, *map(note.format, replaced)]
+    notes = [*hooks, *map(note.format, replaced), *regions.notes()]
     if baked := ", ".join(tracer.known.baked):
         notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
     return Capture(clone, graph, "torch.fx", tuple(notes))
@@ -87,8 +94,9 @@ class PlaceTracer(fx.Tracer):
 
     known: Known
 
-    def __init__(self, known: Known | None = None) -> None:  # none where an unpickled graph is traced
+    def __init__(self, known: Known | None = None, regions: Regions | None = None) -> None:  # none for an unpickled graph
         super().__init__()
+        self.regions = regions
         if known is not None:
             self.known = known
         self.proxy_buffer_attributes = True
@@ -109,6 +117,32 @@ class PlaceTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> StandIn:
         return StandIn(node, self)
+
+    def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *more, **options)
+        if self.regions is not None:
+            node.meta["autocast"] = self.regions.autocast
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> Any:
+        """A call made under `torch.no_grad()` gives what carries no derivative.
+
+        Raises:
+            TraceError: it writes over what carries one: the derivative would be that of what was there before.
+        """
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        node = proxy.node
+        called = kind in ("call_function", "call_method", "call_module") and target is not getattr
+        if self.regions is None or torch.is_grad_enabled() or not called or name_of(target) == "detach":
+            return proxy
+        if writes(target, kwargs) and node.all_input_nodes:
+            if carries(node.all_input_nodes[0]):
+                raise self.known.refused(f"under torch.no_grad(), {name_of(target)} writes over what carries a derivative")
+        elif any(carries(n, self.root) for n in node.all_input_nodes) and self.known.class_of(node) not in PLAIN_CLASSES:
+            self.regions.stop(node)
+            stop = "detach" if self.known.class_of(node) is Tensor else detach
+            proxy = super().create_proxy("call_function" if stop is detach else "call_method", stop, (proxy,), {})
+        return proxy
 
     def to_bool(self, obj: Any) -> bool:
         return bool(self.known.worth(obj, "branches on"))
@@ -187,4 +221,5 @@ def written_out(m: Any) -> Callable[..., Any] | None:
     return None
 
 
+PLAIN_CLASSES = (int, bool, float, str, torch.Size, torch.dtype, torch.device)
 INSTANCE_NORMS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}

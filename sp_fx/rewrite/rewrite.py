@@ -14,6 +14,7 @@ from torch import fx
 from ..analysis.facts import Facts
 from ..capture.capture import Capture
 from ..capture.clone import passes
+from ..capture.tracing.regions import close_regions
 from ..gates.rules import Rules
 from . import attention, decisions
 from .account import Account
@@ -53,5 +54,6 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> Report:
         leaf.__dict__["forward"] = passes
     notes = protect(graph, facts.aliasing)
     sites = mark_steering(graph, account.sites, account.nodes, account.rewriting.passing)
+    close_regions(facts.modules, graph)
     graph.lint()
     return Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +17,7 @@ from torch import Tensor, fx, nn
 
 # What a schema calls a type, and the class of what an op of that type returns. A number may be of any class.
 CLASSES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "Device": torch.device}
-# Methods that return a tensor and are no ops of their own.
-CASTS = frozenset(
-    "float double half bfloat16 long int short bool byte char cfloat cdouble chalf cpu cuda xpu requires_grad_ type_as".split()
-)
-TENSOR_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag", "data", "grad"))  # the others say of a tensor what it is
-ATTRIBUTE_CLASSES = {
-    "shape": torch.Size, "dtype": torch.dtype, "device": torch.device, "layout": torch.layout, "ndim": int, "itemsize": int,
-    "nbytes": int, "requires_grad": bool, "is_leaf": bool, "is_cuda": bool, "is_cpu": bool, "is_sparse": bool,
-    "is_nested": bool, "is_quantized": bool, "is_meta": bool, "is_mps": bool, "is_xpu": bool, "is_mkldnn": bool,
-}  # fmt: skip
+EXAMPLE = torch.empty(1, 1, device="meta")  # a tensor without numbers, to be asked what tensors have
 IN_PLACE = frozenset(
     {operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod, operator.ipow}
     | {operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift, operator.setitem}
@@ -58,16 +51,38 @@ def returned(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> type
     `returned("size", (h,), {})` is `torch.Size`, `returned("size", (h, 1), {})` is int.
     """
     name = name_of(target)
-    if name in CASTS:
-        return Tensor
     classes = {class_of_returns(s) for s in schemas(name) if accepts(s, args, kwargs)}
     if len(classes) == 1:
         return classes.pop()
-    if not classes and not isinstance(target, str):
+    if not classes and isinstance(target, str):  # a method that is no op: `h.float()`
+        return attempted(lambda: getattr(EXAMPLE, target)(*args[1:], **kwargs))
+    if not classes:
         annotated = getattr(target, "__annotations__", {}).get("return")
         several = bool(kwargs.get("return_indices"))  # of the poolings, whose annotation is that of the other case
         return tuple if several else Tensor if annotated in (Tensor, "Tensor", "torch.Tensor") else None
     return None
+
+
+def of_attribute(name: str) -> type | None:
+    """The class of an attribute of tensors: `torch.Size` of "shape". None where that is not known, and of a method."""
+    cls = attempted(lambda: getattr(EXAMPLE, name))
+    return None if cls is None or callable(getattr(EXAMPLE, name)) else cls
+
+
+def of_arithmetic(function: Any, classes: list[type | None]) -> type | None:
+    """The class of what an operator makes of numbers of these classes: float of `operator.truediv` of two of int."""
+    if not all(cls in (int, bool, float) for cls in classes):
+        return None
+    return attempted(lambda: function(*(cls(1) for cls in classes)))  # type: ignore[misc]
+
+
+def attempted(call: Callable[[], Any]) -> type | None:
+    """The class of what a call returns; None where it raises, or returns None."""
+    try:
+        value = call()
+    except Exception:  # whatever PyTorch raises of a tensor without numbers
+        return None
+    return None if value is None else Tensor if isinstance(value, Tensor) else type(value)
 
 
 def class_of_returns(schema: Any) -> type | None:
@@ -104,9 +119,10 @@ def is_seeded(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | 
     """Whether a call draws random numbers: `torch.rand(3)`, `h.uniform_()`, `F.dropout(h)`; not `F.dropout(h, 0.5, False)`."""
     name, kwargs = name_of(target).strip("_"), kwargs or {}
     if not isinstance(target, str) and getattr(target, "__module__", "").startswith("torch.nn.functional"):
-        if "dropout" not in name and name not in ("rrelu", "gumbel_softmax"):
-            return False
-    elif not any(torch.Tag.nondeterministic_seeded in tags for tags in tags_of(name)):
+        seeded = "dropout" in name or "gumbel" in name
+    else:
+        seeded = False
+    if not seeded and not any(torch.Tag.nondeterministic_seeded in tags for tags in tags_of(name)):
         return False
     options = named(target, name, args, kwargs)
     switches = [options.get(k) for k in ("training", "train") if k in options]
@@ -152,7 +168,7 @@ def leaf_returns(leaf: nn.Module) -> type | None:
 def line_of(node: fx.Node) -> str:
     """The line of the model that made a call: "net.py:7, in forward"."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
-    outside = [line for line in lines if "/torch/" not in line]
+    outside = [line for line in lines if "/torch/" not in line and str(Path(__file__).parents[1]) not in line]
     if not outside:
         return "no Python line"
     file, line, function = (part.strip() for part in outside[-1].removeprefix("File ").split(","))

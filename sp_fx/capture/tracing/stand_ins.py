@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...containers import items
-from .schemas import ATTRIBUTE_CLASSES, TENSOR_ATTRIBUTES, is_seeded, leaf_returns, name_of, returned, writes
+from .schemas import IN_PLACE, is_seeded, leaf_returns, name_of, of_arithmetic, of_attribute, returned, writes
 
 IMMUTABLE = (bool, int, float, complex, str, tuple, type(None), torch.dtype, torch.device)
 
@@ -33,7 +33,9 @@ class StandIn(fx.Proxy):
         known = self.tracer.known
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
-        if (cls := known.class_of(self)) is not None and not hasattr(cls, name) and not known.has(self, name):
+        cls = known.class_of(self)
+        named = cls is None or cls is tuple or hasattr(cls, name)  # the tuples of `torch.max` and its like have names
+        if not named and not known.has(self, name):
             raise AttributeError(f"'{cls.__name__}' object has no attribute '{name}'")
         return Attribute(self, name)
 
@@ -66,19 +68,19 @@ class Attribute(StandIn, fx.proxy.Attribute):
     """An attribute of a stand-in, such as `h.shape` or the method `h.view`. It is a call of the graph once it is used."""
 
 
-def _in_place(name: str) -> Any:
-    plain = getattr(operator, name[1:] + ("_" if name in ("iand", "ior") else ""))
+def _in_place(function: Any) -> Any:
+    plain = getattr(operator, f"__{function.__name__[1:]}__")
 
     def impl(self: StandIn, other: Any) -> Any:
         cls = self.tracer.known.class_of(self)
         rebinds = cls is not None and issubclass(cls, IMMUTABLE)  # `n += 1` of a size makes another number
-        return self.tracer.create_proxy("call_function", plain if rebinds else getattr(operator, name), (self, other), {})
+        return self.tracer.create_proxy("call_function", plain if rebinds else function, (self, other), {})
 
     return impl
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift"):
-    setattr(StandIn, f"__{_name}__", _in_place(_name))  # there is no `@=` in place: tensors fall back on `h = h @ w`
+for _function in IN_PLACE - {operator.setitem}:  # there is no `@=` in place: tensors fall back on `h = h @ w`
+    setattr(StandIn, f"__{_function.__name__}__", _in_place(_function))
 
 
 def flat(value: Any) -> list[Any]:
@@ -143,8 +145,7 @@ class Known:
             classes = [self.class_of(arg) for arg in node.args]
             if Tensor in classes or any(c is not None and issubclass(c, Tensor) for c in classes):
                 return Tensor
-            numbers = all(c in (int, bool) for c in classes)
-            return int if numbers and name_of(node.target) in ("add", "sub", "mul", "floordiv", "mod", "neg", "abs") else None
+            return of_arithmetic(node.target, classes)
         if node.op == "call_method" and not self._is_method_of_tensors(node):
             return None
         if name_of(node.target) == "detach" and not isinstance(node.target, str):
@@ -159,8 +160,8 @@ class Known:
 
     def _of_attribute(self, cls: type | None, name: str) -> type | None:
         if cls is None or not issubclass(cls, Tensor):  # an input that may be anything has a shape as tensors have it, if any
-            return ATTRIBUTE_CLASSES.get(name) if cls is None else None
-        return Tensor if name in TENSOR_ATTRIBUTES else ATTRIBUTE_CLASSES.get(name)
+            return of_attribute(name) if cls is None else None
+        return of_attribute(name)
 
     def _of_item(self, node: fx.Node) -> type | None:
         whole, index = node.args
@@ -229,7 +230,7 @@ class Known:
         for n in sorted(makers):
             if n not in self._values:
                 self._values[n] = self._computed(n)
-        about = self._makers(node, lambda n: [] if self._is_about_shape(n) else n.all_input_nodes)
+        about = self._makers(node, lambda n: [] if self.is_about_shape(n) else n.all_input_nodes)
         self.baked |= {str(n.target): None for n in about if n.op == "get_attr"}
         return self._values[node]
 
@@ -249,9 +250,9 @@ class Known:
         owner = self.root.get_submodule(path)
         return self.tensors.get(str(node.target), {**owner._modules, **owner.__dict__}.get(name))
 
-    def _is_about_shape(self, node: fx.Node) -> bool:
+    def is_about_shape(self, node: fx.Node) -> bool:
         """Whether a node has a shape, dtype or device of a tensor, which says nothing of the tensor's values."""
-        of_tensor = bool(node.all_input_nodes) and issubclass(self.class_of(node.all_input_nodes[0]) or type(None), Tensor)
+        of_tensor = bool(node.all_input_nodes) and issubclass(self.class_of(node.all_input_nodes[0]) or Tensor, Tensor)
         return of_tensor and self.class_of(node) in (int, torch.Size, torch.dtype, torch.device)
 
     def _computed(self, node: fx.Node) -> Any:
@@ -275,20 +276,18 @@ class Known:
 
 def described(thing: StandIn) -> str:
     """What a stand-in is, for a message: "`x`, an input", "a size", "what `relu` returned"."""
-    if isinstance(thing, Attribute) and thing._node is None:
-        return "a shape" if thing.attr == "shape" else f"the {thing.attr} of a tensor"
+    known = thing.tracer.known
     node = thing.node
     if node.op == "placeholder":
         return f"the input {node.target}"
     root = node
-    while root.op == "call_function" and root.all_input_nodes and getattr(root.target, "__module__", "") == "_operator":
+    while not known.is_about_shape(root) and root.all_input_nodes and getattr(root.target, "__module__", "") == "_operator":
         root = root.all_input_nodes[0]
-    about = str(root.args[1]) if root.target is getattr else name_of(root.target)
-    if about in ("shape", "size", "dim", "ndim", "numel", "stride", "sym_size"):
-        return "the shape of a tensor"
-    if about in ATTRIBUTE_CLASSES or about.startswith("is_"):
-        return f"the {about} of a tensor"
-    return f"what {about.strip('_')} returns" if node.op.startswith("call_") else f"the values of {node.target}"
+    if known.is_about_shape(root):
+        return f"the {root.args[1] if root.target is getattr else root.target} of a tensor"
+    if root.op == "placeholder":
+        return f"the values of the input {root.target}"
+    return f"what {name_of(root.target).strip('_')} returns" if root.op.startswith("call_") else f"the values of {root.target}"
 
 
 # -- questions that Python answers from the object itself
@@ -310,14 +309,16 @@ def questions_answered(known: Known, clone: nn.Module) -> Iterator[None]:
     def has_attribute(thing: Any, name: str) -> bool:
         if type(thing) not in (StandIn, Attribute):
             return hasattr(thing, name)
-        cls = known.required_class(thing, f"the forward asks for an attribute {name!r} of")
+        cls = known.required_class(thing, question := f"the forward asks for an attribute {name!r} of")
+        if cls is tuple and not hasattr(tuple, name):
+            raise known.refused(f"{question} {described(thing)}, a tuple")
         return hasattr(cls, name) or known.has(thing, name)
 
     def is_callable(thing: Any) -> bool:
         if type(thing) not in (StandIn, Attribute):
             return callable(thing)
         if isinstance(thing, Attribute) and thing._node is None:
-            return thing.attr not in ATTRIBUTE_CLASSES and thing.attr not in TENSOR_ATTRIBUTES
+            return of_attribute(thing.attr) is None
         cls = known.required_class(thing, "the forward asks whether one can call")
         return any("__call__" in vars(base) for base in cls.__mro__)
 
