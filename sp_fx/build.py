@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from .capture.arguments import bound
 from .capture.capture import Capture, CaptureError, tracing
-from .capture.clone import NOT_RUN
+from .capture.clone import NOT_RUN, traceable
 from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
+from .capture.untouched import Untouched
 from .containers import cloned, tensors_of
 from .explainer import Explainer
 from .gates.rules import Rules
@@ -107,7 +108,8 @@ def transform(
 
 def rewritten(model: nn.Module, rules: Rules, tracer: str, example_inputs: Any) -> tuple[Capture, Report]:
     """The capture of `model`, rewritten, by the tracer that sees the most of it."""
-    example = None if example_inputs is None else bound(model, example_inputs)
+    inner = traceable(model)
+    example = None if example_inputs is None else bound(inner, example_inputs)
     if tracer == "export":
         return by_export(model, example, rules)  # type: ignore[arg-type]
     try:
@@ -172,9 +174,10 @@ def verify(model: str, capture: Capture) -> None:
     try:
         for example in capture.examples:
             call = inspect.BoundArguments(inspect.Signature(parameters), dict(example))  # type: ignore[arg-type]
-            with torch.enable_grad():  # as wherever a map is made: a forward may ask
-                expected = tensors_of(capture.reference(*cloned(call.args), **cloned(call.kwargs)))
-                outputs = tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))
+            # With gradients, as wherever a map is made: a forward may ask.
+            with torch.enable_grad(), Untouched(capture.reference, capture.modules).restored():
+                expected = [t.detach() for t in tensors_of(capture.reference(*cloned(call.args), **cloned(call.kwargs)))]
+                outputs = [t.detach() for t in tensors_of(graph(*cloned(call.args), **cloned(call.kwargs)))]
             if len(outputs) != len(expected) or not all(map(alike, outputs, expected)):
                 raise CaptureError("its graph does not give the model's outputs (does the forward draw random numbers?)")
     except Exception as error:  # whatever the graph raises where the model does not

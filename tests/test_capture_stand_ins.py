@@ -213,3 +213,44 @@ def test_settings_in_buffers_in_one_trace():
     with torch.no_grad():
         model.rows.add_(1)  # what is read by the graph is not baked into it
     assert torch.equal(explainer(x), model(x))
+
+
+DRAWS = {
+    "dropout": lambda m, x: F.dropout(m.a(x)),
+    "rand": lambda m, x: m.a(x) + torch.rand(8),
+    "in place": lambda m, x: m.a(x) + torch.empty(8).uniform_(1, 2),
+    "like": lambda m, x: m.a(x) + torch.randn_like(x),
+    "bernoulli": lambda m, x: m.a(x) * torch.bernoulli(torch.full((8,), 0.5)),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_are_drawn_by_each_call_and_told(name):
+    model, x = net(lambda m, x: F.relu(DRAWS[name](m, x))), batch()
+    state = torch.get_rng_state()
+    explainer = sp_fx.transform(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert any(
+        note.startswith("each call draws anew: ") and "test_capture_stand_ins.py:" in note for note in explainer.report().notes
+    )
+    results = []
+    for call in (explainer, model, explainer):
+        torch.manual_seed(len(results) // 2)
+        results.append(call(x))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+def test_no_random_numbers_are_told_of_where_none_are_drawn():
+    def forward(m, x):
+        h = F.dropout(F.dropout(m.a(x), training=m.training), 0.0)
+        return F.rrelu(F.scaled_dot_product_attention(h, h, h), training=False)
+
+    assert not sp_fx.transform(net(forward)).report().notes
+
+
+def test_tensors_that_are_no_buffers_are_not_written_over():
+    model = net(lambda m, x: F.relu(m.a(x)) + m.count.add_(1))
+    model.count = torch.zeros(1)
+    with pytest.raises(sp_fx.CaptureError, match=r"writes over a tensor of the model that is no buffer.*stand_ins.py:\d+"):
+        sp_fx.transform(model)
+    assert not model.count

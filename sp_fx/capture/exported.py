@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import keyword
 import operator
 import re
 import warnings
@@ -27,8 +28,11 @@ from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, give_own_buffers, passes
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class, take_markers
+from .symbolic import PlaceTracer
+from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
 from .tracing.regions import Regions
+from .untouched import Untouched
 
 aten = torch.ops.aten
 
@@ -61,7 +65,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
         exported.clone,
         exported.graph,
         "torch.export",
-        (*exported.notes, *exported.regions.notes()),
+        (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph)),
         exported.marked,
         exported.reference,
         examples,
@@ -91,6 +95,8 @@ class Exported:
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
         adopt_forward(self.clone)
+        if names := [n for n, _ in (*self.clone.named_modules(), *self.clone.named_parameters()) if set(n.split(".")) & WORDS]:
+            raise CaptureError(f"{names[0]} has a word of Python's own for a name, which torch.export cannot write: rename it")
         self.reference = EvalClone()(self.clone)  # the modules of the clone become identities
         give_own_buffers(self.reference)
         self.parameters = inspect.signature(self.clone.forward).parameters
@@ -102,18 +108,21 @@ class Exported:
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
         marked = calling_stand_ins(self.clone, exporting=True)
         self.regions, self.functions = Regions(), ExportedFunctions()
+        before = Untouched(model, self.clone)
         with contextlib.ExitStack() as patches:
             kept = functions_kept(self.functions.keep)
             regions = self.regions.followed()
+            patches.enter_context(before.restored())
             for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
                 patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+        self.notes += before.notes()
         if any_batch:
             self.require_any_batch(program)
         self.source = program.module(check_guards=False)
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(tracer_cls=PlaceTracer)  # by which it is unpickled: buffers stay attributes
         self.build(skeleton[0])
         self.marked = tuple(take_markers(self.graph))
         self.graph.lint()
@@ -326,6 +335,8 @@ class Exported:
 # A guard of the exported program that only says that two inputs have one batch.
 BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"
 SAME_BATCH = re.compile(f"{BATCH} == {BATCH}")
+
+WORDS = frozenset(keyword.kwlist)
 
 # Regions of a forward, and which operand is their body.
 REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}

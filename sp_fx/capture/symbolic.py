@@ -18,10 +18,12 @@ from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward, passes
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
-from .proxies import Snapshot
+from .tracing.draws import RealCalls, note_on_draws
+from .tracing.names import rename_keywords
 from .tracing.regions import Regions, carries, detach
 from .tracing.schemas import name_of, writes
 from .tracing.stand_ins import Known, StandIn, questions_answered
+from .untouched import Untouched
 
 OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -50,15 +52,18 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     parameters = inspect.signature(clone.forward).parameters
     regions = Regions()
     tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}), regions)
-    snapshot = Snapshot(clone)
+    before = Untouched(model, clone)
     try:
         fixed = fixed_arguments(clone, example)
         with contextlib.ExitStack() as patches:
+            patches.enter_context(before.restored())
             patches.enter_context(calling_stand_ins(clone))
             patches.enter_context(functions_kept(recorded_by(tracer)))
             patches.enter_context(questions_answered(tracer.known, clone))
             patches.enter_context(regions.followed())
+            patches.enter_context(RealCalls(tracer, before.tensors()))
             graph = tracer.trace(clone, concrete_args=fixed)
+        clone.__dict__.update({name: t for t, name in tracer.tensor_attrs.items() if "." not in name})  # the trace's constants
         for node, name in zip(graph.find_nodes(op="placeholder"), parameters):
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
@@ -71,22 +76,31 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
             raise tracer.known.refusals[0]
     except Exception as error:
         raise refusal(type(clone).__name__, next(iter(tracer.known.refusals), error)) from error
-    replaced = snapshot.take_off()
     for name in tracer.passed:
         clone.get_submodule(name).__dict__["forward"] = passes
-    note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    notes = [*hooks, *map(note.format, replaced), *regions.notes()]
+    notes = [*hooks, *before.notes(), *regions.notes(), *note_on_draws(graph)]
     if baked := ", ".join(tracer.known.baked):
         notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
+    notes += rename_keywords(clone, graph)
     return Capture(clone, graph, "torch.fx", tuple(notes))
 
 
 def refusal(model: str, error: Exception) -> CaptureError:
     """What to say of an error that a symbolic trace ended in, or would have without the forward."""
-    reason = "" if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__}: "
-    stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
-    said = " ".join(str(error).split())
-    return CaptureError(f"torch.fx cannot trace {model}: {reason}{said} ({blame(error)}){'' if reason else stands}")
+    said = OF_OTHERS.get(str(error), " ".join(str(error).split()))
+    if isinstance(error, fx.proxy.TraceError):
+        stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
+        return CaptureError(f"torch.fx cannot trace {model}: {said} ({blame(error)}){stands}")
+    kind = "" if str(error) in OF_OTHERS else f"{type(error).__name__}: "
+    return CaptureError(f"torch.fx cannot trace {model}: {kind}{said} ({blame(error)})")
+
+
+# What torch.fx says of modules and parameters that it does not find in the model.
+REGISTER = "make it an attribute of one of the model's modules, or put it into a ModuleList or a ParameterList"
+OF_OTHERS = {
+    "module is not installed as a submodule": f"the forward calls a module that is none of the model's: {REGISTER}",
+    "parameter is not a member of this module": f"the forward uses a parameter that is none of the model's: {REGISTER}",
+}
 
 
 class PlaceTracer(fx.Tracer):
