@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import fx, nn
 
 from .capture.arguments import bound
 from .capture.capture import Capture, CaptureError, tracing
-from .capture.clone import NOT_RUN, EvalClone
+from .capture.clone import NOT_RUN, EvalClone, traceable
 from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
 from .explainer import Explainer
@@ -85,7 +86,8 @@ def transform(
         raise ValueError("tracer='export' follows the forward on an example: pass example_inputs")
     with tracing, torch.inference_mode(False):
         rules = Rules() if rules is None else rules
-        example = None if example_inputs is None else bound(model, example_inputs)
+        inner = traceable(model)
+        example = None if example_inputs is None else bound(inner, example_inputs)
         made = rewritten(model, rules, tracer, example, verify)
         rules.check_places(made.report.sites)
         modules, graph, report, compare = finished(made, rules, tracer, output, verify)
@@ -255,7 +257,9 @@ def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> No
     modules = dict(clone.named_modules(remove_duplicate=False))
     for path, owner in module.named_modules(remove_duplicate=False):
         head, dot, rest = path.partition(".")
-        own = modules.get(renamed.get(head, head) + dot + rest)
+        names = (renamed.get(head, head) + dot + rest).split(".")
+        plain = [name[:-1] if keyword.iskeyword(name[:-1]) else name for name in names]  # `class_` where it had to be renamed
+        own = modules.get(".".join(names), modules.get(".".join(plain)))
         for table in ("_parameters", "_buffers") if own is not None else ():
             now = getattr(owner, table)
             getattr(own, table).update({name: now[name] for name in getattr(own, table) if name in now})

@@ -3,6 +3,7 @@
 import copy
 import functools
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -42,7 +43,8 @@ def test_compiled_and_parallel_models_are_unwrapped():
     model = Shared().eval()
     x = torch.randn(1, 3, 8, 8)
     for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
-        assert torch.equal(sp_fx.transform(wrapped)(x), model(x))
+        for options in ({}, {"example_inputs": x}, {"example_inputs": {"x": x}}):
+            assert torch.equal(sp_fx.transform(wrapped, **options)(x), model(x))
     inner = nn.Sequential(torch.compile(model), nn.ReLU())
     assert sp_fx.transform(inner).report().sites[0].place == "0.act"
 
@@ -119,3 +121,84 @@ def test_hooks_that_do_not_run_are_told():
     told = " ".join(explainer.report().notes)
     assert sp_fx.check(explainer, torch.randn(2, 4), model=model)["forward"].verdict == "FAILED"
     assert "the hook of 0, " in told and "triple, does not run" in told and "the model's own hook" in told
+
+
+class Act:
+    """A callable of a plain class that holds the model."""
+
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __call__(self, x):
+        return self.owner.lin(x).relu() * self.owner.scale
+
+
+class Slots:
+    __slots__ = ("layer",)
+
+
+def doubling(layer):
+    return lambda x, again=layer: again(layer(x)).relu()
+
+
+HOLDERS = {
+    "a closure": lambda m: lambda x: m.lin(x).relu() * m.scale,
+    "a closure over a layer, and a default": lambda m: doubling(m.lin),
+    "a closure over a closure": lambda m: (lambda inner: lambda x: inner(x) * 2)(lambda x: m.lin(x).relu()),
+    "a closure that calls itself": lambda m: recursive(m),
+    "an object": Act,
+    "a method of an object": lambda m: Act(m).__call__,
+    "objects in a list": lambda m: (lambda acts: lambda x: acts[0](acts[1](x)))([Act(m), Act(m)]),
+    "a partial": lambda m: functools.partial(lambda act, x: act(x), Act(m)),
+    "slots": lambda m: (lambda held: setattr(held, "layer", m.lin) or (lambda x: held.layer(x).relu()))(Slots()),
+    "a weak reference": lambda m: (lambda ref: lambda x: ref().lin(x).relu())(weakref.ref(m)),
+    "a compiled function": lambda m: torch.compile(m.method),
+}
+
+
+def recursive(m):
+    def apply(x, times=2):
+        return apply(m.lin(x).relu(), times - 1) if times else x
+
+    return apply
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_what_holds_the_model_holds_the_clone(name):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin, self.scale = nn.Linear(4, 4), nn.Parameter(torch.tensor(2.0))
+
+        def method(self, x):
+            return self.lin(x).relu() * self.scale
+
+        def forward(self, x):
+            return self.function(x) * (2 if self.training else 1)
+
+    model, x = Net().eval(), torch.randn(2, 4)
+    model.function = HOLDERS[name](model)
+    expected = (HOLDERS[name](model) if name != "a compiled function" else model.method)(x)
+    explainer = sp_fx.transform(model.train(), tracer="fx")
+    assert torch.equal(explainer(x), expected)
+    with torch.no_grad():
+        model.lin.weight.mul_(2)
+    updated = (model.method if name == "a compiled function" else model.function)(x)
+    assert torch.equal(explainer(x), updated) and not torch.equal(updated, expected)  # the weights are the model's
+    assert explainer.double()(x.double()).dtype == torch.float64 and model.lin.weight.dtype == torch.float32
+    assert all(site.status == "rewritten" for site in explainer.report().sites)
+
+
+def test_modules_that_are_none_of_the_models_are_named_as_such():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = [nn.Linear(4, 4)]  # in a list: registered nowhere
+
+        def forward(self, x):
+            return self.layers[0](x).relu()
+
+    with pytest.raises(
+        sp_fx.CaptureError, match=r"calls a module that is none of the model's: make it.*test_capture_clone.py:\d+"
+    ):
+        sp_fx.transform(Net())

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import threading
 import types
 import warnings
@@ -126,9 +127,16 @@ def test_forwards_set_on_instances_are_the_ones_traced():
     explainer = sp_fx.transform(outer)
     assert torch.equal(explainer(x), outer(x))
     assert [s.kind for s in explainer.report().of("rewritten")] == ["silu", "relu"]
-    outer.forward = lambda x: x
-    with pytest.raises(sp_fx.CaptureError, match="subclass it instead"):
-        sp_fx.transform(outer)
+    outer.forward = lambda x: outer[0](x) * 3  # which calls the clone's own
+    assert torch.equal(sp_fx.transform(outer)(x), outer(x))
+    outer.forward = functools.update_wrapper(functools.partial(thrice, outer), model.forward)
+    for tracer in ("fx", "export"):
+        assert torch.equal(sp_fx.transform(outer, tracer=tracer, example_inputs=x)(x), outer(x))
+
+
+def thrice(module, *args, scale=1.0, **kwargs):
+    """As libraries put forwards in place: with the module in front, and the signature of what was there."""
+    return module[0](*args, **kwargs) * 3 * scale
 
 
 @torch.fx.wrap
@@ -175,16 +183,18 @@ def test_leaves_that_may_hide_gates_are_listed():
 
 @pytest.mark.parametrize("bad", [3, "resnet50", torch.relu, None])
 def test_what_is_no_module_is_refused(bad):
-    with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
-        sp_fx.transform(bad)
+    for options in ({}, {"example_inputs": torch.ones(2)}, {"example_inputs": torch.ones(2), "tracer": "export"}):
+        with pytest.raises(TypeError, match=r"expected a torch.nn.Module"):
+            sp_fx.transform(bad, **options)
 
 
 def test_models_without_source_and_explainers_are_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scripting is deprecated
         scripted = torch.jit.script(nn.ReLU())
-    with pytest.raises(TypeError, match="no Python source"):
-        sp_fx.transform(scripted)
+    for options in ({}, {"example_inputs": torch.ones(2)}, {"example_inputs": torch.ones(2), "tracer": "export"}):
+        with pytest.raises(TypeError, match="no Python source"):
+            sp_fx.transform(scripted, **options)
     with pytest.raises(TypeError, match="got an Explainer"):
         sp_fx.transform(sp_fx.transform(nn.ReLU()))
     with pytest.raises(TypeError, match="lazy"):
@@ -244,3 +254,25 @@ def test_outputs_stay_of_their_kind():
     for kind in kinds:
         explainer, x = sp_fx.transform(Net(kind)), torch.randn(3, 4)
         assert type(explainer(x)) is kind and explainer.pullback(x, 1).shape == x.shape
+
+
+def test_names_that_are_words_of_python():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            branches = nn.ModuleDict({"if": nn.Linear(4, 3), "pass": nn.Sequential(nn.Linear(4, 3), nn.ReLU())})
+            self.heads = nn.ModuleDict({"class": branches, "box": nn.Linear(4, 3), "class_": nn.Identity()})
+            self.register_parameter("lambda", nn.Parameter(torch.rand(4)))
+
+        def forward(self, x):
+            h = self.heads["class_"](self.layer(x).relu() * getattr(self, "lambda"))
+            return self.heads["class"]["if"](h) + self.heads["class"]["pass"](h) + self.heads["box"](h)
+
+    model, x = Net(), torch.randn(2, 4)
+    explainer = sp_fx.transform(model, example_inputs=x)
+    with pytest.raises(sp_fx.CaptureError, match=r"heads.class has a word of Python's own.*rename it"):
+        sp_fx.transform(model, tracer="export", example_inputs=x)
+    assert torch.equal(explainer(x), model(x)) and explainer.pullback(x, 1, wrt="heads.class__.pass_").shape == (2, 3)
+    assert "the model's heads.class.if is called heads.class__.if_ here" in " ".join(explainer.report().notes)
+    assert list(model.heads) == ["class", "box", "class_"] and isinstance(model.heads["class"]["if"], nn.Linear)

@@ -35,7 +35,7 @@ def blame(error: BaseException) -> str:
     place, step = "no Python line", error.__traceback__
     while step is not None:
         file = step.tb_frame.f_code.co_filename
-        if "/torch/" not in file and Path(file).parent != Path(__file__).parent:
+        if "/torch/" not in file and not Path(file).is_relative_to(Path(__file__).parent):
             place = f"{file}:{step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
         step = step.tb_next
     return place

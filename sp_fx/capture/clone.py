@@ -8,12 +8,15 @@ Nothing done to the clone reaches the model, while a later in-place update of th
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import functools
+import inspect
 import sys
 import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -26,13 +29,45 @@ from .capture import CaptureError
 
 
 def adopt_forward(clone: nn.Module) -> None:
-    """Make a forward that was set on the instance the class's, which is the one that torch.fx traces."""
+    """Make a forward that was set on the instance the class's, which is the one that torch.fx traces: a method, or what a library
+    has put there, such as `functools.partial(new_forward, module)`.
+
+    Raises:
+        CaptureError: what was put there does not say what it takes.
+    """
     own = clone.__dict__.pop("forward", None)
     if own is None:
         return
-    if not isinstance(own, types.MethodType) or own.__self__ is not clone:
-        raise CaptureError(f"the model's forward was replaced by {own!r}, which is not a method of it: subclass it instead")
-    clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": own.__func__, "__module__": type(clone).__module__})
+    if isinstance(own, types.MethodType) and own.__self__ is clone:
+        forward = own.__func__
+    else:
+        try:
+            forward = calling(REPLACED, inspect.signature(own))
+            clone.__dict__[REPLACED] = own  # an attribute, so that a clone of the clone has its own
+        except (TypeError, ValueError) as error:
+            kind = type(own).__name__
+            raise CaptureError(f"the model's forward was replaced by a {kind} whose arguments are not known: {error}") from None
+    clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": forward, "__module__": type(clone).__module__})
+
+
+REPLACED = "_replaced_forward"
+
+
+def calling(attribute: str, signature: inspect.Signature) -> Callable:
+    """A method that takes what `signature` says, in its code, where torch.fx reads it, and calls an attribute with it."""
+    head, call, bare = ["self_"], [], False
+    for name, p in signature.parameters.items():
+        star = "*" if p.kind is p.VAR_POSITIONAL else "**" if p.kind is p.VAR_KEYWORD else ""
+        bare |= p.kind is p.VAR_POSITIONAL
+        if p.kind is p.KEYWORD_ONLY and not bare:
+            head, bare = [*head, "*"], True
+        default = "" if p.default is p.empty else f"=defaults_[{name!r}]"
+        head.append(f"{star}{name}{default}")
+        call.append(f"{name}={name}" if p.kind is p.KEYWORD_ONLY else f"{star}{name}")
+    space: dict[str, Any] = {"defaults_": {n: p.default for n, p in signature.parameters.items()}}
+    exec(f"def forward({', '.join(head)}):\n    return self_.{attribute}({', '.join(call)})", space)
+    space["forward"].__annotations__ = {n: p.annotation for n, p in signature.parameters.items() if p.annotation is not p.empty}
+    return space["forward"]
 
 
 def give_own_buffers(clone: nn.Module) -> None:
@@ -47,22 +82,24 @@ class EvalClone:
     def __init__(self) -> None:
         self.clones: dict[int, Any] = {}
         self.kept: list[Any] = []  # an id is only good while its object lives
+        self.reached: Reached | None = None
+        self.attribute = ""  # the one that is rebound, for messages
 
     def __call__(self, module: nn.Module) -> nn.Module:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}")
-        module = unwrapped(module)
-        if isinstance(module, torch.jit.ScriptModule):
-            kind = type(module).__name__
-            raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
+        module = traceable(module)
         if type(module).__module__.startswith(QUANTISED):
             raise CaptureError(f"a quantised {type(module).__name__} has no derivative: transform the model before quantisation")
+        if self.reached is None:
+            self.reached = Reached(module)
         if id(module) not in self.clones:
             clone = object.__new__(type(module))  # not by GraphModule.__new__, which makes a class without a forward
             self.clones[id(module)] = clone
             self.kept.append(module)
             state = {name: value for name, value in module.__dict__.items() if name not in REGISTRIES}
-            clone.__dict__.update({**nn.Module().__dict__, **{name: self.rebind(value) for name, value in state.items()}})
+            clone.__dict__.update(nn.Module().__dict__)
+            for name, value in state.items():
+                self.attribute = f"{type(module).__name__}.{name}"
+                clone.__dict__[name] = self.rebind(value)
             clone.__dict__["training"] = False
             clone.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
             clone.__dict__["_parameters"] = {name: self.tensor(p) for name, p in module._parameters.items()}
@@ -92,27 +129,96 @@ class EvalClone:
                 return self(value)
             case Tensor():
                 return self.tensor(value)
-            case types.MethodType() if isinstance(value.__self__, nn.Module):
-                return types.MethodType(value.__func__, self(value.__self__))
+            case types.MethodType() if self.is_or_reaches(value.__self__):
+                return types.MethodType(value.__func__, self.rebind(value.__self__))
             case functools.partial():
-                return functools.partial(self.rebind(value.func), *map(self.rebind, value.args), **self.rebind(value.keywords))
+                own = functools.partial(self.rebind(value.func), *map(self.rebind, value.args), **self.rebind(value.keywords))
+                own.__dict__.update({name: self.rebind(item) for name, item in value.__dict__.items()})
+                return own
             case tuple() if hasattr(value, "_fields"):
                 return type(value)(*map(self.rebind, value))
-            case list() | tuple() | set() if type(value) in (list, tuple, set):
+            case tuple() | set() | frozenset() if type(value) in (tuple, set, frozenset):
                 return type(value)(map(self.rebind, value))
-            case collections.deque():
-                return collections.deque(map(self.rebind, value), value.maxlen)
+            case list() | collections.deque() if type(value) in (list, collections.deque):
+                again: Any = [] if isinstance(value, list) else collections.deque(maxlen=value.maxlen)
+                self.clones[id(value)] = again  # which may have itself inside
+                self.kept.append(value)
+                again.extend(map(self.rebind, value))
+                return again
             case dict():
                 return self.refilled(value, lambda own: own, value)
         fields = dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "__dict__")
-        return self.refilled(value, vars, vars(value)) if fields or isinstance(value, types.SimpleNamespace) else value
+        if fields or isinstance(value, types.SimpleNamespace):
+            return self.refilled(value, vars, vars(value))
+        return self.of_tree(value) if self.reached is not None and self.reached(value) else value
+
+    def is_or_reaches(self, value: Any) -> bool:
+        return isinstance(value, nn.Module) or (self.reached is not None and self.reached(value))
 
     def refilled(self, value: Any, inside: Callable[[Any], dict], members: dict) -> Any:
-        """Returns a copy of a container of whatever kind, filled with its members' clones; a container may have itself inside."""
-        self.clones[id(value)] = own = copy.copy(value)
-        self.kept.append(value)
-        inside(own).update({key: self.rebind(item) for key, item in members.items()})
+        """Returns a copy of a container of whatever kind, filled with its members' clones; a container may have itself inside.
+
+        One that refuses to be copied or filled stays as it is, if no module of the model is in it.
+        """
+        try:
+            self.clones[id(value)] = own = copy.copy(value)
+            self.kept.append(value)
+            inside(own).update({key: self.rebind(item) for key, item in members.items()})
+        except CaptureError:
+            raise
+        except Exception as error:  # whatever a class of its own does with the methods of a dictionary
+            if self.is_or_reaches(value):
+                raise self.refusal(value, error) from error
+            own = self.clones[id(value)] = value
         return own
+
+    def of_tree(self, value: Any) -> Any:
+        """Returns a copy of what holds modules of the model: a function in whose closure they are, an object of a plain class."""
+        if isinstance(value, types.FunctionType):
+            return self.function(value)
+        if isinstance(value, weakref.ref):
+            return weakref.ref(self.rebind(value()))
+        if isinstance(value, types.MappingProxyType):
+            return types.MappingProxyType(self.rebind(dict(value)))
+        try:
+            self.clones[id(value)] = own = object.__new__(type(value))  # no code of the class runs
+            self.kept.append(value)
+            for name, item in attributes(value).items():
+                object.__setattr__(own, name, self.rebind(item))
+        except (TypeError, AttributeError) as error:  # a class in C, or a subclass of one
+            raise self.refusal(value, error) from error
+        return own
+
+    def function(self, function: types.FunctionType) -> Any:
+        """Returns `function` with the clones of what is in its closure, its defaults and its attributes."""
+        if (compiled := function.__dict__.get("_torchdynamo_orig_callable")) is not None:
+            return self.rebind(compiled)
+        cells = []
+        for cell in function.__closure__ or ():
+            if id(cell) not in self.clones:
+                self.clones[id(cell)] = types.CellType()
+                self.kept.append(cell)
+            cells.append(self.clones[id(cell)])
+        code, space, name = function.__code__, function.__globals__, function.__name__
+        self.clones[id(function)] = own = types.FunctionType(code, space, name, None, tuple(cells) or None)
+        self.kept.append(function)
+        for cell, of_model in zip(cells, function.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # an empty cell
+                cell.cell_contents = self.rebind(of_model.cell_contents)
+        own.__defaults__, own.__kwdefaults__ = self.rebind(function.__defaults__), self.rebind(function.__kwdefaults__)
+        own.__dict__.update({name: self.rebind(item) for name, item in function.__dict__.items()})
+        own.__qualname__, own.__module__, own.__annotations__ = (
+            function.__qualname__,
+            function.__module__,
+            function.__annotations__,
+        )
+        return own
+
+    def refusal(self, value: Any, error: Exception) -> CaptureError:
+        """The error where an object that holds modules of the model cannot be copied: a clone would use the model's own."""
+        kind = type(value).__name__
+        text = f"the model's {self.attribute} holds modules of the model in a {kind}, which cannot be copied ({error})"
+        return CaptureError(f"{text}: hold them as attributes of the model, or pass them to the call")
 
     def hooks_left(self, model: nn.Module) -> list[str]:
         """Compute for the clone the weights that hooks of `model` compute; returns notes on these hooks, and on the others,
@@ -142,6 +248,74 @@ class EvalClone:
         return clone
 
 
+class Reached:
+    """Which objects hold modules, parameters or buffers of a model, however deep.
+
+    Objects of Python's own classes, optimisers, and objects with a finaliser are taken to hold none, since they are not copied.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
+        self.members = {id(model), *map(id, model.modules()), *map(id, tensors)}
+        self.free: dict[int, Any] = {}  # objects that hold none
+
+    def __call__(self, value: Any) -> bool:
+        seen, queue = {id(value): value}, [value]
+        while queue:
+            at = queue.pop()
+            if id(at) in self.members or isinstance(at, nn.Module):
+                if id(at) in self.members:
+                    return True
+                continue
+            for item in () if hasattr(type(at), "__del__") else held(at):
+                if id(item) not in seen and id(item) not in self.free:
+                    seen[id(item)] = item
+                    queue.append(item)
+        self.free |= seen
+        return False
+
+
+def held(value: Any) -> Iterable[Any]:
+    """What an object holds: the items of a container, the attributes of an object, the closure of a function."""
+    match value:
+        case str() | int() | float() | Tensor() | type() | types.ModuleType() | None:
+            return ()
+        case dict() | types.MappingProxyType():
+            return [*value.values(), *attributes(value).values()]
+        case list() | tuple() | set() | frozenset() | collections.deque():
+            return [*value, *attributes(value).values()]
+        case types.MethodType():
+            return (value.__self__, value.__func__)
+        case functools.partial():
+            return (value.func, *value.args, *value.keywords.values(), *value.__dict__.values())
+        case weakref.ref():
+            return (value(),)
+        case types.FunctionType():
+            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
+            return (*cells, value.__defaults__, value.__kwdefaults__, *value.__dict__.values())
+    return attributes(value).values()
+
+
+def is_open(value: Any) -> bool:
+    """Whether an object's attributes are looked at: it is of a class that a program has written."""
+    module = type(value).__module__
+    if isinstance(value, types.SimpleNamespace | collections.UserDict | collections.UserList):
+        return True
+    return module.partition(".")[0] not in PYTHONS and not module.startswith(("torch.optim", "numpy"))
+
+
+PYTHONS = sys.stdlib_module_names - {"__main__"}
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object that is open, in its `__dict__` or its slots."""
+    if not is_open(value):
+        return {}
+    slots = [name for base in type(value).__mro__ for name in (base.__dict__.get("__slots__") or ()) if isinstance(name, str)]
+    own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
+    return {**own, **getattr(value, "__dict__", {})}
+
+
 NOT_RUN = "does not run: if it changes anything, the outputs are not the model's"
 FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
 
@@ -151,6 +325,21 @@ WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 def weight_of(hook: Any) -> str:
     return str(getattr(hook, "name", None) or hook._tensor_name)
+
+
+def traceable(module: Any) -> nn.Module:
+    """The module inside its wrappers.
+
+    Raises:
+        TypeError: it is no module, or one that has no Python source.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}")
+    module = unwrapped(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        kind = type(module).__name__
+        raise TypeError(f"got a {kind}, which has no Python source to trace: pass the module it was scripted from")
+    return module
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

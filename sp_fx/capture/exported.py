@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import keyword
 import operator
 import re
 import warnings
@@ -19,13 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
+from ..gates.autocast import Region
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame
 from .clone import EvalClone, adopt_forward
-from .kept_functions import calling_stand_ins
+from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
+from .symbolic import PlaceTracer
+from .tracing.draws import note_on_draws
+from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
+from .tracing.regions import Regions
+from .untouched import Untouched
 
 aten = torch.ops.aten
 
@@ -53,8 +61,8 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
         exported = Exported(model, with_batch(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
-    modules = with_marks(exported.clone, exported.paths)
-    return Capture(modules, exported.reference, exported.graph, "torch.export", tuple(exported.notes))
+    notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
+    return Capture(with_marks(exported.clone, exported.paths), exported.reference, exported.graph, "torch.export", notes)
 
 
 def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
@@ -80,6 +88,8 @@ class Exported:
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
         adopt_forward(self.clone)
+        if names := [n for n, _ in (*self.clone.named_modules(), *self.clone.named_parameters()) if set(n.split(".")) & WORDS]:
+            raise CaptureError(f"{names[0]} has a word of Python's own for a name, which torch.export cannot write: rename it")
         self.reference = EvalClone()(self.clone)
         self.parameters = inspect.signature(self.clone.forward).parameters
         self.arguments, self.notes = dict(arguments), hooks
@@ -88,15 +98,24 @@ class Exported:
         self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
-        marked, marks = calling_stand_ins(self.clone, exporting=True), marking(self.clone)
-        with all_require_grad(self.clone), marked, marks as self.entries, torch.enable_grad(), quiet, warnings.catch_warnings():
+        marked = calling_stand_ins(self.clone, exporting=True)
+        self.regions, self.functions = Regions(), ExportedFunctions()
+        before = Untouched(model, self.clone)
+        with contextlib.ExitStack() as patches:
+            kept = functions_kept(self.functions.keep)
+            regions = self.regions.followed()
+            self.entries = patches.enter_context(marking(self.clone))
+            patches.enter_context(before.restored())
+            for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
+                patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+        self.notes += before.notes()
         if any_batch:
             self.require_any_batch(program)
         self.source = program.module(check_guards=False)
-        self.graph = fx.Graph()
+        self.graph = fx.Graph(tracer_cls=PlaceTracer)  # by which it is unpickled: buffers stay attributes
         self.build(skeleton[0])
         self.graph.lint()
 
@@ -174,8 +193,9 @@ class Exported:
         descend(value, node)
         return tensors
 
-    def inline(self, source: fx.GraphModule, env: dict[fx.Node, Any]) -> Any:
-        """Copy the nodes of `source`, whose placeholders are in `env`, into the graph; returns its output."""
+    def inline(self, source: fx.GraphModule, env: dict[fx.Node, Any], autocast: Region = ()) -> Any:
+        """Copy the nodes of `source`, whose placeholders are in `env`, into the graph; returns its output. Its nodes have the
+        `autocast` that they are under in `meta`."""
         for node in source.graph.nodes:
             if node.op == "output":
                 return fx.map_arg(node.args[0], env.__getitem__)
@@ -187,19 +207,46 @@ class Exported:
                 at = REGIONS[node.target.name()]
                 body = getattr(source, node.args[at].target)
                 inner = dict(zip(body.graph.find_nodes(op="placeholder"), fx.map_arg(node.args[at + 1 :], env.__getitem__)))
-                result = self.inline(body, inner)
-                if node.target.name() == "wrap_with_set_grad_enabled" and not node.args[0]:
-                    result = fx.map_arg(result, lambda n: self.graph.call_function(aten.detach.default, (n,)))
-                env[node] = result
+                if node.target.name() == "wrap_with_autocast":
+                    device, dtype, enabled = node.args[:3]
+                    of_others = tuple(r for r in autocast if r[0] != device)
+                    env[node] = self.inline(body, inner, (*of_others, (device, dtype, enabled)))
+                else:
+                    result = self.inline(body, inner, autocast)
+                    env[node] = result if node.args[0] else fx.map_arg(result, self.stopped)
             elif node.target is operator.getitem and not isinstance(env.get(node.args[0]), fx.Node):
                 env[node] = env[node.args[0]][node.args[1]]  # of a region's outputs
+            elif node.target is aten.detach_.default:
+                env[node] = env[node.args[0]] = self.stopped(env[node.args[0]])
             elif node.target in NO_OPS:
                 env[node] = env[node.args[0]]
             elif node.target not in ASSERTIONS:
-                env[node] = self.graph.node_copy(node, env.__getitem__)
                 calls, meta = self.calls(node), {key: node.meta.get(key) for key in ("val", "stack_trace")}
-                env[node].meta = {**meta, "calls": calls, "nn_module_stack": dict(calls)}
+                meta = {**meta, "calls": calls, "nn_module_stack": dict(calls), "autocast": autocast}
+                if node.target is torch.ops.sp_fx.applied.default:
+                    env[node] = self.applied(CALLS[node.args[1]], fx.map_arg(node.args[0], env.__getitem__), meta)
+                else:
+                    env[node] = self.graph.node_copy(node, env.__getitem__)
+                    env[node].meta = meta
         return None
+
+    def applied(self, call: Call, tensors: Any, meta: dict[str, Any]) -> list[fx.Node]:
+        """Adds a call of an `autograd.Function`; returns the nodes of the tensors that it returns."""
+        args, kwargs = placed(call.arguments, tensors)
+        node = self.graph.call_function(applied, (name_of_class(call.cls), *args), kwargs)
+        node.meta = {**meta, "val": None}
+        parts = [node]
+        if not isinstance(call.outputs, Slot):
+            at = [i for i, output in enumerate(call.outputs) if isinstance(output, Slot)]
+            parts = [self.graph.call_function(operator.getitem, (node, i)) for i in at]
+        for part, value in zip(parts, meta["val"]):
+            part.meta = {**meta, "val": value}
+        return parts
+
+    def stopped(self, node: fx.Node) -> fx.Node:
+        """Returns what `node` is without its gradient."""
+        self.regions.stop(node)
+        return self.graph.call_function(aten.detach.default, (node,))
 
     def attribute(self, source: fx.GraphModule, node: fx.Node) -> fx.Node | None:
         """Returns a node for a tensor or a subgraph of `source`, which is added to the clone where the clone has none of that
@@ -256,9 +303,11 @@ class Exported:
 BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"
 SAME_BATCH = re.compile(f"{BATCH} == {BATCH}")
 
-# Regions of a forward, and which operand is their body. Where the explainer is called under autocast, they are under it too.
+WORDS = frozenset(keyword.kwlist)
+
+# Regions of a forward, and which operand is their body.
 REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
-NO_OPS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default, aten.alias.default)
+NO_OPS = (aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.alias.default)
 
 ASSERTIONS = (
     *(aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default),
@@ -267,11 +316,23 @@ ASSERTIONS = (
 
 
 def opened(node: fx.Node) -> bool:
-    """Whether a node is a region whose body can be copied into the graph: not that of an autocast that is on, which changes
-    what is computed."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator) or node.target.name() not in REGIONS:
-        return False
-    return node.target.name() != "wrap_with_autocast" or not node.args[2]
+    """Whether a node is a region, whose body is copied into the graph."""
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in REGIONS
+
+
+@contextlib.contextmanager
+def data_detached() -> Iterator[None]:
+    """While it lasts `h.data` of what an export follows is `h.detach()`: an export sees no call in it, and fails."""
+    own: Any = torch._C.TensorBase.data
+
+    def read(t: Tensor) -> Tensor:
+        return t.detach() if isinstance(t, FakeTensor) and not isinstance(t, nn.Parameter) else own.__get__(t)
+
+    torch.Tensor.data = property(read, own.__set__)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.data
 
 
 @contextlib.contextmanager

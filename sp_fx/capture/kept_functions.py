@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..containers import decoded, rebuilt
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
@@ -44,19 +45,19 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
-    """While it lasts an `autograd.Function` is one call of the trace, which would otherwise go into its forward and lose its
-    backward without a word."""
-    inherited = torch.autograd.Function.__dict__["apply"]
+def functions_kept(keep: Callable[[Any, tuple, dict], Any]) -> Iterator[None]:
+    """While it lasts an `autograd.Function` is what `keep(class, args, kwargs)` returns in this thread, where that is not None: a
+    trace would go into its forward and lose its backward without a word. A checkpoint is the function that it is to call."""
+    inherited, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        leaves: list[Any] = []
         if threading.get_ident() == thread:
-            rebuilt((args, kwargs), leaves.append)
-        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-            name = f"{cls.__module__}:{cls.__qualname__}"
-            APPLIED[name] = cls
-            return tracer.create_proxy("call_function", applied, (name, *args), kwargs)
+            if cls is CheckpointFunction:
+                return args[0](*args[2:])
+            if cls.__module__ == CheckpointFunction.__module__:  # which holds the arguments of the other kind of checkpoint
+                return torch.empty(0)
+            if (kept := keep(cls, args, kwargs)) is not None:
+                return kept
         return inherited.__get__(None, cls)(*args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
@@ -64,6 +65,26 @@ def functions_recorded(tracer: fx.Tracer, thread: int) -> Iterator[None]:
         yield
     finally:
         torch.autograd.Function.apply = inherited
+
+
+def recorded_by(tracer: fx.Tracer) -> Callable[[Any, tuple, dict], Any]:
+    """What keeps a function in a symbolic trace: one call of the trace, of a function with a stand-in among its arguments."""
+
+    def keep(cls: Any, args: tuple, kwargs: dict) -> Any:
+        leaves: list[Any] = []
+        rebuilt((args, kwargs), leaves.append)
+        if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return None
+        return tracer.create_proxy("call_function", applied, (name_of_class(cls), *args), kwargs)
+
+    return keep
+
+
+def name_of_class(cls: Any) -> str:
+    """The name of an `autograd.Function` in `APPLIED`, where it is from now on."""
+    name = f"{cls.__module__}:{cls.__qualname__}"
+    APPLIED[name] = cls
+    return name
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,15 @@ from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame
-from .clone import EvalClone, adopt_forward, give_own_buffers
-from .kept_functions import call_by_name, calling_stand_ins, functions_recorded
+from .clone import EvalClone, adopt_forward
+from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
 from .passed import shown, taken_apart, with_marks
-from .proxies import Snapshot
+from .tracing.draws import RealCalls, note_on_draws
+from .tracing.names import rename_keywords
+from .tracing.regions import Regions, carries, detach
+from .tracing.schemas import name_of, writes
+from .tracing.stand_ins import Known, StandIn, questions_answered
+from .untouched import Untouched
 
 OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
@@ -41,27 +47,27 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
         TypeError: `model` is not an `nn.Module`, or one that has no Python source to trace.
         CaptureError: control flow that depends on values, and whatever else symbolic tracing refuses.
     """
-    try:
-        return traced_by(model, example, PlaceTracer(buffers=True))
-    except CaptureError:  # perhaps since the forward reads a setting from a buffer
-        return traced_by(model, example, PlaceTracer(buffers=False))
-
-
-def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: PlaceTracer) -> Capture:
     clones = EvalClone()
     clone = clones(model)
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
     reference = EvalClone()(clone)
-    snapshot = Snapshot(clone)
-    if not tracer.proxy_buffer_attributes:  # what the forward writes over them, it writes as it is traced
-        give_own_buffers(clone)
-    versions = {n: (b, b._version) for n, b in clone.named_buffers()}
+    parameters = inspect.signature(clone.forward).parameters
+    regions = Regions()
+    tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}), regions)
+    before = Untouched(model, clone)
     try:
         fixed = fixed_arguments(clone, example)
-        with calling_stand_ins(clone), functions_recorded(tracer, tracer.thread):
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(before.restored())
+            patches.enter_context(calling_stand_ins(clone))
+            patches.enter_context(functions_kept(recorded_by(tracer)))
+            patches.enter_context(questions_answered(tracer.known, clone))
+            patches.enter_context(regions.followed())
+            patches.enter_context(RealCalls(tracer, before.tensors()))
             graph = tracer.trace(clone, concrete_args=fixed)
-        for node, name in zip(graph.find_nodes(op="placeholder"), inspect.signature(clone.forward).parameters):
+        clone.__dict__.update({name: t for t, name in tracer.tensor_attrs.items() if "." not in name})  # the trace's constants
+        for node, name in zip(graph.find_nodes(op="placeholder"), parameters):
             if name in fixed:
                 node.target = name  # fx numbers the arguments that it fixes
         for node in graph.find_nodes(op="call_function", target=torch._assert):
@@ -69,25 +75,46 @@ def traced_by(model: nn.Module, example: Mapping[str, Any] | None, tracer: Place
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
         inline_wrapped(graph)
         call_by_name(graph)
-        written = [n for n, (b, version) in versions.items() if b._version != version]
-        if written:
-            raise RuntimeError(f"the forward writes over {', '.join(written)} and reads it as a constant")
+        if tracer.known.refusals:  # which the forward has caught, and taken another path
+            raise tracer.known.refusals[0]
     except Exception as error:
-        raise CaptureError(
-            f"torch.fx cannot trace {type(clone).__name__}: {error} ({blame(error)}). Its trace stands for all inputs, so the "
-            "forward may not branch on the values or shapes of tensors"
-        ) from error
-    replaced = snapshot.take_off()
-    note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
-    return Capture(with_marks(clone, tracer.passed), reference, graph, "torch.fx", (*hooks, *map(note.format, replaced)))
+        raise refusal(type(clone).__name__, next(iter(tracer.known.refusals), error)) from error
+    notes = [*hooks, *before.notes(), *regions.notes(), *note_on_draws(graph)]
+    if baked := ", ".join(tracer.known.baked):
+        notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
+    notes += rename_keywords(clone, graph)
+    return Capture(with_marks(clone, tracer.passed), reference, graph, "torch.fx", tuple(notes))
+
+
+def refusal(model: str, error: Exception) -> CaptureError:
+    """What to say of an error that a symbolic trace ended in, or would have without the forward."""
+    said = OF_OTHERS.get(str(error), " ".join(str(error).split()))
+    if isinstance(error, fx.proxy.TraceError):
+        stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
+        return CaptureError(f"torch.fx cannot trace {model}: {said} ({blame(error)}){stands}")
+    kind = "" if str(error) in OF_OTHERS else f"{type(error).__name__}: "
+    return CaptureError(f"torch.fx cannot trace {model}: {kind}{said} ({blame(error)})")
+
+
+# What torch.fx says of modules and parameters that it does not find in the model.
+REGISTER = "make it an attribute of one of the model's modules, or put it into a ModuleList or a ParameterList"
+OF_OTHERS = {
+    "module is not installed as a submodule": f"the forward calls a module that is none of the model's: {REGISTER}",
+    "parameter is not a member of this module": f"the forward uses a parameter that is none of the model's: {REGISTER}",
+}
 
 
 class PlaceTracer(fx.Tracer):
     """Symbolic tracing that opens gating modules and marks every module that it went through."""
 
-    def __init__(self, buffers: bool = True) -> None:
+    known: Known
+
+    def __init__(self, known: Known | None = None, regions: Regions | None = None) -> None:  # none for an unpickled graph
         super().__init__()
-        self.proxy_buffer_attributes = buffers
+        self.regions = regions
+        if known is not None:
+            self.known = known
+        self.proxy_buffer_attributes = True
         self.passed: dict[str, None] = {}
         self.record_stack_traces = True
         self.thread = threading.get_ident()
@@ -98,8 +125,54 @@ class PlaceTracer(fx.Tracer):
         opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if "known" not in self.__dict__:
+            self.known = Known(root, None, {})
+        return super().trace(root, concrete_args)
+
+    def proxy(self, node: fx.Node) -> StandIn:
+        return StandIn(node, self)
+
+    def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> fx.Node:
+        node = super().create_node(kind, target, args, kwargs, *more, **options)
+        if self.regions is not None:
+            node.meta["autocast"] = self.regions.autocast
+        return node
+
+    def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> Any:
+        """A call made under `torch.no_grad()` gives what carries no derivative.
+
+        Raises:
+            TraceError: it writes over what carries one: the derivative would be that of what was there before.
+        """
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        node = proxy.node
+        called = kind in ("call_function", "call_method", "call_module") and target is not getattr
+        if self.regions is None or torch.is_grad_enabled() or not called or name_of(target) == "detach":
+            return proxy
+        if writes(target, kwargs) and node.all_input_nodes:
+            if carries(node.all_input_nodes[0]):
+                raise self.known.refused(f"under torch.no_grad(), {name_of(target)} writes over what carries a derivative")
+        elif any(carries(n, self.root) for n in node.all_input_nodes) and self.known.class_of(node) not in PLAIN_CLASSES:
+            self.regions.stop(node)
+            stop = "detach" if self.known.class_of(node) is Tensor else detach
+            proxy = super().create_proxy("call_function" if stop is detach else "call_method", stop, (proxy,), {})
+        return proxy
+
+    def to_bool(self, obj: Any) -> bool:
+        return bool(self.known.worth(obj, "branches on"))
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """The items of a constant: those of a tensor as stand-ins, since what is made of them is a call of the graph."""
+        value = self.known.worth(obj, "iterates over")
+        return iter([obj[i] for i in range(len(value))] if isinstance(value, Tensor) else value)
+
     def create_arg(self, a: Any) -> Any:
         """Outputs that are mappings of a kind stay of that kind: torch.fx makes plain dictionaries of them."""
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if type(a).__module__ == "numpy" and getattr(a, "shape", None) == ():
+            return a.item()
         if dataclasses.is_dataclass(a) and not isinstance(a, type) and isinstance(a, Mapping):
             values = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
             fields = {name: self.create_arg(value) for name, value in values.items() if value is not None}
@@ -168,4 +241,5 @@ def written_out(m: Any) -> Callable[..., Any] | None:
     return None
 
 
+PLAIN_CLASSES = (int, bool, float, str, torch.Size, torch.dtype, torch.device)
 INSTANCE_NORMS = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from ..capture.arguments import ByName
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
+from ..gates.autocast import under
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import KINKED, TABLE, rule_of
@@ -30,11 +31,11 @@ class FrozenTangents(ByName):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is dual_path:
             kind, *operands = args
-            options = {k: v for k, v in kwargs.items() if k not in ("tau", "scale")}
+            options = {k: v for k, v in kwargs.items() if k not in ("tau", "scale", "autocast")}
             signal = operands[TABLE[kind].receives]
             primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in operands]
             tangent = forward_ad.unpack_dual(signal).tangent
-            y = TABLE[kind].forward(*primals, **options)
+            y = under(kwargs.get("autocast", ()), TABLE[kind].forward, *primals, **options)
             t = None if tangent is None else frozen_tangent(kind, primals, y, tangent, options)
             return y if t is None else forward_ad.make_dual(y, t.to(y.dtype).expand(y.shape).clone())
         if target is multihead_attention:

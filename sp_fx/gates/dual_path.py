@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import decoded, encoded
 from .adjoints.row import Temperature, at_once
+from .autocast import Region, under
 from .kernels import by_kernel
 from .scale import deviation
 from .table import TABLE
@@ -29,14 +30,20 @@ from .table import TABLE
 GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
 
 
-def dual_path(kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", **args: Any) -> Tensor:
+def dual_path(
+    kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", autocast: Region = (), **args: Any
+) -> Tensor:
     """The forward of gate `kind` on `tensors`, differentiated by its adjoint at temperature `tau`.
 
     `kind` is a key of `table.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). With scale
-    "sample" the temperature is in units of each sample's standard deviation, measured on the way back.
+    "sample" the temperature is in units of each sample's standard deviation, measured on the way back. The forward is made
+    under the `autocast` of the model's own region, if it is in one.
     """
     if has_torch_function(tensors):
-        return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **args)
+        options = {**args, **({"autocast": autocast} if autocast else {})}
+        return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **options)
+    if autocast:
+        return under(autocast, dual_path, kind, *tensors, tau=tau, scale=scale, **args)
     modulus = tensors[0] is not None and tensors[0].is_complex()  # is no gate, and keeps its derivative
     if modulus or is_plain():
         return TABLE[kind].forward(*tensors, **args)

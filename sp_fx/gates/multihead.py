@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints.attention import is_tempered, tempered_softmax
 from .adjoints.row import Temperature
+from .autocast import Region, under
 from .dual_path import dual_path, frozen
 
 
@@ -29,18 +31,23 @@ def multihead_attention(
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
     is_causal: bool = False,
+    autocast: Region = (),
 ) -> tuple[Tensor, Tensor | None]:
     """What `nn.MultiheadAttention` in eval mode returns for the same arguments, by the same operations in the same order.
 
     `weights` has the module's parameters by name, None for those it lacks. PyTorch's fused fast path (nothing requires grad) is
-    not taken: there the results differ in the last bits.
+    not taken: there the results differ in the last bits. `autocast` is that of the model's own region, if the call is in one.
     """
-    if has_torch_function((query, key, value)):
-        return handle_torch_function(
-            multihead_attention, (query, key, value), query, key, value, weights, num_heads=num_heads, tau=tau,
-            batch_first=batch_first, add_zero_attn=add_zero_attn, key_padding_mask=key_padding_mask,
-            need_weights=need_weights, attn_mask=attn_mask, average_attn_weights=average_attn_weights, is_causal=is_causal,
-        )  # fmt: skip
+    if autocast or has_torch_function((query, key, value)):
+        options: dict[str, Any] = {
+            "num_heads": num_heads, "tau": tau, "batch_first": batch_first, "add_zero_attn": add_zero_attn,
+            "key_padding_mask": key_padding_mask, "need_weights": need_weights, "attn_mask": attn_mask,
+            "average_attn_weights": average_attn_weights, "is_causal": is_causal,
+        }  # fmt: skip
+        if not has_torch_function((query, key, value)):
+            return under(autocast, multihead_attention, query, key, value, weights, **options)
+        options |= {"autocast": autocast} if autocast else {}
+        return handle_torch_function(multihead_attention, (query, key, value), query, key, value, weights, **options)
     batched = query.dim() == 3
     self_attention, shared_key = query is key and key is value, key is value
     if not batched:

@@ -55,7 +55,7 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
 
 def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
     """Returns the subgraph up to the activation `name`, which is its output. It keeps all inputs."""
-    end, cut = find(graph, name, option), fx.Graph()
+    end, cut = find(graph, name, option), fx.Graph(tracer_cls=graph._tracer_cls)
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = cut.node_copy(node, copies.__getitem__)
@@ -70,7 +70,7 @@ def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
 
 def starting_at(graph: fx.Graph, name: str) -> fx.Graph:
     """Returns the subgraph from the activation `name` on, its first input; it keeps those of the inputs that it needs."""
-    start, cut = find(graph, name, "wrt"), fx.Graph()
+    start, cut = find(graph, name, "wrt"), fx.Graph(tracer_cls=graph._tracer_cls)
     copies: dict[fx.Node, fx.Node] = {}
     activation = cut.placeholder("activation_")
     for node in graph.nodes:

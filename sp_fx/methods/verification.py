@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..capture.arguments import ByName, FormError
 from ..capture.capture import Capture, CaptureError
 from ..capture.clone import EvalClone, give_own_buffers
+from ..capture.untouched import Untouched
 from ..containers import rebuilt, tensors_of
 from ..gates.dual_path import plain_derivatives
 
@@ -57,19 +58,28 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
             return ByName(subject).run_by_name(values)
 
     back = verify is True
+    with Untouched(reference, modules).restored():
+        return compared(of_model, of_graph, reference, subject, arguments, capture.tracer, back)
+
+
+def compared(
+    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
+    arguments: Mapping[str, Any], tracer: str, back: bool,
+) -> list[str]:  # fmt: skip
+    """`verified`, of the model and the graph as functions of the arguments by name."""
     own = ran(of_model, reference, arguments, back)
     try:
         other = ran(of_graph, subject, arguments, back)
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
         raise
     except Exception as error:  # whatever the graph raises where the model does not
-        raise CaptureError(f"the graph by {capture.tracer} raises where the model does not: {first_line(error)}") from error
+        raise CaptureError(f"the graph by {tracer} raises where the model does not: {first_line(error)}") from error
     notes = [] if not own.drew else ["the forward draws random numbers: the same call twice gives two outputs, and two maps"]
     apart = distance(other.outputs, own.outputs)
     bar = bar_of(own.outputs, OUTPUT)
     if not apart <= bar:
         where = first_difference(of_model, of_graph, reference, subject, arguments)
-        raise CaptureError(f"the graph by {capture.tracer} computes other outputs than the model, off by {apart:.1e}; {where}")
+        raise CaptureError(f"the graph by {tracer} computes other outputs than the model, off by {apart:.1e}; {where}")
     if apart:
         notes.append(f"outputs are the model's to {apart:.0e} (relative L2), not to the bit")
     if back and own.gradients is None:
@@ -83,7 +93,7 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
-            raise CaptureError(f"the graph by {capture.tracer} has another gradient than the model, {how_far}; {where}")
+            raise CaptureError(f"the graph by {tracer} has another gradient than the model, {how_far}; {where}")
     return notes
 
 

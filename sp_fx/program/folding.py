@@ -34,7 +34,7 @@ def folded(captured: fx.GraphModule) -> fx.GraphModule:
             module.graph.erase_node(node)
     for i, node in enumerate(list(module.graph.nodes)):
         conv: Any = node.args[1] if is_row(node, "affine_norm") else None
-        foldable = is_row(conv, "conv") and len(conv.users) == 1
+        foldable = is_row(conv, "conv") and len(conv.users) == 1 and "autocast" not in {**conv.kwargs, **node.kwargs}
         # Weights that the forward computes (`weight - weight.mean()`) are not known yet.
         if foldable and all(n is None or n.op == "get_attr" for n in (*conv.args[2:4], *node.args[2:6])):
             fold(module, conv, node, f"folded_{i}")

@@ -18,6 +18,7 @@ from ..analysis.ops import CELLS, COMPLEX, FUSED, INDICES, PIECEWISE, PRODUCT, Q
 from ..analysis.readers import READERS, Gate, Unread
 from ..analysis.written_gates import Written
 from ..analysis.written_norms import Statistic
+from ..capture.kept_functions import applied
 from ..gates.adjoints.row import FROZEN
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
@@ -168,5 +169,6 @@ def opaque(node: fx.Node, facts: Facts, account: Account) -> bool:
     name = name_of(node)
     if node.op != "call_function" or (name not in FUSED and known(op_of(node))):
         return False
-    account.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates", opaque=True)
+    kept = ": its own backward is kept" if node.target is applied else ""
+    account.note(node, "NOT REWRITTEN", f"{name} is opaque to the trace and may hold gates{kept}", opaque=True)
     return True

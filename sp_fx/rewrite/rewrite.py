@@ -15,6 +15,7 @@ from ..analysis.facts import Facts
 from ..capture.capture import Capture
 from ..capture.kept_functions import take_markers
 from ..capture.passed import with_marks
+from ..capture.tracing.regions import close_regions
 from ..gates.rules import Rules
 from . import attention, decisions
 from .account import Account
@@ -54,6 +55,8 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> tuple[nn.Module, Repo
         if called and node not in account.rewriting.instead and not facts.is_identity(node):
             any(decision(node, facts, account) for decision in ORDER)
     sites = mark_steering(facts, account.sites, account.nodes, account.rewriting.passing)
+    modules = with_marks(capture.modules, account.rewriting.opened)
+    close_regions(modules, graph)
     graph.lint()
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
-    return with_marks(capture.modules, account.rewriting.opened), report
+    return modules, report

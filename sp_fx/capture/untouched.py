@@ -1,0 +1,180 @@
+"""What a forward changes while it is traced, and how it is put back: the model stays as it was.
+
+While it is traced, a forward may store where it likes: `self.last = h`, `self.helper.step += 1`, `self.cache.append(h)`, and
+`FEATURES["h"] = h` in a dictionary of its file. What can be reached from the model and its clone, from their classes and from the
+files of these is remembered before the trace, and is the same after it, whether it succeeded or not.
+"""
+
+from __future__ import annotations
+
+import collections
+import random
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .clone import attributes, held, is_open
+
+
+class Untouched:
+    """What can be reached from a model and its clone, as it was before a trace.
+
+    Attributes:
+        replaced: after the trace, the buffers in whose place the forward has put another tensor.
+        counted: after the trace, the attributes of modules that had a number, and had another then.
+        draws: after the trace, what drew random numbers that are not PyTorch's: "random", "numpy.random".
+    """
+
+    def __init__(self, model: nn.Module, clone: nn.Module) -> None:
+        self.clone = clone
+        self.replaced: list[str] = []
+        self.counted: list[str] = []
+        self.draws: list[str] = []
+        self._generators = generators()
+        self._states = {name: get() for name, (get, _) in self._generators.items()}
+        self._saved = [(holder, contents(holder)) for holder in holders(model, clone)]
+
+    @contextmanager
+    def restored(self) -> Iterator[Untouched]:
+        """Puts everything back when it ends, by an error too."""
+        numbers = {path: {k: v for k, v in vars(m).items() if type(v) in (int, float)} for path, m in self.clone.named_modules()}
+        try:
+            yield self
+        finally:
+            for path, module in self.clone.named_modules():
+                self.replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
+                now = vars(module)
+                changed = [name for name, number in numbers.get(path, {}).items() if now.get(name) is not number]
+                self.counted += [f"{path}.{name}".lstrip(".") for name in changed if now.get(name) != numbers[path][name]]
+            for name, (get, put) in self._generators.items():
+                if not same_state(get(), self._states[name]):
+                    self.draws.append(name)
+                    put(self._states[name])
+            for holder, before in self._saved:
+                put_back(holder, before)
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors that were reached, but for parameters and buffers."""
+        values = (
+            value[1] if isinstance(value, tuple) and len(value) == 2 else value for _, items in self._saved for value in items
+        )
+        registered = {id(t) for t in (*self.clone.parameters(), *self.clone.buffers())}
+        return [v for v in values if isinstance(v, Tensor) and id(v) not in registered]
+
+    def notes(self) -> list[str]:
+        """What a reader of the report should know of the changes."""
+        note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
+        notes = [note.format(name) for name in self.replaced]
+        if self.counted:
+            names = ", ".join(self.counted)
+            notes.append(f"the forward changes {names}: each call starts from the number at transform, and the model's own stays")
+        if self.draws:
+            notes.append(f"the forward draws from {' and '.join(self.draws)}: what it drew at transform is a constant here")
+        return notes
+
+
+def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
+    """The dictionaries, lists, sets, cells, classes and objects with slots in which a forward of `model` or `clone` keeps things,
+    however deep; a module's or an object's attributes are a dictionary."""
+    found: dict[int, Any] = {}
+    seen: dict[int, Any] = {}
+    queue: list[Any] = []
+    classes = {cls for m in model.modules() for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
+    files = [vars(sys.modules[name]) for name in {cls.__module__ for cls in classes} if name in sys.modules]
+    for m in (*model.modules(), *clone.modules()):
+        queue.append(vars(m))
+    for file in files:
+        found[id(file)] = file
+        queue += [v for v in file.values() if not isinstance(v, types.FunctionType)]
+    for cls in classes:
+        found[id(cls)] = cls
+        queue += [v for v in vars(cls).values() if not isinstance(v, types.FunctionType)]
+    while queue:
+        at = queue.pop()
+        if id(at) in seen or isinstance(at, nn.Module | Tensor | fx.Proxy):
+            continue
+        seen[id(at)] = at
+        match at:
+            case dict() | list() | collections.deque() | set():
+                found[id(at)] = at
+            case types.FunctionType():
+                found |= {id(cell): cell for cell in at.__closure__ or ()}
+        if is_open(at) and not isinstance(at, types.FunctionType | type):
+            space = getattr(at, "__dict__", None)
+            found |= {} if space is None else {id(space): space}
+            found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
+        queue += held(at)
+    return list(found.values())
+
+
+def contents(holder: Any) -> Any:
+    """What is in a holder, so that `put_back` can put it there again."""
+    match holder:
+        case dict():
+            return list(dict.items(holder))
+        case list() | set() | collections.deque():
+            return list(holder)
+        case types.CellType():
+            return [holder.cell_contents] if holder != types.CellType() else []
+        case type():
+            return [(name, value) for name, value in vars(holder).items() if name not in OF_CLASSES]
+    return list(attributes(holder).items())
+
+
+def put_back(holder: Any, before: list[Any]) -> None:
+    """Puts into `holder` what `contents` found in it, in the same order, where that is not there as it was."""
+    if same_items(contents(holder), before):
+        return
+    match holder:
+        case dict():
+            kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
+            modules = {k: v for k, v in holder.items() if isinstance(v, types.ModuleType)}  # that were imported meanwhile
+            kind.clear(holder)
+            for key, value in {**modules, **dict(before)}.items() if modules else before:
+                kind.__setitem__(holder, key, value)
+        case list():
+            list.__setitem__(holder, slice(None), before)
+        case set() | collections.deque():
+            holder.clear()
+            (holder.update if isinstance(holder, set) else holder.extend)(before)
+        case types.CellType():
+            del holder.cell_contents
+            if before:
+                holder.cell_contents = before[0]
+        case _:
+            now, was = dict(contents(holder)), dict(before)
+            owner = type if isinstance(holder, type) else object
+            for name in now.keys() - was.keys():
+                owner.__delattr__(holder, name)
+            for name, value in was.items():
+                if now.get(name, holder) is not value:
+                    owner.__setattr__(holder, name, value)
+
+
+OF_CLASSES = frozenset(("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"))
+
+
+def same_items(now: list[Any], before: list[Any]) -> bool:
+    """Whether two lists have the same objects, or the same pairs of a name and an object."""
+    if len(now) != len(before):
+        return False
+    pairs = zip(now, before)
+    return all(
+        a is b or (type(a) is type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1]) for a, b in pairs
+    )
+
+
+def generators() -> dict[str, tuple[Any, Any]]:
+    """The generators of random numbers that are not PyTorch's: how each one's state is read, and set."""
+    known = {"random": (random.getstate, random.setstate)}
+    if (numpy := sys.modules.get("numpy")) is not None:
+        known["numpy.random"] = (numpy.random.get_state, numpy.random.set_state)
+    return known
+
+
+def same_state(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    return all(x is y or (x == y if not hasattr(x, "shape") else (x == y).all()) for x, y in zip(a, b))
