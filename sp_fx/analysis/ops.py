@@ -42,10 +42,7 @@ TRAITS = {
     "same_form": "gives the dtype and shape of its input, or raises, in place or not: `relu`",
     "in_place": "has no form out of place that gives the same: `copy_`",
     "itself": "returns its very input, in eval mode: `dropout`",
-    "broadcasts": "broadcasts its operands, so that a constant of more axes puts its own before the sample's: `add`",
     "several": "returns a tuple of tensors: `chunk`",
-    "rank=": "how many axes the output has: the `same` as the input, one `more`, one `less`, as many as `sizes`, or `flat`",
-    "moves=": "what becomes of the sample's axis, by a function of `sample_axis`: moves=transpose",
     # gates and norms that a model writes out
     "pointwise": "maps element by element, and may be part of a written gate: `sigmoid` in `x * sigmoid(x)`",
     "closes": "may be the last call of a written gate or norm: `mul` in `x * sigmoid(x)`",
@@ -67,50 +64,49 @@ TRAITS = {
 # place, and lacks traits of mul's that it should have; after the colon, what comes of that. What has no traits is here for that.
 TABLE = """
 # -- products
-mul:                    product factor scales affine pointwise closes between broadcasts rank=same
-imul:                   product factor affine pointwise closes between broadcasts rank=same
+mul:                    product factor scales affine pointwise closes between
+imul:                   product factor affine pointwise closes between
     ? mul in place: `operator.imul(x, 2)` is no multiple of x, to written norms and gated products
-multiply:               product factor pointwise closes broadcasts  ? mul by another name
-matmul:                 product mixes broadcasts rank=same
+multiply:               product factor pointwise closes  ? mul by another name
+matmul:                 product mixes
 imatmul linalg_matmul:  ? matmul in place and by another name: attention by them is no attention
-bmm:                    product mixes rank=same
-mm:                     product mixes  ? bmm of single matrices
-einsum:                 product mixes_otherwise moves=contracted  ? permute, where it has one operand: a view then
+bmm:                    product mixes
+mm:                     product mixes
+einsum:                 product mixes_otherwise  ? permute, where it has one operand: a view then
 addbmm baddbmm:         product mixes_otherwise
 addmm:                  mixes_otherwise  ? addbmm of single matrices: no product in reports
 bilinear:               product
-addcmul:                product broadcasts
-addcdiv:                broadcasts  ? addcmul with a quotient, which is none in reports
+addcmul:                product
+addcdiv:                ? addcmul with a quotient, which is none in reports
 mv dot vdot inner outer ger addmv addr tensordot kron linalg_vecdot linalg_multi_dot chain_matmul:
     ? matmul in other forms, of which reports say nothing
 
 # -- quotients
-truediv div:            quotient scales affine pointwise closes between broadcasts rank=same
-itruediv:               quotient affine pointwise closes between broadcasts  ? div in place
-divide:                 quotient pointwise closes broadcasts  ? div by another name
-true_divide:            quotient pointwise broadcasts  ? div by another name: `x / (1 + exp(-x))` by it is no SiLU
+truediv div:            quotient scales affine pointwise closes between
+itruediv:               quotient affine pointwise closes between  ? div in place
+divide:                 quotient pointwise closes  ? div by another name
+true_divide:            quotient pointwise  ? div by another name: `x / (1 + exp(-x))` by it is no SiLU
 reciprocal:             pointwise between
 
 # -- sums and differences
-add:                    shifts affine pointwise between broadcasts rank=same
-iadd:                   affine pointwise between broadcasts rank=same  ? add in place
-sub:                    shifts minus affine pointwise between broadcasts rank=same
-isub:                   minus affine pointwise between broadcasts  ? sub in place
-rsub:                   shifts pointwise broadcasts  ? sub with its operands exchanged
+add:                    shifts affine pointwise between
+iadd:                   affine pointwise between  ? add in place
+sub:                    shifts minus affine pointwise between
+isub:                   minus affine pointwise between  ? sub in place
+rsub:                   shifts pointwise  ? sub with its operands exchanged
 subtract:               pointwise  ? sub by another name
 neg negative:           pointwise  ? mul by -1
-lerp:                   broadcasts
 
 # -- powers
-pow:                    power pointwise between broadcasts
+pow:                    power pointwise between
 ipow:                   power between  ? pow in place: a written gate with `operator.ipow(x, 3)` in it is not recognised
 square:                 squares pointwise
 sqrt rsqrt:             pointwise between
 
 # -- smooth
-sigmoid tanh:           smooth share pointwise rank=same
+sigmoid tanh:           smooth share pointwise
 special_expit:          ? sigmoid by another name
-hardsigmoid:            smooth share pointwise  ? has two kinks: not smooth, and no rule has them; without sigmoid's rank=same
+hardsigmoid:            smooth share pointwise  ? has two kinks: not smooth, and no rule has them
 exp expm1 erf log1p softplus:    smooth pointwise
 special_expm1 special_erf special_log1p:    ? expm1, erf, log1p by other names
 special_ndtr erfc special_erfc:    ? erf but for scale and shift: GELU by `x * ndtr(x)` is none
@@ -124,19 +120,19 @@ softsign:               smooth  ? written out as `x / (1 + x.abs())` it is an ab
 tanhshrink:             smooth
 logsigmoid:             smooth  ? no call has this name: `F.logsigmoid` is called log_sigmoid
 log_sigmoid log_sigmoid_forward:    ? logsigmoid by the names that calls have
-logsumexp:              smooth moves=reduced
+logsumexp:              smooth
 special_logsumexp:      ? logsumexp by another name
 logaddexp logaddexp2:   ? logsumexp of two tensors, of which reports say nothing
 logcumsumexp:           piecewise  ? logsumexp of all that came before: smooth, nothing in it chooses
 
 # -- softmax and attention
-softmax:                share rank=same family=softmax
+softmax:                share family=softmax
 special_softmax:        ? softmax by another name: rewritten, it gates no product, and coverage does not see that reports list it
 softmin:                smooth  ? softmax of -x: attention by it, as fx traces it, keeps its derivative
 log_softmax:            smooth  ? softmax but for the exp: attention by `log_softmax(x).exp()` keeps its derivative
 special_log_softmax:    ? log_softmax by another name
 gumbel_softmax:         piecewise  ? softmax of noisy scores: coverage counts it, and does not see that reports list it
-scaled_dot_product_attention MultiheadAttention:    listed=softmax  ? matmul twice: the former broadcasts its operands
+scaled_dot_product_attention MultiheadAttention:    listed=softmax  ? matmul twice
 scaled_dot_product_attention_math scaled_dot_product_flash_attention:    family=softmax
 scaled_dot_product_flash_attention_for_cpu scaled_dot_product_efficient_attention:    family=softmax
 scaled_dot_product_cudnn_attention safe_softmax:    family=softmax
@@ -146,36 +142,36 @@ transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_f
 lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell:    cell
 
 # -- gates that readers know
-relu:                   activation pointwise rank=same same_form family=itself
-gelu silu:              activation rank=same same_form family=itself
-hardswish:              rank=same same_form family=itself  ? silu but for its share: gates no product
+relu:                   activation pointwise same_form family=itself
+gelu silu:              activation same_form family=itself
+hardswish:              same_form family=itself  ? silu but for its share: gates no product
 mish:                   same_form family=itself  ? silu but for its share: gates no product
-relu6 hardtanh:         activation pointwise same_form family=clamp  ? relu with another bound: without its rank=same
+relu6 hardtanh:         activation pointwise same_form family=clamp
 leaky_relu prelu hardshrink softshrink:    same_form family=itself
-prelu_kernel:           family=prelu  ? prelu by the name that is dispatched: broadcasts its weight
+prelu_kernel:           family=prelu
 rrelu:                  listed=leaky_relu  ? leaky_relu in eval mode: listed, not counted where dispatched
 elu selu celu:          same_form family=elu
 abs:                    pointwise family=itself
 absolute:               listed=abs  ? abs by another name: a written gate with it inside is not recognised
 threshold:              same_form family=clamp  ? relu, where its numbers are 0: of another family, part of no written gate
-clamp:                  pointwise between broadcasts rank=same family=itself
+clamp:                  pointwise between family=itself
 clip:                   pointwise listed=clamp  ? clamp by another name
-clamp_min:              pointwise between broadcasts family=clamp  ? clamp with one bound: without its rank=same
-clamp_max:              pointwise broadcasts family=clamp  ? clamp_min with the other bound
-maximum:                piecewise between broadcasts family=clamp
-minimum:                piecewise broadcasts family=clamp  ? maximum with the other sign
-fmax fmin:              broadcasts listed=clamp  ? maximum and minimum but for NaN: listed, not counted where dispatched
+clamp_min:              pointwise between family=clamp
+clamp_max:              pointwise family=clamp  ? clamp_min with the other bound
+maximum:                piecewise between family=clamp
+minimum:                piecewise family=clamp  ? maximum with the other sign
+fmax fmin:              listed=clamp  ? maximum and minimum but for NaN: listed, not counted where dispatched
 normalize:              listed=clamp
 max_pool1d max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d adaptive_max_pool2d:    family=max_pool
-    ? return a tuple where they return indices, without several: where the sample's axis is in it is not known
+    ? return a tuple where they return indices, without several: which of its items is which is not known
 adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d:    family=max_pool  ? return a tuple too, without several
 max_pool2d max_pool3d max_pool1d_with_indices adaptive_max_pool1d adaptive_max_pool1d_with_indices:    listed=max_pool
     ? return a tuple too, without several
 adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices:    listed=max_pool  ? return a tuple too, without several
 fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices:    listed=max_pool  ? return a tuple too, without several
 fractional_max_pool1d fractional_max_pool1d_with_indices:    listed=max_pool  ? torch has no such op
-layer_norm:             rank=same listed=layer_norm
-group_norm:             listed=group_norm  ? layer_norm of groups: without its rank=same
+layer_norm:             listed=layer_norm
+group_norm:             listed=group_norm
 native_layer_norm:      dispatched=layer_norm
 native_group_norm:      dispatched=group_norm
 
@@ -183,84 +179,85 @@ native_group_norm:      dispatched=group_norm
 sign:                   piecewise pointwise family=itself
 sgn:                    piecewise family=itself  ? sign, of real numbers
 round floor ceil trunc frac:    piecewise family=itself
-heaviside fmod remainder:    piecewise family=itself  ? broadcast their operands, as maximum does
+heaviside fmod remainder:    piecewise family=itself
 mod:                    piecewise  ? remainder by Python's `%`: coverage counts it, and does not see that reports list it
 imod fix special_round: ? remainder in place, trunc and round by other names
 floor_divide floordiv ifloordiv:    ? floor of a quotient, of which reports say nothing
-max:                    piecewise moves=reduced family=max_pool  ? maximum, where it has two tensors: of another family
-amax:                   piecewise moves=reduced family=max_pool
-min amin:               piecewise moves=reduced  ? max and amax with the other sign: of no family
-median:                 piecewise moves=reduced  ? returns a tuple where it takes an axis away, without several
+max:                    piecewise family=max_pool  ? maximum, where it has two tensors: of another family
+amax:                   piecewise family=max_pool
+min amin:               piecewise  ? max and amax with the other sign: of no family
+median:                 piecewise  ? returns a tuple where it takes an axis away, without several
 aminmax nanmedian kthvalue mode quantile nanquantile:    piecewise
-    ? median in other forms: where they take an axis before the sample's, the sample's is taken to stay
+    ? return a tuple, without several; `quantile` dispatches sort and floor, which coverage counts
 msort:                  piecewise
-topk sort cummax cummin:    piecewise  ? return a tuple, without several: where the sample's axis is in it is not known
-argmax argmin:          piecewise indices moves=reduced
+topk sort cummax cummin:    piecewise  ? return a tuple, without several: which of its items is which is not known
+argmax argmin:          piecewise indices
 argsort:                ? argmax of each rank: neither piecewise nor indices
 lp_pool1d lp_pool2d lp_pool3d:    piecewise  ? dispatch sign, abs and relu, which coverage counts and reports do not list
 
 # -- comparisons, masks and choices
-gt ge lt le:            comparison pointwise  ? broadcast their operands, as where does
+gt ge lt le:            comparison pointwise
 greater greater_equal less less_equal:    comparison  ? gt, ge, lt, le by other names
 eq ne not_equal:        ? gt but for what it asks: choices by them are not in reports
-where:                  chooser affine pointwise closes broadcasts rank=same
-masked_fill:            chooser affine pointwise closes rank=same  ? where with a number: broadcasts its operands too
+where:                  chooser affine pointwise closes
+masked_fill:            chooser affine pointwise closes
 masked_scatter index_put setitem:    ? masked_fill in other forms: choices as `x[x < 0] = 0` are not in reports
 nan_to_num:             ? where x is NaN: attention whose weights pass through it is no attention
-logical_and logical_or logical_xor and or xor:    logical  ? broadcast their operands, as where does
+logical_and logical_or logical_xor and or xor:    logical
 logical_not invert bitwise_not:    logical
 bitwise_and bitwise_or bitwise_xor iand ior ixor:    ? and, or, xor, as exports have them and in place
 bool half double type:  logical  ? float to another dtype: these are no views, that is not logical
 bfloat16 int long short byte char to_copy:    ? float to another dtype, and to as exports have it
 
 # -- casts and copies
-to float:               view carries pointwise rank=same  ? contiguous in another dtype: without its same_values
-type_as:                view carries pointwise  ? to the dtype of another tensor: without its rank=same
-contiguous:             view same_values carries pointwise rank=same
-clone:                  fresh affine carries pointwise rank=same  ? contiguous in new storage: without its same_values
-detach alias after:     view moves=written  ? contiguous, as a view of all: without its same_values
+to float:               view carries pointwise  ? contiguous in another dtype: without its same_values
+type_as:                view carries pointwise  ? the same numbers: without same_values
+contiguous:             view same_values carries pointwise
+clone:                  fresh affine carries pointwise  ? contiguous in new storage: without its same_values
+detach alias after:     view  ? contiguous, as a view of all: without its same_values
 getattr:                view
-dropout:                view same_values rank=same itself
+dropout:                view same_values itself
 dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout:    view same_values itself
-    ? dropout in other forms: without its rank=same
+
 requires_grad:          itself
-copy fill zero set resize resize_as random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
+copy fill zero set resize random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
+resize_as:              in_place  ? out of place, which is deprecated, it is a view
 
 # -- views that change the shape
-view reshape:           view carries moves=reshaped rank=sizes  ? flatten in other forms: without its same_values
-unsafe_view:            view moves=reshaped  ? view by another name
-view_as reshape_as:     view  ? view to the shape of another tensor: the sample's axis is taken to stay
-flatten:                view same_values carries moves=flatten rank=flat
+view reshape:           view carries  ? flatten in other forms: without its same_values
+unsafe_view:            view  ? view by another name
+view_as reshape_as:     view  ? the same numbers: without same_values
+flatten:                view same_values carries
 ravel:                  ? flatten by another name
-unflatten:              view carries moves=unflatten  ? flatten undone: without its same_values
-squeeze:                view carries moves=squeeze  ? flatten of an axis of one: without its same_values
-unsqueeze:              view carries moves=unsqueeze rank=more  ? squeeze undone: without the same_values of flatten
-expand broadcast_to:    view carries moves=expanded rank=sizes
-expand_as:              view carries  ? expand to the shape of another tensor: the sample's axis is taken to stay
+unflatten:              view carries  ? flatten undone: without its same_values
+squeeze:                view carries  ? flatten of an axis of one: without its same_values
+unsqueeze:              view carries  ? the same numbers: without same_values
+expand broadcast_to:    view carries
+expand_as:              view carries  ? the same numbers: without same_values
 
 # -- views that move axes
-permute:                view moves=permute rank=sizes  ? movedim of several axes: without its same_values
-transpose swapaxes swapdims:    view moves=transpose rank=same  ? movedim both ways: without its same_values
-t T numpy_T:            view moves=matrix_transpose  ? transpose(0, 1): without the same_values of movedim
-mT:                     view rank=same  ? transpose(-2, -1): where there are two axes, the sample's is taken to stay
-mH H adjoint matrix_H conj:    view  ? mT, and T, of real numbers
-movedim:                view same_values moves=movedim rank=same
-moveaxis:               view moves=movedim  ? movedim by another name
+permute:                view  ? movedim of several axes: without its same_values
+transpose swapaxes swapdims:    view  ? movedim both ways: without its same_values
+t T numpy_T:            view  ? the same numbers: without same_values
+mT:                     view  ? the same numbers: without same_values
+mH H adjoint matrix_H conj:view  ? the same numbers: without same_values
+movedim:                view same_values
+moveaxis:               view  ? movedim by another name
 
 # -- views of parts
-split chunk:            view several rank=same
-tensor_split split_with_sizes hsplit vsplit dsplit:    view several  ? split at given places: without its rank=same
+split chunk:            view several
+tensor_split split_with_sizes hsplit vsplit dsplit:    view several
 unsafe_split unsafe_chunk:    ? split into copies
-unbind:                 view several moves=removed rank=less
+unbind:                 view several
 checked:                view several
-select:                 view moves=removed rank=less
-getitem:                view between moves=item rank=less
+select:                 view
+getitem:                view between
 narrow slice diagonal linalg_diagonal as_strided:    view
 unfold:                 view  ? the method is a view; `F.unfold`, which has the same name, is none
 real imag view_as_real:    view
 view_as_complex:        complex  ? view_as_real undone, and as much a view
 stft:                   complex
-complex polar:          complex  ? broadcast their operands, as add does
+complex polar:          complex
 rfft ifft fft_:         complex  ? no name begins with rfft or ifft; `fft_irfft` and `fft_hfft`, which are real, with fft_
 
 # -- shapes
@@ -271,30 +268,23 @@ nelement ndimension:    number  ? numel and dim by other names
 rand_like randn_like randint_like:    fresh  ? zeros_like with other contents: what is made of them varies
 
 # -- reductions
-mean sum:               affine reduces centre moves=reduced
+mean sum:               affine reduces centre
 nanmean nansum:         ? mean and sum but for NaN
-var std:                reduces squares moves=reduced
-var_mean std_mean:      reduces squares centre  ? var and mean at once: without their moves=reduced
-norm:                   reduces squares norm moves=reduced
-linalg_vector_norm:     reduces squares norm  ? norm by another name: without its moves=reduced
+var std:                reduces squares
+var_mean std_mean:      reduces squares centre  ? return a tuple, without several
+norm:                   reduces squares norm
+linalg_vector_norm:     reduces squares norm
 vector_norm:            reduces squares norm  ? no call has this name: `torch.linalg.vector_norm` is called linalg_vector_norm
 linalg_norm linalg_matrix_norm frobenius_norm:    ? norm by other names: normalisation by them is not recognised
-prod:                   moves=reduced  ? mul of what is in one tensor, of which reports say nothing
-all any:                moves=reduced
+prod:                    ? mul of what is in one tensor, of which reports say nothing
 avg_pool2d avg_pool3d:  reduces window
 avg_pool1d:             ? avg_pool2d along one axis
 
 # -- joining, padding, layers
-cat:                    moves=joined rank=same
-concat concatenate:     moves=joined  ? cat by other names
-hstack vstack dstack column_stack row_stack:    ? cat along an axis of their own: the sample's axis is taken to stay
-stack:                  moves=unsqueeze
-repeat tile:            moves=repeated
-repeat_interleave:      ? repeat in another order: the sample's axis is taken to stay
 pad constant_pad_nd:    between
 flip roll:              affine
 fliplr flipud:          ? flip along an axis of their own
-linear:                 affine rank=same
+linear:                 affine
 conv2d:                 affine
 conv1d conv3d:          ? conv2d along other axes: attention whose weights pass through them is no attention
 """
@@ -339,12 +329,12 @@ OPS = parsed(TABLE)
 
 
 def having(trait: str) -> frozenset[str]:
-    """The names of the ops that have a trait: `having("view")`, `having("rank=same")`."""
+    """The names of the ops that have a trait: `having("view")`."""
     return frozenset(name for name, op in OPS.items() if trait in op.traits)
 
 
 def values(trait: str) -> dict[str, str]:
-    """The values of a trait, by the names of the ops that have it: `values("moves")["t"]` is "matrix_transpose"."""
+    """The values of a trait, by the names of the ops that have it: `values("family")["relu6"]` is "clamp"."""
     words = ((name, *word.partition("=")) for name, op in OPS.items() for word in op.traits)
     return {name: name if value == "itself" else value for name, word, equals, value in words if equals and word == trait}
 
@@ -377,10 +367,7 @@ AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisat
 VIEW = having("view")  # may share the storage of the first input
 SAME_VALUES = having("same_values")  # gives the numbers it got, so that a BatchNorm before it still says their scale
 SHAPES = having("shape")  # does not vary with the values of the input
-BROADCAST = having("broadcasts")
 SEVERAL = having("several")  # returns a tuple
-RANKS = values("rank")
-MOVEMENTS = values("moves")
 
 # Written gates and norms.
 POINTWISE = having("pointwise")  # inside a written gate

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -37,6 +37,7 @@ def adopt_forward(clone: nn.Module) -> None:
     """
     own = clone.__dict__.pop("forward", None)
     if own is None:
+        adopt_call(clone)
         return
     if isinstance(own, types.MethodType) and own.__self__ is clone:
         forward = own.__func__
@@ -50,7 +51,29 @@ def adopt_forward(clone: nn.Module) -> None:
     clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": forward, "__module__": type(clone).__module__})
 
 
+def adopt_call(clone: nn.Module) -> None:
+    """Make the model's own `__call__`, where its class has one, the forward that is traced: what it does before and after the
+    forward is a part of the function."""
+    kind = type(clone)
+    if kind.__call__ is nn.Module.__call__ or isinstance(clone, fx.GraphModule):
+        return
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        module.__dict__["forward"] = types.MethodType(kind.forward, module)  # which `nn.Module.__call__` inside is to run
+        try:
+            return kind.__call__(module, *args, **kwargs)
+        finally:
+            del module.__dict__["forward"]
+
+    signature = inspect.signature(types.MethodType(kind.__call__, clone))
+    if [p.kind for p in signature.parameters.values()] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+        signature = inspect.signature(types.MethodType(kind.forward, clone))  # it passes all on
+    own = {"forward": calling(CALLED, signature), CALLED: called, "__call__": nn.Module.__call__, "__module__": kind.__module__}
+    clone.__class__ = type(kind.__name__, (kind,), own)
+
+
 REPLACED = "_replaced_forward"
+CALLED = "_called_as_a_whole"
 
 
 def calling(attribute: str, signature: inspect.Signature) -> Callable:

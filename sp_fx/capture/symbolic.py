@@ -185,6 +185,8 @@ class PlaceTracer(fx.Tracer):
         if threading.get_ident() != self.thread:  # fx patches the class nn.Module, and other models may be running
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
+        if not name:  # the model itself, by its own `__call__`
+            return forward(*args, **kwargs)
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
             return result
