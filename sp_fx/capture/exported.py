@@ -70,6 +70,20 @@ def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
     return rebuilt(example, change)
 
 
+def distinct(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with a copy for every tensor that comes again: of `(x, x)`, torch.export makes one input, and takes
+    `query is key` for a property of the model."""
+    seen: list[Tensor] = []
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().clone() if any(leaf is other for other in seen) else leaf
+            seen.append(leaf)
+        return leaf
+
+    return {name: rebuilt(value, one) for name, value in arguments.items()}
+
+
 class Exported:
     """One export, made into a graph over a clone.
 
@@ -84,7 +98,7 @@ class Exported:
         self.reference = EvalClone()(self.clone)  # the modules of the clone become identities
         give_own_buffers(self.reference)
         self.parameters = inspect.signature(self.clone.forward).parameters
-        self.arguments, self.notes = dict(arguments), hooks
+        self.arguments, self.notes = distinct(arguments), hooks
         self.tensors = tensors = tensors_of(self.arguments)
         batch = max(*sizes, 2) if any_batch else None
         self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
