@@ -34,19 +34,22 @@ class Explainer(CapturedModule):
     and `inference_mode`, and keep no graph alive. Common arguments:
 
         target: None for the predicted class; an int; an integer tensor [B]; an integer tensor [B, T] for T maps of each sample,
-            [B, T, ...]; a tuple of indices into an output with several axes; a floating tensor shaped like the output, the
-            direction itself; a callable from the output to what is to be explained. Axes of the output that an index leaves
-            over are summed.
+            [B, T, ...], which `pullback` makes from one forward and the others one after the other; a tuple of indices into an
+            output with several axes; a floating tensor shaped like the output, the direction itself; a callable from the output
+            to what is to be explained. Axes of the output that an index leaves over are summed.
         forward_kwargs: keyword arguments of the model.
         wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`); the result
             is one map, shaped like it. `split` says which names there are.
-        batch_size: the most samples to run at once; inputs, targets, bounds and keyword tensors with the batch on axis 0 are cut;
-            a keyword tensor whose axis 0 is as long as the batch counts as one.
+        batch_size: the most samples to run at once; inputs, targets and bounds that have the batch on axis 0 are cut. Whether a
+            keyword tensor whose axis 0 is as long goes with the samples is measured: the graph is run on fake tensors (shapes
+            without numbers) of fewer samples, with it cut and with it whole; right is what runs and returns the shapes of the
+            whole call but for the batch. A mask [B, L] is cut so, and prototypes [K, D] are not, also where K is B.
 
     and common errors:
 
         TypeError: an input that is no tensor; nothing floating to explain; a target of an unknown form.
-        ValueError: no input; NaN in an input; an input on another device than the model; a target that does not fit.
+        ValueError: no input; NaN in an input; an input on another device than the model; a target that does not fit; a keyword
+            tensor of which `batch_size` cannot know whether it goes with the samples.
         IndexError: a target index that the output does not have.
     """
 

@@ -259,3 +259,35 @@ def test_regions_and_buffers(tracer):
     assert torch.equal(found[0], model(x))
     frozen = sp_fx.transform(model, rules=sp_fx.Rules.frozen(), tracer=tracer, example_inputs=x)
     assert relative(frozen.pullback(x, 1), gradient(model, x, torch.eye(3)[1].expand(2, 3))) <= 1e-6
+
+
+class Decoder(nn.Module):
+    """Asks whether its queries are its keys, as `nn.MultiheadAttention` does."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(8, 2, 12, batch_first=True)
+        self.layers, self.head = nn.TransformerDecoder(layer, 1), nn.Linear(8, 3)
+
+    def forward(self, x, memory, more=None):
+        y = self.head(self.layers(x, memory).mean(1))
+        return y if more is None else y + sum(m.mean() for m in more)
+
+
+@pytest.mark.filterwarnings("ignore:Decoder has no gate")
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_one_tensor_for_several_arguments_is_several(tracer):
+    model, g = fill(Decoder()), torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(2, 5, 8, generator=g) for _ in range(3))
+    more = {"more": [a, a]} if tracer == "export" else {}
+    plain = sp_fx.Rules(relu=None, attention=None, layer_norm=None)
+    explainer = sp_fx.transform(model, rules=plain, tracer=tracer, example_inputs={"x": a, "memory": a, **more})
+    for x, memory, rest in [(a, b, (b, c)), (a, a, (a, a)), (b, a, (a, c))]:
+        rest = {"more": list(rest)} if more else {}
+        assert torch.equal(explainer(x, memory, **rest), model(x, memory, **rest))
+        leaves = [t.clone().requires_grad_() for t in (x, memory)]
+        want = torch.autograd.grad(model(*leaves, **rest)[:, 1].sum(), leaves)
+        got = explainer.pullback((x, memory), 1, forward_kwargs=rest)
+        assert all(relative(p, q) <= 1e-5 for p, q in zip(got, want))
+        apart = explainer.ascend((x, memory.clone()), 1, steps=2, forward_kwargs=rest)
+        assert all(map(torch.equal, explainer.ascend((x, memory), 1, steps=2, forward_kwargs=rest), apart))

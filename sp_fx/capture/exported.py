@@ -77,6 +77,20 @@ def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
     return rebuilt(example, change)
 
 
+def distinct(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with a copy for every tensor that comes again: of `(x, x)`, torch.export makes one input, and takes
+    `query is key` for a property of the model."""
+    seen: list[Tensor] = []
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            leaf = leaf.detach().clone() if any(leaf is other for other in seen) else leaf
+            seen.append(leaf)
+        return leaf
+
+    return {name: rebuilt(value, one) for name, value in arguments.items()}
+
+
 class Exported:
     """One export, made into a graph over a clone.
 
@@ -92,7 +106,7 @@ class Exported:
             raise CaptureError(f"{names[0]} has a word of Python's own for a name, which torch.export cannot write: rename it")
         self.reference = EvalClone()(self.clone)
         self.parameters = inspect.signature(self.clone.forward).parameters
-        self.arguments, self.notes = dict(arguments), hooks
+        self.arguments, self.notes = distinct(arguments), hooks
         self.tensors = tensors = tensors_of(self.arguments)
         batch = max(*sizes, 2) if any_batch else None
         self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,14 +66,14 @@ class Ascent:
                 if not fits:
                     raise ValueError(f"a bound broadcasts to the inputs, {list(x.shape)}, got one of shape {list(shape)}")
 
-    def path(self, start: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]]) -> list[list[Tensor]]:
-        """Returns all iterates, the start first; `pull` maps inputs to their pullbacks."""
+    def iterates(self, start: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]]) -> Iterator[list[Tensor]]:
+        """Yields the iterate after each step, and keeps no other; `pull` maps inputs to their pullbacks."""
         self.check(start)
-        iterates = [start]
+        x = start
         for number in range(1, self.steps + 1):
             clamp = self.clip == "every" or (self.clip == "last" and number == self.steps)
-            iterates.append(self.step(start, iterates[-1], pull, clamp))
-        return iterates
+            x = self.step(start, x, pull, clamp)
+            yield x
 
     def step(
         self, start: list[Tensor], x: list[Tensor], pull: Callable[[list[Tensor]], list[Tensor]], clamp: bool
@@ -104,7 +104,8 @@ class Ascent:
 
 def norms(parts: list[Tensor]) -> list[Tensor]:
     """Returns the L2 norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it."""
-    wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)).flatten(1) for part in parts]
+    wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
+    wide = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in wide]
     peak = torch.stack([torch.linalg.vector_norm(part, math.inf, dim=1) for part in wide]).amax(0)
     peak = torch.where(peak > 0, peak, 1)  # pullbacks of 1e-25 are real, and their squares are 0 in float32
     total = peak * torch.stack([(part / peak[:, None]).square().sum(1) for part in wide]).sum(0).sqrt()

@@ -7,8 +7,10 @@ with one piece is a `Method`.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +21,8 @@ from ..containers import rebuilt
 from ..targets import Target, only_output, resolve, seed
 from .ascent import Ascent
 from .captured import CapturedModule
-from .requests import Call, Inputs, Request
+from .keyword_tensors import measured
+from .requests import Call, Inputs, Key, Request
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -45,21 +48,26 @@ def double_pullback(module: CapturedModule, request: Request, step: float) -> An
 def ascend(module: CapturedModule, request: Request, ascent: Ascent, return_path: bool = False) -> Any:
     """The change of the inputs by `ascent`; with `return_path` also all iterates, [steps + 1, B, ...]."""
 
-    def path_of(module: CapturedModule, call: Call) -> list[list[Tensor]]:
+    def iterates(module: CapturedModule, call: Call) -> Iterator[list[Tensor]]:
         rule = replace(ascent, bounds=call.bounds or None)  # type: ignore[arg-type]  # those of the piece
-        return rule.path([x.detach() for x in call.explained], lambda x: pull(module, call, x))
+        return rule.iterates([x.detach() for x in call.explained], lambda x: pull(module, call, x))
 
     def change(module: CapturedModule, call: Call) -> list[Tensor]:
-        path = path_of(module, call)
-        return [end - start for start, end in zip(path[0], path[-1])]
+        (end,) = deque(iterates(module, call), maxlen=1)
+        return [b - a.detach() for a, b in zip(call.explained, end)]
 
-    def stacked_path(module: CapturedModule, call: Call) -> list[Tensor]:
-        return [torch.stack(iterates) for iterates in zip(*path_of(module, call))]
+    def whole_path(module: CapturedModule, call: Call) -> list[Tensor]:
+        path = [x.new_empty((ascent.steps + 1, *x.shape)) for x in call.explained]
+        starts = [x.detach() for x in call.explained]
+        for number, iterate in enumerate(itertools.chain([starts], iterates(module, call))):
+            for steps, x in zip(path, iterate):
+                steps[number] = x
+        return path
 
     request = replace(request, bounds=tuple(ascent.bounds or ()))
     if not return_path:
         return explain(module, request, change)
-    path = explain(module, request, stacked_path, batch_axis=1)
+    path = explain(module, request, whole_path, batch_axis=1)
     return rebuilt(path, lambda p: None if p is None else p[-1] - p[0]), path
 
 
@@ -82,35 +90,49 @@ def attribute(module: CapturedModule, inputs: Inputs, target: Target = None, add
 def explain(module: CapturedModule, request: Request, method: Method, *, many: bool = False, batch_axis: int = 0) -> Any:
     """Check the inputs, run `method` a piece at a time, and put the maps together.
 
-    `many`: whether the method takes targets [B, T], so that samples need not be repeated for it. `batch_axis`: of its maps.
+    `many`: whether the method takes targets [B, T]; else it runs once for each of them, so that nothing has to be repeated.
+    `batch_axis`: of its maps.
     """
     with torch.inference_mode(False), torch.enable_grad():
         call = request.call()
         call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=request.wrt is None)
         module = call.apply(module.for_call, call.explained)
+        if request.samplewise is None and request.batch_size is not None and 1 <= request.batch_size < call.batch:
+            call = measured(module, call, request.batch_size)
         if request.wrt is not None:
-            tail, activation, kwargs = at_activation(module, request.wrt, call, request.batch_size)
+            tail, activation, kwargs, samplewise = at_activation(module, request.wrt, call, request.batch_size)
             if activation.shape[:1] != (call.batch,) and not (many and request.batch_size is None):
                 raise ValueError(
                     f"{request.wrt} has the shape {list(activation.shape)}, without the batch on axis 0: "
                     "only pullback(), without batch_size, can explain with respect to it"
                 )
-            inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=())
+            inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=(), samplewise=samplewise)
             return explain(tail, inner, method, many=many, batch_axis=batch_axis)
-        repeats = None if many else call.targets_a_sample
-        if repeats is not None:
-            call = call.repeated(repeats)
-        pieces = [method(module, piece) for piece in call.pieces(request.batch_size)]
-        maps = [torch.cat(parts, batch_axis) for parts in zip(*pieces)]
-    if repeats is not None:
-        maps = [m.unflatten(batch_axis, (m.shape[batch_axis] // repeats, repeats)) for m in maps]
+        calls = [call] if many else call.one_target_each()
+        by_call = [joined((method(module, p) for p in one.pieces(request.batch_size)), call.batch, batch_axis) for one in calls]
+        maps = by_call[0] if calls[0] is call else [torch.stack(parts, batch_axis + 1) for parts in zip(*by_call)]
     return request.contained(maps)
+
+
+def joined(pieces: Iterator[list[Tensor]], batch: int, axis: int) -> list[Tensor]:
+    """The maps of a whole batch from those of its pieces, each of which is let go once it is copied."""
+    whole: list[Tensor] = []
+    start = 0
+    for parts in pieces:
+        if parts[0].shape[axis] == batch:
+            return parts
+        whole = whole or [part.new_empty((*part.shape[:axis], batch, *part.shape[axis + 1 :])) for part in parts]
+        for maps, part in zip(whole, parts):
+            maps.narrow(axis, start, part.shape[axis]).copy_(part)
+        start += parts[0].shape[axis]
+    return whole
 
 
 def at_activation(
     module: CapturedModule, name: str, call: Call, batch_size: int | None
-) -> tuple[CapturedModule, Tensor, dict[str, Any]]:
-    """What comes after the activation `name`, the activation of `call`, and those of the inputs that are needed after it.
+) -> tuple[CapturedModule, Tensor, dict[str, Any], frozenset[Key]]:
+    """What comes after the activation `name`, the activation of `call`, those of the inputs that are needed after it, and which
+    of these go with the samples.
 
     Raises:
         ValueError: there is no such activation, or what comes after it takes `*args` or `**kwargs`.
@@ -122,7 +144,9 @@ def at_activation(
     needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
     if any(n.startswith("*") for n in needed):
         raise ValueError(f"what comes after {name} takes {', '.join(needed)}, which have no names of their own")
-    return tail, activation, {n: arguments[n] for n in needed if n in arguments}
+    inputs = {*range(call.count), *call.samplewise}
+    samplewise = frozenset(parameter for key, parameter in call.parameters(module.forward).items() if key in inputs)
+    return tail, activation, {n: arguments[n] for n in needed if n in arguments}, samplewise
 
 
 def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:

@@ -1,7 +1,8 @@
-"""One call of a method: what its caller asks, and the inputs that follow from it, cut and repeated along the batch."""
+"""One call of a method: what its caller asks, and the inputs that follow from it, cut along the batch."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..containers import rebuilt, tensors_of
 from ..targets import Direction, Target
 
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+Key = int | str  # of an argument: its number among the values of a call, or its keyword
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Request:
     """The arguments that all methods have in common; `Explainer` says what each may be.
 
     `extra` are positional arguments of the model after the inputs, which are not explained. `bounds` are an ascent's.
+    `samplewise` are the keyword arguments that go with the samples, where that is known.
     """
 
     inputs: Inputs
@@ -29,6 +33,7 @@ class Request:
     batch_size: int | None = None
     extra: tuple[Any, ...] = ()
     bounds: tuple[Any, ...] = ()
+    samplewise: frozenset[Key] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +57,9 @@ class Request:
         kwargs, tensors = dict(self.forward_kwargs or {}), self.tensors
         if isinstance(self.inputs, Mapping):
             kwargs |= {name: value for name, value in self.inputs.items() if name not in self.names}
-        return Call([*map(usable, tensors), *self.extra], len(tensors), kwargs, self.target, self.names, self.bounds)
+        kwargs = {name: outside_inference(value) for name, value in kwargs.items()}
+        values = [*map(usable, tensors), *map(outside_inference, self.extra)]
+        return Call(values, len(tensors), kwargs, self.target, self.names, self.bounds, self.samplewise or frozenset())
 
     def contained(self, maps: list[Tensor]) -> Any:
         """The maps of the floating inputs, in order, in the container that the inputs came in, with None for the others."""
@@ -71,7 +78,14 @@ def usable(x: Any) -> Tensor:
         raise TypeError(f"cannot explain a complex input ({x.dtype}): pass its real and imaginary parts")
     if x.dim() == 0:
         raise ValueError("an input needs a batch axis, got a tensor of no axes")
-    return x.clone() if x.is_inference() else x
+    return outside_inference(x)
+
+
+def outside_inference(value: Any) -> Any:
+    """`value` with copies of the tensors that were made under `torch.inference_mode()`, which autograd refuses."""
+    if not any(t.is_inference() for t in tensors_of(value)):
+        return value
+    return rebuilt(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf)
 
 
 @dataclass
@@ -87,6 +101,7 @@ class Call:
     target: Target
     names: tuple[str, ...] = ()
     bounds: tuple[Any, ...] = ()  # of an ascent: they broadcast to an input, and may have the batch on their axis 0
+    samplewise: frozenset[Key] = frozenset()  # arguments beside the inputs that go with the samples
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -121,13 +136,12 @@ class Call:
             if x.is_floating_point() and bool(torch.isnan(x).any()):
                 raise ValueError(f"the input of shape {list(x.shape)} has NaN in it")
 
-    @property
-    def targets_a_sample(self) -> int | None:
-        """T for targets [B, T], else None."""
+    def one_target_each(self) -> list[Call]:
+        """The call for each of the T targets of a sample, where the target is [B, T]; else itself alone."""
         t = self.target
-        if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch:
-            return t.shape[1]
-        return None
+        if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch and t.shape[1]:
+            return [replace(self, target=column) for column in t.unbind(1)]
+        return [self]
 
     def apply(self, function: Callable[..., Any], points: list[Tensor]) -> Any:
         """What `function` returns for the arguments of the call with `points` in place of the explained inputs."""
@@ -145,21 +159,39 @@ class Call:
         for start in range(0, self.batch, batch_size):
             yield self.mapped(operator.itemgetter(slice(start, start + batch_size)))
 
-    def repeated(self, times: int) -> Call:
-        """The call with each sample `times` times in a row, one for each of its targets."""
-        flat = replace(self, target=None).mapped(lambda t: t.repeat_interleave(times, 0))
-        return replace(flat, target=self.target.reshape(-1))  # type: ignore[union-attr]
-
     def mapped(self, change: Callable[[Any], Any]) -> Call:
-        """The call with `change` applied to whatever has the batch on axis 0."""
+        """The call with `change` applied to whatever goes with the samples: inputs, targets and bounds that have the batch on
+        axis 0, and the tensors of arguments that are `samplewise`."""
 
         def changed(value: Any) -> Any:
-            has_batch = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
-            return change(value) if has_batch else value
+            return change(value) if self.has_batch(value) else value
+
+        def along(key: Key, value: Any) -> Any:
+            return rebuilt(value, changed) if key in self.samplewise else value
 
         target = change(self.target) if isinstance(self.target, list) else changed(self.target)
         target = target.mapped(changed) if isinstance(target, Direction) else target
-        kwargs = {name: changed(value) for name, value in self.kwargs.items()}
+        values = [changed(value) if i < self.count else along(i, value) for i, value in enumerate(self.values)]
+        kwargs = {name: along(name, value) for name, value in self.kwargs.items()}
         rank = max((x.dim() for x in self.explained), default=0)
         bounds = tuple(changed(b) if isinstance(b, Tensor) and b.dim() == rank else b for b in self.bounds)
-        return replace(self, values=[changed(v) for v in self.values], kwargs=kwargs, target=target, bounds=bounds)
+        return replace(self, values=values, kwargs=kwargs, target=target, bounds=bounds)
+
+    # -- arguments beside the inputs
+
+    def has_batch(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == self.batch
+
+    def argument(self, key: Key) -> Any:
+        return self.kwargs[key] if isinstance(key, str) else self.values[key]
+
+    def as_long_as_the_batch(self) -> list[Key]:
+        """The keys of the arguments beside the inputs that have a tensor whose axis 0 is as long as the batch."""
+        keys: list[Key] = [*range(self.count, len(self.values)), *self.kwargs]
+        return [key for key in keys if any(map(self.has_batch, tensors_of(self.argument(key))))]
+
+    def parameters(self, function: Callable[..., Any]) -> dict[Key, str]:
+        """The parameter of `function` that each argument is passed for; `*args` and `**kwargs` are left out."""
+        named: dict[str, Key] = {**dict(zip(self.names, range(len(self.names)))), **{name: name for name in self.kwargs}}
+        bound = inspect.signature(function).bind(*range(len(self.names), len(self.values)), **named).arguments
+        return {key: parameter for parameter, key in bound.items() if isinstance(key, Key)}

@@ -188,8 +188,8 @@ def formula(signature: Signature) -> Callable[..., list[Tensor]]:
         elif signature.looped:
             maps = signature.ascent.step(starts, points, pull, clamp=signature.ascent.clip == "every")
         else:
-            path = signature.ascent.path(points, pull)
-            maps = [end - start for start, end in zip(path[0], path[-1])]
+            *_, ends = signature.ascent.iterates(points, pull)
+            maps = [end - start for start, end in zip(points, ends)]
         return [*outputs, *maps]
 
     return results
