@@ -41,5 +41,14 @@ def blame(error: BaseException) -> str:
     return place
 
 
+def said(error: BaseException) -> str:
+    """What an error says, on one line: its first paragraph, as far as a sentence or two go, after its class if that says more."""
+    if "data-dependent" in str(error):  # as torch.export says it, in terms of its own symbols
+        return "the forward asks for the value of what it computes"
+    plain = isinstance(error, CaptureError | fx.proxy.TraceError) or type(error) is RuntimeError
+    text = " ".join(str(error).strip().split("\n\n")[0].split())
+    return f"{'' if plain else f'{type(error).__name__}: '}{text if len(text) <= 400 else f'{text[:400]}...'}"
+
+
 class CaptureError(RuntimeError):
     """The model could not be turned into a graph; the message names the line and the reason."""

@@ -20,19 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
 from ..gates.autocast import Region
 from .arguments import VARIADIC, checked, form
-from .capture import Capture, CaptureError, blame
+from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
 from .symbolic import PlaceTracer
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
-from .tracing.regions import Regions
+from .tracing.regions import Regions, data_detached
 from .untouched import Untouched
 
 aten = torch.ops.aten
@@ -60,7 +59,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     try:  # torch.export takes an axis of size 1 for a constant
         exported = Exported(model, with_batch(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
     except Exception as error:
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {error} ({blame(error)})") from error
+        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})") from error
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
     return Capture(with_marks(exported.clone, exported.paths), exported.reference, exported.graph, "torch.export", notes)
 
@@ -332,21 +331,6 @@ ASSERTIONS = (
 def opened(node: fx.Node) -> bool:
     """Whether a node is a region, whose body is copied into the graph."""
     return isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in REGIONS
-
-
-@contextlib.contextmanager
-def data_detached() -> Iterator[None]:
-    """While it lasts `h.data` of what an export follows is `h.detach()`: an export sees no call in it, and fails."""
-    own: Any = torch._C.TensorBase.data
-
-    def read(t: Tensor) -> Tensor:
-        return t.detach() if isinstance(t, FakeTensor) and not isinstance(t, nn.Parameter) else own.__get__(t)
-
-    torch.Tensor.data = property(read, own.__set__)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del torch.Tensor.data
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import fixed_arguments
-from .capture import Capture, CaptureError, blame
+from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
 from .passed import shown, taken_apart, with_marks
@@ -88,12 +88,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
 
 def refusal(model: str, error: Exception) -> CaptureError:
     """What to say of an error that a symbolic trace ended in, or would have without the forward."""
-    said = OF_OTHERS.get(str(error), " ".join(str(error).split()))
-    if isinstance(error, fx.proxy.TraceError):
-        stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
-        return CaptureError(f"torch.fx cannot trace {model}: {said} ({blame(error)}){stands}")
-    kind = "" if str(error) in OF_OTHERS else f"{type(error).__name__}: "
-    return CaptureError(f"torch.fx cannot trace {model}: {kind}{said} ({blame(error)})")
+    text = f"torch.fx cannot trace {model}: {OF_OTHERS.get(str(error), said(error))} ({blame(error)})"
+    stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
+    return CaptureError(f"{text}{stands if isinstance(error, fx.proxy.TraceError) else ''}")
 
 
 # What torch.fx says of modules and parameters that it does not find in the model.
