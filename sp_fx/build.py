@@ -18,10 +18,10 @@ from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
 from .explainer import Explainer
 from .gates.rules import Rules
+from .measured.scales import follows_sample
+from .measured.verification import Verify, verified
 from .methods.captured import WAITS, CapturedModule
-from .methods.scales import follows_sample
 from .methods.subgraphs import ending_at, within
-from .methods.verification import Verify, verified
 from .rewrite.report import Report
 from .rewrite.rewrite import rewrite
 

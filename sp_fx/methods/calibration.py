@@ -19,12 +19,11 @@ from ..capture.arguments import ByName
 from ..capture.passed import lets_through
 from ..gates.adjoints.row import wide
 from ..gates.dual_path import dual_path
-from ..gates.rules import KINDS, UNTEMPERED
-from ..gates.table import TABLE, rule_of
+from ..gates.table import TABLE
+from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.report import Report, Site
 
 STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
-SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
 
 
 @dataclass
@@ -72,12 +71,6 @@ class Gauge(ByName):
         if n in self.spreads:
             self.spreads[n].see(self.fetch_args_kwargs_from_env(n)[0][1])
         return super().run_node(n)
-
-
-def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """Returns the calls of `dual_path` whose pre-activation has a scale; one for each such site of the report, in its order."""
-    gates = [node for node in graph.nodes if node.target is dual_path]
-    return [node for node in gates if rule_of(str(node.kwargs.get("row", node.args[0]))) in SCALED]
 
 
 def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Mapping[str, Any]) -> list[Spread]:
@@ -186,15 +179,6 @@ def keeps_values(module: fx.GraphModule, node: fx.Node) -> bool:
 def fetched(module: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     return getattr(module.get_submodule(path), last).detach()
-
-
-def scaled_sites(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
-    """Returns the sites of the report whose pre-activation has a scale, each with its call."""
-    return list(zip(filter(is_scaled, report.sites), scaled_nodes(graph), strict=True))
-
-
-def is_scaled(site: Site) -> bool:
-    return site.status == "rewritten" and site.kind in SCALED
 
 
 def has_unit(site: Site) -> bool:

@@ -13,12 +13,11 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..analysis.sample_axis import sample_axes
 from ..capture.clone import EvalClone
 from ..containers import items, tensors_of
+from ..measured.sample_axis import sample_axes
+from ..measured.scales import follows_sample, placed, scaled_sites, unknown
 from ..rewrite.report import Report
-from .calibration import scaled_sites
-from .scales import follows_sample, placed, unknown
 from .subgraphs import ending_at, restore_places, saved_places, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it

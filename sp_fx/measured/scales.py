@@ -13,11 +13,31 @@ from typing import Any
 
 from torch import fx
 
-from ..analysis.sample_axis import Axis
-from ..rewrite.report import Report
-from .calibration import scaled_sites
+from ..gates.dual_path import dual_path
+from ..gates.rules import KINDS, UNTEMPERED
+from ..gates.table import rule_of
+from ..rewrite.report import Report, Site
+from .sample_axis import Axis
 
 UNKNOWN = "absolute, since no axis is the sample's here: calibrate() measures a scale"
+
+
+SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
+
+
+def scaled_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """Returns the calls of `dual_path` whose pre-activation has a scale; one for each such site of the report, in its order."""
+    gates = [node for node in graph.nodes if node.target is dual_path]
+    return [node for node in gates if rule_of(str(node.kwargs.get("row", node.args[0]))) in SCALED]
+
+
+def scaled_sites(report: Report, graph: fx.Graph) -> list[tuple[Site, fx.Node]]:
+    """Returns the sites of the report whose pre-activation has a scale, each with its call."""
+    return list(zip(filter(is_scaled, report.sites), scaled_nodes(graph), strict=True))
+
+
+def is_scaled(site: Site) -> bool:
+    return site.status == "rewritten" and site.kind in SCALED
 
 
 def follows_sample(report: Report) -> bool:

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
 
+from ..analysis.calls import name_of
+from ..analysis.ops import POINTWISE, PRODUCT
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through, operands
 from ..containers import rebuilt, tensors_of
 from ..gates.dual_path import dual_path
-from .calls import name_of
-from .ops import POINTWISE, PRODUCT
 
 T = TypeVar("T")
 
