@@ -26,6 +26,8 @@ WAITS = (
     "torch.compile and torch.export, where they come first, take axis 0"
 )
 
+NOT_VERIFIED = "not verified: the graph was not compared with the model"
+
 Form = Any  # what a call looks like but for sizes: containers, dtypes, ranks, devices, flags
 
 
@@ -109,7 +111,7 @@ class CapturedModule(fx.GraphModule):
         module: Any = self
         notes, first = [], not self._forms
         if obstacle and self._compare is not None:
-            notes = [f"not verified: the graph was not compared with the model {obstacle}"]
+            notes = [f"{NOT_VERIFIED} {obstacle}"]
         elif self._compare is not None:
             verified = self._compare(self, arguments)
             notes = verified.notes
@@ -187,11 +189,7 @@ class CapturedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple:
         plain = fx.GraphModule(self, self.graph)
-        report = (
-            noted(self._report, ["unpickled: not verified: the graph was not compared with the model"])
-            if waits(self)
-            else self._report
-        )
+        report = noted(self._report, [f"{NOT_VERIFIED} before it was pickled"]) if waits(self) else self._report
         is_placed = self._unplaced is None or bool(self._forms)
         return unpickled, (declared_class(self), plain, report, saved_places(self.graph), is_placed)
 
@@ -250,11 +248,7 @@ def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[An
 
 def noted(report: Report, notes: list[str]) -> Report:
     """Returns the report with these notes in place of what it says of a comparison to come."""
-    kept = [
-        note
-        for note in report.notes
-        if note != WAITS and not note.startswith("not verified: the graph was not compared with the model")
-    ]
+    kept = [note for note in report.notes if note != WAITS and not note.startswith(NOT_VERIFIED)]
     return replace(report, notes=(*kept, *(note for note in notes if note not in kept)))
 
 
@@ -278,7 +272,7 @@ def obstacle_to_comparing(arguments: Any) -> str:
         return "inside inference mode"
     if torch._C._are_functorch_transforms_active():
         return "inside vmap and other transforms of torch.func"
-    if torch._C._len_torch_dispatch_stack():
+    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
         return "inside a trace"
     tensors = tensors_of(arguments)
     if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
