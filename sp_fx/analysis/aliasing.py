@@ -81,8 +81,9 @@ def is_number(node: fx.Node) -> bool:
 
 
 def returns_alias(overload: torch._ops.OpOverload) -> bool:
-    """Whether an op may return a view of its input."""
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in overload._schema.returns)
+    """Whether an op may return a view of its input: of a tensor, not an item of a list, of which TorchScript has ops too."""
+    returns = [r for r in overload._schema.returns if "Tensor" in str(r.type)]
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
 
 
 @functools.cache
@@ -98,6 +99,25 @@ def reads_form(node: fx.Node) -> bool:
     return node.op.startswith("call") and node.op != "call_module" and (
         name_of(node) in SHAPES or (node.target is getattr and node.args[1] in NUMBERS)
     )  # fmt: skip
+
+
+def is_always_view(node: fx.Node) -> bool:
+    """Whether a call that may return a view of its input, or an item of it, is known to do so: `select`, but not `reshape`."""
+    if node.target is operator.getitem:
+        parts = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return not any(isinstance(part, fx.Node | list) for part in parts)
+    if getattr(node.target, "__module__", None) == "torch.nn.functional" or node.op == "call_module":
+        return False  # `F.unfold` is not what `unfold` is
+    return has_view_kernel(name_of(node))
+
+
+@functools.cache
+def has_view_kernel(name: str) -> bool:
+    """Whether PyTorch tracks the ATen ops of that name as views."""
+    packet = getattr(torch.ops.aten, name, None)
+    ops = [] if packet is None else [op for op in packet.overloads() if returns_alias(getattr(packet, op))]
+    qualified = (f"aten::{name}" if op == "default" else f"aten::{name}.{op}" for op in ops)
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(op, "ADInplaceOrView") for op in qualified)
 
 
 def nodes_in(value: Any) -> list[fx.Node]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import handle_torch_function, has_torch_function
 
 from ..analysis.aliasing import (
     Aliasing,
@@ -23,6 +22,7 @@ from ..analysis.aliasing import (
     first,
     gives_view,
     has_items,
+    is_always_view,
     is_item,
     is_number,
     item_of,
@@ -33,7 +33,7 @@ from ..analysis.aliasing import (
 from ..analysis.calls import name_of, out_of_place, written
 from ..analysis.ops import CLOSERS, PRODUCT, QUOTIENT, having
 from ..analysis.readers import READERS
-from ..containers import rebuilt
+from ..gates.in_place import after, copied, in_form_of, overwrite_, same_strides, setitem_
 
 FRESH, SAME_FORM = having("fresh"), having("same_form")
 
@@ -43,7 +43,7 @@ def normalise(modules: nn.Module, graph: fx.Graph) -> list[str]:
     walk = Walk(modules, graph)
     for node in list(graph.nodes):
         walk.visit(node)
-    for node in reversed(graph.find_nodes(op="call_function", target=after)):
+    for node in reversed(walk.made):
         if not node.users:
             graph.erase_node(node)
     graph.lint()
@@ -66,6 +66,7 @@ class Walk:
         self.now: dict[fx.Node, fx.Node] = {}
         self.holders: dict[Member, list[fx.Node]] = {}
         self.notes: list[str] = []
+        self.made: list[fx.Node] = []  # calls that go where nothing reads them
         tensors: dict[int, Member] = {}  # those of the model; tied ones are one
         for node in graph.find_nodes(op="get_attr"):
             tensor = operator.attrgetter(str(node.target))(modules)
@@ -244,7 +245,11 @@ class Walk:
         for member, value in renewed.items():
             if any(member in target.line()[-1].all() and member.overlaps(target) for target in targets):
                 with self.graph.inserting_after(last):
-                    value = last = call(self.graph, after, (value, write), value, node)
+                    if member.parent in renewed and is_always_view(member.view):  # type: ignore[arg-type]
+                        value = last = view_again(self.aliasing, member, member.parent.value)  # type: ignore[union-attr]
+                    else:  # what is a copy, as `reshape` may be, was made before the write
+                        value = last = call(self.graph, after, (value, write), value, node)
+                self.made.append(value)
             self.set(member, value, node)
         if not isinstance(node.target, torch._ops.OpOverload) or plain or returns_target(node.target):
             self.members[node], self.now[node] = targets[0], targets[0].value
@@ -270,6 +275,7 @@ class Walk:
         values = {base: call(self.graph, copied, (base.value,), base.value, node)}
         for m in used[1:]:
             values[m] = view_again(self.aliasing, m, values[m.parent])  # type: ignore[index]
+        self.made += values.values()
         base.leave()
         base.fresh = True
         return values
@@ -329,80 +335,3 @@ def keeps_form(node: fx.Node, member: Member) -> bool:
         result, target = node.target(*args, **kwargs), member.value.meta["val"]
         return result.dtype == target.dtype and result.shape == target.shape and same_strides(result, target)
     return node.all_input_nodes == [member.value] and name_of(node) in SAME_FORM and member.dense
-
-
-# -- what the graph calls
-
-
-def copied(x: Any) -> Any:
-    """Returns `x` with its tensors in storage of their own, with the strides that they have; it may be a container of them."""
-    if has_torch_function((x,)):
-        return handle_torch_function(copied, (x,), x)
-    return rebuilt(x, lambda t: copy_of(t) if isinstance(t, Tensor) else t)
-
-
-def copy_of(t: Tensor) -> Tensor:
-    copy = t.clone()
-    if t.layout != torch.strided or same_strides(copy, t):
-        return copy
-    once = t  # an expanded axis once
-    for axis, (size, stride) in enumerate(zip(t.shape, t.stride())):
-        once = once.narrow(axis, 0, 1) if stride == 0 and size > 1 else once
-    return once.new_empty_strided(once.shape, once.stride()).copy_(once).expand(t.shape)
-
-
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have the same strides, along axes of one element whatever."""
-    return a.stride() == b.stride() or all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
-
-
-def in_form_of(result: Tensor, target: Tensor, resizes: bool = False) -> Tensor:
-    """Returns `result` in the dtype and strides of `target`, over which a call in place would have written it.
-
-    Raises:
-        RuntimeError: `target` cannot take it. Where the call `resizes` its target, another shape is right.
-    """
-    if has_torch_function((result, target)):
-        return handle_torch_function(in_form_of, (result, target), result, target, resizes)
-    if not isinstance(result, Tensor) or not isinstance(target, Tensor):  # `+=` of numbers
-        return result
-    if result.dtype != target.dtype:
-        if not torch.can_cast(result.dtype, target.dtype):
-            raise RuntimeError(f"result type {result.dtype} can't be cast to the desired output type {target.dtype}")
-        result = result.to(target.dtype)
-    if result.shape != target.shape:
-        if resizes:
-            return result
-        shapes = f"{list(target.shape)} doesn't match the broadcast shape {list(result.shape)}"
-        raise RuntimeError(f"output with shape {shapes}")
-    if target.layout != torch.strided or same_strides(result, target):
-        return result
-    if any(n > 1 and s == 0 for n, s in zip(target.shape, target.stride())):
-        raise RuntimeError("a call in place writes over a tensor whose elements share memory: clone() it before")
-    return result.new_empty_strided(target.shape, target.stride()).copy_(result)
-
-
-def overwrite_(target: Tensor, result: Tensor) -> Tensor:
-    """Writes `result` over `target` and returns it, as a call in place does that computes the result."""
-    if has_torch_function((target, result)):
-        return handle_torch_function(overwrite_, (target, result), target, result)
-    return target.copy_(in_form_of(result, target))
-
-
-def setitem_(x: Any, index: Any, value: Any) -> Any:
-    """Returns `x` after `x[index] = value`."""
-    if has_torch_function((x, value)):
-        return handle_torch_function(setitem_, (x, value), x, index, value)
-    x[index] = value
-    return x
-
-
-def after(x: Any, write: Any) -> Any:
-    """Returns `x`, which the call that gave `write` has written over, so that what reads it depends on that call."""
-    if has_torch_function((x, write)):
-        return handle_torch_function(after, (x, write), x, write)
-    return x
-
-
-copied.stands_for = "clone"  # type: ignore[attr-defined]  # to the table of ops
-in_form_of.stands_for = "type_as"  # type: ignore[attr-defined]
