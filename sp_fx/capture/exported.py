@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
-from ..gates.autocast import Region
+from ..gates.calls.autocast import Region
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from ..capture.arguments import ByName
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
-from ..gates.autocast import under
+from ..gates.calls.autocast import under
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import KINKED, TABLE, rule_of

@@ -22,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import decoded, encoded
 from .adjoints.row import Temperature, at_once
-from .autocast import Region, under
+from .calls.autocast import Region, under
 from .kernels import by_kernel
 from .scale import deviation
 from .table import TABLE

@@ -12,7 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints.attention import is_tempered, tempered_softmax
 from .adjoints.row import Temperature
-from .autocast import Region, under
+from .calls.autocast import Region, under
 from .dual_path import dual_path, frozen
 
 

@@ -33,7 +33,7 @@ from ..analysis.aliasing import (
 from ..analysis.calls import name_of, out_of_place, written
 from ..analysis.ops import CLOSERS, PRODUCT, QUOTIENT, having
 from ..analysis.readers import READERS
-from ..gates.in_place import after, copied, in_form_of, overwrite_, same_strides, setitem_
+from ..gates.calls.in_place import after, copied, in_form_of, overwrite_, same_strides, setitem_
 
 FRESH, SAME_FORM = having("fresh"), having("same_form")
 

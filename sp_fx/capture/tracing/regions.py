@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ...containers import rebuilt
-from ...gates.autocast import Region, put_under
+from ...gates.calls.autocast import Region, put_under
 from ...gates.dual_path import dual_path
 from ...gates.multihead import multihead_attention
 from ..passed import lets_through

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from ..containers import rebuilt
+from ...containers import rebuilt
 
 
 def copied(x: Any) -> Any:
