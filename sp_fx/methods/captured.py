@@ -169,7 +169,7 @@ class CapturedModule(fx.GraphModule):
         """The module up to the activation `name`, and the module from there on; made once, and kept."""
         with self._splitting:
             if name not in self._splits:
-                graphs = ending_at(self.graph, name, "wrt"), starting_at(self.graph, name)
+                graphs = ending_at(self.graph, name, "wrt"), starting_at(self, self.graph, name)
                 stem, tail = (declared_class(self)(self, graph, within(self._report, graph)) for graph in graphs)
                 if self._forms:  # the axes are placed
                     stem._unplaced = tail._unplaced = None

@@ -13,9 +13,10 @@ import difflib
 import operator
 from dataclasses import replace
 
-from torch import fx
+from torch import fx, nn
 
 from ..capture.arguments import checked
+from ..capture.passed import lets_through
 from ..gates.multihead import multihead_attention
 from ..rewrite.report import Report
 
@@ -68,20 +69,35 @@ def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
     return pruned(cut)
 
 
-def starting_at(graph: fx.Graph, name: str) -> fx.Graph:
-    """Returns the subgraph from the activation `name` on, its first input; it keeps those of the inputs that it needs."""
+def starting_at(modules: nn.Module, graph: fx.Graph, name: str) -> fx.Graph:
+    """Returns the subgraph from the activation `name` on, its first input; it keeps those of the inputs that it needs.
+
+    The hooks of a module that is entered before it see None in place of what was computed there.
+    """
     start, cut = find(graph, name, "wrt"), fx.Graph(tracer_cls=graph._tracer_cls)
     copies: dict[fx.Node, fx.Node] = {}
-    activation = cut.placeholder("activation_")
+    taken = {str(node.target).lstrip("*") for node in graph.find_nodes(op="placeholder")}
+    argument = "activation_"
+    while argument in taken:
+        argument += "_"
+    activation = cut.placeholder(argument)
+    after = {start}
     for node in graph.nodes:
+        if after.intersection(node.all_input_nodes):
+            after.add(node)
         copies[node] = activation if node is start else cut.node_copy(node, copies.__getitem__)
+        if node is not start and node.op == "call_module" and lets_through(modules.get_submodule(str(node.target))):
+            known = lambda n: copies[n] if n in after else None  # noqa: E731
+            copies[node].args = (copies[node].args[0], *fx.map_arg(node.args[1:], known))
+            copies[node].kwargs = fx.map_arg(node.kwargs, known)
     return pruned(cut, needed_only=True)
 
 
 def pruned(graph: fx.Graph, needed_only: bool = False) -> fx.Graph:
     """Erases the calls whose results nobody reads, and returns the graph; with `needed_only`, unread inputs as well."""
+    first = next(iter(graph.nodes))
     for node in reversed(list(graph.nodes)):
-        kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node.target == "activation_"))
+        kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node is first))
         if not (node.users or kept or (node.target is checked and not needed_only)):
             graph.erase_node(node)
     graph.lint()
