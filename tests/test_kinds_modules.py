@@ -388,6 +388,9 @@ class Frozen(dict):
     def clear(self):
         raise TypeError("frozen")
 
+    def __deepcopy__(self, memo):
+        return Frozen(self)
+
 
 @pytest.mark.parametrize("way", WAYS)
 def test_objects_of_the_model_stay_as_they_were(way):

@@ -103,6 +103,9 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
                 found[id(at)] = at
             case types.FunctionType():
                 found |= {id(cell): cell for cell in at.__closure__ or ()}
+                if id(at.__globals__) not in found and not str(at.__module__).startswith(("torch.", "builtins")):
+                    found[id(at.__globals__)] = at.__globals__
+                    queue += [v for v in at.__globals__.values() if not isinstance(v, types.FunctionType)]
         if is_open(at) and not isinstance(at, types.FunctionType | type):
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}

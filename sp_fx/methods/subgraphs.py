@@ -10,6 +10,7 @@ and `layer2.0.relu#2` for the second call of that module. Of a module that retur
 from __future__ import annotations
 
 import difflib
+import keyword
 import operator
 from dataclasses import replace
 
@@ -48,6 +49,8 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
         ValueError: there is none; the message has the nearest names.
     """
     named = activations(graph)
+    if name not in named:  # a word of Python's own, such as "heads.class", has an underscore in a graph
+        name = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in str(name).split("."))
     if name not in named:
         near = difflib.get_close_matches(str(name), named, 5, 0.4) or list(named)[:5]
         raise ValueError(f"{option}={name!r} names no activation of this model; the nearest are {', '.join(near) or 'none'}")
