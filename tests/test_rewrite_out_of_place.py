@@ -423,6 +423,11 @@ def restricted(m, h):
     return torch.cat([a.clone().relu_(), b], 1)
 
 
+def cast(m, h):
+    h.double().mul_(2)  # of that dtype already
+    return h.to(torch.float64).relu_() + h.float().neg_().double()
+
+
 FORMS = {
     "a statement before a written gate": (swish_of_relu, lambda m, h: (r := F.relu(h)) * torch.sigmoid(r)),
     "a change of shape": (transposed, lambda m, h: F.relu(h)),
@@ -431,6 +436,7 @@ FORMS = {
     "a gate on part of a buffer": (filled, lambda m, h: F.gelu(torch.cat([h[:, :1], F.relu(h[:, 1:3]), h[:, 3:]], 1))),
     "a written gate": (gated, lambda m, h: F.relu(h) * 0.7),
     "after a norm": (normed, lambda m, h: (F.layer_norm(h, (6,)) + h) * torch.tensor([2.0] * 2 + [1.0] * 4)),
+    "casts": (cast, lambda m, h: F.relu(2 * h) - F.relu(2 * h).float().double()),
     "halves": (restricted, lambda m, h: torch.cat([F.relu(h[:, :3]), h[:, 3:]], 1)),
 }
 

@@ -81,17 +81,24 @@ def is_number(node: fx.Node) -> bool:
 
 
 def returns_alias(overload: torch._ops.OpOverload) -> bool:
-    """Whether an op may return a view of its input: of a tensor, not an item of a list, of which TorchScript has ops too."""
-    returns = [r for r in overload._schema.returns if "Tensor" in str(r.type)]
-    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    """Whether an op may return a view of its input."""
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in overload._schema.returns)
 
 
 @functools.cache
 def gives_view(name: str) -> bool:
-    """Whether a call of that plain name may return a view of its input, by the table of ops or by ATen's own account."""
+    """Whether a call of that plain name may return a view of its input: by the table of ops, by ATen's own account, or as
+    `h.double()` returns `h`, where it has that dtype."""
+    casts = name == "type" or isinstance(getattr(torch, name, None), torch.dtype)
+    return name in VIEW or casts or any(map(returns_alias, aten_ops(name)))
+
+
+def aten_ops(name: str) -> list[torch._ops.OpOverload]:
+    """Returns the ATen ops of a plain name that write over nothing."""
     packet = getattr(torch.ops.aten, name, None)
-    ops = () if packet is None else (getattr(packet, overload) for overload in packet.overloads())
-    return name in VIEW or any(returns_alias(op) for op in ops if not op._schema.is_mutable)
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return []
+    return [op for overload in packet.overloads() if not (op := getattr(packet, overload))._schema.is_mutable]
 
 
 def reads_form(node: fx.Node) -> bool:
@@ -114,9 +121,8 @@ def is_always_view(node: fx.Node) -> bool:
 @functools.cache
 def has_view_kernel(name: str) -> bool:
     """Whether PyTorch tracks the ATen ops of that name as views."""
-    packet = getattr(torch.ops.aten, name, None)
-    ops = [] if packet is None else [op for op in packet.overloads() if returns_alias(getattr(packet, op))]
-    qualified = (f"aten::{name}" if op == "default" else f"aten::{name}.{op}" for op in ops)
+    known = torch._C._dispatch_get_all_op_names()  # TorchScript has others
+    qualified = [op.name() for op in aten_ops(name) if returns_alias(op) and op.name() in known]
     return any(torch._C._dispatch_has_kernel_for_dispatch_key(op, "ADInplaceOrView") for op in qualified)
 
 

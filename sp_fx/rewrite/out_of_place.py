@@ -33,7 +33,7 @@ from ..analysis.aliasing import (
 from ..analysis.calls import name_of, out_of_place, written
 from ..analysis.ops import CLOSERS, PRODUCT, QUOTIENT, having
 from ..analysis.readers import READERS
-from ..gates.calls.in_place import after, copied, in_form_of, overwrite_, same_strides, setitem_
+from ..gates.calls.in_place import after, copied, in_form_of, overwrite_, setitem_
 
 FRESH, SAME_FORM = having("fresh"), having("same_form")
 
@@ -327,11 +327,17 @@ def has_rule(node: fx.Node, plain: Any) -> bool:
     return getattr(plain, "overloadpacket", plain) in READERS or name_of(node) in PRODUCT | QUOTIENT | CLOSERS
 
 
+def form_of(t: Tensor) -> tuple[Any, ...]:
+    """Returns dtype, shape and strides, as text, since comparing symbols may ask for their values."""
+    return t.dtype, str(t.shape), str(t.stride())
+
+
 def keeps_form(node: fx.Node, member: Member) -> bool:
     """Whether the result of a call is known to have the dtype, shape and strides of what it was to write over."""
     values = [n.meta.get("val") for n in node.all_input_nodes]
     if isinstance(node.target, torch._ops.OpOverload) and all(isinstance(v, Tensor) for v in values):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        result, target = node.target(*args, **kwargs), member.value.meta["val"]
-        return result.dtype == target.dtype and result.shape == target.shape and same_strides(result, target)
+        with torch.no_grad():
+            result, target = node.target(*args, **kwargs), member.value.meta["val"]
+        return isinstance(result, Tensor) and form_of(result) == form_of(target)
     return node.all_input_nodes == [member.value] and name_of(node) in SAME_FORM and member.dense

@@ -1,8 +1,8 @@
 """The graph pass: every gating call becomes a dual-path call, and a report says so, place by place.
 
 Requires: a capture, over modules in eval mode. Ensures: the same outputs, bit for bit; every gate that has a rule and a
-temperature is a call of `dual_path` (or `multihead_attention`); no rewritten gate works in place, and nothing writes over what
-one has saved; the graph lints; each gating call of the model, rewritten or not, has one `Site` in the report.
+temperature is a call of `dual_path` (or `multihead_attention`); what writes is as `out_of_place` leaves it, so that nothing
+writes over what a gate has saved; the graph lints; each gating call of the model, rewritten or not, has one `Site` in the report.
 """
 
 from __future__ import annotations
