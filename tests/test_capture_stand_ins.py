@@ -254,3 +254,20 @@ def test_tensors_that_are_no_buffers_are_not_written_over():
     with pytest.raises(sp_fx.CaptureError, match=r"writes over a tensor of the model that is no buffer.*stand_ins.py:\d+"):
         sp_fx.transform(model)
     assert not model.count
+
+
+@torch.fx.wrap
+def wrapped(h, pos):
+    kept = h
+    h += pos
+    with torch.no_grad():
+        scale = F.relu(h).mean()
+    return kept * scale if isinstance(h, torch.Tensor) else h
+
+
+def test_functions_that_are_wrapped_are_seen_likewise():
+    model, x = net(lambda m, x: F.relu(wrapped(m.a(x), m.pos))), batch()
+    explainer = sp_fx.transform(model, rules=sp_fx.Rules(relu=None))
+    y = x.clone().requires_grad_()
+    expected = torch.autograd.grad(model(y)[:, 1].sum(), y)[0]
+    assert torch.equal(explainer(x), model(x)) and torch.allclose(explainer.pullback(x, 1), expected, atol=1e-6)

@@ -73,7 +73,7 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
         for node in graph.find_nodes(op="call_function", target=torch._assert):
             if isinstance(node.args[1], str) and "has been specialized to have value" in node.args[1]:
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
-        inline_wrapped(graph)
+        inline_wrapped(graph, clone, example)
         call_by_name(graph)
         if tracer.known.refusals:  # which the forward has caught, and taken another path
             raise tracer.known.refusals[0]
@@ -196,23 +196,28 @@ def is_proxy(leaf: Any) -> bool:
     return isinstance(leaf, fx.Proxy)
 
 
-def inline_wrapped(graph: fx.Graph) -> None:
+def inline_wrapped(graph: fx.Graph, clone: nn.Module, example: Mapping[str, Any] | None) -> None:
     """Open the functions that `torch.fx.wrap` made opaque, where they can be traced; the others stay as they are."""
     for node in list(graph.nodes):
         if not node.meta.get("is_wrapped") or (node.target.__module__ or "").startswith("torch."):
             continue
         before = set(graph.nodes)
-        tracer = fx.proxy.GraphAppendingTracer(graph)
-        with graph.inserting_before(node):
-            proxies: Any = lambda n, tracer=tracer: fx.Proxy(n, tracer)  # noqa: E731
-            args, kwargs = fx.map_arg((node.args, node.kwargs), proxies)
-            try:
+        regions = Regions(node.meta.get("autocast", ()))
+        tracer = PlaceTracer(Known(clone, example, {}), regions)
+        tracer.graph, tracer.root, tracer.tensor_attrs = graph, clone, {}
+        args, kwargs = fx.map_arg((node.args, node.kwargs), tracer.proxy)  # type: ignore[arg-type]
+        try:
+            with contextlib.ExitStack() as patches:
+                patches.enter_context(graph.inserting_before(node))
+                patches.enter_context(functions_kept(recorded_by(tracer)))
+                patches.enter_context(questions_answered(tracer.known, clone))
+                patches.enter_context(regions.followed())
                 result = node.target(*args, **kwargs)
-                inlined = fx.node.map_aggregate(result, lambda r: r.node if isinstance(r, fx.Proxy) else r)
-            except Exception:  # whatever the function does with what is not a tensor; rewrite lists it as opaque
-                inlined = None
+            inlined = fx.node.map_aggregate(result, lambda r: r.node if isinstance(r, fx.Proxy) else r)
+        except Exception:  # whatever the function does with what is not a tensor; rewrite lists it as opaque
+            inlined = None
         added = [n for n in graph.nodes if n not in before]
-        if isinstance(inlined, fx.Node):
+        if isinstance(inlined, fx.Node) and not tracer.known.refusals:
             for n in added:
                 n.meta.update({key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta})
             node.replace_all_uses_with(inlined)

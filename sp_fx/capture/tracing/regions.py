@@ -28,14 +28,17 @@ from .schemas import line_of, name_of, schemas, tags_of
 class Regions:
     """The regions that a forward is in while it is traced.
 
+    Args:
+        outer: the autocast that it is called under by the model's own forward, if it is a function of it.
+
     Attributes:
         asked: where the forward asks whether gradients are on.
         stops: where it computes with what depends on the inputs while they are off.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outer: Region = ()) -> None:
         self.thread = threading.get_ident()
-        self.entered: list[Region] = []
+        self.entered: list[Region] = [outer]
         self.asked: dict[str, None] = {}
         self.stops: dict[str, None] = {}
 
