@@ -8,17 +8,14 @@ alike.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
 
 from ..analysis.calls import name_of
 from ..analysis.ops import POINTWISE, PRODUCT
@@ -26,6 +23,7 @@ from ..capture.arguments import ByName
 from ..capture.passed import lets_through, operands
 from ..containers import rebuilt, tensors_of
 from ..gates.dual_path import dual_path
+from .shapes import on_shapes_alone
 
 T = TypeVar("T")
 
@@ -179,16 +177,6 @@ def in_its_own_thread(function: Callable[[], T]) -> T:
     return outcome[0]
 
 
-@contextmanager
-def silent(logger: logging.Logger) -> Iterator[None]:
-    """While it lasts the logger says nothing: of shapes that do not fit, which is what is measured."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 class Form:
     """What a fake tensor is made from: what is known of a tensor without its numbers. No dataclass: those are containers."""
 
@@ -211,7 +199,7 @@ class Fakes(ByName):
         super().__init__(module)
         self.values: dict[fx.Node, Any] = {}
         self.error: str | None = None
-        with FakeTensorMode(allow_non_fake_inputs=True), silent(logging.getLogger("torch._subclasses.fake_tensor")):
+        with on_shapes_alone():
             self.run_by_name(rebuilt(arguments, lambda leaf: leaf.made() if isinstance(leaf, Form) else leaf))
 
     def is_mark(self, node: fx.Node) -> bool:

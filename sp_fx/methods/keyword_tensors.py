@@ -11,19 +11,16 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses import FakeTensor
 
-from ..capture.arguments import checked
+from ..capture.arguments import ByName, checked
 from ..containers import rebuilt, tensors_of
+from ..measured.shapes import on_shapes_alone
 from ..targets import primary
 from .requests import Call, Key
 
@@ -80,31 +77,8 @@ def is_read(module: fx.GraphModule, parameter: str) -> bool:
     return all(reads(node) for node in module.graph.find_nodes(op="placeholder") if node.target == parameter)
 
 
-@contextlib.contextmanager
-def on_shapes_alone() -> Iterator[None]:
-    """While it lasts calls compute shapes and dtypes only, whatever modes and transforms the caller is under."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")  # writes a traceback of each call that does not run
-    disabled = logger.disabled
-    try:
-        logger.disabled = True
-        with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.no_grad():
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                yield
-    finally:
-        logger.disabled = disabled
-
-
-class WithoutHooks(fx.Interpreter):
-    """Runs a graph on arguments by name, and its modules without their hooks, which expect numbers."""
-
-    def __init__(self, module: fx.GraphModule, arguments: dict[str, Any]) -> None:
-        super().__init__(module)
-        self.arguments = arguments
-        self.extra_traceback = False  # in messages
-
-    def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = target.lstrip("*")
-        return self.arguments[name] if name in self.arguments else args[0] if args else {"*": (), "**": {}}[target[: -len(name)]]
+class WithoutHooks(ByName):
+    """Runs a graph's modules without their hooks, which expect numbers."""
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.fetch_attr(target).forward(*args, **kwargs)
@@ -124,7 +98,7 @@ def run(module: fx.GraphModule, call: Call) -> Shapes:
     whole = replace(call, values=rebuilt(call.values, fake), kwargs=rebuilt(call.kwargs, fake))
     try:
         arguments = whole.apply(inspect.signature(module.forward).bind, whole.explained).arguments
-        output = WithoutHooks(module, arguments).run()
+        output = WithoutHooks(module).run_by_name(arguments)
     except Exception as error:  # whatever a model raises for shapes that it does not take
         return Shapes([], None, f"it does not run, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     tensors, explained = tensors_of(output), None
