@@ -11,6 +11,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of the tests by kind, those by export run in the slow form: an export takes ten times as long as a symbolic trace."""
+    for item in items:
+        by_export = "callspec" in vars(item) and "export" in item.callspec.params.values()
+        if item.path.name.startswith("test_kinds") and by_export:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """What a test draws without a seed of its own does not depend on the tests before it, which the workers share out."""

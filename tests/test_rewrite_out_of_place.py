@@ -328,7 +328,7 @@ def check_programs(tracer, seeds):
     assert results["checked"] >= 0.9 * len(seeds)
 
 
-@pytest.mark.parametrize("tracer, number", [("fx", 48), ("export", 12)])
+@pytest.mark.parametrize("tracer, number", [("fx", 24), ("export", 4)])
 def test_random_programs(tracer, number):
     check_programs(tracer, range(number))
 
