@@ -127,6 +127,9 @@ class EvalClone:
             clone.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
             clone.__dict__["_parameters"] = {name: self.tensor(p) for name, p in module._parameters.items()}
             clone.__dict__["_buffers"] = {name: self.tensor(b) for name, b in module._buffers.items()}
+            if getattr(module, "max_norm", None) is not None and (weight := clone._parameters.get("weight")) is not None:
+                own = nn.Parameter(weight.detach().clone(), weight.requires_grad)  # an embedding's forward scales its rows
+                clone.__dict__["_parameters"]["weight"] = own
             clone.__dict__["_modules"] = {name: None if m is None else self(m) for name, m in module._modules.items()}
         return self.clones[id(module)]
 

@@ -82,20 +82,16 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     however deep; a module's or an object's attributes are a dictionary."""
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
-    queue: list[Any] = []
+    queue: list[tuple[Any, int]] = []  # what is to be looked into, and how deep
     classes = {cls for m in model.modules() for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
     files = [vars(sys.modules[name]) for name in {cls.__module__ for cls in classes} if name in sys.modules]
-    for m in (*model.modules(), *clone.modules()):
-        queue.append(vars(m))
-    for file in files:
-        found[id(file)] = file
-        queue += [v for v in file.values() if not isinstance(v, types.FunctionType)]
-    for cls in classes:
-        found[id(cls)] = cls
-        queue += [v for v in vars(cls).values() if not isinstance(v, types.FunctionType)]
+    queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
+    for place in (*files, *classes):
+        found[id(place)] = place
+        queue += [(v, NEAR) for v in (place if isinstance(place, dict) else vars(place)).values() if keeps(v)]
     while queue:
-        at = queue.pop()
-        if id(at) in seen or isinstance(at, nn.Module | Tensor | fx.Proxy):
+        at, depth = queue.pop(0)
+        if id(at) in seen or not depth or isinstance(at, nn.Module | Tensor | fx.Proxy):
             continue
         seen[id(at)] = at
         match at:
@@ -105,13 +101,25 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
                 found |= {id(cell): cell for cell in at.__closure__ or ()}
                 if id(at.__globals__) not in found and not str(at.__module__).startswith(("torch.", "builtins")):
                     found[id(at.__globals__)] = at.__globals__
-                    queue += [v for v in at.__globals__.values() if not isinstance(v, types.FunctionType)]
+                    queue += [(v, NEAR) for v in at.__globals__.values() if keeps(v)]
         if is_open(at) and not isinstance(at, types.FunctionType | type):
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}
             found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
-        queue += held(at)
+        queue += [(item, depth - 1) for item in held(at)]
     return list(found.values())
+
+
+# A file's own containers and objects are looked into, and theirs: all that it reaches would be half of the program, 90,000 objects
+# for a file of tests, and take a second.
+DEEP, NEAR = sys.maxsize, 2
+
+
+def keeps(value: Any) -> bool:
+    """Whether something in a file or a class may keep what a forward stores."""
+    if isinstance(value, dict | list | set | collections.deque):
+        return True
+    return not isinstance(value, types.FunctionType | types.ModuleType | type) and is_open(value)
 
 
 def contents(holder: Any) -> Any:
