@@ -328,7 +328,7 @@ def check_programs(tracer, seeds):
     assert results["checked"] >= 0.9 * len(seeds)
 
 
-@pytest.mark.parametrize("tracer, number", [("fx", 48), ("export", 12)])
+@pytest.mark.parametrize("tracer, number", [("fx", 52), ("export", 8)])
 def test_random_programs(tracer, number):
     check_programs(tracer, range(number))
 
@@ -368,7 +368,7 @@ def in_place_and_not(f, g, tracer, **modules):
     """Explainers of a network with `f` and of one with `g`, which is the same out of place, on an example."""
     x = example(3, 6)
     nets = [Net(h, **modules) for h in (f, g)]
-    one, two = (explained(net, tracer, x, sp_fx.Rules()) for net in nets)
+    one, two = (explained(net, by, x, sp_fx.Rules()) for net, by in zip(nets, (tracer, "fx")))  # an export takes a second
     with torch.no_grad():
         assert torch.equal(one(x), nets[0](x)) and torch.allclose(one(x), nets[1](x), 1e-12)
     return one, two, x

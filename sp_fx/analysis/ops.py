@@ -224,7 +224,7 @@ dropout:                view same_values rank=same itself
 dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout:    view same_values itself
     ? dropout in other forms: without its rank=same
 requires_grad:          itself
-copy fill zero set resize resize_as random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
+copy fill zero set random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
 
 # -- views that change the shape
 view reshape:           view carries moves=reshaped rank=sizes  ? flatten in other forms: without its same_values
