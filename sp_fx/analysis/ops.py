@@ -220,8 +220,7 @@ dropout:                view same_values itself
 dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout:    view same_values itself
 
 requires_grad:          itself
-copy fill zero set resize random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
-resize_as:              in_place  ? out of place, which is deprecated, it is a view
+copy fill zero set random uniform bernoulli exponential geometric log_normal cauchy map apply:    in_place
 
 # -- views that change the shape
 view reshape:           view carries  ? flatten in other forms: without its same_values
@@ -240,7 +239,7 @@ permute:                view  ? movedim of several axes: without its same_values
 transpose swapaxes swapdims:    view  ? movedim both ways: without its same_values
 t T numpy_T:            view  ? the same numbers: without same_values
 mT:                     view  ? the same numbers: without same_values
-mH H adjoint matrix_H conj:view  ? the same numbers: without same_values
+mH H adjoint matrix_H conj:    view  ? the same numbers: without same_values
 movedim:                view same_values
 moveaxis:               view  ? movedim by another name
 
