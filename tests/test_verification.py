@@ -13,7 +13,8 @@ from helpers import fill, relative
 from kinds import PLAIN, assert_clear, explain, net, noise, own_gradient, score
 
 X = noise(4, 6)
-RUNS = array.array("b")  # which no trace puts back, as it does lists: one entry for each forward of a model on numbers: neither a trace nor a run on fake tensors
+# One entry for each forward of a model on numbers, neither a trace nor a run on fake tensors. No list, which a trace puts back.
+RUNS = array.array("b")
 LOCK = threading.Lock()
 
 

@@ -110,8 +110,8 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-# A file's own containers and objects are looked into, and theirs: all that it reaches would be half of the program, 90,000 objects
-# for a file of tests, and take a second.
+# A file's own containers and objects are looked into, and theirs: all that it reaches may be half of the program, 90,000 objects
+# for a file of tests, and a second.
 DEEP, NEAR = sys.maxsize, 2
 
 
