@@ -118,6 +118,8 @@ def where_it_runs(name: str, in_double: Callable[[], Any], run: Callable[..., Li
         return run(name, *arguments)
     except RuntimeError as error:  # NotImplementedError is one
         message = str(error)
+        if "modified by an inplace operation" in message:
+            return Line(name, "not applicable", note="the model's own backward fails")
         if not isinstance(error, NotImplementedError) and "forward AD" not in message and "not implemented for" not in message:
             try:
                 in_double()
