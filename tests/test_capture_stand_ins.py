@@ -93,7 +93,7 @@ def into_a_tensor_that_is_there(m, x):
     total += m.a(x).sum(0)
     rows = torch.zeros(4, 8)
     rows[1:3] = m.b(x)[:2]
-    return F.relu(total) + rows
+    return total + F.relu(m.a(x)) + rows
 
 
 SEEN = [added, collected, through_a_view, every_operator, matrix_product, sizes, into_a_tensor_that_is_there]
@@ -245,7 +245,7 @@ def test_no_random_numbers_are_told_of_where_none_are_drawn():
         h = F.dropout(F.dropout(m.a(x), training=m.training), 0.0)
         return F.rrelu(F.scaled_dot_product_attention(h, h, h), training=False)
 
-    assert not sp_fx.transform(net(forward)).report().notes
+    assert not any("random" in note or "draw" in note for note in sp_fx.transform(net(forward)).report().notes)
 
 
 def test_tensors_that_are_no_buffers_are_not_written_over():

@@ -22,6 +22,7 @@ from ..analysis.ops import POINTWISE, PRODUCT
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through, operands
 from ..containers import rebuilt, tensors_of
+from ..gates.calls.autocast import under
 from ..gates.dual_path import dual_path
 from .shapes import on_shapes_alone
 
@@ -308,7 +309,7 @@ def moved(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.N
 
 def on_numbers(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], shift: float) -> Any:
     """Returns what a call makes of the numbers of the samples, plus `shift`; None where it does not run so."""
-    called = node.op in ("call_function", "call_method") and node.target is not dual_path
+    called = node.op in ("call_function", "call_method") and node.target not in (dual_path, under)
     if not called or name_of(node) in POINTWISE | PRODUCT or any(n.op == "get_attr" for n in node.all_input_nodes):
         return None
 
