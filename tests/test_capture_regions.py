@@ -140,6 +140,7 @@ def without_grad_inside(m, x):
 AUTOCAST = {"on": on, "off inside": off_inside, "a decorator": Decorated.autocast, "no_grad inside": without_grad_inside}
 
 
+@pytest.mark.filterwarnings("ignore:no axis is known")  # one attends over the batch
 @pytest.mark.parametrize("tracer", ["fx", "export"])
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_autocast_of_the_models_own(name, tracer):
@@ -168,6 +169,7 @@ def test_a_part_without_autocast_under_the_callers(tracer):
     assert torch.equal(explainer(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:no axis is known")  # it attends over the batch
 def test_gates_under_an_autocast_are_rewritten_in_its_dtype():
     model, x = net(on), torch.randn(5, 6)
     explainer = sp_fx.transform(model)

@@ -197,7 +197,11 @@ PARTS = {
 def test_copies_have_the_same_map(name, way):
     body, part = PARTS[name]
     model = net(body, part=part())
-    explainer = explain(model, X, way)
+    try:
+        explainer = explain(model, X, way)
+    except sp_fx.CaptureError as error:  # an einops layer asks for sizes
+        assert way == "no example" and "einops" in name
+        return assert_clear(error)
     assert_forward(explainer, model, X)
     maps = explainer.pullback(X, 1)
     for how, copied in COPIES.items():
@@ -510,7 +514,12 @@ def test_a_forward_that_a_decorator_replaced(decorator, way):
 
     model, spelling = fill(Decorated()).double(), net(lambda m, h: F.relu(h))
     spelling.load_state_dict(model.state_dict(), strict=False)
-    assert_same_map(explain(model, X, way), model, spelling, X)
+    try:
+        explainer = explain(model, X, way)
+    except sp_fx.CaptureError as error:  # how many arguments there are is not known
+        assert way == "no example" and decorator is replaced_without_a_signature
+        return assert_clear(error)
+    assert_same_map(explainer, model, spelling, X)
 
 
 # -- names ---------------------------------------------------------------------------------------------------------------------
@@ -533,7 +542,7 @@ def test_names_of_children(name):
 
     model = fill(Names()).double()
     plain = nn.Sequential(model.parts[name], model._modules[name], nn.ReLU(), model.head)
-    for way in ("no example", "export") if name in ("class", "x") else ("no example",):
+    for way in ("no example", "export") if name == "x" else ("no example",):  # torch.export writes no keywords
         explainer = explain(model, X, way)
         assert_same_map(explainer, model, plain, X)
         assert torch.equal(copy.deepcopy(explainer).pullback(X, 1), explainer.pullback(X, 1))

@@ -67,7 +67,7 @@ def compared(
     arguments: Mapping[str, Any], tracer: str, back: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name."""
-    notes = []
+    graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     try:
         own = ran(of_model, reference, arguments, back)
     except RuntimeError as error:  # `torch.mul(a, b, out=c)` runs where nothing requires grad alone
@@ -79,14 +79,14 @@ def compared(
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
         raise
     except Exception as error:  # whatever the graph raises where the model does not
-        raise CaptureError(f"the graph by {tracer} raises where the model does not: {first_line(error)}") from error
+        raise CaptureError(f"{graph} raises where the model does not: {first_line(error)}") from error
     if own.drew:
         notes.append("the forward draws random numbers: the same call twice gives two outputs, and two maps")
     apart = distance(other.outputs, own.outputs)
     bar = bar_of(own.outputs, OUTPUT)
     if not apart <= bar:
         where = first_difference(of_model, of_graph, reference, subject, arguments)
-        raise CaptureError(f"the graph by {tracer} computes other outputs than the model, off by {apart:.1e}; {where}")
+        raise CaptureError(f"{graph} computes other outputs than the model, off by {apart:.1e}; {where}")
     if apart:
         notes.append(f"outputs are the model's to {apart:.0e} (relative L2), not to the bit")
     if back and own.gradients is None:
@@ -100,7 +100,7 @@ def compared(
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
-            raise CaptureError(f"the graph by {tracer} has another gradient than the model, {how_far}; {where}")
+            raise CaptureError(f"{graph} has another gradient than the model, {how_far}; {where}")
     return notes
 
 
