@@ -294,30 +294,6 @@ def test_checkpoints_are_what_they_run(name, way):
     assert len(report.of("rewritten")) == 3 and report.of("NOT REWRITTEN") == []
 
 
-# -- derivatives of the map -----------------------------------------------------------------------------------------------------
-
-
-def test_second_derivatives_are_the_maps_own_or_refused():
-    model = net(lambda m, h: F.gelu(m.norm(torch.relu(h).amax(-1, keepdim=True) + m.more(h))))
-    explainer = sp_fx.transform(model)
-
-    def energy(x):
-        (maps,) = torch.autograd.grad(explainer(x)[:, 1].sum(), x, create_graph=True)
-        return (maps**2).sum()
-
-    leaf, direction, eps = X.clone().requires_grad_(), noise(4, 6, seed=2), 1e-5
-    try:
-        (second,) = torch.autograd.grad(energy(leaf), leaf)
-    except RuntimeError as error:
-        return assert_readable(error)
-    ahead, behind = (energy((X + sign * eps * direction).requires_grad_()) for sign in (1, -1))
-    assert float((second * direction).sum()) == pytest.approx(float((ahead - behind) / (2 * eps)), rel=1e-4)
-
-
-def assert_readable(error):
-    assert "second derivative" in str(error) or "twice" in str(error), str(error)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_hooks_on_activations_are_kept_or_refused(way):
     """`h.register_hook` in the forward changes the gradient: both tracers keep it, or the model is refused."""
