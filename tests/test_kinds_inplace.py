@@ -97,22 +97,9 @@ def filled_below(m, h):
     return h
 
 
-def assigned_below(m, h):
-    h[h < 0.1] = 0.0
-    return h
-
-
 def remainder(m, h):
     h.remainder_(1.0)
     return h
-
-
-def where_not_equal(m, h):
-    return h * (h != h.amax(1, keepdim=True)).to(h.dtype)
-
-
-def where_equal(m, h):
-    return h * (h == h.amax(1, keepdim=True)).to(h.dtype)
 
 
 def multiplied_in_place(m, h):
@@ -120,7 +107,7 @@ def multiplied_in_place(m, h):
     return h
 
 
-CHOICES = [masked_by_threshold, filled_below, assigned_below, remainder, multiplied_in_place]
+CHOICES = [masked_by_threshold, filled_below, remainder, multiplied_in_place]
 
 
 CHOICE_WAYS = [*((body, "auto") for body in CHOICES), (masked_by_threshold, "export")]
