@@ -91,7 +91,7 @@ def test_other_weights_are_another_forward():
 
 def test_a_gate_that_is_not_listed_is_missed():
     model = convolutional()
-    explainer = sp_fx.transform(model)
+    explainer = sp_fx.transform(model, example_inputs=X)
     report = explainer.report()
     explainer._report = dataclasses.replace(report, sites=report.sites[1:])
     found = sp_fx.check(explainer, X)

@@ -310,3 +310,25 @@ def test_hooks_on_activations_are_kept_or_refused(way):
     except sp_fx.CaptureError as error:
         return assert_clear(error, WAYS[way][1])
     assert relative(maps, own_gradient(model, X)) <= 1e-9
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_the_derivative_of_a_map_is_refused(tracer):
+    """Autograd would answer with another number: what a gate reads comes from gates, whose adjoints it would take again."""
+    model = fill(nn.Sequential(nn.Conv2d(2, 4, 3), nn.GELU(), nn.GroupNorm(2, 4), nn.AdaptiveMaxPool2d(2), nn.Flatten()))
+    model, x = model.double(), noise(2, 2, 7, 7)
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
+    leaf = x.clone().requires_grad_()
+    (own,) = torch.autograd.grad(explainer(leaf)[:, 3].sum(), leaf, create_graph=True)
+    assert relative(own, explainer.pullback(x, 3)) <= 1e-12
+    with pytest.raises(RuntimeError, match=r"a map cannot be differentiated.*second derivative"):
+        own.square().sum().backward()
+
+    def grad(x):
+        return torch.func.grad(lambda x: explainer(x)[:, 3].sum())(x)
+
+    assert relative(grad(x), explainer.pullback(x, 3)) <= 1e-6
+    for second in (lambda: torch.func.grad(lambda x: grad(x).square().sum())(x), lambda: torch.func.jacrev(grad)(x)):
+        with pytest.raises(RuntimeError, match="a map cannot be differentiated"):
+            second()
+    assert relative(torch.func.vmap(lambda one: grad(one[None])[0])(x), explainer.pullback(x, 3)) <= 1e-6

@@ -581,3 +581,40 @@ def test_a_refusal_is_short(way):
         explain(net(halved), X, way).pullback(X, 1)
     assert_clear(caught.value, WAYS[way][1])
     assert "test_kinds_modules.py" in str(caught.value)
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_hooks_see_what_a_module_was_entered_with(tracer):
+    """The input of a ReLU in place is its pre-activation, though the output lies where it was."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU(inplace=True)
+
+        def forward(self, h):
+            h *= 2
+            return self.act(h) + 1
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.block, self.act = nn.Linear(6, 6), Block(), nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            return self.act(self.block(self.first(x)) - 2)
+
+    model, x, seen = fill(Net()).double(), noise(3, 6), {}
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
+    assert torch.equal(explainer(x), model(x))
+    names, handles = ("block", "block.act", "act"), []
+    for which, module in {"model": model, "explainer": explainer}.items():
+        for name in names:
+
+            def hook(module, args, key=(which, name)):
+                seen[key] = args[0].clone()
+
+            handles.append(module.get_submodule(name).register_forward_pre_hook(hook))
+        module(x)
+    assert all(torch.equal(seen["explainer", name], seen["model", name]) for name in names)
+    assert seen["explainer", "act"].min() < 0  # no ReLU has been there

@@ -28,7 +28,6 @@ from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
-from .symbolic import PlaceTracer
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
 from .tracing.regions import Regions, data_detached
@@ -128,7 +127,7 @@ class Exported:
         if any_batch:
             self.require_any_batch(program)
         self.source = program.module(check_guards=False)
-        self.graph = fx.Graph(tracer_cls=PlaceTracer)  # by which it is unpickled: buffers stay attributes
+        self.graph = fx.Graph()
         self.build(skeleton[0])
         self.graph.lint()
 

@@ -33,7 +33,7 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
     Raises:
         LookupError: no such class in this process, which has unpickled the graph.
     """
-    if has_torch_function(args):  # where an unpickled graph is traced again
+    if has_torch_function(args):  # in a trace of a model that it is a part of
         return handle_torch_function(applied, args, name, *args, **kwargs)
     if name not in APPLIED:
         module, _, path = name.partition(":")

@@ -34,7 +34,7 @@ class Passed(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         """Of `module`, whose own dictionaries of parameters and buffers it shares; children are added by `with_marks`."""
-        super().__init__()
+        nn.Module.__init__(self)
         self.name = getattr(module, "name", "") if isinstance(module, Passed) else type(module).__name__
         self.training = False
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
@@ -42,7 +42,7 @@ class Passed(nn.Module):
         self.__dict__.update({key: value for key, value in module.__dict__.items() if isinstance(value, Tensor)})
 
     def __call__(self, output: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, fx.Proxy) for leaf in slotted(output)[1]):  # traced again, when a graph is unpickled
+        if any(isinstance(leaf, fx.Proxy) for leaf in slotted(output)[1]):  # in a trace of a model that it is a part of
             return super().__call__(output, *args, **kwargs)
         if not hooked(self):
             return output
@@ -71,8 +71,8 @@ class Passed(nn.Module):
                     tensor.grad_fn.register_hook(lambda before, after, hook=hook: hook(self, before, after))
         return output
 
-    def forward(self, output: Any, *args: Any, **kwargs: Any) -> Any:
-        return output
+    def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
+        return input
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return self._modules[key] if isinstance(key, str) else list(self._modules.values())[key]
@@ -88,6 +88,12 @@ class Passed(nn.Module):
 
     def _get_name(self) -> str:
         return self.name
+
+
+class PassedReLU(Passed, nn.ReLU):
+    """That of a ReLU, for those who look for ReLUs by class: Captum's guided backpropagation hooks every `nn.ReLU`."""
+
+    inplace = False
 
 
 def hooked(module: nn.Module) -> bool:
@@ -121,7 +127,7 @@ def with_marks(root: nn.Module, through: Iterable[str]) -> nn.Module:
         if path and path not in prefixes:
             return module
         if id(module) not in copies:
-            copies[id(module)] = own = Passed(module)
+            copies[id(module)] = own = (PassedReLU if isinstance(module, nn.ReLU) else Passed)(module)
             for name, child in module._modules.items():
                 own._modules[name] = None if child is None else copied(child, f"{path}.{name}" if path else name)
         return copies[id(module)]
@@ -177,12 +183,18 @@ class Entry:
 @contextmanager
 def marking(clone: nn.Module) -> Iterator[list[Entry]]:
     """While it lasts, the modules inside `clone` pass their outputs through the op `sp_fx::passed`, which an export records.
-    Yields the list that receives an entry for each call: the op names it by its number."""
+    Yields the list that receives an entry for each call: the op names it by its number. The same op, without a number, is on
+    each input, where the module is entered; the module itself is called with the inputs, which it may write over."""
     entries: list[Entry] = []
+    entered: list[tuple[Any, list[Tensor]]] = []  # of the modules that are running
 
-    def hook(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         tensors: list[Tensor] = []
         inputs = rebuilt((args, kwargs), lambda leaf: slot(leaf, tensors))
+        entered.append((inputs, [torch.ops.sp_fx.passed(t, [], "") for t in tensors]))
+
+    def hook(path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        inputs, tensors = entered.pop()
         outputs: list[Tensor] = []
         skeleton = rebuilt(output, lambda leaf: slot(leaf, outputs))
         if not outputs:
@@ -201,6 +213,7 @@ def marking(clone: nn.Module) -> Iterator[list[Entry]]:
     with ExitStack() as hooks:
         for path, module in clone.named_modules():
             if path:
+                hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
                 hooks.callback(module.register_forward_hook(functools.partial(hook, path), with_kwargs=True).remove)
         yield entries
 
@@ -210,6 +223,7 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     by_number: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=torch.ops.sp_fx.passed.default):
         by_number.setdefault(node.args[2], []).append(node)
+    inputs = by_number.pop("", [])
     for number, nodes in by_number.items():
         entry = entries[int(number)]
         output = refilled_slots(entry.output, [node.args[0] for node in nodes])
@@ -229,6 +243,12 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
             through.meta = {key: value for key, value in node.meta.items() if key != "calls"}
             node.replace_all_uses_with(through)
             graph.erase_node(node)
+    for node in inputs:
+        source = node.all_input_nodes[0]
+        for mark in node.users:
+            mark.meta["entered"] = node.prev
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
     return {entries[int(number)].path for number in by_number}
 
 

@@ -82,8 +82,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     notes = [*hooks, *before.notes(), *regions.notes(), *note_on_draws(graph)]
     if baked := ", ".join(tracer.known.baked):
         notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
-    notes += rename_keywords(clone, graph)
-    return Capture(with_marks(clone, tracer.passed), reference, graph, "torch.fx", tuple(notes))
+    modules = with_marks(clone, tracer.passed)
+    notes += rename_keywords(modules, graph)
+    return Capture(modules, reference, graph, "torch.fx", tuple(notes))
 
 
 def refusal(model: str, error: Exception) -> CaptureError:
@@ -104,13 +105,9 @@ OF_OTHERS = {
 class PlaceTracer(fx.Tracer):
     """Symbolic tracing that opens gating modules and marks every module that it went through."""
 
-    known: Known
-
-    def __init__(self, known: Known | None = None, regions: Regions | None = None) -> None:  # none for an unpickled graph
+    def __init__(self, known: Known, regions: Regions) -> None:
         super().__init__()
-        self.regions = regions
-        if known is not None:
-            self.known = known
+        self.known, self.regions = known, regions
         self.proxy_buffer_attributes = True
         self.passed: dict[str, None] = {}
         self.record_stack_traces = True
@@ -122,18 +119,12 @@ class PlaceTracer(fx.Tracer):
         opened = isinstance(m, OPENED_MODULES) or written_out(m) is not None or "forward" in m.__dict__
         return not opened and super().is_leaf_module(m, module_qualified_name)
 
-    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        if "known" not in self.__dict__:
-            self.known = Known(root, None, {})
-        return super().trace(root, concrete_args)
-
     def proxy(self, node: fx.Node) -> StandIn:
         return StandIn(node, self)
 
     def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *more, **options)
-        if self.regions is not None:
-            node.meta["autocast"] = self.regions.autocast
+        node.meta["autocast"] = self.regions.autocast
         return node
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> Any:
@@ -145,7 +136,7 @@ class PlaceTracer(fx.Tracer):
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         node = proxy.node
         called = kind in ("call_function", "call_method", "call_module") and target is not getattr
-        if self.regions is None or torch.is_grad_enabled() or not called or name_of(target) == "detach":
+        if torch.is_grad_enabled() or not called or name_of(target) == "detach":
             return proxy
         if writes(target, kwargs) and node.all_input_nodes:
             if carries(node.all_input_nodes[0]):
@@ -184,11 +175,13 @@ class PlaceTracer(fx.Tracer):
         name = self.path_of_module(m)
         if not name:  # the model itself, by its own `__call__`
             return forward(*args, **kwargs)
+        entered = next(iter(reversed(self.graph.nodes)))
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
             return result
         self.passed[name] = None
         mark = self.create_proxy("call_module", name, (result, *rebuilt(args, shown)), rebuilt(kwargs, shown))
+        mark.node.meta["entered"] = entered
         return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
 
 

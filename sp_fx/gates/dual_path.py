@@ -131,8 +131,32 @@ def pullback(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> list[
     """The cotangent of each tensor of a gate, from `v`, that of its output, and what `kept` saved."""
     row = TABLE[gate[0]]
     grads: list[Tensor | None] = [None] * (len(saved) - row.sees_output)
-    grads[row.receives] = adjoint(gate, v, saved)
+    cotangent = adjoint(gate, v, saved)
+    if cotangent is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        cotangent = Once.apply(cotangent)
+    grads[row.receives] = cotangent
     return grads
+
+
+class Once(torch.autograd.Function):
+    """A cotangent that cannot be differentiated. Autograd would go on from it through the soft adjoints a second time, where the
+    derivative of a map has the model's own: for `create_graph=True` alone there is no right answer."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor) -> Tensor:  # type: ignore[override]
+        return v.view_as(v)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError(
+            "a map cannot be differentiated: autograd has no second derivative of an explainer. Take differences of maps, or "
+            "differentiate the model itself"
+        )
 
 
 def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:

@@ -18,7 +18,8 @@ from ..containers import items, tensors_of
 from ..measured.sample_axis import sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
 from ..rewrite.report import Report
-from .subgraphs import ending_at, restore_places, saved_places, starting_at, within
+from .pickled import graph_of, rows
+from .subgraphs import ending_at, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
 WAITS = (
@@ -188,10 +189,12 @@ class CapturedModule(fx.GraphModule):
         return self
 
     def __reduce__(self) -> tuple:
-        plain = fx.GraphModule(self, self.graph)
+        modules, plain = nn.Module(), fx.GraphModule(self, self.graph)  # which has what the graph uses alone
+        for table in ("_modules", "_parameters", "_buffers"):
+            setattr(modules, table, getattr(plain, table))
         report = noted(self._report, [f"{NOT_VERIFIED} before it was pickled"]) if waits(self) else self._report
         is_placed = self._unplaced is None or bool(self._forms)
-        return unpickled, (declared_class(self), plain, report, saved_places(self.graph), is_placed)
+        return unpickled, (declared_class(self), modules, rows(self.graph), report, is_placed)
 
     def __deepcopy__(self, memo: dict) -> Self:
         plain = copy.deepcopy(fx.GraphModule(self, self.graph), memo)
@@ -225,12 +228,11 @@ def declared_class(module: AnyCaptured) -> type[AnyCaptured]:
 
 
 def unpickled(
-    cls: type[CapturedModule], plain: fx.GraphModule, report: Report, places: list[str | None], placed: bool = True
-) -> CapturedModule:
-    """The captured module that was pickled as `plain`, whose nodes get back the places that a pickled graph forgets."""
-    restore_places(plain.graph, places)
-    module = cls(plain, plain.graph, report)
-    if placed:
+    cls: type[AnyCaptured], modules: nn.Module, saved: list[tuple[Any, ...]], report: Report, is_placed: bool
+) -> AnyCaptured:
+    """The captured module that was pickled as its modules, the rows of its graph, and its report."""
+    module = cls(modules, graph_of(saved), report)
+    if is_placed:
         module._unplaced = None
     return module
 

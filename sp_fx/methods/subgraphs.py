@@ -59,7 +59,7 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
 
 def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
     """Returns the subgraph up to the activation `name`, which is its output. It keeps all inputs."""
-    end, cut = find(graph, name, option), fx.Graph(tracer_cls=graph._tracer_cls)
+    end, cut = find(graph, name, option), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         copies[node] = cut.node_copy(node, copies.__getitem__)
@@ -77,7 +77,7 @@ def starting_at(modules: nn.Module, graph: fx.Graph, name: str) -> fx.Graph:
 
     The hooks of a module that is entered before it see None in place of what was computed there.
     """
-    start, cut = find(graph, name, "wrt"), fx.Graph(tracer_cls=graph._tracer_cls)
+    start, cut = find(graph, name, "wrt"), fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     taken = {str(node.target).lstrip("*") for node in graph.find_nodes(op="placeholder")}
     argument = "activation_"
@@ -111,16 +111,3 @@ def within(report: Report, graph: fx.Graph) -> Report:
     """Returns the report with the sites of those gates alone that are in `graph`."""
     places = {node.meta.get("place") for node in graph.nodes}
     return replace(report, sites=tuple(site for site in report.sites if site.place in places))
-
-
-def saved_places(graph: fx.Graph) -> list[str | None]:
-    """Returns the place of each call of a graph, to be pickled beside it: a pickled graph forgets them."""
-    return [node.meta.get("place") for node in graph.nodes if node.op.startswith("call")]
-
-
-def restore_places(graph: fx.Graph, places: list[str | None]) -> None:
-    """Writes what `saved_places` returned into the calls of an unpickled graph."""
-    calls = [node for node in graph.nodes if node.op.startswith("call")]
-    for node, place in zip(calls, places, strict=True):
-        if place is not None:
-            node.meta["place"] = place

@@ -11,7 +11,6 @@ Ensures: a `fx.GraphModule` over the same tensors that returns a flat list.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.traceback import preserve_node_meta
 
+from ..capture.tracing.schemas import frame_of
 from .decompositions import TABLE
 
 aten = torch.ops.aten
@@ -75,8 +75,8 @@ def layer(node: fx.Node) -> str:
     path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", None)}).values()))
     if path:
         return f"{path} ({kind.rpartition('.')[2] if isinstance(kind, str) else kind.__name__})"
-    lines = [line for line in re.findall(r'File "(.*)", line (\d+)', node.stack_trace or "") if "/torch/" not in line[0]]
-    return "the model itself" + (f" ({Path(lines[-1][0]).name}:{lines[-1][1]})" if lines else "")
+    frame = frame_of(node)
+    return "the model itself" + (f" ({Path(frame[0]).name}:{frame[1]})" if frame else "")
 
 
 def spread_layers(graph: fx.GraphModule, weights: int) -> None:

@@ -43,6 +43,7 @@ def normalise(modules: nn.Module, graph: fx.Graph) -> list[str]:
     walk = Walk(modules, graph)
     for node in list(graph.nodes):
         walk.visit(node)
+        walk.enter(node)
     for node in reversed(walk.made):
         if not node.users:
             graph.erase_node(node)
@@ -57,6 +58,8 @@ class Walk:
         members: the tensor that a node is.
         now: for a node whose tensor was written over since, what has its value.
         holders: the marks of modules that returned a container, by the tensors in it.
+        entering: the marks of modules, by the node after which they were entered.
+        inputs: what the hooks of a module see, by its mark: the inputs as they were when it was entered.
     """
 
     def __init__(self, modules: nn.Module, graph: fx.Graph) -> None:
@@ -65,6 +68,11 @@ class Walk:
         self.members: dict[fx.Node, Member] = {}
         self.now: dict[fx.Node, fx.Node] = {}
         self.holders: dict[Member, list[fx.Node]] = {}
+        self.inputs: dict[fx.Node, tuple[Any, Any]] = {}
+        self.entering: dict[fx.Node, list[fx.Node]] = {}
+        for node in graph.find_nodes(op="call_module"):
+            if (entered := node.meta.pop("entered", None)) is not None:
+                self.entering.setdefault(entered, []).append(node)
         self.notes: list[str] = []
         self.made: list[fx.Node] = []  # calls that go where nothing reads them
         tensors: dict[int, Member] = {}  # those of the model; tied ones are one
@@ -77,6 +85,9 @@ class Walk:
         marker = node.target is torch.ops.sp_fx.registered.default
         source = first(node) if marker else None  # what a registered gate got, as it was
         node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n if n is source else self.current(n))
+        if node in self.inputs:
+            inputs, node.kwargs = self.inputs[node]
+            node.args = (node.args[0], *inputs)
         over = written(node)
         if any(map(is_number, over)):  # `size += 1` writes over nothing
             replace_call(node)
@@ -102,6 +113,12 @@ class Walk:
             self.members[node] = Member(node, names=[node], fresh=fresh, dense=node.op.startswith("call"))
             if not reads_form(node):
                 self.read(node.all_input_nodes)
+
+    def enter(self, node: fx.Node) -> None:
+        """Note the inputs, as they are now, of the modules that are entered after `node`."""
+        for mark in self.entering.get(node, ()):
+            self.inputs[mark] = inputs = fx.map_arg((mark.args[1:], mark.kwargs), self.current)
+            self.read(nodes_in(inputs))
 
     def current(self, node: fx.Node) -> Any:
         """Returns what has the value of `node` now; of a container that a module returned, the container round such nodes."""

@@ -58,6 +58,8 @@ class ExportedFunctions:
         if not tensors or self.running:
             return None
         leaves = slotted((args, kwargs))[1]
+        if any(isinstance(leaf, torch._C.DispatchKeySet) for leaf in leaves):  # an operator's own backward, which it keeps
+            return None
         key = (cls, *((*map(hint, v.shape), v.dtype) if isinstance(v, Tensor) else repr(v) for v in leaves))
         if key not in self.opened:
             self.opened[key] = has_derivative_of_forward(cls, args, kwargs)

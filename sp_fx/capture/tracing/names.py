@@ -6,12 +6,20 @@ import keyword
 
 from torch import fx, nn
 
+from ..passed import lets_through
+
 
 def rename_keywords(modules: nn.Module, graph: fx.Graph) -> list[str]:
     """Renames, in `modules` and in the graph over them, the parts whose names are words of Python's own, since a graph runs as
-    code: `heads.class` becomes `heads.class_`. Returns a note on each."""
+    code: `heads.class` becomes `heads.class_`. Returns a note on each.
+
+    The inside of a leaf keeps its names, which no graph writes.
+    """
+    called = [str(node.target) for node in graph.find_nodes(op="call_module")]
+    leaves = [f"{path}." for path in called if not lets_through(modules.get_submodule(path))]
+    owners = [(path, owner) for path, owner in modules.named_modules() if not f"{path}.".startswith(tuple(leaves))]
     notes = []
-    for path, owner in list(modules.named_modules()):
+    for path, owner in owners:
         for table in (owner._modules, owner._parameters, owner._buffers):
             for name in [name for name in table if keyword.iskeyword(name)]:
                 new = f"{name}_"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ def is_seeded(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | 
         return False
     options = named(target, name, args, kwargs)
     switches = [options.get(k) for k in ("training", "train") if k in options]
-    return all(s is not False for s in switches) and options.get("dropout_p" if "dropout_p" in options else "p", 1) != 0
+    rates = [options[k] for k in ("dropout_p", "dropout", "p") if k in options]
+    return all(s is not False for s in switches) and rates[:1] != [0]
 
 
 @functools.cache
@@ -139,9 +141,11 @@ def tags_of(name: str) -> tuple[Any, ...]:
 def named(target: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name, defaults included."""
     try:
+        if isinstance(target, torch._ops.OpOverload):
+            raise ValueError("its signature is (*args, **kwargs)")
         bound = inspect.signature(target).bind(*args, **kwargs)
-    except (TypeError, ValueError):  # a builtin or a method: by the schema
-        schema = next(iter(schemas(name) or schemas(f"{name}_")), None)
+    except (TypeError, ValueError):  # a builtin, a method or an op: by the schema
+        schema = getattr(target, "_schema", None) or next(iter(schemas(name) or schemas(f"{name}_")), None)
         defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
         return {**defaults, **dict(zip([] if schema is None else [a.name for a in schema.arguments], args)), **kwargs}
     bound.apply_defaults()
@@ -167,9 +171,11 @@ def leaf_returns(leaf: nn.Module) -> type | None:
 
 def line_of(node: fx.Node) -> str:
     """The line of the model that made a call: "net.py:7, in forward"."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip().startswith("File ")]
-    outside = [line for line in lines if "/torch/" not in line and str(Path(__file__).parents[1]) not in line]
-    if not outside:
-        return "no Python line"
-    file, line, function = (part.strip() for part in outside[-1].removeprefix("File ").split(","))
-    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}, {function}"
+    frame = frame_of(node)
+    return "no Python line" if frame is None else "{}:{}, in {}".format(*frame)
+
+
+def frame_of(node: fx.Node) -> tuple[str, str, str] | None:
+    """The file, the line and the function that made a call: the innermost outside PyTorch and this folder."""
+    frames = re.findall(r'File "(.*)", line (\d+), in (.*)', node.stack_trace or "")
+    return next((f for f in reversed(frames) if "/torch/" not in f[0] and str(Path(__file__).parents[1]) not in f[0]), None)
