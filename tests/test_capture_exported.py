@@ -291,3 +291,34 @@ def test_one_tensor_for_several_arguments_is_several(tracer):
         assert all(relative(p, q) <= 1e-5 for p, q in zip(got, want))
         apart = explainer.ascend((x, memory.clone()), 1, steps=2, forward_kwargs=rest)
         assert all(map(torch.equal, explainer.ascend((x, memory), 1, steps=2, forward_kwargs=rest), apart))
+
+
+class Careful(nn.Module):
+    """Goes another way where it is exported: through its own name of the question."""
+
+    asks = staticmethod(torch.compiler.is_exporting)
+
+    def __init__(self, branches):
+        super().__init__()
+        self.inner, self.branches = nn.Linear(6, 6), branches
+
+    def forward(self, x):
+        if self.asks():
+            return self.inner(x * 3 / 3).relu()
+        if self.branches and x.sum() > 1e9:
+            return x
+        return self.inner(x).relu()
+
+
+def test_a_model_goes_the_way_that_it_goes_when_it_is_called():
+    """Both ways are one function, but for rounding; an export that fails by the one takes the other, and says so."""
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    model, code = fill(Careful(False)), torch.compiler.is_exporting.__code__
+    explainer = sp_fx.transform(model, tracer="export", example_inputs=x)
+    assert torch.equal(explainer(x), model(x)) and not explainer.report().notes
+    model = fill(Careful(True))
+    explainer = sp_fx.transform(model, tracer="export", example_inputs=x)
+    assert relative(explainer(x), model(x)) <= 1e-6
+    assert "the forward takes its path for torch.export, since the other fails" in " ".join(explainer.report().notes)
+    assert torch.compiler.is_exporting.__code__ is code and not torch.compiler.is_exporting()
+    assert torch.export.export(model, (x,)).module()(x).shape == (4, 6)  # the user's own export is told the truth

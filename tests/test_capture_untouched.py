@@ -4,6 +4,7 @@ import collections
 import contextlib
 import copy
 import dataclasses
+import functools
 import pickle
 import random
 import types
@@ -220,3 +221,38 @@ def test_what_a_trace_puts_into_containers_is_taken_out():
     explainer, x = sp_fx.transform(Caching()), torch.randn(3, 4)
     again = pickle.loads(pickle.dumps(copy.deepcopy(explainer)))
     assert torch.equal(again.pullback(x, 1), explainer.pullback(x, 1))
+
+
+@functools.lru_cache
+def places(size):
+    return torch.arange(size, dtype=torch.get_default_dtype())
+
+
+class Remembers(nn.Module):
+    """A forward with caches: of its file, of its class, of an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    @functools.lru_cache(None)
+    def ones(self, size):
+        return torch.ones(size)
+
+    @functools.cached_property
+    def twos(self):
+        return torch.full((4,), 2.0)
+
+    def forward(self, x):
+        return (self.inner(x) * places(x.shape[-1]) + self.ones(4) * self.twos).relu()
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_caches_keep_nothing_of_a_trace(tracer):
+    """A tensor of torch.export's, in a cache, would be what the model computes with from then on."""
+    places.cache_clear()
+    Remembers.ones.cache_clear()
+    model, x = Remembers().eval(), torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
+    assert type(places(4)) is type(model.ones(4)) is type(model.twos) is torch.Tensor
+    assert torch.equal(explainer(x), model(x))

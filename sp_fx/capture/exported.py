@@ -55,12 +55,52 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
         CaptureError: `torch.export` refuses it, for whatever reason, or its forward is another one for another batch.
     """
     sizes = batch_sizes(example)
-    try:  # torch.export takes an axis of size 1 for a constant
-        exported = Exported(model, with_batch(example, sizes, max(*sizes, 2)) if any_batch else example, sizes, any_batch)
-    except Exception as error:
-        raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})") from error
+    if any_batch:  # torch.export takes an axis of size 1 for a constant
+        example = with_batch(example, sizes, max(*sizes, 2))
+    try:
+        with unaware():
+            exported = Exported(model, example, sizes, any_batch)
+    except Exception as first:
+        try:
+            if not ASKED:
+                raise
+            exported = Exported(model, example, sizes, any_batch)
+        except Exception as error:
+            raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})") from error
+        exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
     return Capture(with_marks(exported.clone, exported.paths), exported.reference, exported.graph, "torch.export", notes)
+
+
+ASKED: list[bool] = []  # not empty once the model has asked, while `unaware`
+
+
+@contextlib.contextmanager
+def unaware() -> Iterator[None]:
+    """While it lasts, a model that asks whether it is being exported hears that it is not, and goes the way that it goes when it
+    is called: some go another one, which is equal but for rounding. Whether it is being compiled is answered truly: where it is,
+    libraries keep tensors out of caches that outlive the trace."""
+    question, code = torch.compiler.is_exporting, torch.compiler.is_exporting.__code__
+    ASKED.clear()
+    question.__code__ = answer.__code__  # libraries keep the function by names of their own: kornia's `_torch_is_exporting`
+    try:
+        yield
+    finally:
+        question.__code__ = code
+
+
+def answer() -> bool:
+    """What is true, where PyTorch itself asks. Runs inside `torch.compiler`, so that it has to import what it uses."""
+    import sys
+
+    import torch
+
+    from sp_fx.capture.exported import ASKED
+
+    if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return torch.compiler._is_exporting_flag
+    ASKED.append(True)
+    return False
 
 
 def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:

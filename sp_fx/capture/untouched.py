@@ -8,6 +8,7 @@ files of these is remembered before the trace, and is the same after it, whether
 from __future__ import annotations
 
 import collections
+import functools
 import random
 import sys
 import types
@@ -78,8 +79,8 @@ class Untouched:
 
 
 def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
-    """The dictionaries, lists, sets, cells, classes and objects with slots in which a forward of `model` or `clone` keeps things,
-    however deep; a module's or an object's attributes are a dictionary."""
+    """The dictionaries, lists, sets, cells, classes, caches and objects with slots in which a forward of `model` or `clone` keeps
+    things, however deep; a module's or an object's attributes are a dictionary."""
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
     queue: list[tuple[Any, int]] = []  # what is to be looked into, and how deep
@@ -97,6 +98,9 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
         match at:
             case dict() | list() | collections.deque() | set():
                 found[id(at)] = at
+            case Cached():
+                found[id(at)] = at
+                queue.append((at.__wrapped__, depth))
             case types.FunctionType():
                 found |= {id(cell): cell for cell in at.__closure__ or ()}
                 if id(at.__globals__) not in found and not str(at.__module__).startswith(("torch.", "builtins")):
@@ -113,11 +117,12 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
 # A file's own containers and objects are looked into, and theirs: all that it reaches may be half of the program, 90,000 objects
 # for a file of tests, and a second.
 DEEP, NEAR = sys.maxsize, 2
+Cached = functools._lru_cache_wrapper  # a function with a cache, which nobody can look into
 
 
 def keeps(value: Any) -> bool:
     """Whether something in a file or a class may keep what a forward stores."""
-    if isinstance(value, dict | list | set | collections.deque):
+    if isinstance(value, dict | list | set | collections.deque | Cached):
         return True
     return not isinstance(value, types.FunctionType | types.ModuleType | type) and is_open(value)
 
@@ -133,6 +138,8 @@ def contents(holder: Any) -> Any:
             return [holder.cell_contents] if holder != types.CellType() else []
         case type():
             return [(name, value) for name, value in vars(holder).items() if name not in OF_CLASSES]
+        case Cached():
+            return [str(holder.cache_info().misses)]
     return list(attributes(holder).items())
 
 
@@ -141,6 +148,9 @@ def put_back(holder: Any, before: list[Any]) -> None:
     if same_items(contents(holder), before):
         return
     match holder:
+        case Cached():  # what it has kept since may be a trace's
+            if contents(holder) != before:
+                holder.cache_clear()
         case dict():
             kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
             modules = {k: v for k, v in holder.items() if isinstance(v, types.ModuleType)}  # that were imported meanwhile
