@@ -602,7 +602,7 @@ def test_hooks_see_what_a_module_was_entered_with(tracer):
             self.first, self.block, self.act = nn.Linear(6, 6), Block(), nn.ReLU(inplace=True)
 
         def forward(self, x):
-            return self.act(self.block(self.first(x)) - 2)
+            return self.act(self.block(self.first(x).mT).mT - 2)
 
     model, x, seen = fill(Net()).double(), noise(3, 6), {}
     explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)

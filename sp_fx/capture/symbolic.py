@@ -175,6 +175,8 @@ class PlaceTracer(fx.Tracer):
         name = self.path_of_module(m)
         if not name:  # the model itself, by its own `__call__`
             return forward(*args, **kwargs)
+        for leaf in filter(is_proxy, slotted((args, kwargs))[1]):
+            leaf.node  # noqa: B018  # `x.mT` becomes a node where it is first asked for: before the module is entered
         entered = next(iter(reversed(self.graph.nodes)))
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
