@@ -89,7 +89,8 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
     for place in (*files, *classes):
         found[id(place)] = place
-        queue += [(v, NEAR) for v in (place if isinstance(place, dict) else vars(place)).values() if keeps(v)]
+        values = [getattr(v, "__func__", v) for v in (place if isinstance(place, dict) else vars(place)).values()]
+        queue += [(v, NEAR) for v in values if keeps(v)]  # of a `staticmethod` the function
     while queue:
         at, depth = queue.pop(0)
         if id(at) in seen or not depth or isinstance(at, nn.Module | Tensor | fx.Proxy):
