@@ -181,6 +181,7 @@ def test_gates_under_an_autocast_are_rewritten_in_its_dtype():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no axis is known")  # it attends over the batch
 def test_programs_of_a_model_with_an_autocast():
     model, x = net(on), torch.randn(5, 6)
     explainer = sp_fx.transform(model)
@@ -189,13 +190,28 @@ def test_programs_of_a_model_with_an_autocast():
     assert relative(outputs, model(x)) <= 1e-2 and relative(found, explainer.pullback(x, 1)) <= 3e-2
 
 
-def test_whether_gradients_are_on_is_told():
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_a_forward_that_asks_whether_gradients_are_on(tracer):
+    """The report says so; where another output depends on it, the explainer would predict another than the model in service."""
+
     def asks(m, x):
+        return m.a(x) if torch.is_grad_enabled() else m.a(x) * 1
+
+    (note,) = agrees(net(asks), tracer).report().notes
+    assert "whether gradients are on" in note and "test_capture_regions.py:" in note
+
+    def depends(m, x):
         return m.a(x) if torch.is_grad_enabled() else x
 
-    for tracer in ("fx", "export"):
-        (note,) = agrees(net(asks), tracer).report().notes
-        assert "whether gradients are on" in note and "test_capture_regions.py:" in note
+    model, x = net(depends), torch.randn(5, 6)
+    text = r"computes other outputs where gradients are off, and asks at .*test_capture_regions.py:\d+, in depends.*verify=False"
+    with pytest.raises(sp_fx.CaptureError, match=text):
+        sp_fx.transform(model, tracer=tracer, example_inputs=x)
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x, verify=False)
+    assert torch.equal(explainer(x), model(x))
+    if tracer == "fx":
+        with pytest.raises(sp_fx.CaptureError, match=text):
+            sp_fx.transform(model)(x)
 
 
 def test_a_write_without_grad_over_what_carries_one_is_refused():

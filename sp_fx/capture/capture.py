@@ -21,6 +21,7 @@ class Capture:
         graph: the forward.
         tracer: what captured it, "torch.fx" or "torch.export".
         notes: what a reader of the report should know of the capture.
+        asks: where the forward asks whether gradients are on; "" where it does not.
     """
 
     modules: nn.Module
@@ -28,6 +29,7 @@ class Capture:
     graph: fx.Graph
     tracer: str
     notes: tuple[str, ...] = ()
+    asks: str = ""
 
 
 def blame(error: BaseException) -> str:

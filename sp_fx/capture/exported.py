@@ -14,8 +14,10 @@ import io
 import keyword
 import operator
 import re
+import sys
+import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_
 from .passed import marking, take_marks, with_marks
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
-from .tracing.regions import Regions, data_detached
+from .tracing.regions import Regions, data_detached, some
 from .untouched import Untouched
 
 aten = torch.ops.aten
@@ -58,48 +60,41 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     if any_batch:  # torch.export takes an axis of size 1 for a constant
         example = with_batch(example, sizes, max(*sizes, 2))
     try:
-        with unaware():
+        with unaware() as asked:
             exported = Exported(model, example, sizes, any_batch)
     except Exception as first:
         try:
-            if not ASKED:
+            if not asked:
                 raise
             exported = Exported(model, example, sizes, any_batch)
         except Exception as error:
             raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})") from error
         exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
-    return Capture(with_marks(exported.clone, exported.paths), exported.reference, exported.graph, "torch.export", notes)
-
-
-ASKED: list[bool] = []  # not empty once the model has asked, while `unaware`
+    modules, asks = with_marks(exported.clone, exported.paths), some(exported.regions.asked)
+    return Capture(modules, exported.reference, exported.graph, "torch.export", notes, asks)
 
 
 @contextlib.contextmanager
-def unaware() -> Iterator[None]:
+def unaware() -> Iterator[list[bool]]:
     """While it lasts, a model that asks whether it is being exported hears that it is not, and goes the way that it goes when it
     is called: some go another one, which is equal but for rounding. Whether it is being compiled is answered truly: where it is,
-    libraries keep tensors out of caches that outlive the trace."""
+    libraries keep tensors out of caches that outlive the trace. Yields a list that is not empty once the model has asked."""
     question, code = torch.compiler.is_exporting, torch.compiler.is_exporting.__code__
-    ASKED.clear()
+    asked: list[bool] = []
     question.__code__ = answer.__code__  # libraries keep the function by names of their own: kornia's `_torch_is_exporting`
+    question.__defaults__ = (asked, lambda: torch.compiler._is_exporting_flag, sys._getframe)
     try:
-        yield
+        yield asked
     finally:
-        question.__code__ = code
+        question.__code__, question.__defaults__ = code, None
 
 
-def answer() -> bool:
-    """What is true, where PyTorch itself asks. Runs inside `torch.compiler`, so that it has to import what it uses."""
-    import sys
-
-    import torch
-
-    from sp_fx.capture.exported import ASKED
-
-    if sys._getframe(1).f_globals.get("__name__", "").partition(".")[0] == "torch":
-        return torch.compiler._is_exporting_flag
-    ASKED.append(True)
+def answer(asked: list[bool], truth: Callable[[], bool], frame: Callable[[int], types.FrameType]) -> bool:
+    """The truth, where PyTorch itself asks: the code of `torch.compiler.is_exporting`, with its arguments for defaults."""
+    if frame(1).f_globals.get("__name__", "").partition(".")[0] == "torch":
+        return truth()
+    asked.append(True)
     return False
 
 

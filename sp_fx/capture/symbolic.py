@@ -22,7 +22,7 @@ from .kept_functions import call_by_name, calling_stand_ins, functions_kept, rec
 from .passed import shown, taken_apart, with_marks
 from .tracing.draws import RealCalls, note_on_draws
 from .tracing.names import rename_keywords
-from .tracing.regions import Regions, carries, detach
+from .tracing.regions import Regions, carries, detach, some
 from .tracing.schemas import name_of, writes
 from .tracing.stand_ins import Known, StandIn, questions_answered
 from .untouched import Untouched
@@ -84,12 +84,15 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
         notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
     modules = with_marks(clone, tracer.passed)
     notes += rename_keywords(modules, graph)
-    return Capture(modules, reference, graph, "torch.fx", tuple(notes))
+    return Capture(modules, reference, graph, "torch.fx", tuple(notes), some(regions.asked))
 
 
 def refusal(model: str, error: Exception) -> CaptureError:
     """What to say of an error that a symbolic trace ended in, or would have without the forward."""
-    text = f"torch.fx cannot trace {model}: {OF_OTHERS.get(str(error), said(error))} ({blame(error)})"
+    said_by_fx = OF_OTHERS.get(str(error))
+    own = said_by_fx or isinstance(error, CaptureError | fx.proxy.TraceError)
+    raises = "" if own else "called with stand-ins for tensors, the forward raises "
+    text = f"torch.fx cannot trace {model}: {raises}{said_by_fx or said(error)} ({blame(error)})"
     stands = ". Its trace stands for all inputs, so the forward may not ask for the values or shapes of tensors"
     return CaptureError(f"{text}{stands if isinstance(error, fx.proxy.TraceError) else ''}")
 
@@ -140,7 +143,9 @@ class PlaceTracer(fx.Tracer):
             return proxy
         if writes(target, kwargs) and node.all_input_nodes:
             if carries(node.all_input_nodes[0]):
-                raise self.known.refused(f"under torch.no_grad(), {name_of(target)} writes over what carries a derivative")
+                raise self.known.refused(
+                    f"under torch.no_grad(), {name_of(target)} writes over what carries a derivative", CaptureError
+                )
         elif any(carries(n, self.root) for n in node.all_input_nodes) and self.known.class_of(node) not in PLAIN_CLASSES:
             self.regions.stop(node)
             stop = "detach" if self.known.class_of(node) is Tensor else detach

@@ -59,7 +59,24 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
 
     back = verify is True
     with Untouched(reference, modules).restored():
-        return compared(of_model, of_graph, reference, subject, arguments, capture.tracer, back)
+        notes = compared(of_model, of_graph, reference, subject, arguments, capture.tracer, back)
+        if capture.asks:
+            same_without_gradients(of_model, reference, arguments, capture.asks)
+        return notes
+
+
+def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
+    """Checks a model that asks whether gradients are on, at the lines `asks`.
+
+    Raises:
+        CaptureError: it computes other outputs where they are off.
+    """
+    on, off = (ran(of_model, reference, arguments, False, grad).outputs for grad in (True, False))
+    if not distance(off, on) <= bar_of(on, OUTPUT):
+        raise CaptureError(
+            f"{type(reference).__name__} computes other outputs where gradients are off, and asks at {asks}: an explainer "
+            "computes those of where they are on. Pass verify=False if these are the ones to explain"
+        )
 
 
 def compared(

@@ -93,8 +93,8 @@ class Regions:
 
 
 def some(lines: Iterable[str]) -> str:
-    """The first of many lines, for a note."""
-    first, *rest = lines
+    """The first of many lines, for a note; "" of none."""
+    first, *rest = [*lines] or [""]
     return f"{first}, and {len(rest)} more" if rest else first
 
 

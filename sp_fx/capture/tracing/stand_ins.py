@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...containers import items
+from ..capture import CaptureError
 from .schemas import IN_PLACE, is_seeded, leaf_returns, name_of, of_arithmetic, of_attribute, returned, writes
 
 IMMUTABLE = (bool, int, float, complex, str, tuple, type(None), torch.dtype, torch.device)
@@ -45,6 +46,9 @@ class StandIn(fx.Proxy):
             tracer = next(a.tracer for a in flat((args, kwargs or {})) if isinstance(a, StandIn))
             return tracer.create_proxy("call_function", operator.setitem, args, kwargs or {})
         return super().__torch_function__(orig_method, types, args, kwargs)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise self.tracer.known.refused("the forward sets items of a tensor in place, as `h[...] = v` does", CaptureError)
 
     def __len__(self) -> int:
         known = self.tracer.known
@@ -267,9 +271,10 @@ class Known:
         except Exception as error:  # whatever the model's own call raises: it would do so when the model runs
             raise LookupError(f": {error}") from error
 
-    def refused(self, reason: str) -> Exception:
-        """The error of a question that has no answer. It stays in `refusals`, whatever the forward does with it."""
-        error = fx.proxy.TraceError(reason)
+    def refused(self, reason: str, kind: type[Exception] = fx.proxy.TraceError) -> Exception:
+        """The error of a question that has no answer, or of a call that no graph may have (a `CaptureError`). It stays in
+        `refusals`, whatever the forward does with it."""
+        error = kind(reason)
         self.refusals.append(error)
         return error
 
