@@ -19,7 +19,7 @@ from .capture.symbolic import trace
 from .explainer import Explainer
 from .gates.rules import Rules
 from .measured.scales import follows_sample
-from .measured.verification import Verify, verified
+from .measured.verification import Verify, own_error, verified
 from .methods.captured import WAITS, CapturedModule
 from .methods.subgraphs import ending_at, within
 from .rewrite.report import Report
@@ -88,7 +88,12 @@ def transform(
         rules = Rules() if rules is None else rules
         inner = traceable(model)
         example = None if example_inputs is None else bound(inner, example_inputs)
-        made = rewritten(model, rules, tracer, example, verify)
+        try:
+            made = rewritten(model, rules, tracer, example, verify)
+        except CaptureError as error:
+            if example is not None and (own := own_error(inner, example)):
+                raise CaptureError(f"{type(inner).__name__} itself fails on the example_inputs: {own}") from error
+            raise
         rules.check_places(made.report.sites)
         modules, graph, report, compare = finished(made, rules, tracer, output, verify)
         rules.check_scales(report.sites)

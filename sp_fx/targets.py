@@ -127,7 +127,10 @@ def indices_of(target: Any, y: Tensor) -> Tensor:
     if index.shape[1] != batch:
         raise ValueError(f"{index.shape[1]} targets for a batch of {batch}")
     if index.shape[-1] > y.dim() - 1:
-        raise ValueError(f"the target has {index.shape[-1]} indices: too many for an output of shape {_shape(y)}, batch first")
+        forgotten = "; was the input's batch axis forgotten?" if y.dim() == 1 else ""
+        raise ValueError(
+            f"the target has {index.shape[-1]} indices: too many for an output of shape {_shape(y)}, batch first{forgotten}"
+        )
     for axis, size in enumerate(y.shape[1 : 1 + index.shape[-1]]):
         wrong = index[..., axis][(index[..., axis] < 0) | (index[..., axis] >= size)]
         if wrong.numel():

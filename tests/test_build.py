@@ -42,13 +42,19 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_neither_tracer_takes_is_an_error_that_names_the_line(name, capfd):
-    x = torch.randn(3, 4)
+    x = torch.rand(3, 4)  # on which the models themselves run
     with pytest.raises(sp_fx.CaptureError, match=r"torch.fx cannot trace Net.*test_build.py:\d+.*With example_inputs"):
         sp_fx.transform(REFUSED[name])
     with pytest.raises(sp_fx.CaptureError, match=r"torch.fx cannot trace Net[\s\S]*torch.export cannot capture Net") as caught:
         sp_fx.transform(REFUSED[name], example_inputs=x)
     assert str(caught.value).count("test_build.py") >= 2
     assert "arg0_1" not in capfd.readouterr().err
+
+
+def test_a_model_that_fails_on_its_example_is_said_to():
+    model = net(lambda self, x: self.head(x.relu()) if float(x.sum()) < 1e9 and x.shape[1] == 3 else self.head(x[:, :2]))
+    with pytest.raises(sp_fx.CaptureError, match=r"^Net itself fails on the example_inputs: .*shapes.*test_build.py:\d+"):
+        sp_fx.transform(model, example_inputs=torch.randn(3, 4))
 
 
 CELLS = {

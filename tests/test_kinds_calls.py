@@ -176,4 +176,6 @@ def test_outputs_that_are_not_numbers_are_said_to_be():
     explainer = explain(model, X, "an example")
     checks = sp_fx.check(explainer, X)
     assert torch.equal(explainer(X).isnan(), model(X).isnan())
-    assert "-nan" not in str(checks)
+    assert "-nan" not in str(checks) and "the model's output has NaN in it" in str(checks)
+    with pytest.raises(ValueError, match=r"output of shape \[4, 3\], is NaN"):
+        explainer.pullback(X, 1)

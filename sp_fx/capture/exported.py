@@ -68,7 +68,8 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
                 raise
             exported = Exported(model, example, sizes, any_batch)
         except Exception as error:
-            raise CaptureError(f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})") from error
+            text = f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})"
+            raise CaptureError(f"{text}. A function that it cannot follow stays whole as an op of torch.library") from error
         exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
     modules, asks = with_marks(exported.clone, exported.paths), some(exported.regions.asked)

@@ -174,6 +174,8 @@ def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: 
         y, tangent = forward_ad.unpack_dual(primary(FrozenTangents(frozen).run_by_name(arguments)))
         y = y.clone()
         tangent = torch.zeros_like(y) if tangent is None else tangent.clone()
+    if y.isnan().any():
+        return Line(name, "FAILED", note="the model's output has NaN in it")
     u = direction(y)
     maps = frozen.pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
     pairs = [(m, t) for m, t in zip(maps if isinstance(maps, tuple) else (maps,), x) if m is not None]
@@ -195,6 +197,8 @@ def check_hard_limit(name: str, explainer: Explainer, clone: nn.Module, args: tu
     reference = copy.deepcopy(clone).double()
     leaves = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
     y = primary(reference(*[t * 1 if t.is_floating_point() else t for t in leaves], **cloned(kw)))
+    if y.isnan().any():
+        return Line(name, "FAILED", note="the model's output has NaN in it")
     u, explained = direction(y), [t for t in leaves if t.is_floating_point()]
     expected = torch.autograd.grad(y, explained, u, allow_unused=True)
     maps = at_temperature(explainer, 1e-9).pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.arguments import ByName, FormError
-from ..capture.capture import Capture, CaptureError
+from ..capture.capture import Capture, CaptureError, blame, said
 from ..capture.clone import EvalClone, give_own_buffers
 from ..capture.untouched import Untouched
 from ..containers import rebuilt, tensors_of
@@ -79,6 +79,19 @@ def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, a
         )
 
 
+def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """What the model itself raises on the arguments, by name, and where; "" where it runs."""
+    clone = EvalClone()(model)
+    give_own_buffers(clone)
+    call = inspect.BoundArguments(inspect.signature(clone.forward), dict(arguments))  # type: ignore[arg-type]
+    with Untouched(model, clone).restored(), one_seed(), torch.no_grad():
+        try:
+            clone(*call.args, **call.kwargs)
+        except Exception as error:  # whatever it is
+            return f"{said(error)} ({blame(error)})"
+    return ""
+
+
 def compared(
     of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
     arguments: Mapping[str, Any], tracer: str, back: bool,
@@ -103,7 +116,9 @@ def compared(
     bar = bar_of(own.outputs, OUTPUT)
     if not apart <= bar:
         where = first_difference(of_model, of_graph, reference, subject, arguments)
-        raise CaptureError(f"{graph} computes other outputs than the model, off by {apart:.1e}; {where}")
+        raise CaptureError(
+            f"{graph} computes other outputs than the model, off by {apart:.1e}; {where}. verify=False explains the graph"
+        )
     if apart:
         notes.append(f"outputs are the model's to {apart:.0e} (relative L2), not to the bit")
     if back and own.gradients is None:
@@ -117,7 +132,9 @@ def compared(
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
-            raise CaptureError(f"{graph} has another gradient than the model, {how_far}; {where}")
+            raise CaptureError(
+                f"{graph} has another gradient than the model, {how_far}; {where}. verify='forward' explains the graph"
+            )
     return notes
 
 
@@ -303,8 +320,15 @@ def first_difference(
             found = gradients_of(others, [a for a, _ in both], keep=True)
             expected = gradients_of(outputs, [b for _, b in both], keep=True)
         if not distance(found, expected) <= bar_of(expected, GRADIENT if back else OUTPUT):
-            return f"the first module that differs is {name}" + (", by the gradient at its output" if back else "")
-    return "all of its modules agree: the difference is in the model's own forward"
+            module = reference.get_submodule(name.partition("#")[0])
+            return f"the first module that differs is {name}, {written_at(module)}{', by its gradient' if back else ''}"
+    return f"all of its modules agree: the difference is in the forward of {written_at(reference)} itself"
+
+
+def written_at(module: nn.Module) -> str:
+    """The class of a module, and where its forward is written."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return type(module).__name__ + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
 
 
 class Seen(ByName):

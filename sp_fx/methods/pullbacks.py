@@ -164,6 +164,8 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
     y, u = seed(output, call.target)
     if not y.requires_grad:
         raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")
+    if bool((y.isnan() & (u != 0)).any()):
+        raise ValueError(f"what is explained, of an output of shape {list(y.shape)}, is NaN: the model computes no number here")
 
     def back(cotangent: Tensor, retain_graph: bool = True) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(y, leaves, cotangent, retain_graph=retain_graph, allow_unused=True)
