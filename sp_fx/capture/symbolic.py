@@ -180,14 +180,15 @@ class PlaceTracer(fx.Tracer):
         name = self.path_of_module(m)
         if not name:  # the model itself, by its own `__call__`
             return forward(*args, **kwargs)
-        for leaf in filter(is_proxy, slotted((args, kwargs))[1]):
+        inputs, options = rebuilt((args, kwargs), shown)  # now, since the forward may put other items into a list
+        for leaf in filter(is_proxy, slotted((inputs, options))[1]):
             leaf.node  # noqa: B018  # `x.mT` becomes a node where it is first asked for: before the module is entered
         entered = next(iter(reversed(self.graph.nodes)))
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
             return result
         self.passed[name] = None
-        mark = self.create_proxy("call_module", name, (result, *rebuilt(args, shown)), rebuilt(kwargs, shown))
+        mark = self.create_proxy("call_module", name, (result, *inputs), options)
         mark.node.meta["entered"] = entered
         return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
 
