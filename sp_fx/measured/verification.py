@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,10 +26,11 @@ from ..gates.dual_path import plain_derivatives
 
 Verify = Literal[True, False, "forward"]
 
-# The largest relative L2 distance that is a rounding error, of outputs that are not bitwise the model's and of gradients. Where
-# the outputs are not bitwise, a ReLU may open that the model's keeps shut, and gradients may differ by a gate.
+# The largest relative L2 distance that is a rounding error, of outputs that are not bitwise the model's and of gradients, by the
+# coarsest dtype that the graph computes in. Where the outputs are not bitwise, a ReLU may open that the model's keeps shut, and
+# gradients may differ by a gate.
 OUTPUT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-GRADIENT = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 0.2}
+GRADIENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
 GATE = 2e-2
 
 
@@ -53,13 +54,15 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
         call.arguments.update(values)
         return reference(*call.args, **call.kwargs)
 
+    dtypes: set[torch.dtype] = set()
+
     def of_graph(values: Mapping[str, Any]) -> Any:
         with plain_derivatives():
-            return ByName(subject).run_by_name(values)
+            return Noting(subject, dtypes).run_by_name(values)
 
     back = verify is True
     with Untouched(reference, modules).restored():
-        notes = compared(of_model, of_graph, reference, subject, arguments, capture.tracer, back)
+        notes = compared(of_model, of_graph, reference, subject, arguments, dtypes, capture.tracer, back)
         if capture.asks:
             same_without_gradients(of_model, reference, arguments, capture.asks)
         return notes
@@ -72,7 +75,7 @@ def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, a
         CaptureError: it computes other outputs where they are off.
     """
     on, off = (ran(of_model, reference, arguments, False, grad).outputs for grad in (True, False))
-    if not distance(off, on) <= bar_of(on, OUTPUT):
+    if not distance(off, on) <= bar_of({y.dtype for y in on}, OUTPUT):
         raise CaptureError(
             f"{type(reference).__name__} computes other outputs where gradients are off, and asks at {asks}: an explainer "
             "computes those of where they are on. Pass verify=False if these are the ones to explain"
@@ -94,9 +97,10 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 def compared(
     of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
-    arguments: Mapping[str, Any], tracer: str, back: bool,
+    arguments: Mapping[str, Any], dtypes: Collection[torch.dtype], tracer: str, back: bool,
 ) -> list[str]:  # fmt: skip
-    """`verified`, of the model and the graph as functions of the arguments by name."""
+    """`verified`, of the model and the graph as functions of the arguments by name; `dtypes` are those that the graph's last run
+    computed in."""
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     try:
         own = ran(of_model, reference, arguments, back)
@@ -113,7 +117,7 @@ def compared(
     if own.drew:
         notes.append("the forward draws random numbers: the same call twice gives two outputs, and two maps")
     apart = distance(other.outputs, own.outputs)
-    bar = bar_of(own.outputs, OUTPUT)
+    bar = bar_of(dtypes, OUTPUT)
     if not apart <= bar:
         where = first_difference(of_model, of_graph, reference, subject, arguments)
         raise CaptureError(
@@ -124,7 +128,7 @@ def compared(
     if back and own.gradients is None:
         notes.append(f"the model's own backward fails, so that gradients were not compared: {own.reason}")
     elif back:
-        bar = max(bar_of(own.gradients, GRADIENT), GATE if apart else 0.0)
+        bar = max(bar_of(dtypes, GRADIENT), GATE if apart else 0.0)
         slope = slope_apart(other, own)
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
@@ -278,8 +282,9 @@ def distance(found: list[Tensor] | None, expected: list[Tensor] | None) -> float
     return worst
 
 
-def bar_of(tensors: list[Tensor] | None, bars: Mapping[torch.dtype, float]) -> float:
-    return max((bars.get(t.dtype, bars[torch.float32]) for t in tensors or ()), default=0.0)
+def bar_of(dtypes: Collection[torch.dtype], bars: Mapping[torch.dtype, float]) -> float:
+    """The bar of the coarsest of some dtypes; of others than these, and of none, that of float32."""
+    return max((bars.get(dtype, bars[torch.float32]) for dtype in dtypes), default=bars[torch.float32])
 
 
 def first_difference(
@@ -319,7 +324,7 @@ def first_difference(
                 return f"at the output of {name} the graph has none"
             found = gradients_of(others, [a for a, _ in both], keep=True)
             expected = gradients_of(outputs, [b for _, b in both], keep=True)
-        if not distance(found, expected) <= bar_of(expected, GRADIENT if back else OUTPUT):
+        if not distance(found, expected) <= bar_of({t.dtype for t in expected}, GRADIENT if back else OUTPUT):
             module = reference.get_submodule(name.partition("#")[0])
             return f"the first module that differs is {name}, {written_at(module)}{', by its gradient' if back else ''}"
     return f"all of its modules agree: the difference is in the forward of {written_at(reference)} itself"
@@ -329,6 +334,19 @@ def written_at(module: nn.Module) -> str:
     """The class of a module, and where its forward is written."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return type(module).__name__ + (f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else "")
+
+
+class Noting(ByName):
+    """Runs a graph and notes the floating dtypes of what its calls return."""
+
+    def __init__(self, module: fx.GraphModule, dtypes: set[torch.dtype]) -> None:
+        super().__init__(module)
+        self.dtypes = dtypes
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.dtypes.update(t.dtype for t in tensors_of(value) if t.is_floating_point() or t.is_complex())
+        return value
 
 
 class Seen(ByName):
