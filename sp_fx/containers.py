@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,9 +71,9 @@ def slotted(outputs: Any) -> tuple[Any, list[Any]]:
     return rebuilt(outputs, slot), leaves
 
 
-def filled(skeleton: Any, leaves: list[Any]) -> Any:
-    """A skeleton with `leaves` in its slots, the inverse of `slotted`."""
-    return rebuilt(skeleton, lambda slot: leaves[slot.index])
+def filled(skeleton: Any, leaves: Sequence[Any]) -> Any:
+    """A skeleton with `leaves` in its slots, the inverse of `slotted`; what is no slot stays."""
+    return rebuilt(skeleton, lambda leaf: leaves[leaf.index] if isinstance(leaf, Slot) else leaf)
 
 
 def tensors_of(value: Any) -> list[Tensor]:

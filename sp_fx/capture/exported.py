@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..containers import PLAIN, Slot, items, rebuilt, tensors_of
+from ..containers import PLAIN, Slot, filled, items, rebuilt, tensors_of
 from ..gates.calls.autocast import Region
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame, said
@@ -31,7 +31,7 @@ from .clone import EvalClone, adopt_forward
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
 from .tracing.draws import note_on_draws
-from .tracing.exported_functions import CALLS, Call, ExportedFunctions, placed
+from .tracing.exported_functions import CALLS, Call, ExportedFunctions
 from .tracing.regions import Regions, data_detached, some
 from .untouched import Untouched
 
@@ -280,7 +280,7 @@ class Exported:
 
     def applied(self, call: Call, tensors: Any, meta: dict[str, Any]) -> list[fx.Node]:
         """Adds a call of an `autograd.Function`; returns the nodes of the tensors that it returns."""
-        args, kwargs = placed(call.arguments, tensors)
+        args, kwargs = filled(call.arguments, tensors)
         node = self.graph.call_function(applied, (name_of_class(call.cls), *args), kwargs)
         node.meta = {**meta, "val": None}
         parts = [node]

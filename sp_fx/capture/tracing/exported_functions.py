@@ -18,7 +18,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from ...containers import PLAIN, Slot, rebuilt, slotted, tensors_of
+from ...containers import PLAIN, Slot, filled, rebuilt, slotted, tensors_of
 
 
 class Call:
@@ -30,7 +30,7 @@ class Call:
         self.outputs: Any = None
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        args, kwargs = placed(self.arguments, tensors)
+        args, kwargs = filled(self.arguments, tensors)
         with torch.no_grad():
             outputs = self.cls.apply(*args, **kwargs)
         if any(y is x for y in tensors_of(outputs) for x in tensors):
@@ -81,12 +81,7 @@ class ExportedFunctions:
             outputs = torch.ops.sp_fx.applied(tensors, new)
         finally:
             self.running = False
-        return placed(call.outputs, outputs)
-
-
-def placed(skeleton: Any, tensors: Any) -> Any:
-    """A skeleton with `tensors`, or what stands for them, in its slots; its other leaves stay."""
-    return rebuilt(skeleton, lambda leaf: tensors[leaf.index] if isinstance(leaf, Slot) else leaf)
+        return filled(call.outputs, outputs)
 
 
 @torch.library.custom_op("sp_fx::applied", mutates_args=(), schema="(Tensor[] tensors, int call) -> Tensor[]")
