@@ -5,6 +5,7 @@ which models are written.
 """
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -359,6 +360,25 @@ def test_constants_that_stand_within_the_sample_keep_its_scale():
     explainer = explain(fill(Net()).double(), None, "no example")
     assert_independent(explainer, noise(3, 3, 8, 8))
     assert set(scales(explainer)) == {"sample"}
+
+
+@pytest.mark.parametrize("way", ["no example", "export"])
+@pytest.mark.parametrize("value", [0.0, -math.inf, 0.7])
+def test_padding_keeps_the_scale_of_each_sample(value, way):
+    """TensorFlow's padding of a max pooling is of minus infinity."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 6, 3)
+
+        def forward(self, x):
+            y = F.max_pool2d(F.pad(self.conv(x), (0, 1, 1, 0), value=value), 2)
+            return torch.relu(F.pad(y.flatten(2), (2, 0), value=0.5).transpose(0, 1)).mean(2).T
+
+    explainer = explain(fill(Net()).double(), noise(4, 3, 7, 7), way)
+    assert_independent(explainer, noise(4, 3, 7, 7))
+    assert scales(explainer) == ["sample", "sample"]
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 1), (1, 3, 1, 1)])

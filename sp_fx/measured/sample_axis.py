@@ -302,9 +302,10 @@ def moved(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.N
     for result in (first, second):
         if not isinstance(result, Tensor) or result.shape != values[node].shape or not result.is_floating_point():
             return None
+    first = first.masked_fill(first == second, math.nan)  # constants that the call puts in: zeros of a padding, or -inf
     if bool(first.isnan().all()):  # of constants alone, such as an index that is expanded to the batch
         return None
-    return first if torch.equal(first.nan_to_num(-1), (second - 0.5).nan_to_num(-1)) else None
+    return first if bool((first.isnan() | (first == second - 0.5)).all()) else None
 
 
 def on_numbers(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict[fx.Node, Axis], shift: float) -> Any:
