@@ -55,7 +55,7 @@ def name_of(node: fx.Node) -> str:
     if node.target is call_registered:
         return str(node.args[0])
     if node.target is applied:
-        return str(node.args[0]).rpartition(".")[2].rpartition(":")[2]
+        return str(node.args[0]).partition("#")[0].rpartition(".")[2].rpartition(":")[2]
     target = op_of(node)
     target = getattr(target, "stands_for", target)
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))

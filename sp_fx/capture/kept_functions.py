@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import functools
 import importlib
+import itertools
 import operator
 import sys
 import threading
@@ -23,6 +24,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..containers import decoded, rebuilt
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
+from .capture import CaptureError
+from .untouched import names_in
 
 APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
 
@@ -36,7 +39,7 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
     if has_torch_function(args):  # in a trace of a model that it is a part of
         return handle_torch_function(applied, args, name, *args, **kwargs)
     if name not in APPLIED:
-        module, _, path = name.partition(":")
+        module, _, path = name.partition("#")[0].partition(":")
         try:
             APPLIED[name] = operator.attrgetter(path)(importlib.import_module(module))
         except (ImportError, AttributeError) as error:
@@ -48,26 +51,45 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
 def functions_kept(keep: Callable[[Any, tuple, dict], Any]) -> Iterator[None]:
     """While it lasts an `autograd.Function` is what `keep(class, args, kwargs)` returns in this thread, where that is not None: a
     trace would go into its forward and lose its backward without a word. A checkpoint is the function that it is to call."""
-    inherited, thread = torch.autograd.Function.__dict__["apply"], threading.get_ident()
+    thread, single = threading.get_ident(), torch.autograd.function._SingleLevelFunction
+    own: Any = torch.autograd.Function.__dict__["apply"]
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            if cls is CheckpointFunction:
-                return args[0](*args[2:])
-            if cls.__module__ == CheckpointFunction.__module__:  # which holds the arguments of the other kind of checkpoint
-                return torch.empty(0)
-            if (kept := keep(cls, args, kwargs)) is not None:
-                return kept
-        return inherited.__get__(None, cls)(*args, **kwargs)
+    def patched(inner: Callable[..., Any]) -> Any:
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                if cls is CheckpointFunction:
+                    return args[0](*args[2:])
+                if cls.__module__ == CheckpointFunction.__module__:  # which holds the arguments of the other kind of checkpoint
+                    return torch.empty(0)
+                if (kept := keep(cls, args, kwargs)) is not None:
+                    return kept
+            return inner(cls, *args, **kwargs)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        return classmethod(apply)
+
+    # `Function.apply` itself; and what it calls by `super()`, for those who have kept it, as `spike = Spike.apply` does.
+    patches: dict[Any, Any] = {
+        torch.autograd.Function: patched(lambda cls, *args, **kwargs: own.__get__(None, cls)(*args, **kwargs)),
+        single: patched(lambda cls, *args, **kwargs: super(single, cls).apply(*args, **kwargs)),  # type: ignore[misc]
+    }
     try:
+        for kind, patch in patches.items():
+            kind.apply = patch
         yield
     finally:
-        torch.autograd.Function.apply = inherited
+        torch.autograd.Function.apply = own  # type: ignore[method-assign]
+        delattr(single, "apply")
 
 
-def recorded_by(tracer: fx.Tracer) -> Callable[[Any, tuple, dict], Any]:
+def marks_dirty(cls: Any) -> bool:
+    """Whether an `autograd.Function` writes over an argument, which it then has to say by `ctx.mark_dirty`."""
+    return any("mark_dirty" in names_in(code) for f in (cls.forward, cls.setup_context) if (code := getattr(f, "__code__", None)))
+
+
+DIRTY = "{} writes over its argument (`ctx.mark_dirty`), and no trace can follow that: let it return a new tensor"
+
+
+def recorded_by(tracer: Any) -> Callable[[Any, tuple, dict], Any]:
     """What keeps a function in a symbolic trace: one call of the trace, of a function with a stand-in among its arguments."""
 
     def keep(cls: Any, args: tuple, kwargs: dict) -> Any:
@@ -75,14 +97,19 @@ def recorded_by(tracer: fx.Tracer) -> Callable[[Any, tuple, dict], Any]:
         rebuilt((args, kwargs), leaves.append)
         if not any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return None
+        if marks_dirty(cls):
+            raise tracer.known.refused(DIRTY.format(cls.__qualname__), CaptureError)
         return tracer.create_proxy("call_function", applied, (name_of_class(cls), *args), kwargs)
 
     return keep
 
 
 def name_of_class(cls: Any) -> str:
-    """The name of an `autograd.Function` in `APPLIED`, where it is from now on."""
-    name = f"{cls.__module__}:{cls.__qualname__}"
+    """The name of an `autograd.Function` in `APPLIED`, where it is from now on; classes of one name, as a function makes them
+    that is called twice, are numbered."""
+    plain = f"{cls.__module__}:{cls.__qualname__}"
+    names = itertools.chain([plain], (f"{plain}#{number}" for number in itertools.count(2)))
+    name = next(name for name in names if APPLIED.get(name, cls) is cls)
     APPLIED[name] = cls
     return name
 

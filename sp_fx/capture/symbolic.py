@@ -75,6 +75,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
         inline_wrapped(graph, clone, example)
         call_by_name(graph)
+        for node in graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverloadPacket) and len(node.target.overloads()) == 1:
+                node.target = getattr(node.target, node.target.overloads()[0])  # whose schema says what it writes over
         if tracer.known.refusals:  # which the forward has caught, and taken another path
             raise tracer.known.refusals[0]
     except Exception as error:

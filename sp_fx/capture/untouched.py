@@ -1,8 +1,8 @@
 """What a forward changes while it is traced, and how it is put back: the model stays as it was.
 
 While it is traced, a forward may store where it likes: `self.last = h`, `self.helper.step += 1`, `self.cache.append(h)`, and
-`FEATURES["h"] = h` in a dictionary of its file. What can be reached from the model and its clone, from their classes and from the
-files of these is remembered before the trace, and is the same after it, whether it succeeded or not.
+`FEATURES["h"] = h` in a dictionary of its file. What can be reached from the model and its clone, from their classes and from
+what their code names in its file is remembered before the trace, and is the same after it, whether it succeeded or not.
 """
 
 from __future__ import annotations
@@ -84,14 +84,18 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
     queue: list[tuple[Any, int]] = []  # what is to be looked into, and how deep
-    classes = {cls for m in model.modules() for cls in type(m).__mro__ if not cls.__module__.startswith(("torch.", "builtins"))}
-    files = [vars(sys.modules[name]) for name in {cls.__module__ for cls in classes} if name in sys.modules]
+    classes = {cls for m in model.modules() for cls in type(m).__mro__ if not is_pytorchs(cls)}
+    named = Named()
     queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
-    for place in (*files, *classes):
-        found[id(place)] = place
-        values = [getattr(v, "__func__", v) for v in (place if isinstance(place, dict) else vars(place)).values()]
-        queue += [(v, NEAR) for v in values if keeps(v)]  # of a `staticmethod` the function
-    while queue:
+    for cls in classes:
+        found[id(cls)] = cls
+        named.follow(cls)
+        values = [getattr(v, "__func__", v) for v in vars(cls).values()]  # of a `staticmethod` the function
+        queue += [(v, NEAR) for v in values if keeps(v)]
+    while queue or (new := named.values()):
+        queue = queue or [(v, NEAR) for v in new if keeps(v)]
+        if not queue:
+            break
         at, depth = queue.pop(0)
         if id(at) in seen or not depth or isinstance(at, nn.Module | Tensor | fx.Proxy):
             continue
@@ -104,15 +108,74 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
                 queue.append((at.__wrapped__, depth))
             case types.FunctionType():
                 found |= {id(cell): cell for cell in at.__closure__ or ()}
-                if id(at.__globals__) not in found and not str(at.__module__).startswith(("torch.", "builtins")):
-                    found[id(at.__globals__)] = at.__globals__
-                    queue += [(v, NEAR) for v in at.__globals__.values() if keeps(v)]
+                named.follow(at)
         if is_open(at) and not isinstance(at, types.FunctionType | type):
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}
             found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
         queue += [(item, depth - 1) for item in held(at)]
-    return list(found.values())
+    return [*found.values(), *named.files.values()]
+
+
+class File:
+    """The names of a file that some code asks for: what other code keeps there is not looked at."""
+
+    def __init__(self, space: dict[str, Any]) -> None:
+        self.space, self.names = space, set[str]()
+
+
+class Named:
+    """What functions name in their files, by their code, and so on for the functions and classes that they name.
+
+    Attributes:
+        files: the files, by the identity of their dictionaries.
+    """
+
+    def __init__(self) -> None:
+        self.files: dict[int, File] = {}
+        self._seen: set[int] = set()
+        self._given: set[tuple[int, str]] = set()
+
+    def follow(self, start: Any) -> None:
+        """Looks into a function or a class, and what these name, `NEAR` times."""
+        queue = [(start, 2 * NEAR)]
+        while queue:
+            at, depth = queue.pop()
+            at = getattr(at, "__func__", at)
+            if id(at) in self._seen or not depth or is_pytorchs(at):
+                continue
+            self._seen.add(id(at))
+            if isinstance(at, type):
+                queue += [(value, depth) for value in vars(at).values()]
+            elif isinstance(at, property):
+                queue += [(function, depth) for function in (at.fget, at.fset)]
+            elif isinstance(at, Cached) or hasattr(at, "__wrapped__"):
+                queue.append((at.__wrapped__, depth))
+            if isinstance(at, types.FunctionType):
+                file = self.files.setdefault(id(at.__globals__), File(at.__globals__))
+                names = names_in(at.__code__)
+                file.names |= names
+                queue += [(at.__globals__[name], depth - 1) for name in names if name in at.__globals__]
+
+    def values(self) -> list[Any]:
+        """What has the names, but for what was returned before."""
+        new = []
+        for key, file in self.files.items():
+            for name in file.names:
+                if (key, name) not in self._given and name in file.space:
+                    new.append(file.space[name])
+                self._given.add((key, name))
+        return new
+
+
+def is_pytorchs(value: Any) -> bool:
+    """Whether a class or a function is PyTorch's, or Python's own."""
+    return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "builtins")
+
+
+def names_in(code: types.CodeType) -> set[str]:
+    """The names that some code asks for, with the functions in it."""
+    return {*code.co_names}.union(*(names_in(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)))
 
 
 # A file's own containers and objects are looked into, and theirs: all that it reaches may be half of the program, 90,000 objects
@@ -131,6 +194,8 @@ def keeps(value: Any) -> bool:
 def contents(holder: Any) -> Any:
     """What is in a holder, so that `put_back` can put it there again."""
     match holder:
+        case File():
+            return [(name, holder.space[name]) for name in sorted(holder.names) if name in holder.space]
         case dict():
             return list(dict.items(holder))
         case list() | set() | collections.deque():
@@ -149,14 +214,20 @@ def put_back(holder: Any, before: list[Any]) -> None:
     if same_items(contents(holder), before):
         return
     match holder:
+        case File():
+            was = dict(before)
+            for name in holder.names:
+                if name in was:
+                    holder.space[name] = was[name]
+                elif not isinstance(holder.space.get(name), types.ModuleType):  # one that was imported meanwhile
+                    holder.space.pop(name, None)
         case Cached():  # what it has kept since may be a trace's
             if contents(holder) != before:
                 holder.cache_clear()
         case dict():
             kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
-            modules = {k: v for k, v in holder.items() if isinstance(v, types.ModuleType)}  # that were imported meanwhile
             kind.clear(holder)
-            for key, value in {**modules, **dict(before)}.items() if modules else before:
+            for key, value in before:
                 kind.__setitem__(holder, key, value)
         case list():
             list.__setitem__(holder, slice(None), before)

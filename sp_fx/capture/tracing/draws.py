@@ -51,4 +51,7 @@ def note_on_draws(graph: fx.Graph) -> list[str]:
     calls = (node for node in graph.nodes if node.op in ("call_function", "call_method"))
     drawn = [f"{name_of(node.target)} ({line_of(node)})" for node in calls if is_seeded(node.target, node.args, node.kwargs)]
     shown = "; ".join(dict.fromkeys(drawn[:3])) + ("; ..." if len(drawn) > 3 else "")
-    return [f"each call draws anew: {shown}"] if drawn else []
+    return [f"{DRAWS[0]}: {shown}"] if drawn else []
+
+
+DRAWS = ("each call draws anew", "the forward draws from")  # how notes begin on what draws from PyTorch, and from others

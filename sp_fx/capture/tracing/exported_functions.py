@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...containers import PLAIN, Slot, filled, rebuilt, slotted, tensors_of
+from ..kept_functions import DIRTY, marks_dirty
 
 
 class Call:
@@ -65,6 +66,8 @@ class ExportedFunctions:
             self.opened[key] = has_derivative_of_forward(cls, args, kwargs)
         if self.opened[key]:
             return None
+        if marks_dirty(cls):
+            raise RuntimeError(DIRTY.format(cls.__qualname__))
         number = itertools.count()
 
         def place(leaf: Any) -> Any:
