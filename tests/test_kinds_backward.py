@@ -332,3 +332,113 @@ def test_the_derivative_of_a_map_is_refused(tracer):
         with pytest.raises(RuntimeError, match="a map cannot be differentiated"):
             second()
     assert relative(torch.func.vmap(lambda one: grad(one[None])[0])(x), explainer.pullback(x, 3)) <= 1e-6
+
+
+def surrogate(slope):
+    """A spike as libraries make them: a class of its own for each slope."""
+
+    class Surrogate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, u):
+            return (u > 0).to(u.dtype)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * slope
+
+    return Surrogate.apply
+
+
+BOUND = Spike.apply
+
+
+class Holds(nn.Module):
+    """A spiking network that has kept `apply`: in an attribute, in a list, in its file."""
+
+    def __init__(self, where, function=BOUND):
+        super().__init__()
+        self.inner, self.outer, self.where = nn.Linear(6, 6), nn.Linear(6, 3), where
+        self.spike, self.spikes = function, [function]
+
+    def forward(self, x):
+        function = {"attribute": self.spike, "list": self.spikes[0], "file": BOUND}[self.where]
+        return self.outer(function(self.inner(x)))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("where", ["attribute", "list", "file"])
+def test_a_function_that_is_kept_as_apply(where, way):
+    model = fill(Holds(where)).double()
+    explainer = explain(model, X, way, rules=sp_fx.Rules(**PLAIN))
+    assert torch.equal(explainer(X), model(X)) and relative(explainer.pullback(X, 1), own_gradient(model, X)) <= 1e-12
+    assert explainer.pullback(X, 1).abs().max() > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_of_one_name_are_several(way):
+    """Two models, and two layers of one, have classes that are called the same."""
+    models = [fill(Holds("attribute", surrogate(slope))).double() for slope in (2.0, 7.0)]
+    models.append(
+        fill(nn.Sequential(Holds("attribute", surrogate(3.0)), nn.Linear(3, 6), Holds("attribute", surrogate(0.5)))).double()
+    )
+    explainers = [explain(model, X, way, rules=sp_fx.Rules(**PLAIN)) for model in models]
+    for model, explainer in zip(models, explainers):
+        assert torch.equal(explainer(X), model(X)) and relative(explainer.pullback(X, 1), own_gradient(model, X)) <= 1e-12
+
+
+class Doubled(torch.autograd.Function):
+    """Writes over its argument, and says so."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_function_that_writes_over_its_argument_is_refused(way):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+            self.register_buffer("size", torch.ones(3))
+
+        def forward(self, x):
+            return torch.relu(self.inner(x) + Doubled.apply(self.size))
+
+    model = fill(Net()).double()
+    before = model.size.clone()
+    with pytest.raises(sp_fx.CaptureError, match=r"Doubled writes over its argument.*test_kinds_backward.py:\d+"):
+        explain(model, X, way)
+    assert torch.equal(model.size, before)
+
+
+@torch.library.custom_op("sp_fx_tests::fill_twice", mutates_args=("x",))
+def fill_twice(x: torch.Tensor) -> None:
+    x.mul_(2)
+
+
+fill_twice.register_fake(lambda x: None)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_op_of_ones_own_that_writes_is_called_over_a_copy(way):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+            self.register_buffer("size", torch.ones(3))
+
+        def forward(self, x):
+            torch.ops.sp_fx_tests.fill_twice(self.size)
+            return torch.relu(self.inner(x) * self.size)
+
+    model = fill(Net()).double()
+    before = model.size.clone()
+    explainer = explain(model, X, way)
+    assert torch.equal(explainer(X), explainer(X)) and torch.equal(model.size, before)
+    assert torch.equal(explainer(X), model(X))

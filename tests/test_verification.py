@@ -1,6 +1,7 @@
 """Captures that are verified: once for each form of call, by one thread, against the model, before any output is returned."""
 
 import array
+import random
 import threading
 
 import pytest
@@ -309,3 +310,90 @@ def test_gates_of_a_fresh_network_are_measured_once():
     explainer = explain(model, X, "no example")
     together(lambda k: explainer.pullback(X[: 1 + k % 4], 1))
     assert str(explainer.report()) == str(alone.report())
+
+
+class Hooked(nn.Module):
+    """A reversal of gradients by a hook on an activation, which no export sees; and an output that is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x, time):
+        h = torch.relu(self.inner(x))
+        if h.requires_grad:
+            h.register_hook(lambda g: -g)
+        return {"logits": self.outer(h), "time": time.double() * 1e9}
+
+
+def test_a_large_output_hides_nothing():
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(sp_fx.CaptureError, match="another gradient than the model"):
+        sp_fx.transform(fill(Hooked()), example_inputs=(x, torch.tensor([[1.7], [1.8]])), tracer="export")
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_coarse_output_lends_its_bar_to_no_other(coarse):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = torch.relu(self.inner(x)) * (1.001 if torch.compiler.is_compiling() else 1.0)
+            return (y, y.detach().bfloat16()) if coarse else y
+
+    with pytest.raises(sp_fx.CaptureError, match="computes other outputs than the model"):
+        sp_fx.transform(fill(Net()), example_inputs=torch.ones(2, 6), tracer="export")
+
+
+def test_the_random_numbers_of_others_are_their_own():
+    """A model that draws nothing is verified without a seed: what another thread draws meanwhile does not repeat itself."""
+    drawn, model = [], fill(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    stop = threading.Event()
+
+    def draws():
+        while not stop.is_set():
+            drawn.append((float(torch.rand((), dtype=torch.float64)), random.random()))
+
+    thread = threading.Thread(target=draws)
+    thread.start()
+    try:
+        for _ in range(4):
+            sp_fx.transform(model)(torch.randn(2, 6))
+    finally:
+        stop.set()
+        thread.join()
+    assert len({a for a, _ in drawn}) == len(drawn) and len({b for _, b in drawn}) == len(drawn)
+
+
+SEEN = []  # of this file, which no model names
+
+
+def test_what_others_keep_in_the_file_stays():
+    count, stop = 0, threading.Event()
+    model = fill(nn.Sequential(*[OfThisFile() for _ in range(10)]))
+
+    def appends():
+        nonlocal count
+        while not stop.is_set():
+            SEEN.append(count)
+            count += 1
+
+    thread = threading.Thread(target=appends)
+    thread.start()
+    try:
+        for _ in range(3):
+            sp_fx.transform(model)(torch.randn(2, 6))
+    finally:
+        stop.set()
+        thread.join()
+    assert list(range(count)) == SEEN
+
+
+class OfThisFile(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 6)
+
+    def forward(self, x):
+        return torch.relu(super().forward(x))

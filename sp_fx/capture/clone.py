@@ -26,6 +26,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .capture import CaptureError
+from .tracing.applies import applies, by_class
 
 
 def adopt_forward(clone: nn.Module) -> None:
@@ -150,6 +151,8 @@ class EvalClone:
         """A plain attribute, in containers of its own; what refers to a module of the tree refers to its clone."""
         if id(value) in self.clones:
             return self.clones[id(value)]
+        if applies(value) is not None:
+            return by_class(value)
         match value:
             case nn.Module():
                 return self(value)

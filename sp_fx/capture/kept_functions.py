@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..containers import decoded, rebuilt
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
 from .capture import CaptureError
+from .tracing.applies import applies, by_class
 from .untouched import names_in
 
 APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
@@ -51,34 +52,23 @@ def applied(name: str, *args: Any, **kwargs: Any) -> Any:
 def functions_kept(keep: Callable[[Any, tuple, dict], Any]) -> Iterator[None]:
     """While it lasts an `autograd.Function` is what `keep(class, args, kwargs)` returns in this thread, where that is not None: a
     trace would go into its forward and lose its backward without a word. A checkpoint is the function that it is to call."""
-    thread, single = threading.get_ident(), torch.autograd.function._SingleLevelFunction
-    own: Any = torch.autograd.Function.__dict__["apply"]
+    thread, inherited = threading.get_ident(), torch.autograd.Function.__dict__["apply"]
 
-    def patched(inner: Callable[..., Any]) -> Any:
-        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                if cls is CheckpointFunction:
-                    return args[0](*args[2:])
-                if cls.__module__ == CheckpointFunction.__module__:  # which holds the arguments of the other kind of checkpoint
-                    return torch.empty(0)
-                if (kept := keep(cls, args, kwargs)) is not None:
-                    return kept
-            return inner(cls, *args, **kwargs)
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            if cls is CheckpointFunction:
+                return args[0](*args[2:])
+            if cls.__module__ == CheckpointFunction.__module__:  # which holds the arguments of the other kind of checkpoint
+                return torch.empty(0)
+            if (kept := keep(cls, args, kwargs)) is not None:
+                return kept
+        return inherited.__get__(None, cls)(*args, **kwargs)
 
-        return classmethod(apply)
-
-    # `Function.apply` itself; and what it calls by `super()`, for those who have kept it, as `spike = Spike.apply` does.
-    patches: dict[Any, Any] = {
-        torch.autograd.Function: patched(lambda cls, *args, **kwargs: own.__get__(None, cls)(*args, **kwargs)),
-        single: patched(lambda cls, *args, **kwargs: super(single, cls).apply(*args, **kwargs)),  # type: ignore[misc]
-    }
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
     try:
-        for kind, patch in patches.items():
-            kind.apply = patch
         yield
     finally:
-        torch.autograd.Function.apply = own  # type: ignore[method-assign]
-        delattr(single, "apply")
+        torch.autograd.Function.apply = inherited
 
 
 def marks_dirty(cls: Any) -> bool:
@@ -116,8 +106,8 @@ def name_of_class(cls: Any) -> str:
 
 @contextmanager
 def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
-    """While it lasts the modules of `clone` call the stand-in of every registered function; and while `exporting`, modules of a
-    registered class mark their output, since an export goes into them."""
+    """While it lasts the modules of `clone` call the stand-in of every registered function, and functions of `autograd` by their
+    classes; and while `exporting`, modules of a registered class mark their output, since an export goes into them."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
     homes = [file.__dict__ for f in STAND_INS if (file := sys.modules.get(getattr(f, "__module__", None) or "")) is not None]
     spaces = {id(space): space for space in (*homes, *(space for m in clone.modules() for space in namespaces(m)))}
@@ -127,6 +117,9 @@ def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[Non
                 if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in STAND_INS:
                     changed.append((space, key, value))
                     space[key] = STAND_INS[value]
+                elif applies(value) is not None:
+                    changed.append((space, key, value))
+                    space[key] = by_class(value)
         for m in clone.modules() if exporting else ():
             if (name := registered(m)) is not None and "forward" not in m.__dict__:
                 inner = type(m).forward

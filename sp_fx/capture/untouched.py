@@ -35,9 +35,11 @@ class Untouched:
         self.replaced: list[str] = []
         self.counted: list[str] = []
         self.draws: list[str] = []
-        self._generators = generators()
+        reached = holders(model, clone)
+        names = set().union(*(holder.names for holder in reached if isinstance(holder, File)))
+        self._generators = generators() if "random" in names else {}  # which other threads use, too
         self._states = {name: get() for name, (get, _) in self._generators.items()}
-        self._saved = [(holder, contents(holder)) for holder in holders(model, clone)]
+        self._saved = [(holder, contents(holder)) for holder in reached]
 
     @contextmanager
     def restored(self) -> Iterator[Untouched]:

@@ -21,6 +21,7 @@ from ..analysis.calls import name_of
 from ..analysis.ops import POINTWISE, PRODUCT
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through, operands
+from ..capture.tracing.draws import note_on_draws
 from ..containers import rebuilt, tensors_of
 from ..gates.calls.autocast import under
 from ..gates.dual_path import dual_path
@@ -69,9 +70,10 @@ def sample_axes(
     lead = (floating or tensors_of(arguments))[:1]
     if not lead or not lead[0].dim():
         return {}, "its inputs have no axis 0"
-    axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0], wanted))
+    draws = bool(note_on_draws(module.graph))
+    axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0], wanted), draws)
     if reason and floating and any(node not in axes for node in wanted):
-        axes = {**in_its_own_thread(lambda: by_influence(module, arguments, lead[0].shape[0], wanted)), **axes}
+        axes = {**in_its_own_thread(lambda: by_influence(module, arguments, lead[0].shape[0], wanted), draws), **axes}
     return axes, reason
 
 
@@ -159,13 +161,14 @@ class Kept(ByName):
         return value
 
 
-def in_its_own_thread(function: Callable[[], T]) -> T:
-    """Returns `function()`, run where no caller's mode is on: inference, autocast, `vmap`, another trace."""
+def in_its_own_thread(function: Callable[[], T], draws: bool) -> T:
+    """Returns `function()`, run where no caller's mode is on: inference, autocast, `vmap`, another trace. One that `draws` random
+    numbers draws none of the caller's."""
     outcome: list[Any] = []
 
     def run() -> None:
         try:
-            with torch.no_grad(), torch.random.fork_rng([]):  # a dropout that is measured draws nothing of the caller's
+            with torch.no_grad(), torch.random.fork_rng([], enabled=draws):
                 outcome.extend((function(), None))
         except BaseException as error:  # raised again below, in the caller's thread
             outcome.extend((None, error))
