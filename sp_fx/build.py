@@ -220,8 +220,8 @@ class AtFirstCall:
             adopt(own, module, self.renamed)
         with tracing, torch.inference_mode(False):
             try:
-                return Outcome(verified(capture, modules, self.made.capture.graph, arguments, self.verify), None)
-            except (CaptureError, AssertionError) as error:
+                return Outcome(verified(capture, modules, self.made.capture.graph, arguments, self.verify))
+            except (CaptureError, AssertionError) as error:  # an assertion: of an argument that the trace has fixed
                 if self.tracer != "auto" or capture.tracer == "torch.export":
                     raise
                 refusal = error
@@ -230,15 +230,18 @@ class AtFirstCall:
             except CaptureError as second:
                 raise CaptureError(f"{refusal}\n{second}") from second
             notes = [f"by torch.export, since {str(refusal).splitlines()[0]}"]
-            return Outcome(notes, finished(exported, self.rules, self.tracer, self.output, self.verify))
+            made = finished(exported, self.rules, self.tracer, self.output, self.verify)
+            return Outcome(notes, made, replaces=isinstance(refusal, CaptureError))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a comparison: notes for the report, and another capture to take in place of the one that was wrong."""
+    """Of a comparison: notes for the report, and another capture: it `replaces` the one that was wrong, or is for calls of one
+    form."""
 
     notes: list[str]
-    instead: tuple[nn.Module, fx.Graph, Report, AtFirstCall | None] | None
+    instead: tuple[nn.Module, fx.Graph, Report, AtFirstCall | None] | None = None
+    replaces: bool = False
 
 
 def finished(

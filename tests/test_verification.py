@@ -397,3 +397,24 @@ class OfThisFile(nn.Linear):
 
     def forward(self, x):
         return torch.relu(super().forward(x))
+
+
+@pytest.mark.parametrize("order", [(1.0, 2.0, 3.0, 1.0), (2.0, 1.0, 3.0, 2.0)])
+def test_the_first_call_decides_for_no_other(order):
+    """A number that a trace fixes: each has a capture of its own, and the first leaves that of the default as it is."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def forward(self, x, scale=1.0):
+            return torch.relu(self.inner(x)) * scale
+
+    model, x = fill(Net()), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    explainer = sp_fx.transform(model)
+    for scale in order:
+        assert torch.equal(explainer(x, scale=scale), model(x, scale=scale)) and torch.equal(explainer(x[:2]), model(x[:2]))
+        one = explainer.pullback(x, 1, forward_kwargs={"scale": scale})
+        assert relative(one, scale * explainer.pullback(x, 1)) <= 1e-6
+    assert explainer.report().tracer == "torch.fx"

@@ -40,10 +40,14 @@ class Comparison(Protocol):
 
 
 class Verified(Protocol):
-    """The outcome of a comparison: notes for the report; and, if another tracer's capture is right, what makes a module of it."""
+    """The outcome of a comparison: notes for the report; and, if another tracer's capture is right, what makes a module of it,
+    which `replaces` the one that was wrong, or else is for calls of this form alone."""
 
     @property
     def notes(self) -> list[str]: ...
+
+    @property
+    def replaces(self) -> bool: ...
 
     @property
     def instead(self) -> tuple[nn.Module, fx.Graph, Report, Comparison | None] | None: ...
@@ -66,6 +70,9 @@ class CapturedModule(fx.GraphModule):
         self._unplaced: tuple[fx.Graph, Report] | None = (self.graph, report) if follows_sample(report) else None
         self._forms: dict[Form, tuple[Self, bool]] = {}  # the module that runs calls of a form, and whether it was compared
         self._measuring = threading.RLock()
+        self._numbers = any(
+            type(default) in (int, float) for node in self.graph.find_nodes(op="placeholder") for default in node.args
+        )
         self._splits: dict[str, tuple[Self, Self]] = {}
         self._splitting = threading.Lock()
         self.training = False
@@ -82,7 +89,7 @@ class CapturedModule(fx.GraphModule):
         """
         if torch.compiler.is_compiling() or (self._unplaced is None and self._compare is None):
             return self
-        form = form_of((args, kwargs))
+        form = form_of((args, kwargs), self._numbers)
         module, compared = self._forms.get(form, (self, False))
         obstacle = "" if compared else obstacle_to_comparing((args, kwargs))
         if compared or (obstacle and form in self._forms):
@@ -97,7 +104,7 @@ class CapturedModule(fx.GraphModule):
         args, kwargs = positional(self, arguments)
         compare, self._compare = self._compare, None
         try:
-            self._measure(form_of((args, kwargs)), args, kwargs, "")
+            self._measure(form_of((args, kwargs), self._numbers), args, kwargs, "")
         finally:
             self._compare = compare
 
@@ -110,14 +117,15 @@ class CapturedModule(fx.GraphModule):
         if not all(isinstance(n, int) for t in tensors_of((args, kwargs)) for n in t.shape):
             return  # symbols, in somebody's trace
         module: Any = self
-        notes, first = [], not self._forms
+        notes, first = [], not any(own is self for own, _ in self._forms.values())
         if obstacle and self._compare is not None:
             notes = [f"{NOT_VERIFIED} {obstacle}"]
         elif self._compare is not None:
             verified = self._compare(self, arguments)
             notes = verified.notes
             if verified.instead is not None:
-                module = self._become(*verified.instead) if first else declared_class(self)(*verified.instead)
+                becomes = first and verified.replaces
+                module = self._become(*verified.instead) if becomes else declared_class(self)(*verified.instead)
         graph, report, reason = module._placed(arguments)
         if module is not self or first:
             module._settle(graph, noted(report, notes))
@@ -258,14 +266,15 @@ def same_code(module: fx.GraphModule, graph: fx.Graph) -> bool:
     return module.code == fx.GraphModule(module, graph).code
 
 
-def form_of(value: Any) -> Form:
-    """Returns what `value` looks like but for sizes and numbers: containers, dtypes, ranks, devices, flags."""
+def form_of(value: Any, numbers: bool) -> Form:
+    """Returns what `value` looks like but for sizes: containers, dtypes, ranks, devices, flags; with `numbers` also the plain
+    numbers, for a graph that has some of them fixed."""
     if isinstance(value, Tensor):
         return value.dtype, value.dim(), value.device
     parts = items(value)
     if parts is not None:
-        return type(value), tuple((key, form_of(item)) for key, item in parts[1].items())
-    return value if isinstance(value, bool | str | None) else type(value)
+        return type(value), tuple((key, form_of(item, numbers)) for key, item in parts[1].items())
+    return value if isinstance(value, bool | str | None) or (numbers and type(value) in (int, float)) else type(value)
 
 
 def obstacle_to_comparing(arguments: Any) -> str:
