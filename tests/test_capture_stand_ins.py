@@ -271,3 +271,36 @@ def test_functions_that_are_wrapped_are_seen_likewise():
     y = x.clone().requires_grad_()
     expected = torch.autograd.grad(model(y)[:, 1].sum(), y)[0]
     assert torch.equal(explainer(x), model(x)) and torch.allclose(explainer.pullback(x, 1), expected, atol=1e-6)
+
+
+def test_refusals_name_the_construct():
+    def hooks(m, x):
+        h = x * 2
+        h.register_hook(lambda g: -g)
+        return h
+
+    def asks(m, x):
+        return (x * 2).relu() if (x * 2).requires_grad else x
+
+    def sets(m, x):
+        h = x * 2
+        h[:, 0] = 0
+        return h
+
+    texts = {
+        hooks: "hooks the gradient of an activation",
+        asks: "branches on the attribute requires_grad",
+        sets: "sets items of a",
+    }
+    for forward, text in texts.items():
+
+        class Net(nn.Module):
+            def forward(self, x, forward=forward):
+                return type(self).body(self, x)
+
+            body = staticmethod(forward)
+
+        with pytest.raises(
+            sp_fx.CaptureError, match=rf"torch.fx cannot trace Net: the forward {text}.*test_capture_stand_ins.py:\d+"
+        ):
+            sp_fx.transform(Net(), tracer="fx")

@@ -618,3 +618,26 @@ def test_hooks_see_what_a_module_was_entered_with(tracer):
         module(x)
     assert all(torch.equal(seen["explainer", name], seen["model", name]) for name in names)
     assert seen["explainer", "act"].min() < 0  # no ReLU has been there
+
+
+@pytest.mark.parametrize("kind", ["fx", "export", "by name", "no example"])
+def test_a_model_that_has_a_call_and_no_forward(kind):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(6, 3)
+
+        def __call__(self, x):
+            return torch.relu(self.inner(x)) * 2
+
+    model = fill(Net()).double()
+    options = {"by name": {"example_inputs": {"x": X}}, "no example": {}}.get(kind, {"example_inputs": X, "tracer": kind})
+    explainer = sp_fx.transform(model, **options)
+    assert torch.equal(explainer(X), model(X)) and explainer.pullback(X, 1).abs().max() > 0
+
+
+def test_a_model_that_was_made_in_inference_mode():
+    with torch.inference_mode():
+        model = fill(nn.Sequential(nn.Linear(6, 3), nn.ReLU())).double()
+    explainer = sp_fx.transform(model)
+    assert torch.equal(explainer(X), model(X)) and explainer.pullback(X, 1).abs().max() > 0

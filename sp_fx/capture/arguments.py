@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import PLAIN, items
+from .clone import call_signature
 
 VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
@@ -25,7 +26,7 @@ def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
     Raises:
         TypeError: arguments that the forward does not take.
     """
-    signature = inspect.signature(module.forward)
+    signature = call_signature(module)
     if isinstance(example_inputs, PLAIN):
         expected = "a tensor, a tuple of positional arguments, or a mapping of keyword arguments"
         raise TypeError(f"example_inputs is {expected}, got {example_inputs!r}")

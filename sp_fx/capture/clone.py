@@ -66,11 +66,19 @@ def adopt_call(clone: nn.Module) -> None:
         finally:
             del module.__dict__["forward"]
 
-    signature = inspect.signature(types.MethodType(kind.__call__, clone))
-    if [p.kind for p in signature.parameters.values()] == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
-        signature = inspect.signature(types.MethodType(kind.forward, clone))  # it passes all on
-    own = {"forward": calling(CALLED, signature), CALLED: called, "__call__": nn.Module.__call__, "__module__": kind.__module__}
+    forward = calling(CALLED, call_signature(clone))
+    own = {"forward": forward, CALLED: called, "__call__": nn.Module.__call__, "__module__": kind.__module__}
     clone.__class__ = type(kind.__name__, (kind,), own)
+
+
+def call_signature(module: nn.Module) -> inspect.Signature:
+    """What a module is called with: by its own `__call__`, where its class has one that says so, or its forward."""
+    kind = type(module)
+    if kind.__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+        signature = inspect.signature(types.MethodType(kind.__call__, module))
+        if [p.kind for p in signature.parameters.values()] != [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]:
+            return signature
+    return inspect.signature(module.forward)
 
 
 REPLACED = "_replaced_forward"
@@ -141,7 +149,7 @@ class EvalClone:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
         if id(tensor) not in self.clones:
-            alias = tensor.detach()
+            alias = tensor.clone().detach() if tensor.is_inference() else tensor.detach()  # nothing may be saved of the former
             # The flag goes along: PyTorch chooses attention kernels by it, and the forward should be bitwise the model's.
             self.clones[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
             self.kept.append(tensor)

@@ -69,7 +69,12 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
             exported = Exported(model, example, sizes, any_batch)
         except Exception as error:
             text = f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})"
-            raise CaptureError(f"{text}. A function that it cannot follow stays whole as an op of torch.library") from error
+            hint = (
+                ""
+                if isinstance(error, CaptureError)
+                else ". A function that it cannot follow stays whole as an op of torch.library"
+            )
+            raise CaptureError(f"{text}{hint}") from error
         exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
     modules, asks = with_marks(exported.clone, exported.paths), some(exported.regions.asked)

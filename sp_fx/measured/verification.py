@@ -18,6 +18,7 @@ from ..capture.arguments import FormError
 from ..capture.capture import Capture, CaptureError, blame, said
 from ..capture.clone import EvalClone, give_own_buffers
 from ..capture.tracing.draws import DRAWS
+from ..capture.tracing.schemas import frame_of, line_of
 from ..capture.untouched import Untouched
 from ..containers import tensors_of
 from ..gates.dual_path import plain_derivatives
@@ -222,9 +223,15 @@ def first_difference(
             expected = gradients_of(outputs, [b for _, b in both], keep=True)
         bars = GRADIENT if back else OUTPUT
         if len(found) != len(expected) or any(beyond(a, t.dtype, bars) for a, t in zip(distances(found, expected), expected)):
-            module = reference.get_submodule(name.partition("#")[0])
-            return f"the first module that differs is {name}, {written_at(module)}{', by its gradient' if back else ''}"
+            at = called_at(subject.graph, name.partition("#")[0])
+            return f"the first module that differs is {name}{at}{', by the gradient at its output' if back else ''}"
     return f"all of its modules agree: the difference is in the forward of {written_at(reference)} itself"
+
+
+def called_at(graph: fx.Graph, path: str) -> str:
+    """The line of the model that calls the module at `path`; "" where none is known."""
+    calls = (node for node in graph.find_nodes(op="call_module", target=path) if frame_of(node) is not None)
+    return next((f" ({line_of(node)})" for node in calls), "")
 
 
 def written_at(module: nn.Module) -> str:

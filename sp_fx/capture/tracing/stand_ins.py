@@ -34,6 +34,8 @@ class StandIn(fx.Proxy):
         known = self.tracer.known
         if name.startswith("__") and name.endswith("__"):
             raise AttributeError(name)
+        if name == "register_hook":
+            raise known.refused("the forward hooks the gradient of an activation, as `h.register_hook` does", CaptureError)
         cls = known.class_of(self)
         named = cls is None or cls is tuple or hasattr(cls, name)  # the tuples of `torch.max` and its like have names
         if not named and not known.has(self, name):
@@ -292,6 +294,8 @@ def described(thing: StandIn) -> str:
         return f"the {root.args[1] if root.target is getattr else root.target} of a tensor"
     if root.op == "placeholder":
         return f"the values of the input {root.target}"
+    if root.target is getattr:
+        return f"the attribute {root.args[1]}"
     return f"what {name_of(root.target).strip('_')} returns" if root.op.startswith("call_") else f"the values of {root.target}"
 
 
