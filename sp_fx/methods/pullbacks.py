@@ -164,13 +164,16 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
     y, u = seed(output, call.target)
     if not y.requires_grad:
         raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")
-    if bool((y.isnan() & (u != 0)).any()):
-        raise ValueError(f"what is explained, of an output of shape {list(y.shape)}, is NaN: the model computes no number here")
 
     def back(cotangent: Tensor, retain_graph: bool = True) -> tuple[Tensor, ...]:
         grads = torch.autograd.grad(y, leaves, cotangent, retain_graph=retain_graph, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
 
+    is_nan = bool((y.isnan() & (u != 0)).any())
     if u.dim() == y.dim():
-        return list(back(u, retain_graph=False))
-    return list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
+        maps = list(back(u, retain_graph=False))
+    else:
+        maps = list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
+    if is_nan and any(bool(m.isnan().any()) for m in maps):
+        raise ValueError(f"what is explained, of an output of shape {list(y.shape)}, is NaN: the model computes no number here")
+    return maps
