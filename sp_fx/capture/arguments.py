@@ -6,6 +6,7 @@ A *form* says what an argument looked like: `("tensor", shape)` with None for an
 
 from __future__ import annotations
 
+import collections
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,6 +54,11 @@ def fixed_arguments(module: nn.Module, example: Mapping[str, Any] | None) -> dic
     return {p.name: p.default for p in parameters if isinstance(p.default, PLAIN) and p.default is not p.empty}
 
 
+def call_of(module: nn.Module, arguments: Mapping[str, Any]) -> inspect.BoundArguments:
+    """The call of a module's forward with arguments that are given by name: positional ones in `args`, the others in `kwargs`."""
+    return inspect.BoundArguments(inspect.signature(module.forward), collections.OrderedDict(arguments))
+
+
 class ByName(fx.Interpreter):
     """Runs a graph on the arguments of its forward, by name."""
 
@@ -64,7 +70,7 @@ class ByName(fx.Interpreter):
 
     def run_by_name(self, arguments: Mapping[str, Any]) -> Any:
         """Runs the graph; arguments that are left out have their defaults."""
-        call = inspect.BoundArguments(inspect.signature(self.module.forward), dict(arguments))  # type: ignore[arg-type]
+        call = call_of(self.module, arguments)
         call.apply_defaults()
         self.arguments = call.arguments
         return self.run()

@@ -62,7 +62,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
     try:
         with unaware() as asked:
             exported = Exported(model, example, sizes, any_batch)
-    except Exception as first:
+    except Exception as first:  # whatever PyTorch or the forward raises: the model is asked once more, or it is refused
         try:
             if not asked:
                 raise

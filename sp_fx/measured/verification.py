@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import FormError
+from ..capture.arguments import FormError, call_of
 from ..capture.capture import Capture, CaptureError, blame, said
 from ..capture.clone import EvalClone, give_own_buffers
 from ..capture.tracing.draws import DRAWS
@@ -60,7 +60,7 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     give_own_buffers(reference)
     subject = fx.GraphModule(EvalClone()(modules), graph)
     give_own_buffers(subject)
-    call = inspect.BoundArguments(inspect.signature(reference.forward), dict(arguments))  # type: ignore[arg-type]
+    call = call_of(reference, arguments)
 
     def of_model(values: Mapping[str, Any]) -> Any:
         call.arguments.update(values)
@@ -109,7 +109,7 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
     """What the model itself raises on the arguments, by name, and where; "" where it runs."""
     clone = EvalClone()(model)
     give_own_buffers(clone)
-    call = inspect.BoundArguments(inspect.signature(clone.forward), dict(arguments))  # type: ignore[arg-type]
+    call = call_of(clone, arguments)
     with Untouched(model, clone).restored(), one_seed(True), torch.no_grad():
         try:
             clone(*call.args, **call.kwargs)

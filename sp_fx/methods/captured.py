@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from ..capture.arguments import call_of
 from ..capture.clone import EvalClone
 from ..containers import items, tensors_of
 from ..measured.sample_axis import sample_axes
@@ -252,7 +253,7 @@ def waits(module: CapturedModule) -> bool:
 
 def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
     """Returns the arguments, by name, as a call of `module` has them."""
-    call = inspect.BoundArguments(inspect.signature(module.forward), dict(arguments))  # type: ignore[arg-type]
+    call = call_of(module, arguments)
     return call.args, call.kwargs
 
 
