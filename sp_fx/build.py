@@ -20,7 +20,7 @@ from .explainer import Explainer
 from .gates.rules import Rules
 from .measured.scales import follows_sample
 from .measured.verification import Verify, own_error, verified
-from .methods.captured import WAITS, CapturedModule
+from .methods.captured import AXES_WAIT, WAITS, CapturedModule, noted
 from .methods.subgraphs import ending_at, within
 from .rewrite.report import Report
 from .rewrite.rewrite import rewrite
@@ -90,7 +90,7 @@ def transform(
         example = None if example_inputs is None else bound(inner, example_inputs)
         try:
             made = rewritten(model, rules, tracer, example, verify)
-        except CaptureError as error:
+        except Exception as error:
             if example is not None and (own := own_error(inner, example)):
                 raise CaptureError(f"{type(inner).__name__} itself fails on the example_inputs: {own}") from error
             raise
@@ -112,14 +112,23 @@ def transform(
                 stacklevel=2,
             )
         elif not report.of("rewritten"):
-            warnings.warn(f"{report.model} has no gate to rewrite: its pullback will be the plain gradient", stacklevel=2)
-        waiting = example is None and (compare is not None or follows_sample(report))
-        report = replace(report, notes=(*report.notes, *([WAITS] if waiting else [])))
+            gates = any(site.kind for site in report.of("kept"))
+            none = f"the rules keep every gate of {report.model}" if gates else f"{report.model} has no gate to rewrite"
+            warnings.warn(f"{none}: its pullback will be the plain gradient", stacklevel=2)
+        waiting = [WAITS] if compare is not None else [AXES_WAIT] if follows_sample(report) else []
+        unverified = [] if verify is True else [UNVERIFIED[verify]]
+        report = replace(report, notes=(*report.notes, *unverified, *(waiting if example is None else [])))
         explainer = Explainer(modules, graph, report, compare)
         explainer.__dict__["_origin"] = model if output is None else None  # no submodule of it; the weights are shared anyway
         if example is not None:
             explainer.measured(example)
         return explainer
+
+
+UNVERIFIED = {
+    False: "verify=False: the graph was not compared with the model",
+    "forward": "verify='forward': no gradient was compared",
+}
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,7 @@ def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str,
 
 
 def noting(attempt: Attempt, *notes: str) -> Attempt:
-    return replace(attempt, report=replace(attempt.report, notes=(*attempt.report.notes, *notes)))
+    return replace(attempt, report=noted(attempt.report, notes))
 
 
 def by_symbolic_trace(model: nn.Module, example: Mapping[str, Any] | None, rules: Rules, verify: Verify) -> Attempt:

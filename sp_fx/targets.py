@@ -88,8 +88,12 @@ def resolve(output: Any, target: Target) -> Target:
         return target
     y = primary(output)
     if y.dim() != 2:
-        raise ValueError(f"no target given, and an output of shape {_shape(y)} has no single class axis: pass {FORMS}")
-    return y.detach().argmax(1)
+        forgotten = "was the input's batch axis forgotten? Else " if y.dim() == 1 else ""
+        raise ValueError(f"no target given, and an output of shape {_shape(y)} has no single class axis: {forgotten}pass {FORMS}")
+    predicted = y.detach().argmax(1)
+    if bool(y.detach().gather(1, predicted[:, None]).isnan().any()):  # argmax takes NaN for the largest
+        raise ValueError(f"no target given, and no class is predicted: the output of shape {_shape(y)} has NaN in it")
+    return predicted
 
 
 def only_output(output: Any) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +35,27 @@ class Capture:
 
 
 def blame(error: BaseException) -> str:
-    """The innermost line of Python that `error` came through, outside torch and outside this folder."""
-    place, step = "no Python line", error.__traceback__
+    """The innermost line of the model that `error` came through, or that it says it is from."""
+    place, step = getattr(error, "line", "no Python line"), error.__traceback__
     while step is not None:
-        file = step.tb_frame.f_code.co_filename
-        if "/torch/" not in file and not Path(file).is_relative_to(Path(__file__).parent):
-            place = f"{file}:{step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
+        if is_models(step.tb_frame):
+            place = f"{step.tb_frame.f_code.co_filename}:{step.tb_lineno}, in {step.tb_frame.f_code.co_name}"
         step = step.tb_next
     return place
+
+
+def line_of_caller() -> str:
+    """The innermost line of the model that is running."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and not is_models(frame):
+        frame = frame.f_back
+    return "no Python line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def is_models(frame: types.FrameType) -> bool:
+    """Whether a frame is of code outside torch and outside this folder."""
+    file = frame.f_code.co_filename
+    return "/torch/" not in file and not Path(file).is_relative_to(Path(__file__).parent)
 
 
 def said(error: BaseException) -> str:

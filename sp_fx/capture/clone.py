@@ -102,16 +102,12 @@ def calling(attribute: str, signature: inspect.Signature) -> Callable:
     return space["forward"]
 
 
-def give_own_buffers(clone: nn.Module) -> None:
-    """Gives the modules of `clone` copies of the buffers that they share with the model, for a forward that writes over them."""
-    for module in clone.modules():
-        module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
-
-
 class EvalClone:
     """Clones a module tree; calling it twice on one module gives one clone."""
 
-    def __init__(self) -> None:
+    def __init__(self, own_tensors: bool = False) -> None:
+        """`own_tensors`: tensors are copied, and share no storage with the model's."""
+        self.own_tensors = own_tensors
         self.clones: dict[int, Any] = {}
         self.kept: list[Any] = []  # an id is only good while its object lives
         self.reached: Reached | None = None
@@ -143,17 +139,22 @@ class EvalClone:
         return self.clones[id(module)]
 
     def tensor(self, tensor: Tensor | None) -> Tensor | None:
-        """The same storage in an object of its own; tied tensors stay tied."""
+        """The same storage, or a copy of it, in an object of its own; tied tensors stay tied."""
         if tensor is None:
             return None
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
         if id(tensor) not in self.clones:
-            alias = tensor.clone().detach() if tensor.is_inference() else tensor.detach()  # nothing may be saved of the former
+            copied = self.own_tensors or tensor.is_inference()  # of a tensor of inference mode nothing may be saved
+            alias = tensor.clone().detach() if copied else tensor.detach()
             # The flag goes along: PyTorch chooses attention kernels by it, and the forward should be bitwise the model's.
             self.clones[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
             self.kept.append(tensor)
         return self.clones[id(tensor)]
+
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """The model's tensors with the clone's copies of them; none where these share a storage."""
+        return [(t, self.clones[id(t)]) for t in self.kept if isinstance(t, Tensor)] if self.own_tensors else []
 
     def rebind(self, value: Any) -> Any:
         """A plain attribute, in containers of its own; what refers to a module of the tree refers to its clone."""

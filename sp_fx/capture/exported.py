@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..containers import PLAIN, Slot, filled, items, rebuilt, tensors_of
 from ..gates.calls.autocast import Region
+from .apart import written_back
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward
@@ -69,11 +70,7 @@ def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Cap
             exported = Exported(model, example, sizes, any_batch)
         except Exception as error:
             text = f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})"
-            hint = (
-                ""
-                if isinstance(error, CaptureError)
-                else ". A function that it cannot follow stays whole as an op of torch.library"
-            )
+            hint = "" if isinstance(error, CaptureError) else OF_VALUES if "data-dependent" in str(error) else OPAQUE
             raise CaptureError(f"{text}{hint}") from error
         exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
@@ -159,6 +156,7 @@ class Exported:
             regions = self.regions.followed()
             self.entries = patches.enter_context(marking(self.clone))
             patches.enter_context(before.restored())
+            patches.enter_context(written_back((*before.tensors(), *self.clone.parameters(), *self.clone.buffers())))
             for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
                 patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
@@ -351,6 +349,10 @@ class Exported:
                 return self.graph.call_function(type(value), tuple(inner.values()))
         return list(inner.values()) if isinstance(value, list) else tuple(inner.values())
 
+
+# What to do where `torch.export` fails.
+OPAQUE = ". A function that it cannot follow stays whole as an op of torch.library"
+OF_VALUES = ". Choose between two results by torch.where, or give torch.export one path: a constant in place of the value"
 
 # A guard of the exported program that only says that two inputs have one batch.
 BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"

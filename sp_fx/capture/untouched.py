@@ -21,44 +21,64 @@ from torch import Tensor, fx, nn
 from .clone import attributes, held, is_open
 
 
+CHANGES = "the forward changes"  # how the note on what it stores begins
+
+
 class Untouched:
     """What can be reached from a model and its clone, as it was before a trace.
 
     Attributes:
         replaced: after the trace, the buffers in whose place the forward has put another tensor.
-        counted: after the trace, the attributes of modules that had a number, and had another then.
-        draws: after the trace, what drew random numbers that are not PyTorch's: "random", "numpy.random".
+        stored: after the last run, where else the forward has put something: `block.step`, `FEATURES`.
+        draws: after the last run, what drew random numbers that are not PyTorch's: "random", "numpy.random".
     """
 
     def __init__(self, model: nn.Module, clone: nn.Module) -> None:
         self.clone = clone
         self.replaced: list[str] = []
-        self.counted: list[str] = []
+        self.stored: list[str] = []
         self.draws: list[str] = []
         reached = holders(model, clone)
         names = set().union(*(holder.names for holder in reached if isinstance(holder, File)))
         self._generators = generators() if "random" in names else {}  # which other threads use, too
-        self._states = {name: get() for name, (get, _) in self._generators.items()}
         self._saved = [(holder, contents(holder)) for holder in reached]
 
     @contextmanager
     def restored(self) -> Iterator[Untouched]:
         """Puts everything back when it ends, by an error too."""
-        numbers = {path: {k: v for k, v in vars(m).items() if type(v) in (int, float)} for path, m in self.clone.named_modules()}
+        states = {name: get() for name, (get, *_) in self._generators.items()}
         try:
             yield self
         finally:
             for path, module in self.clone.named_modules():
                 self.replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
-                now = vars(module)
-                changed = [name for name, number in numbers.get(path, {}).items() if now.get(name) is not number]
-                self.counted += [f"{path}.{name}".lstrip(".") for name in changed if now.get(name) != numbers[path][name]]
-            for name, (get, put) in self._generators.items():
-                if not same_state(get(), self._states[name]):
-                    self.draws.append(name)
-                    put(self._states[name])
-            for holder, before in self._saved:
+            changed = [(holder, before) for holder, before in self._saved if not is_as(holder, before)]
+            changed.sort(key=lambda pair: not isinstance(pair[0], dict))  # the model's own attributes first
+            self.stored = list(dict.fromkeys(name for holder, before in changed for name in self.names(holder, before)))
+            self.draws = [name for name, (get, *_) in self._generators.items() if not same_state(get(), states[name])]
+            for name in self.draws:
+                self._generators[name][1](states[name])
+            for holder, before in changed:
                 put_back(holder, before)
+
+    def names(self, holder: Any, before: list[Any]) -> list[str]:
+        """What a reader calls the things in `holder` that are not as they were `before`; none of what the model keeps inside."""
+        if isinstance(holder, Cached | types.CellType):  # a cache is none of the model's business
+            return []
+        if isinstance(holder, File | type):
+            of = f"{holder.__name__}." if isinstance(holder, type) else ""
+            return [f"{of}{name}" for name in changed_keys(contents(holder), before)]
+        for path, module in self.clone.named_modules():
+            if vars(module) is holder:
+                return [f"{path}.{name}".lstrip(".") for name in changed_keys(contents(holder), before) if name[0] != "_"]
+        owners = [(f"{path}.".lstrip("."), vars(module)) for path, module in self.clone.named_modules()]
+        owners += [("", {name: own.space.get(name) for name in own.names}) for own, _ in self._saved if isinstance(own, File)]
+        return [
+            f"{owner}{name}"
+            for owner, space in owners
+            for name, value in space.items()
+            if name[0] != "_" and (value is holder or getattr(value, "__dict__", None) is holder)
+        ]
 
     def tensors(self) -> list[Tensor]:
         """The tensors that were reached, but for parameters and buffers."""
@@ -72,9 +92,11 @@ class Untouched:
         """What a reader of the report should know of the changes."""
         note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
         notes = [note.format(name) for name in self.replaced]
-        if self.counted:
-            names = ", ".join(self.counted)
-            notes.append(f"the forward changes {names}: each call starts from the number at transform, and the model's own stays")
+        if self.stored:
+            names = ", ".join(self.stored[:5]) + (", ..." if len(self.stored) > 5 else "")
+            notes.append(
+                f"the forward changes {names}: each call starts from what was there at transform, and the model's own stays"
+            )
         if self.draws:
             notes.append(f"the forward draws from {' and '.join(self.draws)}: what it drew at transform is a constant here")
         return notes
@@ -212,9 +234,7 @@ def contents(holder: Any) -> Any:
 
 
 def put_back(holder: Any, before: list[Any]) -> None:
-    """Puts into `holder` what `contents` found in it, in the same order, where that is not there as it was."""
-    if same_items(contents(holder), before):
-        return
+    """Puts into `holder` what `contents` found in it, in the same order."""
     match holder:
         case File():
             was = dict(before)
@@ -224,8 +244,7 @@ def put_back(holder: Any, before: list[Any]) -> None:
                 elif not isinstance(holder.space.get(name), types.ModuleType):  # one that was imported meanwhile
                     holder.space.pop(name, None)
         case Cached():  # what it has kept since may be a trace's
-            if contents(holder) != before:
-                holder.cache_clear()
+            holder.cache_clear()
         case dict():
             kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
             kind.clear(holder)
@@ -250,7 +269,24 @@ def put_back(holder: Any, before: list[Any]) -> None:
                     owner.__setattr__(holder, name, value)
 
 
+def changed_keys(now: list[Any], before: list[Any]) -> list[str]:
+    """The names, in two lists of pairs of a name and an object, that have another object, or none; equal numbers are one."""
+    was, has = dict(before), dict(now)
+    names = dict.fromkeys((*was, *has))
+    return [str(name) for name in names if name not in was or name not in has or not same(was[name], has[name])]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two attributes are one: an export copies every tuple of numbers that it meets."""
+    return a is b or (type(a) is type(b) and repr(a) == repr(b) and isinstance(a, int | float | str | tuple))
+
+
 OF_CLASSES = frozenset(("__dict__", "__weakref__", "__abstractmethods__", "_abc_impl"))
+
+
+def is_as(holder: Any, before: list[Any]) -> bool:
+    """Whether in `holder` is what `contents` found in it."""
+    return contents(holder) == before if isinstance(holder, Cached) else same_items(contents(holder), before)
 
 
 def same_items(now: list[Any], before: list[Any]) -> bool:
@@ -263,11 +299,11 @@ def same_items(now: list[Any], before: list[Any]) -> bool:
     )
 
 
-def generators() -> dict[str, tuple[Any, Any]]:
-    """The generators of random numbers that are not PyTorch's: how each one's state is read, and set."""
-    known = {"random": (random.getstate, random.setstate)}
+def generators() -> dict[str, tuple[Any, Any, Any]]:
+    """The generators of random numbers that are not PyTorch's: how each one's state is read, and set, and how it is seeded."""
+    known = {"random": (random.getstate, random.setstate, random.seed)}
     if (numpy := sys.modules.get("numpy")) is not None:
-        known["numpy.random"] = (numpy.random.get_state, numpy.random.set_state)
+        known["numpy.random"] = (numpy.random.get_state, numpy.random.set_state, numpy.random.seed)
     return known
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..capture.apart import Apart, apart
 from ..capture.clone import EvalClone
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
@@ -97,18 +98,20 @@ def check(
         inputs, kwargs = call.args, call.kwargs
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.inference_mode(False):
-        clone = EvalClone().with_hooks(source)
 
         def in_double() -> Any:
             return EvalClone().with_hooks(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
 
-        lines = [
-            check_forward(explainer, clone, args, kwargs),
-            where_it_runs("affine identity", in_double, check_affine_identity, explainer, args, kwargs),
-            where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone, args, kwargs),
-            check_coverage(explainer, clone, args, kwargs),
-        ]
-    return Checks(explainer.report().model, tuple(lines))
+        def lines(clone: Apart) -> list[Line]:
+            return [
+                check_forward(explainer, clone, args, kwargs),
+                where_it_runs("affine identity", in_double, check_affine_identity, explainer, args, kwargs),
+                where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone.fresh(), args, kwargs),
+                check_coverage(explainer, clone, args, kwargs),
+            ]
+
+        found = apart(source, lines, lambda clones: clones.with_hooks(source))
+    return Checks(explainer.report().model, tuple(found))
 
 
 def where_it_runs(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *arguments: Any) -> Line:
@@ -130,7 +133,7 @@ def where_it_runs(name: str, in_double: Callable[[], Any], run: Callable[..., Li
         return Line(name, "not applicable", note=message.splitlines()[0][:120])
 
 
-def check_forward(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
     """The outputs of the explainer against those of `clone`, an eval clone of its model."""
     with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
         expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
@@ -208,7 +211,7 @@ def check_hard_limit(name: str, explainer: Explainer, clone: nn.Module, args: tu
     return Line(name, "ok" if error <= 1e-6 else "FAILED", error, 1e-6, "no pre-activation may be within 1e-8 of a kink")
 
 
-def check_coverage(explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+def check_coverage(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
     """The gating ops that `clone` dispatches against those that the report lists, family by family."""
     runs, rows = dispatched(clone, args, kwargs), listed(explainer.report())
     wrong = {family: (runs[family], rows[family]) for family in sorted({*runs, *rows}) if runs[family] != rows[family]}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.arguments import ByName
+from ..capture.untouched import generators
 from ..containers import rebuilt, slotted, tensors_of
 
 # The largest relative L2 distance that is a rounding error, of outputs that are not bitwise the model's and of gradients, by the
@@ -108,10 +108,12 @@ def one_seed(draws: bool) -> Iterator[Callable[[], bool]]:
     if not draws:
         yield lambda: False
         return
-    state = random.getstate()
+    others = generators()
+    states = {name: get() for name, (get, _, _) in others.items()}
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(0)
-        random.seed(0)
+        for _, _, seed in others.values():
+            seed(0)
         fresh = torch.get_rng_state()
         devices = [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_initialized() else []
         try:
@@ -124,7 +126,8 @@ def one_seed(draws: bool) -> Iterator[Callable[[], bool]]:
                 )
             )
         finally:
-            random.setstate(state)
+            for name, (_, put, _) in others.items():
+                put(states[name])
 
 
 def perturbed(arguments: Mapping[str, Any]) -> Any:

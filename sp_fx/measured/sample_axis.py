@@ -61,7 +61,7 @@ def sample_axes(
     module: fx.GraphModule, arguments: Mapping[str, Any], wanted: Collection[fx.Node] = ()
 ) -> tuple[dict[fx.Node, Axis], str]:
     """Returns the sample's axis in the value of each node of `module`, where the value is a tensor and has one; and, where the
-    module does not run at twice the batch, why. It is run on the arguments themselves then, for the nodes that are `wanted`.
+    module does not run at twice the batch, why. For nodes that are `wanted` and whose shapes do not tell, it is run on numbers.
 
     `arguments` are those of its forward, by name; the batch is axis 0 of the first floating tensor among them. Other tensors as
     long on axis 0 have the batch there too, unless the module only runs where they do not: a mask [L, L] for B = L.
@@ -72,8 +72,11 @@ def sample_axes(
         return {}, "its inputs have no axis 0"
     draws = bool(note_on_draws(module.graph))
     axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0], wanted), draws)
-    if reason and floating and any(node not in axes for node in wanted):
-        axes = {**in_its_own_thread(lambda: by_influence(module, arguments, lead[0].shape[0], wanted), draws), **axes}
+    unknown = [node for node in wanted if node not in axes]
+    if unknown and floating:
+        whole = dict(arguments) if reason else with_each_twice(arguments, lead[0].shape[:1])
+        size = lead[0].shape[0] * (1 if reason else 2)
+        axes |= in_its_own_thread(lambda: by_influence(module, whole, size, unknown), draws)
     return axes, reason
 
 
@@ -105,11 +108,18 @@ def with_size(arguments: Mapping[str, Any], chosen: Collection[int], size: int) 
     return rebuilt(dict(arguments), change)
 
 
+def with_each_twice(arguments: Mapping[str, Any], sizes: torch.Size) -> Any:
+    """Returns the arguments with twice the samples, of those tensors that have `sizes` on axis 0."""
+    twice = lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.shape[:1] == sizes else t  # noqa: E731
+    return rebuilt(dict(arguments), twice)
+
+
 def by_influence(
     module: fx.GraphModule, arguments: Mapping[str, Any], batch: int, wanted: Collection[fx.Node]
 ) -> dict[fx.Node, Axis]:
-    """Returns the axes of the nodes that are `wanted`, for a module that runs at the batch of the arguments alone: where a change
-    of the first sample changes their values."""
+    """Returns the axes of the nodes that are `wanted`, by numbers: where a change of the first of `batch` samples changes their
+    values. For modules that run at the batch of the arguments alone, and for tensors whose shapes do not tell: an attention over
+    the batch whose weights are all the same, as csatv2 of timm has it, mixes no samples."""
 
     def changed(leaf: Any) -> Any:
         if not (isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.shape[:1] == (batch,)):
@@ -120,7 +130,10 @@ def by_influence(
 
     if not batch:
         return {}
-    once, twice = (Kept(module, wanted, values) for values in (dict(arguments), rebuilt(dict(arguments), changed)))
+    try:
+        once, twice = (Kept(module, wanted, values) for values in (dict(arguments), rebuilt(dict(arguments), changed)))
+    except Exception:  # of whatever the module says of such arguments
+        return {}
     axes = {}
     for node, value in once.values.items():
         other = twice.values.get(node)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from ..gates.calls.layout import laid_out
 from ..gates.dual_path import dual_path
 from ..gates.rules import KINDS, UNTEMPERED
 from ..gates.table import rule_of
@@ -113,6 +114,9 @@ class Turn:
                 back = graph.call_method("flatten", (back, at, at + len(folded) - 1))
             if self.axis.span > 1:
                 back = graph.call_method("unflatten", (back, at, tuple(sizes)))
+            pooled = any(name in gate.kwargs for name in ("kernel", "size"))
+            if pooled or self.axis.span > 1:  # whose axes may have been copied into another order
+                back = graph.call_function(laid_out, (back, operands[0], pooled))
         for user in users:
             user.replace_input_with(gate, back)
 

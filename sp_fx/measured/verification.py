@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from ..capture.apart import Apart, apart, give_own_buffers
 from ..capture.arguments import FormError, call_of
 from ..capture.capture import Capture, CaptureError, blame, said
-from ..capture.clone import EvalClone, give_own_buffers
+from ..capture.clone import EvalClone
 from ..capture.tracing.draws import DRAWS
 from ..capture.tracing.schemas import frame_of, line_of
-from ..capture.untouched import Untouched
 from ..containers import tensors_of
 from ..gates.dual_path import plain_derivatives
 from .runs import (
@@ -56,39 +56,44 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     """
     if not verify:
         return []
-    reference = EvalClone()(capture.reference)
-    give_own_buffers(reference)
     subject = fx.GraphModule(EvalClone()(modules), graph)
     give_own_buffers(subject)
-    call = call_of(reference, arguments)
+    back = verify is True
+    return apart(capture.reference, lambda reference: verified_against(reference, subject, capture, arguments, back))
+
+
+def verified_against(
+    model: Apart, subject: fx.GraphModule, capture: Capture, arguments: Mapping[str, Any], back: bool
+) -> list[str]:
+    """`verified`, of the graph as the module `subject` and a clone of the model."""
+    call = call_of(model.module, arguments)
+    coarsest: list[torch.dtype] = []  # that each output was computed in
 
     def of_model(values: Mapping[str, Any]) -> Any:
         call.arguments.update(values)
-        return reference(*call.args, **call.kwargs)
-
-    coarsest: list[torch.dtype] = []  # that each output was computed in
+        return model(*call.args, **call.kwargs)
 
     def of_graph(values: Mapping[str, Any]) -> Any:
-        with plain_derivatives():
+        with model.before.restored(), plain_derivatives():
             run = Coarsest(subject)
             outputs = run.run_by_name(values)
             coarsest[:] = run.of_outputs
             return outputs
 
     def notes_of(draws: bool) -> list[str]:
-        return compared(of_model, of_graph, reference, subject, arguments, coarsest, capture.tracer, verify is True, draws)
+        return compared(of_model, of_graph, model.module, subject, arguments, coarsest, capture.tracer, back, draws)
 
-    draws = any(note.startswith(DRAWS) for note in capture.notes)
-    with Untouched(reference, modules).restored():
-        try:
-            notes = notes_of(draws)
-        except CaptureError:  # perhaps of what it draws where no trace sees it
-            if draws:
-                raise
-            notes = notes_of(True)
-        if capture.asks:
-            same_without_gradients(of_model, reference, arguments, capture.asks)
-        return notes
+    draws = [note for note in capture.notes if note.startswith(DRAWS)]
+    try:
+        notes = notes_of(bool(draws))
+    except CaptureError as error:  # perhaps of what it draws where no trace sees it
+        if draws:
+            raise CaptureError("; ".join([str(error), *draws])) from error
+        notes = notes_of(True)
+    changes = model.before.notes()
+    if capture.asks:
+        same_without_gradients(of_model, model.module, arguments, capture.asks)
+    return [*notes, *changes]
 
 
 def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
@@ -107,15 +112,17 @@ def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, a
 
 def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
     """What the model itself raises on the arguments, by name, and where; "" where it runs."""
-    clone = EvalClone()(model)
-    give_own_buffers(clone)
-    call = call_of(clone, arguments)
-    with Untouched(model, clone).restored(), one_seed(True), torch.no_grad():
-        try:
-            clone(*call.args, **call.kwargs)
-        except Exception as error:  # whatever it is
-            return f"{said(error)} ({blame(error)})"
-    return ""
+
+    def error_of(clone: Apart) -> str:
+        call = call_of(clone.module, arguments)
+        with one_seed(True), torch.no_grad():
+            try:
+                clone(*call.args, **call.kwargs)
+            except Exception as error:  # whatever it is
+                return f"{said(error)} ({blame(error)})"
+        return ""
+
+    return apart(model, error_of)
 
 
 def compared(
@@ -128,12 +135,14 @@ def compared(
     are to draw the same random numbers.
     """
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
+    own = None
     try:
         own = ran(of_model, reference, arguments, back, draws)
     except RuntimeError as error:  # `torch.mul(a, b, out=c)` runs where nothing requires grad alone
         back = False
-        own = ran(of_model, reference, arguments, back, draws, grad=False)
         notes.append(f"the model runs without gradients alone, so that gradients were not compared: {first_line(error)}")
+    if own is None:
+        own = ran(of_model, reference, arguments, back, draws, grad=False)
     try:
         other = ran(of_graph, subject, arguments, back, draws, grad=not notes)
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
@@ -153,6 +162,8 @@ def compared(
     if back and own.gradients is None:
         notes.append(f"the model's own backward fails, so that gradients were not compared: {own.reason}")
     elif back:
+        if own.gradients and not any(map(torch.any, own.gradients)):
+            notes.append("the model's own gradient is 0 on these inputs, so that the gradients say nothing")
         directed = [(dtype, a) for dtype, a, is_on in zip(dtypes, apart, own.directed) if is_on]
         bars = [GRADIENT.get(dtype, GRADIENT[torch.float32]) for dtype, _ in directed]
         bar = max(bars + [GATE for _, a in directed if a], default=0.0)

@@ -6,7 +6,7 @@ import copy
 import inspect
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.arguments import call_of
 from ..capture.clone import EvalClone
+from ..capture.untouched import CHANGES
 from ..containers import items, tensors_of
 from ..measured.sample_axis import sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
@@ -23,10 +24,11 @@ from .pickled import graph_of, rows
 from .subgraphs import ending_at, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
-WAITS = (
-    "not verified yet: at the first call the graph is compared with the model, and the sample's axis is measured at each gate; "
-    "torch.compile and torch.export, where they come first, take axis 0"
+AXES_WAIT = (
+    "not measured yet: at the first call the sample's axis is measured at each gate; torch.compile and torch.export, where they "
+    "come first, take axis 0"
 )
+WAITS = f"not verified yet: at the first call the graph is compared with the model; {AXES_WAIT}"
 
 NOT_VERIFIED = "not verified: the graph was not compared with the model"
 
@@ -257,9 +259,12 @@ def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[An
     return call.args, call.kwargs
 
 
-def noted(report: Report, notes: list[str]) -> Report:
-    """Returns the report with these notes in place of what it says of a comparison to come."""
-    kept = [note for note in report.notes if note != WAITS and not note.startswith(NOT_VERIFIED)]
+def noted(report: Report, notes: Sequence[str]) -> Report:
+    """Returns the report with these notes, in place of what it says of a comparison to come, and of the changes that the trace
+    saw where the notes have those that the model makes."""
+    changes = any(note.startswith(CHANGES) for note in notes)
+    kept = [note for note in report.notes if note not in (WAITS, AXES_WAIT) and not note.startswith(NOT_VERIFIED)]
+    kept = [note for note in kept if not (changes and note.startswith(CHANGES))]
     return replace(report, notes=(*kept, *(note for note in notes if note not in kept)))
 
 

@@ -169,11 +169,14 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
         grads = torch.autograd.grad(y, leaves, cotangent, retain_graph=retain_graph, allow_unused=True)
         return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, grads))
 
-    is_nan = bool((y.isnan() & (u != 0)).any())
+    odd = bool((~y.isfinite() & (u != 0)).any())
     if u.dim() == y.dim():
         maps = list(back(u, retain_graph=False))
     else:
         maps = list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
-    if is_nan and any(bool(m.isnan().any()) for m in maps):
-        raise ValueError(f"what is explained, of an output of shape {list(y.shape)}, is NaN: the model computes no number here")
+    if odd and any(bool(m.isnan().any()) for m in maps):
+        raise ValueError(
+            f"what is explained, of an output of shape {list(y.shape)}, is NaN or infinite, and its map has NaN in it: the model "
+            "computes no number here"
+        )
     return maps

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...containers import items
-from ..capture import CaptureError
+from ..capture import CaptureError, line_of_caller
 from .schemas import IN_PLACE, is_seeded, leaf_returns, name_of, of_arithmetic, of_attribute, returned, writes
 
 IMMUTABLE = (bool, int, float, complex, str, tuple, type(None), torch.dtype, torch.device)
@@ -67,7 +67,8 @@ class StandIn(fx.Proxy):
         try:
             return operator.index(self.tracer.known.constant(self.node))
         except LookupError:
-            raise TypeError("what the inputs have a part in is no index while the forward is traced") from None
+            text = "the forward uses what it computes of its inputs, such as h.shape[1], as a plain number: in range(), say"
+            raise TypeError(text) from None
 
 
 class Attribute(StandIn, fx.proxy.Attribute):
@@ -277,6 +278,7 @@ class Known:
         """The error of a question that has no answer, or of a call that no graph may have (a `CaptureError`). It stays in
         `refusals`, whatever the forward does with it."""
         error = kind(reason)
+        error.line = line_of_caller()  # type: ignore[attr-defined]  # which no traceback has, where the forward catches it
         self.refusals.append(error)
         return error
 
