@@ -8,12 +8,16 @@ import functools
 import pickle
 import random
 import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import sp_fx
+from helpers import fill
+from kinds import WAYS, explain, net, noise
 
 
 class Helper:
@@ -254,3 +258,90 @@ def test_caches_keep_nothing_of_a_trace(tracer):
     explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
     assert type(places(4)) is type(model.ones(4)) is type(model.twos) is torch.Tensor
     assert torch.equal(explainer(x), model(x))
+
+
+# -- tensors that a forward writes over
+
+
+class Plain(nn.Module):
+    """ReLU of a layer whose weights, or what else it holds, `write(self)` writes over."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.inner, self.write = nn.Linear(6, 4), write
+        self.register_buffer("mean", torch.zeros(4))
+        self.last = torch.zeros(4)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.write(self)
+        return (self.inner(x) + self.mean + self.last).relu()
+
+
+TABLE = torch.zeros(4)  # of this file
+WRITES = {
+    "a weight": lambda m: m.inner.weight.clamp_(min=0),
+    "the data of a weight": lambda m: m.inner.weight.data.clamp_(min=0),
+    "an item of a weight": lambda m: m.inner.weight.__setitem__(0, 0),
+    "more at each call": lambda m: m.inner.weight.add_(1),
+    "other data": lambda m: setattr(m.inner.weight, "data", m.inner.weight.data.clamp(min=0)),
+    "a buffer": lambda m: m.mean.add_(1),
+    "an attribute": lambda m: m.last.add_(1),
+    "a tensor of the file": lambda m: TABLE.add_(1),
+}
+
+
+@pytest.mark.parametrize("tracer", ["auto", "fx", "export"])
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_a_forward_writes_over_stays(write, verify, tracer):
+    """However far it comes: by transform, call, map and check the model's tensors are what and where they were."""
+    model, x = fill(Plain(WRITES[write])), noise(3, 6, dtype=torch.float32)
+    TABLE.zero_()
+    held = [*model.parameters(), *model.buffers(), model.last, TABLE]
+    before, places = [t.clone() for t in held], [t.data_ptr() for t in held]
+    expected = copy.deepcopy(model)(x).detach()
+    TABLE.zero_()
+    explained = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x, verify=verify)
+        except sp_fx.CaptureError:
+            explained = False
+        else:
+            found = explainer(x)
+            explainer.pullback(x, 1)
+            checks = sp_fx.check(explainer, x)
+    now = [*model.parameters(), *model.buffers(), model.last, TABLE]
+    assert all(a is b for a, b in zip(held, now)) and places == [t.data_ptr() for t in now]
+    assert all(torch.equal(a, b) for a, b in zip(before, now))
+    if explained and verify:
+        assert torch.equal(found, expected) and checks
+    assert explained or write not in ("a buffer",)
+
+
+def test_a_model_that_fails_while_it_writes_stays():
+    def write(m):
+        m.inner.weight.clamp_(min=0)
+        raise ValueError("after the write")
+
+    model = fill(Plain(write))
+    before = model.inner.weight.clone()
+    for tracer in ("auto", "fx", "export"):
+        with pytest.raises(sp_fx.CaptureError, match="after the write"):
+            sp_fx.transform(model, tracer=tracer, example_inputs=noise(3, 6, dtype=torch.float32))
+        assert torch.equal(model.inner.weight, before)
+
+
+def test_numbers_that_others_draw_are_refused_by_name():
+    """What `random` and numpy draw is a constant of a trace: another function, of which the message names the generator."""
+    draws = {
+        "random": lambda m, h: torch.relu(h) * random.random(),
+        "numpy.random": lambda m, h: torch.relu(h) * np.random.rand(),
+    }
+    for name, body in draws.items():
+        model = net(body)
+        for way in WAYS:
+            with pytest.raises(sp_fx.CaptureError, match=f"draws from {name}: what it drew at transform is a constant"):
+                explain(model, noise(4, 6), way).pullback(noise(4, 6), 1)

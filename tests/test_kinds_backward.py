@@ -160,6 +160,26 @@ def test_a_function_that_is_a_gate(way):
         assert_same_map(explainer, model, net(lambda m, h: F.silu(h)), X)
 
 
+class Clipped(torch.autograd.Function):
+    """Clips at 50 and goes straight through: equal to the derivative wherever nothing is as large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clamp(-50, 50)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_backward_that_differs_far_out_is_kept(way, size):
+    model = net(lambda m, h: torch.relu(Clipped.apply(h)))
+    explainer = explain(model, X, way, rules=sp_fx.Rules(**PLAIN))
+    assert relative(explainer.pullback(size * X, 1), own_gradient(model, size * X)) <= 1e-9
+
+
 # -- stop-gradients -----------------------------------------------------------------------------------------------------------
 
 

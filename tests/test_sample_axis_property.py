@@ -327,6 +327,46 @@ def test_what_is_not_known_is_said(way):
         assert isinstance(explainer.calibrate(X).report().of("rewritten")[0].scale, float)
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("way", WAYS)
+def test_samples_that_meet_in_shapes_alone_are_told_apart_by_numbers(batch, way):
+    """An attention over the batch [B, B] whose scores are all one, as csatv2 of timm has it: all samples get one constant."""
+
+    def body(m, x):
+        h = m.layer(x[:, 0])
+        q = torch.ones_like(h)
+        return torch.relu(h + (q @ q.mT).softmax(-1) @ q)
+
+    model = fill(Model(body)).double()
+    explainer = explain(model, X[:batch], way)
+    assert_independent(explainer, X)
+    assert set(scales(explainer)) == {"sample"}
+
+
+@pytest.mark.parametrize("way", ["an example", "export"])
+def test_a_gate_of_folded_windows_leaves_its_output_where_the_model_has_it(way):
+    """In channels_last, as Hiera has its windows: what follows rounds by the layout, and the forward is bitwise the model's."""
+
+    class Windows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.pool = nn.Conv2d(3, 8, 3, padding=1), nn.MaxPool2d(2)
+            self.after, self.head = nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+        def forward(self, x):
+            h = self.conv(x).permute(0, 2, 3, 1).reshape(-1, 8, 16, 8)
+            h = self.pool(h.permute(0, 3, 1, 2))
+            self.seen = h
+            return self.head(self.after(h).relu().mean((2, 3))).unflatten(0, (-1, 2)).mean(1)
+
+    model, x, strides = fill(Windows()), noise(3, 3, 16, 16, dtype=torch.float32), []
+    explainer = explain(model, x, way)
+    explainer.get_submodule("pool").register_forward_hook(lambda m, inputs, y: strides.append(y.stride()))
+    assert torch.equal(explainer(x), model(x)) and strides == [model.seen.stride()]
+    assert set(scales(explainer)) == {"sample"}
+    assert relative(explainer.pullback(x[1:2], 1), explainer.pullback(x, 1)[1:2]) <= 1e-5
+
+
 def test_samples_that_meet_have_their_scale_all_the_same():
     """The model compares each sample with the mean of its batch: the axis is known, though the maps depend on the batch."""
     model = fill(Model(lambda m, x: torch.relu(m.layer(x[:, 0]) - m.layer(x[:, 0]).mean(0)))).double()

@@ -1,6 +1,7 @@
 """Directions against the derivatives that they are named after, in float64."""
 
 import collections
+import warnings
 
 import pytest
 import torch
@@ -179,3 +180,26 @@ def test_directions_that_are_no_numbers():
         explainer.pullback(torch.randn(2, 6), torch.full((2, 5), float("nan")))
     with pytest.raises(ValueError, match=r"free direction of shape .* has NaN"):
         targets.free(torch.tensor([float("nan")]))
+
+
+def test_no_class_is_predicted_where_a_score_is_nan():
+    """torch's argmax takes NaN for the largest score."""
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(6, 5), nn.ReLU()))
+    with torch.no_grad():
+        explainer.get_submodule("0").bias[2] = torch.nan
+    with pytest.raises(ValueError, match=r"no class is predicted: the output of shape \[2, 5\] has NaN"):
+        explainer.pullback(torch.randn(2, 6))
+    with pytest.raises(ValueError, match="batch axis forgotten"):
+        targets.seed(torch.randn(5), None)
+
+
+def test_an_infinite_score_whose_map_is_nan_is_refused():
+    class Divided(nn.Module):
+        def forward(self, x):
+            return x / torch.zeros(())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explainer = sp_fx.transform(nn.Sequential(nn.ReLU(), Divided(), nn.Linear(6, 5)))
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        explainer.pullback(torch.randn(2, 6), 1)

@@ -180,6 +180,33 @@ def test_without_verification_a_wrong_graph_stays_wrong():
     assert explainer.report().tracer == "torch.fx" and explainer(X).shape == (4, 3)
 
 
+@pytest.mark.parametrize("example", [True, False])
+def test_the_report_says_what_was_not_compared(example):
+    """No note says that all was; `verify=False` and "forward" are there from the first report to the last."""
+    said = {True: "", "forward": "verify='forward': no gradient was compared", False: "verify=False: the graph was not compared"}
+    for verify, note in said.items():
+        explainer = sp_fx.transform(counted(), verify=verify, **({"example_inputs": X} if example else {}))
+        before = explainer.report().notes
+        explainer.pullback(X, 1)
+        assert [n[: len(note)] for n in explainer.report().notes] == [note] * bool(note)
+        assert any("not verified yet" in n for n in before) == (verify is not False and not example)
+        assert any("not measured yet" in n for n in before) == (not example)
+
+
+def test_inputs_without_a_gradient_are_said_to_prove_nothing():
+    """All ReLUs are shut, so that both gradients are 0 whatever the backward is."""
+    model = net(lambda m, h: F.relu(h - 100))
+    explainer = sp_fx.transform(model, example_inputs=X)
+    assert any("own gradient is 0 on these inputs" in note for note in explainer.report().notes)
+
+
+@pytest.mark.parametrize("tracer", ["auto", "fx", "export"])
+def test_a_model_that_fails_on_the_example_is_said_to(tracer):
+    model = net(lambda m, h: F.relu(h).view(7, 7))
+    with pytest.raises(sp_fx.CaptureError, match=r"Net itself fails on the example_inputs: .*test_verification.py:\d+"):
+        sp_fx.transform(model, tracer=tracer, example_inputs=X)
+
+
 def test_verification_leaves_the_model_as_it_was():
     """Neither gradients, nor modes, nor buffers, nor draws."""
 

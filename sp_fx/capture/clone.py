@@ -152,10 +152,6 @@ class EvalClone:
             self.kept.append(tensor)
         return self.clones[id(tensor)]
 
-    def copies(self) -> list[tuple[Tensor, Tensor]]:
-        """The model's tensors with the clone's copies of them; none where these share a storage."""
-        return [(t, self.clones[id(t)]) for t in self.kept if isinstance(t, Tensor)] if self.own_tensors else []
-
     def rebind(self, value: Any) -> Any:
         """A plain attribute, in containers of its own; what refers to a module of the tree refers to its clone."""
         if id(value) in self.clones:

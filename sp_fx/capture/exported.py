@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from ..containers import PLAIN, Slot, filled, items, rebuilt, tensors_of
 from ..gates.calls.autocast import Region
-from .apart import written_back
+from .apart import tensors_in, written_back
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame, said
 from .clone import EvalClone, adopt_forward
@@ -156,7 +156,7 @@ class Exported:
             regions = self.regions.followed()
             self.entries = patches.enter_context(marking(self.clone))
             patches.enter_context(before.restored())
-            patches.enter_context(written_back((*before.tensors(), *self.clone.parameters(), *self.clone.buffers())))
+            patches.enter_context(written_back((*tensors_in(self.clone), *before.tensors())))
             for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
                 patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone

@@ -20,7 +20,6 @@ from torch import Tensor, fx, nn
 
 from .clone import attributes, held, is_open
 
-
 CHANGES = "the forward changes"  # how the note on what it stores begins
 
 
@@ -29,15 +28,15 @@ class Untouched:
 
     Attributes:
         replaced: after the trace, the buffers in whose place the forward has put another tensor.
-        stored: after the last run, where else the forward has put something: `block.step`, `FEATURES`.
-        draws: after the last run, what drew random numbers that are not PyTorch's: "random", "numpy.random".
+        stored: after a run, where else the forward has put something: `block.step`, `FEATURES`.
+        draws: after a run, what drew random numbers that are not PyTorch's: "random", "numpy.random".
     """
 
     def __init__(self, model: nn.Module, clone: nn.Module) -> None:
         self.clone = clone
         self.replaced: list[str] = []
-        self.stored: list[str] = []
-        self.draws: list[str] = []
+        self.stored: dict[str, None] = {}
+        self.draws: dict[str, None] = {}
         reached = holders(model, clone)
         names = set().union(*(holder.names for holder in reached if isinstance(holder, File)))
         self._generators = generators() if "random" in names else {}  # which other threads use, too
@@ -54,10 +53,11 @@ class Untouched:
                 self.replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
             changed = [(holder, before) for holder, before in self._saved if not is_as(holder, before)]
             changed.sort(key=lambda pair: not isinstance(pair[0], dict))  # the model's own attributes first
-            self.stored = list(dict.fromkeys(name for holder, before in changed for name in self.names(holder, before)))
-            self.draws = [name for name, (get, *_) in self._generators.items() if not same_state(get(), states[name])]
-            for name in self.draws:
-                self._generators[name][1](states[name])
+            self.stored |= {name: None for holder, before in changed for name in self.names(holder, before)}
+            for name, (get, put, _) in self._generators.items():
+                if not same_state(get(), states[name]):
+                    self.draws[name] = None
+                    put(states[name])
             for holder, before in changed:
                 put_back(holder, before)
 
@@ -93,7 +93,7 @@ class Untouched:
         note = "the forward replaces {}: each call starts from its present value, and the model's own stays"
         notes = [note.format(name) for name in self.replaced]
         if self.stored:
-            names = ", ".join(self.stored[:5]) + (", ..." if len(self.stored) > 5 else "")
+            names = ", ".join(list(self.stored)[:5]) + (", ..." if len(self.stored) > 5 else "")
             notes.append(
                 f"the forward changes {names}: each call starts from what was there at transform, and the model's own stays"
             )

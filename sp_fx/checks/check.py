@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from ..capture.apart import Apart, apart
-from ..capture.clone import EvalClone
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
@@ -99,14 +98,14 @@ def check(
     args = inputs if isinstance(inputs, tuple) else (inputs,)
     with torch.inference_mode(False):
 
-        def in_double() -> Any:
-            return EvalClone().with_hooks(source).double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
-
         def lines(clone: Apart) -> list[Line]:
+            def in_double() -> Any:
+                return clone.double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
+
             return [
                 check_forward(explainer, clone, args, kwargs),
                 where_it_runs("affine identity", in_double, check_affine_identity, explainer, args, kwargs),
-                where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone.fresh(), args, kwargs),
+                where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone, args, kwargs),
                 check_coverage(explainer, clone, args, kwargs),
             ]
 
@@ -190,16 +189,15 @@ def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: 
     return Line(name, "ok" if error <= 1e-9 else "FAILED", error, 1e-9, note)
 
 
-def check_hard_limit(name: str, explainer: Explainer, clone: nn.Module, args: tuple, kwargs: dict) -> Line:
+def check_hard_limit(name: str, explainer: Explainer, clone: Apart, args: tuple, kwargs: dict) -> Line:
     """The map at tau = 1e-9 against the model's own gradient; only where every rewritten gate is of a `KINKED` kind."""
     signals = [site for site in explainer.report().of("rewritten") if not site.reason.startswith("steers")]
     others = sorted({site.kind for site in signals} - KINKED)
     if others:
         return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
     x, kw = cloned(args, torch.float64), cloned(kwargs, torch.float64)
-    reference = copy.deepcopy(clone).double()
     leaves = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
-    y = primary(reference(*[t * 1 if t.is_floating_point() else t for t in leaves], **cloned(kw)))
+    y = primary(clone.double()(*[t * 1 if t.is_floating_point() else t for t in leaves], **cloned(kw)))
     if y.isnan().any():
         return Line(name, "FAILED", note="the model's output has NaN in it")
     u, explained = direction(y), [t for t in leaves if t.is_floating_point()]

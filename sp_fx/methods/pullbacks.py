@@ -174,9 +174,7 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
         maps = list(back(u, retain_graph=False))
     else:
         maps = list(torch.func.vmap(back, out_dims=1, chunk_size=chunk)(u))
-    if odd and any(bool(m.isnan().any()) for m in maps):
-        raise ValueError(
-            f"what is explained, of an output of shape {list(y.shape)}, is NaN or infinite, and its map has NaN in it: the model "
-            "computes no number here"
-        )
+    if odd and not all(bool(m.isfinite().all()) for m in maps):
+        shape = list(y.shape)
+        raise ValueError(f"what is explained, of an output of shape {shape}, is NaN or infinite, and so is its map: it has none")
     return maps
