@@ -112,9 +112,9 @@ def transform(
                 stacklevel=2,
             )
         elif not report.of("rewritten"):
-            gates = any(site.kind for site in report.of("kept"))
-            none = f"the rules keep every gate of {report.model}" if gates else f"{report.model} has no gate to rewrite"
-            warnings.warn(f"{none}: its pullback will be the plain gradient", stacklevel=2)
+            why = ", since the rules keep them all" if any(site.kind for site in report.of("kept")) else ""
+            text = f"{report.model} has no gate to rewrite{why}: its pullback will be the plain gradient"
+            warnings.warn(text, stacklevel=2)
         waiting = [WAITS] if compare is not None else [AXES_WAIT] if follows_sample(report) else []
         unverified = [] if verify is True else [UNVERIFIED[verify]]
         report = replace(report, notes=(*report.notes, *unverified, *(waiting if example is None else [])))

@@ -312,6 +312,7 @@ def test_checkpoints_are_what_they_run(name, way):
     assert_same_map(explainer, model, other, X)
     report = explainer.report()
     assert len(report.of("rewritten")) == 3 and report.of("NOT REWRITTEN") == []
+    assert sp_fx.check(explainer, X)  # though a reentrant checkpoint has no `autograd.grad`
 
 
 @pytest.mark.parametrize("way", WAYS)
