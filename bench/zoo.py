@@ -26,7 +26,7 @@ from provenance import provenance
 from torch import nn
 
 import sp_fx
-from sp_fx.capture.clone import EvalClone
+from sp_fx.capture.clones.clone import EvalClone
 from sp_fx.checks.check import check_coverage, check_forward
 from sp_fx.gates.table import TABLE
 from sp_fx.targets import primary

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from .capture.arguments import bound
 from .capture.capture import Capture, CaptureError, tracing
-from .capture.clone import NOT_RUN, EvalClone, traceable
+from .capture.clones.clone import NOT_RUN, EvalClone, traceable
 from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
 from .explainer import Explainer

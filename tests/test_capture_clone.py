@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 import sp_fx
 from helpers import Shared, relative
-from sp_fx.capture.clone import EvalClone
+from sp_fx.capture.clones.clone import EvalClone
 
 
 def test_weights_are_shared_and_in_place_updates_arrive():

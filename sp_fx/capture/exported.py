@@ -25,16 +25,16 @@ from torch import Tensor, fx, nn
 
 from ..containers import PLAIN, Slot, filled, items, rebuilt, tensors_of
 from ..gates.calls.autocast import Region
-from .apart import tensors_in, written_back
 from .arguments import VARIADIC, checked, form
 from .capture import Capture, CaptureError, blame, said
-from .clone import EvalClone, adopt_forward
+from .clones.apart import tensors_in, written_back
+from .clones.clone import EvalClone, adopt_forward
+from .clones.untouched import Untouched
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions
 from .tracing.regions import Regions, data_detached, some
-from .untouched import Untouched
 
 aten = torch.ops.aten
 

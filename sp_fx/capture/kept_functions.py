@@ -25,8 +25,8 @@ from torch.utils.checkpoint import CheckpointFunction
 from ..containers import decoded, rebuilt
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
 from .capture import CaptureError
+from .clones.untouched import names_in
 from .tracing.applies import applies, by_class
-from .untouched import names_in
 
 APPLIED: dict[str, type[torch.autograd.Function]] = {}  # those that a trace has met, by module and name
 

@@ -17,7 +17,8 @@ from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import fixed_arguments
 from .capture import Capture, CaptureError, blame, said
-from .clone import EvalClone, adopt_forward
+from .clones.clone import EvalClone, adopt_forward
+from .clones.untouched import Untouched
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
 from .passed import shown, taken_apart, with_marks
 from .tracing.draws import RealCalls, note_on_draws
@@ -25,7 +26,6 @@ from .tracing.names import rename_keywords
 from .tracing.regions import Regions, carries, detach, some
 from .tracing.schemas import name_of, writes
 from .tracing.stand_ins import Known, StandIn, questions_answered
-from .untouched import Untouched
 
 OPENED_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..capture.apart import Apart, apart
+from ..capture.clones.apart import Apart, apart
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN

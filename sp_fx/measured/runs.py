@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.arguments import ByName
-from ..capture.untouched import generators
+from ..capture.clones.untouched import generators
 from ..containers import rebuilt, slotted, tensors_of
 
 # The largest relative L2 distance that is a rounding error, of outputs that are not bitwise the model's and of gradients, by the

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.apart import Apart, apart, give_own_buffers
 from ..capture.arguments import FormError, call_of
 from ..capture.capture import Capture, CaptureError, blame, said
-from ..capture.clone import EvalClone
+from ..capture.clones.apart import Apart, apart, give_own_buffers
+from ..capture.clones.clone import EvalClone
 from ..capture.tracing.draws import DRAWS
 from ..capture.tracing.schemas import frame_of, line_of
 from ..containers import tensors_of

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.arguments import call_of
-from ..capture.clone import EvalClone
-from ..capture.untouched import CHANGES
+from ..capture.clones.clone import EvalClone
+from ..capture.clones.untouched import CHANGES
 from ..containers import items, tensors_of
 from ..measured.sample_axis import sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown

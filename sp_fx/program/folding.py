@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 
-from ..capture.clone import EvalClone
+from ..capture.clones.clone import EvalClone
 from ..capture.passed import lets_through
 from ..gates.dual_path import dual_path
 

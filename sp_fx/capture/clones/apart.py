@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from ..containers import tensors_of
+from ...containers import tensors_of
 from .clone import EvalClone
 from .untouched import Untouched
 

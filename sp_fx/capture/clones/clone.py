@@ -25,8 +25,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .capture import CaptureError
-from .tracing.applies import applies, by_class
+from ..capture import CaptureError
+from ..tracing.applies import applies, by_class
 
 
 def adopt_forward(clone: nn.Module) -> None:
