@@ -162,6 +162,7 @@ class Exported:
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
+        before.stored.clear()  # an export copies lists and dictionaries in the attributes: a run shows what the forward changes
         self.notes += before.notes()
         if any_batch:
             self.require_any_batch(program)
