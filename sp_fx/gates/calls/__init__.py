@@ -1,1 +1,1 @@
-"""What graphs call beside gates: copies that may be written over, layouts in memory, calls under an autocast of the model's own."""
+"""What graphs call beside gates: copies that may be written over, layouts in memory, calls under an autocast of a model's own."""
