@@ -40,16 +40,16 @@ def assert_independent(explainer, x, seed=9, bar=1e-6):
 
 def check_program(seed):
     program, x = written(seed)
-    with torch.no_grad():
-        y = program(x)
-        if any(relative(program(x[i : i + 1]), y[i : i + 1]) > 1e-9 for i in range(len(x))):
-            pytest.skip("the program mixes samples")
+    y = program(x).detach()  # with gradients on, as the explainer: torch.matmul goes another way without
+    if any(relative(program(x[i : i + 1]), y[i : i + 1]) > 1e-9 for i in range(len(x))):
+        pytest.skip("the program mixes samples")
     try:
         expected = [program.map_of_one(x[i : i + 1], 1) for i in range(len(x))]
     except Constant:
         pytest.skip("a gate has no scale")
-    if any(maps.norm() == 0 for maps in expected):
-        pytest.skip("a map is zero")
+    norms = [float(maps.norm()) for maps in expected]
+    if min(norms) <= 1e-12 * max(norms):
+        pytest.skip("a map is zero, but for the tail of a shut gate")
     for way in WAYS if seed % 4 == 0 else ("no example", "an example"):  # an export takes ten times as long as a symbolic trace
         where = f"seed {seed}, {way}: {program}"
         explainer = explain(program, x[: 2 + seed % 3], way)

@@ -79,6 +79,7 @@ class Turn:
         order: the axes in the order that the gate gets them. They have names: 0, 1, ... in the pre-activation, "sample", and
             "before" and "after" for what is folded with it.
         planes: how many of the axes after the first are read as one: of a pooling all but the last two, say.
+        kind: whether the gate is pointwise, a pooling or a reduction: where its output is in memory.
         gone: the axes that the gate takes away.
         options: the gate's own arguments that count axes, as they are then.
     """
@@ -86,6 +87,7 @@ class Turn:
     axis: Axis
     order: tuple[Any, ...]
     planes: int = 1
+    kind: str = "pointwise"
     gone: tuple[Any, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -114,9 +116,7 @@ class Turn:
                 back = graph.call_method("flatten", (back, at, at + len(folded) - 1))
             if self.axis.span > 1:
                 back = graph.call_method("unflatten", (back, at, tuple(sizes)))
-            pooled = any(name in gate.kwargs for name in ("kernel", "size"))
-            if pooled or self.axis.span > 1:  # whose axes may have been copied into another order
-                back = graph.call_function(laid_out, (back, operands[0], pooled))
+            back = graph.call_function(laid_out, (back, operands[0], self.kind))
         for user in users:
             user.replace_input_with(gate, back)
 
@@ -158,14 +158,14 @@ def turn_of(gate: fx.Node, axis: Axis) -> Turn | None:
         leading = [name for name in rest if name not in spatial]
         if not all(i in rest for i in spatial):
             return None
-        return Turn(axis, ("sample", *leading, *spatial), planes=len(leading))
+        return Turn(axis, ("sample", *leading, *spatial), planes=len(leading), kind="pooling")
     if row == "amax":
         dims = [d % axis.rank for d in (options["dim"] if isinstance(options["dim"], tuple | list) else [options["dim"]])]  # type: ignore[operator]
         if not dims or not all(d in rest for d in dims):
             return None
         order = ("sample", *rest)
         gone = () if options.get("keepdim") else tuple(dims)
-        return Turn(axis, order, gone=gone, options={"dim": tuple(order.index(d) for d in dims)})
+        return Turn(axis, order, kind="reduction", gone=gone, options={"dim": tuple(order.index(d) for d in dims)})
     return None
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def copied(x: Any) -> Any:
 
 def copy_of(t: Tensor) -> Tensor:
     copy = t.clone()
-    if t.layout != torch.strided or same_strides(copy, t):
+    if t.layout != torch.strided or same_strides(t.shape, copy.stride(), t.stride()):
         return copy
     once = t  # an expanded axis once
     for axis, (size, stride) in enumerate(zip(t.shape, t.stride())):
@@ -31,9 +32,9 @@ def copy_of(t: Tensor) -> Tensor:
     return once.new_empty_strided(once.shape, once.stride()).copy_(once).expand(t.shape)
 
 
-def same_strides(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have the same strides, along axes of one element whatever."""
-    return a.stride() == b.stride() or all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride()))
+def same_strides(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two strides of one shape are the same, along axes of one element whatever."""
+    return all(n == 1 or s == t for n, s, t in zip(shape, a, b))
 
 
 def in_form_of(result: Tensor, target: Tensor, resizes: bool = False) -> Tensor:
@@ -55,7 +56,7 @@ def in_form_of(result: Tensor, target: Tensor, resizes: bool = False) -> Tensor:
             return result
         shapes = f"{list(target.shape)} doesn't match the broadcast shape {list(result.shape)}"
         raise RuntimeError(f"output with shape {shapes}")
-    if target.layout != torch.strided or same_strides(result, target):
+    if target.layout != torch.strided or same_strides(target.shape, result.stride(), target.stride()):
         return result
     if any(n > 1 and s == 0 for n, s in zip(target.shape, target.stride())):
         raise RuntimeError("a call in place writes over a tensor whose elements share memory: clone() it before")
