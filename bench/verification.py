@@ -46,15 +46,18 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
 
 def in_turns(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
     """Returns the seconds of each way, which take turns, so that a slow minute of the machine falls on all; the first is not
-    counted."""
+    counted. Garbage is collected between them, as `timeit` does: a whole collection takes as long as a gradient, and falls on
+    whichever comes."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
         for name, run in ways.items():
             gc.collect()
+            gc.disable()
             started = time.perf_counter()
             run()
             if turn:
                 seconds[name].append(time.perf_counter() - started)
+            gc.enable()
     return seconds
 
 

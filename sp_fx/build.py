@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import keyword
 import warnings
 from collections.abc import Mapping
@@ -152,34 +153,37 @@ def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str,
     """
     if tracer == "export":
         return by_export(model, example, rules, verify)  # type: ignore[arg-type]
+
+    @functools.cache
+    def exported() -> Attempt | CaptureError:
+        try:
+            return by_export(model, example, rules, verify)  # type: ignore[arg-type]
+        except CaptureError as error:
+            return error
+
     try:
-        traced = by_symbolic_trace(model, example, rules, verify)
+        traced = attempt(model, trace(model, example), rules)
+        sees_more = tracer == "auto" and traced.opaque > 0  # perhaps an export, which is compared with the model then
+        if sees_more and example is not None and isinstance(found := exported(), Attempt) and found.opaque < traced.opaque:
+            return found
+        traced = compared(traced, example, verify)
     except CaptureError as error:
         if tracer == "fx":
             raise
         if example is None:
             raise CaptureError(f"{error}. With example_inputs, torch.export is tried, which follows one path") from error
-        try:
-            return by_export(model, example, rules, verify)
-        except CaptureError as second:
-            raise CaptureError(f"{error}\n{second}") from second
-    if tracer == "fx" or not traced.opaque:
-        return traced
-    if example is None:
+        if isinstance(found := exported(), CaptureError):
+            raise CaptureError(f"{error}\n{found}") from found
+        return found
+    if sees_more and example is None:
         return noting(traced, "what is opaque here, torch.export may see through: pass example_inputs")
-    try:
-        exported = by_export(model, example, rules, verify)
-    except CaptureError as error:
-        return noting(traced, str(error))
-    return exported if exported.opaque < traced.opaque else traced
+    if sees_more and isinstance(found := exported(), CaptureError):
+        return noting(traced, str(found))
+    return traced
 
 
 def noting(attempt: Attempt, *notes: str) -> Attempt:
     return replace(attempt, report=noted(attempt.report, notes))
-
-
-def by_symbolic_trace(model: nn.Module, example: Mapping[str, Any] | None, rules: Rules, verify: Verify) -> Attempt:
-    return attempt(type(model).__name__, trace(model, example), example, rules, verify)
 
 
 def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules, verify: Verify) -> Attempt:
@@ -195,17 +199,26 @@ def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules, verify
             capture = export(model, example, any_batch)
             notes = [f"the batch is fixed at {sizes[0]}, since {str(refusal).splitlines()[0]}" for refusal in refusals]
             capture = replace(capture, notes=(*notes, *capture.notes))
-            return attempt(type(model).__name__, capture, example, rules, verify)
+            return compared(attempt(model, capture, rules), example, verify)
         except CaptureError as error:
             refusals.append(error)
     raise refusals[-1]
 
 
-def attempt(name: str, capture: Capture, example: Mapping[str, Any] | None, rules: Rules, verify: Verify) -> Attempt:
-    """Rewrites a capture of the model called `name`; with an example, compares it with the model."""
-    modules, report = rewrite(name, capture, rules)
-    made = Attempt(capture, modules, report)
-    return made if example is None else noting(made, *verified(capture, modules, capture.graph, example, verify))
+def attempt(model: nn.Module, capture: Capture, rules: Rules) -> Attempt:
+    """Rewrites a capture of the model."""
+    return Attempt(capture, *rewrite(type(model).__name__, capture, rules))
+
+
+def compared(made: Attempt, example: Mapping[str, Any] | None, verify: Verify) -> Attempt:
+    """The attempt with the notes of its comparison with the model, if there is an example.
+
+    Raises:
+        CaptureError: it is not the model's function.
+    """
+    if example is None:
+        return made
+    return noting(made, *verified(made.capture, made.modules, made.capture.graph, example, verify))
 
 
 @dataclass(frozen=True)

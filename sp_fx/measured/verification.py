@@ -6,6 +6,7 @@ what it loses on the way back, such as the backward of an `autograd.Function`, i
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -67,18 +68,22 @@ def verified_against(
 ) -> list[str]:
     """`verified`, of the graph as the module `subject` and a clone of the model."""
     call = call_of(model.module, arguments)
-    coarsest: list[torch.dtype] = []  # that each output was computed in
 
     def of_model(values: Mapping[str, Any]) -> Any:
         call.arguments.update(values)
         return model(*call.args, **call.kwargs)
 
     def of_graph(values: Mapping[str, Any]) -> Any:
+        own = call_of(subject, values)
         with model.before.restored(), plain_derivatives():
-            run = Coarsest(subject)
-            outputs = run.run_by_name(values)
-            coarsest[:] = run.of_outputs
-            return outputs
+            return subject.forward(*own.args, **own.kwargs)
+
+    @functools.cache
+    def coarsest() -> list[torch.dtype]:
+        run = Coarsest(subject)
+        with model.before.restored(), one_seed(True), torch.set_grad_enabled(True), plain_derivatives():
+            run.run_by_name(leaves_of(arguments, subject)[0])
+        return run.of_outputs
 
     def notes_of(draws: bool) -> list[str]:
         return compared(of_model, of_graph, model.module, subject, arguments, coarsest, capture.tracer, back, draws)
@@ -127,12 +132,12 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 def compared(
     of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
-    arguments: Mapping[str, Any], coarsest: Sequence[torch.dtype], tracer: str, back: bool, draws: bool,
+    arguments: Mapping[str, Any], coarsest: Callable[[], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name.
 
-    `coarsest` has, after a run of the graph, for each output the coarsest dtype that it was computed in; `draws`: whether both
-    are to draw the same random numbers.
+    `coarsest()` gives, for each output, the coarsest dtype that the graph computes it in, and runs it once more for that;
+    `draws`: whether both are to draw the same random numbers.
     """
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     own = None
@@ -152,7 +157,9 @@ def compared(
     if own.drew:
         notes.append("the forward draws random numbers: the same call twice gives two outputs, and two maps")
     apart = distances(other.outputs, own.outputs)
-    dtypes = coarsest if len(coarsest) == len(own.outputs) else [y.dtype for y in own.outputs]
+    dtypes = [y.dtype for y in own.outputs]
+    if any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
+        dtypes = coarsest()
     if len(apart) != len(own.outputs) or any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
         where = first_difference(of_model, of_graph, reference, subject, arguments)
         how_far = f"off by {max(apart, default=math.inf):.1e}"
@@ -164,10 +171,15 @@ def compared(
     elif back:
         if own.gradients and not any(map(torch.any, own.gradients)):
             notes.append("the model's own gradient is 0 on these inputs, so that the gradients say nothing")
-        directed = [(dtype, a) for dtype, a, is_on in zip(dtypes, apart, own.directed) if is_on]
-        bars = [GRADIENT.get(dtype, GRADIENT[torch.float32]) for dtype, _ in directed]
-        bar = max(bars + [GATE for _, a in directed if a], default=0.0)
-        slope = slope_apart(other, own)
+
+        def bar_of(dtypes: Sequence[torch.dtype]) -> float:
+            directed = [(dtype, a) for dtype, a, is_on in zip(dtypes, apart, own.directed) if is_on]
+            bars = [GRADIENT.get(dtype, GRADIENT[torch.float32]) for dtype, _ in directed]
+            return max(bars + [GATE for _, a in directed if a], default=0.0)
+
+        bar, slope = bar_of(dtypes), slope_apart(other, own)
+        if not slope <= bar:
+            bar = bar_of(coarsest())
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
             slope = slope_apart(ran(of_graph, subject, near, True, draws), ran(of_model, reference, near, True, draws))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -96,13 +97,18 @@ class Watched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
-            for i, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    for t in tensors_of(kwargs.get(argument.name, args[i] if i < len(args) else None)):
-                        if storage(t) in self.storages:
-                            self.about_to_write(t)
+        for i, name in written_arguments(func):
+            for t in tensors_of(kwargs.get(name, args[i] if i < len(args) else None)):
+                if storage(t) in self.storages:
+                    self.about_to_write(t)
         return func(*args, **kwargs)
+
+
+@functools.cache
+def written_arguments(op: Any) -> list[tuple[int, str]]:
+    """The places and the names of the arguments that an op writes over."""
+    arguments = op._schema.arguments if isinstance(op, torch._ops.OpOverload) else ()
+    return [(i, a.name) for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
 
 class Written:

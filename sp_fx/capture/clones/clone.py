@@ -332,12 +332,16 @@ def held(value: Any) -> Iterable[Any]:
 
 def is_open(value: Any) -> bool:
     """Whether an object's attributes are looked at: it is of a class that a program has written."""
-    module = type(value).__module__
-    if isinstance(value, types.SimpleNamespace | collections.UserDict | collections.UserList):
-        return True
+    return is_a_programs(type(value).__module__) or isinstance(value, PLAIN_HOLDERS)
+
+
+@functools.cache
+def is_a_programs(module: str) -> bool:
+    """Whether the classes of a file are a program's own: none of Python's, of NumPy's, or of the optimisers."""
     return module.partition(".")[0] not in PYTHONS and not module.startswith(("torch.optim", "numpy"))
 
 
+PLAIN_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
 PYTHONS = sys.stdlib_module_names - {"__main__"}
 
 

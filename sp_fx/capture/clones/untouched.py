@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from .clone import attributes, held, is_open
@@ -107,7 +108,7 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     things, however deep; a module's or an object's attributes are a dictionary."""
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
-    queue: list[tuple[Any, int]] = []  # what is to be looked into, and how deep
+    queue: collections.deque[tuple[Any, int]] = collections.deque()  # what is to be looked into, and how deep
     classes = {cls for m in model.modules() for cls in type(m).__mro__ if not is_pytorchs(cls)}
     named = Named()
     queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
@@ -117,10 +118,10 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
         values = [getattr(v, "__func__", v) for v in vars(cls).values()]  # of a `staticmethod` the function
         queue += [(v, NEAR) for v in values if keeps(v)]
     while queue or (new := named.values()):
-        queue = queue or [(v, NEAR) for v in new if keeps(v)]
+        queue = queue or collections.deque((v, NEAR) for v in new if keeps(v))
         if not queue:
             break
-        at, depth = queue.pop(0)
+        at, depth = queue.popleft()
         if id(at) in seen or not depth or isinstance(at, nn.Module | Tensor | fx.Proxy):
             continue
         seen[id(at)] = at
@@ -137,7 +138,7 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}
             found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
-        queue += [(item, depth - 1) for item in held(at)]
+        queue += [(item, depth - 1) for item in held(at) if type(item) not in HOLD_NOTHING]
     return [*found.values(), *named.files.values()]
 
 
@@ -205,6 +206,8 @@ def names_in(code: types.CodeType) -> set[str]:
 # A file's own containers and objects are looked into, and theirs: all that it reaches may be half of the program, 90,000 objects
 # for a file of tests, and a second.
 DEEP, NEAR = sys.maxsize, 2
+# Nine in ten of a module's attributes, which need not wait in the queue.
+HOLD_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, Tensor, nn.Parameter))
 Cached = functools._lru_cache_wrapper  # a function with a cache, which nobody can look into
 
 
