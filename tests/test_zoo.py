@@ -255,11 +255,13 @@ def test_import_is_light():
     assert heavy.isdisjoint(module.split(".")[0] for module in result.stdout.split())
 
 
-def test_training_repeats_itself_bitwise(name):
+def test_training_repeats_itself_bitwise(name, monkeypatch):
     from sp_fx.zoo import train
 
+    monkeypatch.setattr(train, "BATCH", 8)  # a step on 64 pictures takes as long as fifty tests
+
     def run():
-        return train.train(name, seed=4, epochs=2, scenes=64, rate=1e-3, push=2.0, report=lambda line: None).state_dict()
+        return train.train(name, seed=4, epochs=2, scenes=8, rate=1e-3, push=2.0, report=lambda line: None).state_dict()
 
     first, second, untrained = run(), run(), networks.NETWORKS[name]().state_dict()
     assert all(torch.equal(first[key], second[key]) for key in first)
