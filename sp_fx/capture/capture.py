@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import types
@@ -46,15 +47,27 @@ def blame(error: BaseException) -> str:
 
 def line_of_caller() -> str:
     """The innermost line of the model that is running."""
-    frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None and not is_models(frame):
-        frame = frame.f_back
+    frame = frame_of_caller()
     return "no Python line" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}, in {frame.f_code.co_name}"
+
+
+def frame_of_caller(until: types.CodeType | None = None) -> types.FrameType | None:
+    """The innermost frame of the model that is running, of those that the function with the code `until` has called."""
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not until:
+        if is_models(frame):
+            return frame
+        frame = frame.f_back
+    return None
 
 
 def is_models(frame: types.FrameType) -> bool:
     """Whether a frame is of code outside torch and outside this folder."""
-    file = frame.f_code.co_filename
+    return is_a_models_file(frame.f_code.co_filename)
+
+
+@functools.cache
+def is_a_models_file(file: str) -> bool:
     return "/torch/" not in file and not Path(file).is_relative_to(Path(__file__).parent)
 
 

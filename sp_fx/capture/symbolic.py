@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import fixed_arguments
-from .capture import Capture, CaptureError, blame, said
+from .capture import Capture, CaptureError, blame, frame_of_caller, said
 from .clones.clone import EvalClone, adopt_forward
 from .clones.untouched import Untouched
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
@@ -116,7 +116,7 @@ class PlaceTracer(fx.Tracer):
         self.known, self.regions = known, regions
         self.proxy_buffer_attributes = True
         self.passed: dict[str, None] = {}
-        self.record_stack_traces = True
+        self.record_stack_traces = False  # which takes half of the time of a trace; one line is enough
         self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -131,6 +131,9 @@ class PlaceTracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *more, **options)
         node.meta["autocast"] = self.regions.autocast
+        if (frame := frame_of_caller(until=trace.__code__)) is not None:
+            code = frame.f_code
+            node.stack_trace = f'  File "{code.co_filename}", line {frame.f_lineno}, in {code.co_name}'
         return node
 
     def create_proxy(self, kind: str, target: Any, args: tuple, kwargs: dict, *more: Any, **options: Any) -> Any:

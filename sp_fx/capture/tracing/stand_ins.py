@@ -8,8 +8,10 @@ graph has as it was at the trace. Everything else is refused, and stays refused 
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -343,15 +345,16 @@ def questions_answered(known: Known, clone: nn.Module) -> Iterator[None]:
             return isinstance(thing, type)
 
     type_of = TypeOf("type", (), {})
-    asked = {"isinstance": is_instance, "hasattr": has_attribute, "callable": is_callable}
+    asked = [("isinstance", is_instance), ("hasattr", has_attribute), ("callable", is_callable)]
+    of_own = [*asked, ("type", type_of)]
     own = {id(vars(file)) for m in clone.modules() for c in type(m).__mro__ if (file := sys.modules.get(c.__module__))}
     changed: list[tuple[dict[str, Any], str]] = []
     try:
-        for name, file in list(sys.modules.items()):
-            if (name.partition(".")[0] in CLOSED and name not in OPEN) or not isinstance(file, type(sys)):
+        for name, file in list(sys.modules.items()):  # thousands, so that every step counts
+            if is_closed(name) or not isinstance(file, types.ModuleType):
                 continue
-            space = vars(file)
-            for key, answer in {**asked, **({"type": type_of} if id(space) in own else {})}.items():
+            space = file.__dict__
+            for key, answer in of_own if id(space) in own else asked:
                 if key not in space:
                     space[key] = answer
                     changed.append((space, key))
@@ -359,6 +362,12 @@ def questions_answered(known: Known, clone: nn.Module) -> Iterator[None]:
     finally:
         for space, key in changed:
             del space[key]
+
+
+@functools.cache
+def is_closed(name: str) -> bool:
+    """Whether the file of that name is Python's, PyTorch's or this package's."""
+    return name.partition(".")[0] in CLOSED and name not in OPEN
 
 
 CLOSED = frozenset(sys.stdlib_module_names - {"__main__"}) | {"torch", "numpy", Path(__file__).parents[2].name}
