@@ -48,7 +48,7 @@ def check_program(seed):
     except Constant:
         pytest.skip("a gate has no scale")
     norms = [float(maps.norm()) for maps in expected]
-    if min(norms) <= 1e-12 * max(norms):
+    if min(norms) <= 1e-9 * max(norms):  # 1e-17 off: of such a map, 1e-6
         pytest.skip("a map is zero, but for the tail of a shut gate")
     for way in WAYS if seed % 4 == 0 else ("no example", "an example"):  # an export takes ten times as long as a symbolic trace
         where = f"seed {seed}, {way}: {program}"
