@@ -76,6 +76,14 @@ def test_what_fx_goes_round_is_exported_where_there_is_an_example():
         assert explainer.pullback(image(batch), 1).isfinite().all()
 
 
+def test_a_trace_that_an_export_replaces_is_not_compared(monkeypatch):
+    """A comparison runs the model and the graph: none is made of a graph that nobody gets."""
+    compared, own = [], sp_fx.build.verified
+    monkeypatch.setattr(sp_fx.build, "verified", lambda capture, *rest: compared.append(capture.tracer) or own(capture, *rest))
+    assert sp_fx.transform(fill(Windows()), example_inputs=image()).report().tracer == "torch.export"
+    assert compared == ["torch.export"]
+
+
 def test_both_tracers_give_one_map():
     model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(4, 4, 3),
                                nn.GELU(), nn.Flatten(), nn.LayerNorm(4), nn.Linear(4, 3)))  # fmt: skip
