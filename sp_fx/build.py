@@ -156,8 +156,9 @@ def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str,
 
     @functools.cache
     def exported() -> Attempt | CaptureError:
+        assert example is not None
         try:
-            return by_export(model, example, rules, verify)  # type: ignore[arg-type]
+            return by_export(model, example, rules, verify)
         except CaptureError as error:
             return error
 

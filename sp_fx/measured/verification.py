@@ -79,9 +79,9 @@ def verified_against(
             return subject.forward(*own.args, **own.kwargs)
 
     @functools.cache
-    def coarsest() -> list[torch.dtype]:
+    def coarsest(draws: bool) -> list[torch.dtype]:
         run = Coarsest(subject)
-        with model.before.restored(), one_seed(True), torch.set_grad_enabled(True), plain_derivatives():
+        with model.before.restored(), one_seed(draws), torch.no_grad():
             run.run_by_name(leaves_of(arguments, subject)[0])
         return run.of_outputs
 
@@ -132,12 +132,12 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 def compared(
     of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
-    arguments: Mapping[str, Any], coarsest: Callable[[], list[torch.dtype]], tracer: str, back: bool, draws: bool,
+    arguments: Mapping[str, Any], coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name.
 
-    `coarsest()` gives, for each output, the coarsest dtype that the graph computes it in, and runs it once more for that;
-    `draws`: whether both are to draw the same random numbers.
+    `coarsest(draws)` gives, for each output, the coarsest dtype that the graph computes it in, and runs it once more for that;
+    `draws`: whether all are to draw the same random numbers.
     """
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     own = None
@@ -159,7 +159,7 @@ def compared(
     apart = distances(other.outputs, own.outputs)
     dtypes = [y.dtype for y in own.outputs]
     if any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
-        dtypes = coarsest()
+        dtypes = coarsest(draws)
     if len(apart) != len(own.outputs) or any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
         where = first_difference(of_model, of_graph, reference, subject, arguments)
         how_far = f"off by {max(apart, default=math.inf):.1e}"
@@ -179,7 +179,7 @@ def compared(
 
         bar, slope = bar_of(dtypes), slope_apart(other, own)
         if not slope <= bar:
-            bar = bar_of(coarsest())
+            bar = bar_of(coarsest(draws))
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
             slope = slope_apart(ran(of_graph, subject, near, True, draws), ran(of_model, reference, near, True, draws))
