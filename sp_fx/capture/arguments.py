@@ -60,23 +60,28 @@ def call_of(module: nn.Module, arguments: Mapping[str, Any]) -> inspect.BoundArg
 
 
 class ByName(fx.Interpreter):
-    """Runs a graph on the arguments of its forward, by name."""
+    """Runs a graph on the arguments of its forward, by name: the graph of `module`, or another one over its submodules."""
 
     arguments: Mapping[str, Any] = {}
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph | None = None) -> None:
+        super().__init__(module, graph=graph)
         self.extra_traceback = False  # pages of it, in the message of an error
 
     def run_by_name(self, arguments: Mapping[str, Any]) -> Any:
         """Runs the graph; arguments that are left out have their defaults."""
-        call = call_of(self.module, arguments)
-        call.apply_defaults()
-        self.arguments = call.arguments
+        self.arguments = arguments
         return self.run()
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return self.arguments[str(target).lstrip("*")]
+        name = str(target).lstrip("*")
+        if name in self.arguments:
+            return self.arguments[name]
+        if args:
+            return args[0]  # the default
+        if (stars := len(str(target)) - len(name)) == 0:
+            raise TypeError(f"the argument {name} is missing")
+        return () if stars == 1 else {}
 
 
 def form(value: Any, any_size: Callable[[Tensor, int], bool]) -> tuple[str, Any]:

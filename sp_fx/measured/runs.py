@@ -181,8 +181,8 @@ class Coarsest(ByName):
         of_outputs: those, after a run, of the tensors among the outputs.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph)
         self.of_nodes: dict[fx.Node, torch.dtype] = {}
         self.of_outputs: list[torch.dtype] = []
 
@@ -204,8 +204,8 @@ class Coarsest(ByName):
 class Seen(ByName):
     """Runs a graph and keeps what each call of each module gave, by the module's path and the number of the call."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
+    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, graph)
         self.values: dict[tuple[str, int], list[Tensor]] = {}
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

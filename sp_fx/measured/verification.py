@@ -10,12 +10,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import FormError, call_of
+from ..capture.arguments import ByName, FormError, call_of
 from ..capture.capture import Capture, CaptureError, blame, said
 from ..capture.clones.apart import Apart, apart, give_own_buffers
 from ..capture.clones.clone import EvalClone
@@ -57,16 +58,22 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     """
     if not verify:
         return []
-    subject = fx.GraphModule(EvalClone()(modules), graph)
-    give_own_buffers(subject)
+    subject = Subject(EvalClone()(modules), graph)
+    give_own_buffers(subject.modules)
     back = verify is True
     return apart(capture.reference, lambda reference: verified_against(reference, subject, capture, arguments, back))
 
 
-def verified_against(
-    model: Apart, subject: fx.GraphModule, capture: Capture, arguments: Mapping[str, Any], back: bool
-) -> list[str]:
-    """`verified`, of the graph as the module `subject` and a clone of the model."""
+@dataclass(frozen=True)
+class Subject:
+    """What is compared with a model: a graph over modules. It is interpreted: to compile it for one run takes as long as the run."""
+
+    modules: nn.Module
+    graph: fx.Graph
+
+
+def verified_against(model: Apart, subject: Subject, capture: Capture, arguments: Mapping[str, Any], back: bool) -> list[str]:
+    """`verified`, of the `subject` and a clone of the model."""
     call = call_of(model.module, arguments)
 
     def of_model(values: Mapping[str, Any]) -> Any:
@@ -74,15 +81,14 @@ def verified_against(
         return model(*call.args, **call.kwargs)
 
     def of_graph(values: Mapping[str, Any]) -> Any:
-        own = call_of(subject, values)
         with model.before.restored(), plain_derivatives():
-            return subject.forward(*own.args, **own.kwargs)
+            return ByName(subject.modules, subject.graph).run_by_name(values)
 
     @functools.cache
     def coarsest(draws: bool) -> list[torch.dtype]:
-        run = Coarsest(subject)
+        run = Coarsest(subject.modules, subject.graph)
         with model.before.restored(), one_seed(draws), torch.no_grad():
-            run.run_by_name(leaves_of(arguments, subject)[0])
+            run.run_by_name(leaves_of(arguments, subject.modules)[0])
         return run.of_outputs
 
     def notes_of(draws: bool) -> list[str]:
@@ -131,7 +137,7 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 
 def compared(
-    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule,
+    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: Subject,
     arguments: Mapping[str, Any], coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name.
@@ -149,7 +155,7 @@ def compared(
     if own is None:
         own = ran(of_model, reference, arguments, back, draws, grad=False)
     try:
-        other = ran(of_graph, subject, arguments, back, draws, grad=not notes)
+        other = ran(of_graph, subject.modules, arguments, back, draws, grad=not notes)
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
         raise
     except Exception as error:  # whatever the graph raises where the model does not
@@ -182,7 +188,7 @@ def compared(
             bar = bar_of(coarsest(draws))
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
-            slope = slope_apart(ran(of_graph, subject, near, True, draws), ran(of_model, reference, near, True, draws))
+            slope = slope_apart(ran(of_graph, subject.modules, near, True, draws), ran(of_model, reference, near, True, draws))
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
@@ -208,7 +214,7 @@ def slope_apart(found: Run, expected: Run) -> float:
 
 
 def first_difference(
-    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: fx.GraphModule, arguments: Any,
+    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: Subject, arguments: Any,
     back: bool = False,
 ) -> str:  # fmt: skip
     """Says at which module the graph first goes another way than the model: the first whose output differs; with `back`, the last
@@ -219,12 +225,12 @@ def first_difference(
         for path, module in reference.named_modules()
         if path
     ]
-    seen = Seen(subject)
+    seen = Seen(subject.modules, subject.graph)
     try:
         with one_seed(True), torch.set_grad_enabled(True):
             outputs = tensors_of(of_model(leaves_of(arguments, reference)[0]))
         with one_seed(True), torch.set_grad_enabled(True), plain_derivatives():
-            others = tensors_of(seen.run_by_name(leaves_of(arguments, subject)[0]))
+            others = tensors_of(seen.run_by_name(leaves_of(arguments, subject.modules)[0]))
     except Exception as error:
         return f"it raises where the model does not: {first_line(error)}"
     finally:
