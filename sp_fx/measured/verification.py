@@ -66,7 +66,7 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
 
 @dataclass(frozen=True)
 class Subject:
-    """What is compared with a model: a graph over modules. It is interpreted: to compile it for one run takes as long as the run."""
+    """What is compared with a model: a graph over modules, interpreted: to compile it for one run takes as long as the run."""
 
     modules: nn.Module
     graph: fx.Graph
