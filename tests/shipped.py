@@ -25,6 +25,20 @@ class Small(nn.Module):
         return self.head(F.max_pool2d(F.relu(self.conv(x)), 3, 2, 1).mean((2, 3)))
 
 
+class Block(nn.Module):
+    """A block of a transformer: attention over 6 tokens, GELU, LayerNorm, classes."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.qkv, self.mix = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp, self.head = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        x = x + self.mix(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
 def small(**arguments):
     explainer = sp_fx.transform(fill(Small()))
     x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -30,6 +30,7 @@ MODELS = {
     "squeezenet1_0": (26 + 3, 0),
     "timm/pvt_v2_b1": (8 + 8 + 30, 0),
 }
+SLOW = {"vgg11_bn", "densenet121", "googlenet", "inception_v3", "convnext_tiny"}  # bench/zoo.py has all 178 networks
 
 
 def build(name):
@@ -39,7 +40,7 @@ def build(name):
     return torchvision.models.get_model(name, weights=None, **slow)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in MODELS])
 def test_forward_and_coverage(name):
     model = fill(build(name))
     side = 299 if name == "inception_v3" else 224
@@ -70,7 +71,7 @@ def unscaled(report):
 SMALL = {"squeezenet1_0": 64, "timm/ghostnet_100": 64}
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", ["squeezenet1_0", pytest.param("timm/ghostnet_100", marks=pytest.mark.slow)])
 def test_with_an_example_and_without(name):
     """The example changes no map of a network that a symbolic trace sees whole."""
     side = SMALL[name]

@@ -542,6 +542,7 @@ def test_the_pullback_in_float64(name, rules):
 
 
 @pytest.mark.parametrize("scale", ["absolute", "sample"])
+@pytest.mark.parametrize("name", [n if i % 3 == 0 else pytest.param(n, marks=pytest.mark.slow) for i, n in enumerate(CASES)])
 def test_the_pullback_in_float32(name, scale):
     model, ops, x = network(name)
     u = randn(*oracle.forward(ops, x).shape, seed=70)

@@ -70,7 +70,7 @@ def state(model):
     return modes, threads, hooks, modules, tensors
 
 
-@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("tracer", ["fx", pytest.param("export", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("times", [8, pytest.param(50, marks=pytest.mark.slow)])  # of four calls and six failures each
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads the memory as Linux tells it")
 def test_calls_with_failures_between_leave_the_process_as_it_was(tracer, times):

@@ -13,7 +13,7 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
-from shipped import rewritten, small
+from shipped import Block, rewritten, small
 from sp_fx.packages import package, probe
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -23,7 +23,16 @@ onnx = pytest.importorskip("onnx")
 # -- right
 
 
-@pytest.mark.parametrize("net", ["tiny_resnet", "tiny_pvt"])
+def test_attention_in_onnx(interpreted, tmp_path):
+    explainer, x = sp_fx.transform(fill(Block())), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    loaded = sp_fx.load(explainer.compile(example_inputs=x).save(tmp_path / "a.onnx"))
+    for some in (x, x[:1]):
+        outputs, maps = loaded(some, 1)
+        assert relative(outputs, explainer(some)) <= 1e-5
+        assert relative(maps, explainer.pullback(some, 1)) <= 1e-4
+
+
+@pytest.mark.parametrize("net", ["tiny_resnet", pytest.param("tiny_pvt", marks=pytest.mark.slow)])
 def test_onnx_equals_the_explainer(interpreted, net, tmp_path):
     model, data = golden(net)
     explainer, x, t = sp_fx.transform(model), data["input"], data["target"]

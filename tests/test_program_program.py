@@ -13,6 +13,7 @@ from torch import nn
 
 import sp_fx
 from helpers import NETS, fill, golden, relative
+from shipped import Block
 from sp_fx.gates import kernels
 from sp_fx.program import compiling, inductor, program
 from sp_fx.program import decompositions as decompose
@@ -76,6 +77,15 @@ def test_compiled_at_any_batch(resnet):
 
 
 def test_compiled_attention():
+    explainer, x = sp_fx.transform(fill(Block())), torch.randn(3, 6, 8, generator=torch.Generator().manual_seed(0))
+    made = explainer.compile(example_inputs=x[:1])
+    outputs, maps = made(x, 1)
+    assert relative(outputs, explainer(x)) <= 1e-5
+    assert relative(maps, explainer.pullback(x, 1)) <= 1e-4
+
+
+@pytest.mark.slow
+def test_ascent_compiled_on_a_network_of_attention():
     model, data = golden("tiny_pvt")
     explainer, x, t = sp_fx.transform(model), data["input"], data["target"]
     made = explainer.compile("ascend", example_inputs=x[:1], steps=2, bounds=(-1.0, 1.0), radius=3.0)

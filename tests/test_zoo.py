@@ -255,6 +255,7 @@ def test_import_is_light():
     assert heavy.isdisjoint(module.split(".")[0] for module in result.stdout.split())
 
 
+@pytest.mark.parametrize("name", ["residual_cnn", pytest.param("pyramid_transformer", marks=pytest.mark.slow)])
 def test_training_repeats_itself_bitwise(name, monkeypatch):
     from sp_fx.zoo import train
 
