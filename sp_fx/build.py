@@ -285,7 +285,7 @@ def finished(
 def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> None:
     """Gives `clone` the tensors that `module` has now, which may have been moved or cast since. `renamed` has, by the name in
     `module`, those children's own names."""
-    modules = dict(clone.named_modules(remove_duplicate=False))
+    modules, replaced = dict(clone.named_modules(remove_duplicate=False)), dict[int, Any]()
     for path, owner in module.named_modules(remove_duplicate=False):
         head, dot, rest = path.partition(".")
         names = (renamed.get(head, head) + dot + rest).split(".")
@@ -293,7 +293,11 @@ def adopt(clone: nn.Module, module: nn.Module, renamed: Mapping[str, str]) -> No
         own = modules.get(".".join(names), modules.get(".".join(plain)))
         for table in ("_parameters", "_buffers") if own is not None else ():
             now = getattr(owner, table)
-            getattr(own, table).update({name: now[name] for name in getattr(own, table) if name in now})
+            of_clone = getattr(own, table)
+            replaced |= {id(of_clone[name]): (of_clone[name], now[name]) for name in of_clone if name in now}
+    for tables in ((own._parameters, own._buffers) for own in clone.modules()):
+        for of_clone in tables:  # also where a tensor has another name, since a module that was captured keeps one of them
+            of_clone.update({name: replaced[id(t)][1] for name, t in of_clone.items() if t is not None and id(t) in replaced})
 
 
 def own_names(modules: nn.Module, graphs: set[fx.Graph], report: Report) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import sp_fx
-from helpers import Shared, relative
+from helpers import Shared, fill, relative
 from sp_fx.capture.clones.clone import EvalClone
 
 
@@ -202,3 +202,21 @@ def test_modules_that_are_none_of_the_models_are_named_as_such():
         sp_fx.CaptureError, match=r"calls a module that is none of the model's: make it.*test_capture_clone.py:\d+"
     ):
         sp_fx.transform(Net())
+
+
+def test_attributes_of_parameters_and_embeddings_of_a_norm():
+    """What a library notes on a parameter is read by the clone's forward; a weight that a forward scales is a copy, and told."""
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 3)
+            self.head.weight.times = 2.0
+
+        def forward(self, ids):
+            return torch.relu(self.head(self.table(ids))) * self.head.weight.times
+
+    model, ids = fill(Noted()), torch.tensor([[0, 3], [6, 2]])
+    explainer = sp_fx.transform(model)
+    assert relative(explainer(ids), model(ids)) <= 1e-6
+    assert any("table scales its weight by max_norm" in note for note in explainer.report().notes)

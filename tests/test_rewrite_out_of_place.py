@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import sp_fx
+from helpers import fill
 from sp_fx.analysis.calls import writes
 from sp_fx.gates.dual_path import dual_path
 from sp_fx.gates.rules import KINDS
@@ -684,3 +685,24 @@ def test_what_a_gate_returns_may_be_written_over(call):
     doubled = y.detach() * 2
     y.mul_(2)
     assert torch.equal(y, doubled) and torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_a_buffer_written_in_part_and_then_whole(tracer):
+    """A copy of a part has the form of the part; what is made of the whole buffer for that call has not."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+            self.register_buffer("kept", torch.full((6,), 0.2))
+
+        def forward(self, x):
+            h = self.layer(x)
+            self.kept[:3].copy_(h[:, :3].mean(0))
+            self.kept.add_(h.sum(0) * 0.1)
+            return torch.relu(h + self.kept)
+
+    model, x = fill(Parts()), torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    explainer = sp_fx.transform(copy.deepcopy(model), tracer=tracer, example_inputs=x)
+    assert torch.equal(explainer(x), model(x))

@@ -270,12 +270,14 @@ def test_training_repeats_itself_bitwise(name, monkeypatch):
 
 
 def test_loading_is_quick():
-    """A second beyond torch's own import, with matplotlib, scipy and torchvision left alone; measured 0.15 s."""
+    """Less than torch's own import, with matplotlib, scipy and torchvision left alone; measured a tenth of it."""
     code = (
-        "import sys, time, torch, numpy; before, start = set(sys.modules), time.perf_counter(); from sp_fx import zoo; "
-        "[zoo.load(name) for name in zoo.NAMES]; print(time.perf_counter() - start, *(set(sys.modules) - before))"
+        "import sys, time; start = time.perf_counter(); import torch, numpy; "
+        "ready, before = time.perf_counter(), set(sys.modules); "
+        "from sp_fx import zoo; [zoo.load(name) for name in zoo.NAMES]; "
+        "print(ready - start, time.perf_counter() - ready, *(set(sys.modules) - before))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    seconds, *modules = result.stdout.split()
-    assert float(seconds) < 1
+    of_torch, seconds, *modules = result.stdout.split()
+    assert float(seconds) < float(of_torch)
     assert {"PIL", "timm", "torchvision", "matplotlib", "scipy"}.isdisjoint(module.split(".")[0] for module in modules)

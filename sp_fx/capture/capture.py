@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import fx, nn
 
 tracing = threading.RLock()  # held by whatever traces: torch patches itself meanwhile, for all threads
@@ -62,13 +63,18 @@ def frame_of_caller(until: types.CodeType | None = None) -> types.FrameType | No
 
 
 def is_models(frame: types.FrameType) -> bool:
-    """Whether a frame is of code outside torch and outside this folder."""
+    """Whether a frame is of a model's code."""
     return is_a_models_file(frame.f_code.co_filename)
+
+
+TORCH, PACKAGE = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 
 @functools.cache
 def is_a_models_file(file: str) -> bool:
-    return "/torch/" not in file and not Path(file).is_relative_to(Path(__file__).parent)
+    """Whether a file is outside torch and this package, or one of the package's networks."""
+    path = Path(file)
+    return path.is_relative_to(PACKAGE / "zoo") or not (path.is_relative_to(TORCH) or path.is_relative_to(PACKAGE))
 
 
 def said(error: BaseException) -> str:

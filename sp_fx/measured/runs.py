@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from ..containers import rebuilt, slotted, tensors_of
 # coarsest dtype that the graph computes in.
 OUTPUT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 GRADIENT = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
+
+# Inputs near zero are taken to be of this size at least, where it is asked what a difference of gradients does to outputs: at an
+# example of zeros every gradient would do, since none moves an output.
+STEP = 1e-2
 
 
 @dataclass(frozen=True)
@@ -35,30 +39,34 @@ class Run:
     drew: bool
 
 
-def ran(
-    function: Callable[[Mapping[str, Any]], Any], module: nn.Module, arguments: Mapping[str, Any], back: bool, draws: bool,
-    grad: bool = True,
-) -> Run:  # fmt: skip
-    """Runs `function` of the arguments, forward and, with `back`, from a direction of all outputs back to the floating arguments,
-    or to the embeddings of `module` where none floats; with `draws`, under one seed."""
+@dataclass(frozen=True)
+class Function:
+    """A model or a graph: what to call with arguments by name, and the weights that gradients are taken by where none floats."""
+
+    call: Callable[[Mapping[str, Any]], Any]
+    weights: Sequence[Tensor]
+
+
+def ran(function: Function, arguments: Mapping[str, Any], back: bool, draws: bool, grad: bool = True) -> Run:
+    """Runs `function`, forward and, with `back`, from a direction of all outputs back to the floating arguments, or to its
+    weights where none floats; with `draws`, under one seed."""
     reason, gradients = "", None
     for whole in (False, True) if back else (False,):  # reentrant checkpoints do without a list of inputs alone
         with one_seed(draws) as drew, torch.set_grad_enabled(grad):
-            values, leaves = leaves_of(arguments, module)
-            outputs = tensors_of(function(values))
+            values, leaves = leaves_of(arguments, function.weights)
+            outputs = tensors_of(function.call(values))
             drawn = drew()
             try:
                 gradients = gradients_of(outputs, leaves, whole=whole) if back else None
                 break
             except RuntimeError as error:
                 reason = reason or first_line(error)
-    reach = math.sqrt(sum(float(x.detach().double().norm()) ** 2 for x in leaves))
+    reach = math.sqrt(sum(float(x.detach().double().norm()) ** 2 + STEP**2 * x.numel() for x in leaves))
     return Run([t.detach() for t in outputs], [t.requires_grad for t in outputs], gradients, reach, reason, drawn)
 
 
-def leaves_of(arguments: Mapping[str, Any], module: nn.Module) -> tuple[Any, list[Tensor]]:
-    """Returns copies of the arguments, and what to differentiate by: those that float, or, where none does, the weights of the
-    embeddings of `module`, which are replaced by copies."""
+def leaves_of(arguments: Mapping[str, Any], weights: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
+    """Returns copies of the arguments, and what to differentiate by: those that float, or, where none does, the `weights`."""
     leaves: list[Tensor] = []
 
     def copied(leaf: Any) -> Any:
@@ -71,11 +79,17 @@ def leaves_of(arguments: Mapping[str, Any], module: nn.Module) -> tuple[Any, lis
         return own
 
     values = rebuilt(dict(arguments), copied)
-    if not leaves:  # in the order of their places in memory, which is the same in the model and in the graph
-        embeds = lambda m: "Embedding" in (type(m).__name__, getattr(m, "name", ""))  # noqa: E731  # itself, or its mark
-        weights = {p.data_ptr(): p for m in module.modules() if embeds(m) for p in m.parameters(recurse=False)}
-        leaves = [weights[place].requires_grad_() for place in sorted(weights)]
-    return values, leaves
+    return values, leaves or [weight.requires_grad_() for weight in weights]
+
+
+def weights_of(model: nn.Module, modules: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the weights of a model that a gradient is taken by where no argument floats, and those of the same names in the
+    `modules` that a graph was captured over: the embeddings', or, where it has none, all."""
+    of_model, of_graph = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, modules))
+    embeddings = {path for path, m in model.named_modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
+    shared = {id(p): name for name, p in of_model.items() if name in of_graph and p.is_floating_point()}
+    chosen = [name for name in shared.values() if name.rpartition(".")[0] in embeddings] or [*shared.values()]
+    return [of_model[name] for name in chosen], [of_graph[name] for name in chosen]
 
 
 def gradients_of(outputs: list[Tensor], inputs: list[Tensor], keep: bool = False, whole: bool = False) -> list[Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.arguments import ByName, FormError, call_of
 from ..capture.capture import Capture, CaptureError, blame, said
-from ..capture.clones.apart import Apart, apart, give_own_buffers
+from ..capture.clones.apart import Apart, apart
 from ..capture.clones.clone import EvalClone
 from ..capture.tracing.draws import DRAWS
 from ..capture.tracing.schemas import frame_of, line_of
@@ -28,6 +28,7 @@ from .runs import (
     GRADIENT,
     OUTPUT,
     Coarsest,
+    Function,
     Run,
     Seen,
     beyond,
@@ -39,6 +40,7 @@ from .runs import (
     one_seed,
     perturbed,
     ran,
+    weights_of,
 )
 
 Verify = Literal[True, False, "forward"]
@@ -58,8 +60,7 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
     """
     if not verify:
         return []
-    subject = Subject(EvalClone()(modules), graph)
-    give_own_buffers(subject.modules)
+    subject = Subject(EvalClone(own_buffers=True)(modules), graph)
     back = verify is True
     return apart(capture.reference, lambda reference: verified_against(reference, subject, capture, arguments, back))
 
@@ -75,20 +76,23 @@ class Subject:
 def verified_against(model: Apart, subject: Subject, capture: Capture, arguments: Mapping[str, Any], back: bool) -> list[str]:
     """`verified`, of the `subject` and a clone of the model."""
     call = call_of(model.module, arguments)
+    of_model_weights, of_graph_weights = weights_of(model.module, subject.modules)
 
-    def of_model(values: Mapping[str, Any]) -> Any:
+    def run_model(values: Mapping[str, Any]) -> Any:
         call.arguments.update(values)
         return model(*call.args, **call.kwargs)
 
-    def of_graph(values: Mapping[str, Any]) -> Any:
+    def run_graph(values: Mapping[str, Any]) -> Any:
         with model.before.restored(), plain_derivatives():
             return ByName(subject.modules, subject.graph).run_by_name(values)
+
+    of_model, of_graph = Function(run_model, of_model_weights), Function(run_graph, of_graph_weights)
 
     @functools.cache
     def coarsest(draws: bool) -> list[torch.dtype]:
         run = Coarsest(subject.modules, subject.graph)
         with model.before.restored(), one_seed(draws), torch.no_grad():
-            run.run_by_name(leaves_of(arguments, subject.modules)[0])
+            run.run_by_name(leaves_of(arguments, ())[0])
         return run.of_outputs
 
     def notes_of(draws: bool) -> list[str]:
@@ -102,18 +106,20 @@ def verified_against(model: Apart, subject: Subject, capture: Capture, arguments
             raise CaptureError("; ".join([str(error), *draws])) from error
         notes = notes_of(True)
     changes = model.before.notes()
+    if model.before.draws_own:  # whose numbers were the same in the trace, since it starts from the same state
+        raise CaptureError(f"{changes[-1]}. Draw them from torch")
     if capture.asks:
         same_without_gradients(of_model, model.module, arguments, capture.asks)
     return [*notes, *changes]
 
 
-def same_without_gradients(of_model: Callable[..., Any], reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
+def same_without_gradients(of_model: Function, reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
     """Checks a model that asks whether gradients are on, at the lines `asks`.
 
     Raises:
         CaptureError: it computes other outputs where they are off.
     """
-    on, off = (ran(of_model, reference, arguments, False, True, grad).outputs for grad in (True, False))
+    on, off = (ran(of_model, arguments, False, True, grad).outputs for grad in (True, False))
     if any(beyond(apart, y.dtype, OUTPUT) for apart, y in zip(distances(off, on), on)):
         raise CaptureError(
             f"{type(reference).__name__} computes other outputs where gradients are off, and asks at {asks}: an explainer "
@@ -126,7 +132,7 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
     def error_of(clone: Apart) -> str:
         call = call_of(clone.module, arguments)
-        with one_seed(True), torch.no_grad():
+        with one_seed(True), torch.set_grad_enabled(True):  # as `verified` runs it
             try:
                 clone(*call.args, **call.kwargs)
             except Exception as error:  # whatever it is
@@ -137,7 +143,7 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 
 def compared(
-    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: Subject,
+    of_model: Function, of_graph: Function, reference: nn.Module, subject: Subject,
     arguments: Mapping[str, Any], coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name.
@@ -148,14 +154,14 @@ def compared(
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     own = None
     try:
-        own = ran(of_model, reference, arguments, back, draws)
+        own = ran(of_model, arguments, back, draws)
     except RuntimeError as error:  # `torch.mul(a, b, out=c)` runs where nothing requires grad alone
         back = False
         notes.append(f"the model runs without gradients alone, so that gradients were not compared: {first_line(error)}")
     if own is None:
-        own = ran(of_model, reference, arguments, back, draws, grad=False)
+        own = ran(of_model, arguments, back, draws, grad=False)
     try:
-        other = ran(of_graph, subject.modules, arguments, back, draws, grad=not notes)
+        other = ran(of_graph, arguments, back, draws, grad=not notes)
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
         raise
     except Exception as error:  # whatever the graph raises where the model does not
@@ -188,7 +194,7 @@ def compared(
             bar = bar_of(coarsest(draws))
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
             near = perturbed(arguments)
-            slope = slope_apart(ran(of_graph, subject.modules, near, True, draws), ran(of_model, reference, near, True, draws))
+            slope = slope_apart(ran(of_graph, near, True, draws), ran(of_model, near, True, draws))
         if not slope <= bar:
             where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
@@ -214,7 +220,7 @@ def slope_apart(found: Run, expected: Run) -> float:
 
 
 def first_difference(
-    of_model: Callable[..., Any], of_graph: Callable[..., Any], reference: nn.Module, subject: Subject, arguments: Any,
+    of_model: Function, of_graph: Function, reference: nn.Module, subject: Subject, arguments: Any,
     back: bool = False,
 ) -> str:  # fmt: skip
     """Says at which module the graph first goes another way than the model: the first whose output differs; with `back`, the last
@@ -228,9 +234,9 @@ def first_difference(
     seen = Seen(subject.modules, subject.graph)
     try:
         with one_seed(True), torch.set_grad_enabled(True):
-            outputs = tensors_of(of_model(leaves_of(arguments, reference)[0]))
+            outputs = tensors_of(of_model.call(leaves_of(arguments, of_model.weights)[0]))
         with one_seed(True), torch.set_grad_enabled(True), plain_derivatives():
-            others = tensors_of(seen.run_by_name(leaves_of(arguments, subject.modules)[0]))
+            others = tensors_of(seen.run_by_name(leaves_of(arguments, of_graph.weights)[0]))
     except Exception as error:
         return f"it raises where the model does not: {first_line(error)}"
     finally:

@@ -182,7 +182,8 @@ class CapturedModule(fx.GraphModule):
         with self._splitting:
             if name not in self._splits:
                 graphs = ending_at(self.graph, name, "wrt"), starting_at(self, self.graph, name)
-                stem, tail = (declared_class(self)(self, graph, within(self._report, graph)) for graph in graphs)
+                report = noted(self._report, [f"{NOT_VERIFIED} before it was split"]) if waits(self) else self._report
+                stem, tail = (declared_class(self)(self, graph, within(report, graph)) for graph in graphs)
                 if self._forms:  # the axes are placed
                     stem._unplaced = tail._unplaced = None
                 self._splits[name] = stem, tail

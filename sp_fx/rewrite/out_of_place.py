@@ -314,7 +314,8 @@ class Walk:
 def call(graph: fx.Graph, function: Any, args: tuple, like: fx.Node, at: fx.Node) -> fx.Node:
     """Returns a call that gives a tensor of the form of `like`, made for the call `at`."""
     new = graph.call_function(function, args)
-    new.meta.update({**at.meta, "val": like.meta["val"]} if "val" in like.meta else at.meta)
+    known = {"val": like.meta["val"]} if "val" in like.meta else {}  # none of a tensor of the model
+    new.meta.update({key: value for key, value in at.meta.items() if key != "val"} | known)
     return new
 
 
@@ -351,7 +352,7 @@ def form_of(t: Tensor) -> tuple[Any, ...]:
 
 def keeps_form(node: fx.Node, member: Member) -> bool:
     """Whether the result of a call is known to have the dtype, shape and strides of what it was to write over."""
-    values = [n.meta.get("val") for n in node.all_input_nodes]
+    values = [n.meta.get("val") for n in (member.value, *node.all_input_nodes)]
     if isinstance(node.target, torch._ops.OpOverload) and all(isinstance(v, Tensor) for v in values):
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         with torch.no_grad():

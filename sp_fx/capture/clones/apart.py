@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from ...containers import tensors_of
 from .clone import EvalClone
+from .reached import storage
 from .untouched import Untouched
 
 T = TypeVar("T")
@@ -23,13 +24,12 @@ class Apart:
     """A clone of a model that is run apart from it: called, it leaves the model as it was, and starts from that each time.
 
     Attributes:
-        module: the clone. It shares all tensors but buffers with the model, unless they are copies.
+        module: the clone. It shares no buffers with the model, and all other tensors unless they are copies.
         before: what the forward may change of Python's objects, as it was.
         written: the tensors beside the model's that a run has written over, such as one of its file.
     """
 
     def __init__(self, model: nn.Module, clone: nn.Module) -> None:
-        give_own_buffers(clone)
         self.model, self.module, self.before, self.written = model, clone, Untouched(model, clone), Written()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +63,7 @@ def apart(model: nn.Module, run: Callable[[Apart], T], make: Callable[[EvalClone
     before it does; `run` is called again then, with a clone that shares nothing.
     """
     make = make or (lambda clones: clones(model))
-    clone = Apart(model, make(EvalClone()))
+    clone = Apart(model, make(EvalClone(own_buffers=True)))
     try:
         return run(clone)
     except WritesShared:
@@ -72,12 +72,6 @@ def apart(model: nn.Module, run: Callable[[Apart], T], make: Callable[[EvalClone
         return run(clone)
     finally:
         clone.fresh()
-
-
-def give_own_buffers(clone: nn.Module) -> None:
-    """Gives the modules of `clone` copies of their buffers, which a forward may write over."""
-    for module in clone.modules():
-        module.__dict__["_buffers"] = {n: b if b is None else b.clone() for n, b in module._buffers.items()}
 
 
 class WritesShared(BaseException):  # no Exception: a forward that tries one way and then another would catch it
@@ -144,11 +138,3 @@ def tensors_in(model: nn.Module) -> Iterator[Tensor]:
     """The parameters and buffers of a model, and the plain tensors among the attributes of its modules."""
     yield from (*model.parameters(), *model.buffers())
     yield from (value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor))
-
-
-def storage(t: Tensor) -> int | None:
-    """What says which storage a tensor has; None of one that has none, such as a sparse one."""
-    try:
-        return t.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None

@@ -16,7 +16,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ..capture import CaptureError
 from ..tracing.applies import applies, by_class
+from .reached import Reached, attributes, storage
 
 
 def adopt_forward(clone: nn.Module) -> None:
@@ -105,9 +106,11 @@ def calling(attribute: str, signature: inspect.Signature) -> Callable:
 class EvalClone:
     """Clones a module tree; calling it twice on one module gives one clone."""
 
-    def __init__(self, own_tensors: bool = False) -> None:
-        """`own_tensors`: tensors are copied, and share no storage with the model's."""
-        self.own_tensors = own_tensors
+    def __init__(self, own_tensors: bool = False, own_buffers: bool = False) -> None:
+        """`own_tensors`: tensors are copied, and share no storage with the model's; `own_buffers`: those that share storage with
+        one of its buffers. What shares storage in the model does so in the clone."""
+        self.own_tensors, self.own_buffers = own_tensors, own_buffers
+        self.copied: dict[int, torch.UntypedStorage | None] = {}  # by the model's storage: the clone's, once it is needed
         self.clones: dict[int, Any] = {}
         self.kept: list[Any] = []  # an id is only good while its object lives
         self.reached: Reached | None = None
@@ -119,6 +122,8 @@ class EvalClone:
             raise CaptureError(f"a quantised {type(module).__name__} has no derivative: transform the model before quantisation")
         if self.reached is None:
             self.reached = Reached(module)
+            if self.own_buffers:
+                self.copied = dict.fromkeys(key for b in module.buffers() if (key := storage(b)) is not None)
         if id(module) not in self.clones:
             clone = object.__new__(type(module))  # not by GraphModule.__new__, which makes a class without a forward
             self.clones[id(module)] = clone
@@ -145,12 +150,25 @@ class EvalClone:
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise TypeError("the model has uninitialised (lazy) parameters: run it once on an example before transforming it")
         if id(tensor) not in self.clones:
-            copied = self.own_tensors or tensor.is_inference()  # of a tensor of inference mode nothing may be saved
-            alias = tensor.clone().detach() if copied else tensor.detach()
+            alias = self.alias(tensor)
             # The flag goes along: PyTorch chooses attention kernels by it, and the forward should be bitwise the model's.
             self.clones[id(tensor)] = nn.Parameter(alias, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else alias
+            self.clones[id(tensor)].__dict__.update(vars(tensor))  # what a library has noted on it
             self.kept.append(tensor)
         return self.clones[id(tensor)]
+
+    def alias(self, tensor: Tensor) -> Tensor:
+        """`tensor` in the clone's storage: the model's own, or a copy."""
+        key = storage(tensor)
+        odd = type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.is_conj() or tensor.is_neg() or tensor.is_quantized
+        if key is None or odd:
+            return tensor.clone().detach() if self.own_tensors or self.own_buffers else tensor.detach()
+        if not (self.own_tensors or key in self.copied or tensor.is_inference()):  # of one of inference nothing may be saved
+            return tensor.detach()
+        if (own_storage := self.copied.get(key)) is None:
+            own_storage = self.copied[key] = tensor.untyped_storage().clone()
+        own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return own.set_(own_storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
     def rebind(self, value: Any) -> Any:
         """A plain attribute, in containers of its own; what refers to a module of the tree refers to its clone."""
@@ -261,6 +279,8 @@ class EvalClone:
         for path, module in model.named_modules():
             if (clone := self.clones.get(id(module))) is None:
                 continue
+            if getattr(module, "max_norm", None) is not None:
+                notes.append(f"{path or 'the model'} scales its weight by max_norm: a copy, as it was at transform")
             where = f"the hook of {path}" if path else "the model's own hook"
             for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
                 if isinstance(hook, WEIGHT_HOOKS):
@@ -280,78 +300,6 @@ class EvalClone:
             if id(module) in self.clones:
                 self.clones[id(module)].__dict__.update({name: copy.copy(getattr(module, name)) for name in FORWARD_HOOKS})
         return clone
-
-
-class Reached:
-    """Which objects hold modules, parameters or buffers of a model, however deep.
-
-    Objects of Python's own classes, optimisers, and objects with a finaliser are taken to hold none, since they are not copied.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        tensors = (t for m in model.modules() for t in (*m._parameters.values(), *m._buffers.values()) if t is not None)
-        self.members = {id(model), *map(id, model.modules()), *map(id, tensors)}
-        self.free: dict[int, Any] = {}  # objects that hold none
-
-    def __call__(self, value: Any) -> bool:
-        seen, queue = {id(value): value}, [value]
-        while queue:
-            at = queue.pop()
-            if id(at) in self.members or isinstance(at, nn.Module):
-                if id(at) in self.members:
-                    return True
-                continue
-            for item in () if hasattr(type(at), "__del__") else held(at):
-                if id(item) not in seen and id(item) not in self.free:
-                    seen[id(item)] = item
-                    queue.append(item)
-        self.free |= seen
-        return False
-
-
-def held(value: Any) -> Iterable[Any]:
-    """What an object holds: the items of a container, the attributes of an object, the closure of a function."""
-    match value:
-        case str() | int() | float() | Tensor() | type() | types.ModuleType() | None:
-            return ()
-        case dict() | types.MappingProxyType():
-            return [*value.values(), *attributes(value).values()]
-        case list() | tuple() | set() | frozenset() | collections.deque():
-            return [*value, *attributes(value).values()]
-        case types.MethodType():
-            return (value.__self__, value.__func__)
-        case functools.partial():
-            return (value.func, *value.args, *value.keywords.values(), *value.__dict__.values())
-        case weakref.ref():
-            return (value(),)
-        case types.FunctionType():
-            cells = [cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType()]
-            return (*cells, value.__defaults__, value.__kwdefaults__, *value.__dict__.values())
-    return attributes(value).values()
-
-
-def is_open(value: Any) -> bool:
-    """Whether an object's attributes are looked at: it is of a class that a program has written."""
-    return is_a_programs(type(value).__module__) or isinstance(value, PLAIN_HOLDERS)
-
-
-@functools.cache
-def is_a_programs(module: str) -> bool:
-    """Whether the classes of a file are a program's own: none of Python's, of NumPy's, or of the optimisers."""
-    return module.partition(".")[0] not in PYTHONS and not module.startswith(("torch.optim", "numpy"))
-
-
-PLAIN_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserList)
-PYTHONS = sys.stdlib_module_names - {"__main__"}
-
-
-def attributes(value: Any) -> dict[str, Any]:
-    """The attributes of an object that is open, in its `__dict__` or its slots."""
-    if not is_open(value):
-        return {}
-    slots = [name for base in type(value).__mro__ for name in (base.__dict__.get("__slots__") or ()) if isinstance(name, str)]
-    own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
-    return {**own, **getattr(value, "__dict__", {})}
 
 
 NOT_RUN = "does not run: if it changes anything, the outputs are not the model's"

@@ -7,19 +7,21 @@ what their code names in its file is remembered before the trace, and is the sam
 
 from __future__ import annotations
 
+import array
 import collections
 import functools
+import pickle
 import random
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .clone import attributes, held, is_open
+from .reached import attributes, held, is_a_programs, is_open
 
 CHANGES = "the forward changes"  # how the note on what it stores begins
 
@@ -31,6 +33,7 @@ class Untouched:
         replaced: after the trace, the buffers in whose place the forward has put another tensor.
         stored: after a run, where else the forward has put something: `block.step`, `FEATURES`.
         draws: after a run, what drew random numbers that are not PyTorch's: "random", "numpy.random".
+        draws_own: after a run, the generators of the model's own that it drew from: `block.rng`.
     """
 
     def __init__(self, model: nn.Module, clone: nn.Module) -> None:
@@ -38,6 +41,7 @@ class Untouched:
         self.replaced: list[str] = []
         self.stored: dict[str, None] = {}
         self.draws: dict[str, None] = {}
+        self.draws_own: dict[str, None] = {}
         reached = holders(model, clone)
         names = set().union(*(holder.names for holder in reached if isinstance(holder, File)))
         self._generators = generators() if "random" in names else {}  # which other threads use, too
@@ -54,7 +58,10 @@ class Untouched:
                 self.replaced += [f"{path}.{name}".lstrip(".") for name, b in module._buffers.items() if isinstance(b, fx.Proxy)]
             changed = [(holder, before) for holder, before in self._saved if not is_as(holder, before)]
             changed.sort(key=lambda pair: not isinstance(pair[0], dict))  # the model's own attributes first
-            self.stored |= {name: None for holder, before in changed for name in self.names(holder, before)}
+            for holder, before in changed:
+                is_generator = state_of(holder) is not None and hasattr(holder, "shuffle")  # an array has none
+                names = self.draws_own if is_generator else self.stored
+                names |= dict.fromkeys(self.names(holder, before))
             for name, (get, put, _) in self._generators.items():
                 if not same_state(get(), states[name]):
                     self.draws[name] = None
@@ -98,8 +105,8 @@ class Untouched:
             notes.append(
                 f"the forward changes {names}: each call starts from what was there at transform, and the model's own stays"
             )
-        if self.draws:
-            notes.append(f"the forward draws from {' and '.join(self.draws)}: what it drew at transform is a constant here")
+        if drawn := [*self.draws, *self.draws_own]:
+            notes.append(f"the forward draws from {' and '.join(drawn)}: what it drew at transform is a constant here")
         return notes
 
 
@@ -109,27 +116,21 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     found: dict[int, Any] = {}
     seen: dict[int, Any] = {}
     queue: collections.deque[tuple[Any, int]] = collections.deque()  # what is to be looked into, and how deep
-    classes = {cls for m in model.modules() for cls in type(m).__mro__ if not is_pytorchs(cls)}
     named = Named()
     queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
-    for cls in classes:
-        found[id(cls)] = cls
+    for cls in {cls for m in model.modules() for cls in type(m).__mro__ if not is_pytorchs(cls)}:
         named.follow(cls)
-        values = [getattr(v, "__func__", v) for v in vars(cls).values()]  # of a `staticmethod` the function
-        queue += [(v, NEAR) for v in values if keeps(v)]
     while queue or (new := named.values()):
-        queue = queue or collections.deque((v, NEAR) for v in new if keeps(v))
-        if not queue:
-            break
+        queue = queue or collections.deque(new)
         at, depth = queue.popleft()
-        if id(at) in seen or not depth:
+        if id(at) in seen or (depth <= 0 and type(at) not in CONTAINERS):
             continue
         seen[id(at)] = at
         if type(at) in PLAIN:
             found[id(at)] = at
             if at:
                 items = at.values() if isinstance(at, dict) else at
-                queue += [(item, depth - 1) for item in items if type(item) not in HOLD_NOTHING]
+                queue += [(item, depth) for item in items if type(item) not in HOLD_NOTHING]
             continue
         if isinstance(at, nn.Module | Tensor | fx.Proxy):
             continue
@@ -139,14 +140,22 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
             case Cached():
                 found[id(at)] = at
                 queue.append((at.__wrapped__, depth))
+            case _ if state_of(at) is not None:
+                found[id(at)] = at
             case types.FunctionType():
                 found |= {id(cell): cell for cell in at.__closure__ or ()}
+                found[id(vars(at))] = vars(at)
                 named.follow(at)
+            case type():
+                found[id(at)] = at
+                values = [getattr(v, "__func__", v) for v in vars(at).values()]  # of a `staticmethod` the function
+                queue += [(v, NEAR) for v in values if keeps(v)]
         if is_open(at) and not isinstance(at, types.FunctionType | type):
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}
             found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
-        queue += [(item, depth - 1) for item in held(at) if type(item) not in HOLD_NOTHING]
+        below = depth if type(at) in CONTAINERS else depth - 1  # `STORE["k"]["v"]` is as near as `STORE`
+        queue += [(item, below) for item in held(at) if type(item) not in HOLD_NOTHING]
     return [*found.values(), *named.files.values()]
 
 
@@ -166,6 +175,7 @@ class Named:
 
     def __init__(self) -> None:
         self.files: dict[int, File] = {}
+        self._met: list[tuple[Any, int]] = []  # functions and classes, since they were last asked for
         self._seen: set[int] = set()
         self._given: set[tuple[int, str]] = set()
 
@@ -180,23 +190,33 @@ class Named:
             self._seen.add(id(at))
             if isinstance(at, type):
                 queue += [(value, depth) for value in vars(at).values()]
+                if is_a_programs(at.__module__):
+                    self._met.append((at, NEAR))
             elif isinstance(at, property):
                 queue += [(function, depth) for function in (at.fget, at.fset)]
             elif isinstance(at, Cached) or hasattr(at, "__wrapped__"):
                 queue.append((at.__wrapped__, depth))
             if isinstance(at, types.FunctionType):
-                file = self.files.setdefault(id(at.__globals__), File(at.__globals__))
+                self._met.append((at, NEAR))
                 names = names_in(at.__code__)
-                file.names |= names
-                queue += [(at.__globals__[name], depth - 1) for name in names if name in at.__globals__]
+                spaces = {id(at.__globals__): at.__globals__}
+                pending = [at.__globals__]
+                while pending:  # of what it names, files have names, too: `helpers.STORE`
+                    space = pending.pop()
+                    self.files.setdefault(id(space), File(space)).names |= names
+                    values = [space[name] for name in names if name in space]
+                    queue += [(value, depth - 1) for value in values]
+                    files = [vars(v) for v in values if isinstance(v, types.ModuleType) and is_models_own(v.__name__)]
+                    pending += [file for file in files if id(file) not in spaces]
+                    spaces |= {id(file): file for file in files}
 
-    def values(self) -> list[Any]:
-        """What has the names, but for what was returned before."""
-        new = []
+    def values(self) -> list[tuple[Any, int]]:
+        """What was met, and what has the names, but for what was returned before; and how deep to look into it."""
+        new, self._met = self._met, []
         for key, file in self.files.items():
             for name in file.names:
-                if (key, name) not in self._given and name in file.space:
-                    new.append(file.space[name])
+                if (key, name) not in self._given and name in file.space and keeps(file.space[name]):
+                    new.append((file.space[name], NEAR))
                 self._given.add((key, name))
         return new
 
@@ -204,6 +224,11 @@ class Named:
 def is_pytorchs(value: Any) -> bool:
     """Whether a class or a function is PyTorch's, or Python's own."""
     return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "builtins")
+
+
+def is_models_own(file: str) -> bool:
+    """Whether a file may be a model's: none of PyTorch's, of Python's, or of the packages that only hold functions."""
+    return is_a_programs(file) and file.partition(".")[0] not in ("torch", "sp_fx")
 
 
 def names_in(code: types.CodeType) -> set[str]:
@@ -218,6 +243,7 @@ DEEP, NEAR = sys.maxsize, 2
 HOLD_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, Tensor, nn.Parameter))
 # Containers without attributes: all but a hundred of the 4,837 holders of a ResNet-50, most of them empty.
 PLAIN = frozenset((dict, collections.OrderedDict, set))
+CONTAINERS = PLAIN | {list, tuple, frozenset, collections.deque}
 Cached = functools._lru_cache_wrapper  # a function with a cache, which nobody can look into
 
 
@@ -243,6 +269,8 @@ def contents(holder: Any) -> Any:
             return [(name, value) for name, value in vars(holder).items() if name not in OF_CLASSES]
         case Cached():
             return [str(holder.cache_info().misses)]
+        case _ if (state := state_of(holder)) is not None:
+            return [pickle.dumps(state[0]())]
     return list(attributes(holder).items())
 
 
@@ -258,6 +286,8 @@ def put_back(holder: Any, before: list[Any]) -> None:
                     holder.space.pop(name, None)
         case Cached():  # what it has kept since may be a trace's
             holder.cache_clear()
+        case _ if (state := state_of(holder)) is not None:
+            state[1](pickle.loads(before[0]))
         case dict():
             kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict
             kind.clear(holder)
@@ -301,7 +331,8 @@ def is_as(holder: Any, before: list[Any]) -> bool:
     """Whether in `holder` is what `contents` found in it."""
     if not before and type(holder) in PLAIN:
         return not holder
-    return contents(holder) == before if isinstance(holder, Cached) else same_items(contents(holder), before)
+    now = contents(holder)
+    return now == before if isinstance(holder, Cached) or state_of(holder) is not None else same_items(now, before)
 
 
 def same_items(now: list[Any], before: list[Any]) -> bool:
@@ -312,6 +343,27 @@ def same_items(now: list[Any], before: list[Any]) -> bool:
     return all(
         a is b or (type(a) is type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1]) for a, b in pairs
     )
+
+
+def state_of(value: Any) -> tuple[Callable[[], Any], Callable[[Any], Any]] | None:
+    """How the state of a generator of random numbers, or the numbers of an array, are read and set; None of anything else."""
+    numpy: Any = sys.modules.get("numpy")
+    match value:
+        case random.Random():
+            return value.getstate, value.setstate
+        case torch.Generator():
+            return lambda: value.get_state().tolist(), lambda state: value.set_state(torch.tensor(state, dtype=torch.uint8))
+        case bytearray() | array.array():
+            return lambda: value[:], functools.partial(value.__setitem__, slice(None))
+        case _ if numpy is None:
+            return None
+        case numpy.random.Generator():
+            return lambda: value.bit_generator.state, functools.partial(setattr, value.bit_generator, "state")
+        case numpy.random.RandomState():
+            return value.get_state, value.set_state
+        case numpy.ndarray():
+            return lambda: value, functools.partial(value.__setitem__, ...)
+    return None
 
 
 def generators() -> dict[str, tuple[Any, Any, Any]]:

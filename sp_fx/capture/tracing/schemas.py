@@ -10,11 +10,12 @@ import inspect
 import operator
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from ..capture import is_a_models_file
 
 # What a schema calls a type, and the class of what an op of that type returns. A number may be of any class.
 CLASSES = {"Tensor": Tensor, "int": int, "float": float, "bool": bool, "str": str, "Device": torch.device}
@@ -176,6 +177,6 @@ def line_of(node: fx.Node) -> str:
 
 
 def frame_of(node: fx.Node) -> tuple[str, str, str] | None:
-    """The file, the line and the function that made a call: the innermost outside PyTorch and this folder."""
+    """The file, the line and the function that made a call: the innermost of the model."""
     frames = re.findall(r'File "(.*)", line (\d+), in (.*)', node.stack_trace or "")
-    return next((f for f in reversed(frames) if "/torch/" not in f[0] and str(Path(__file__).parents[1]) not in f[0]), None)
+    return next((f for f in reversed(frames) if is_a_models_file(f[0])), None)
