@@ -185,10 +185,10 @@ def test_an_example_says_what_an_input_is():
 
 
 def test_settings_in_buffers_in_one_trace():
-    runs = []
+    runs = iter(range(9))  # no list, which a trace puts back
 
     def forward(m, x):
-        runs.append(1)
+        next(runs)
         h = m.a(x)
         for scale in m.scales.tolist():
             h = h * scale
@@ -204,7 +204,7 @@ def test_settings_in_buffers_in_one_trace():
                 rows=torch.randn(3, 8), sizes=torch.tensor([3, 5]), unread=torch.zeros(1))  # fmt: skip
     x = batch()
     explainer = sp_fx.transform(model)
-    assert len(runs) == 1
+    assert next(runs) == 1
     assert torch.equal(explainer(x), model(x))
     (note,) = explainer.report().notes
     assert (

@@ -1,6 +1,9 @@
 """Calls by kind: a tensor for two arguments, keyword tensors as long as the batch, samples that are single numbers, extremes."""
 
+import copy
+import inspect
 import math
+import pickle
 import re
 
 import pytest
@@ -10,7 +13,7 @@ from torch import nn
 
 import sp_fx
 from helpers import fill, relative
-from kinds import PLAIN, explain, net, noise, score
+from kinds import PLAIN, explain, net, noise, own_gradient, score
 from sp_fx.gates.scale import deviation
 
 X = noise(4, 6)
@@ -181,3 +184,43 @@ def test_outputs_that_are_not_numbers_are_said_to_be():
     without = explain(net(lambda m, h: torch.relu(h) / (h * 0)), X, "an example")
     with pytest.raises(ValueError, match=r"output of shape \[4, 3\], is NaN"):
         without.pullback(X, 1)
+
+
+class Named(nn.Module):
+    """A forward whose arguments are called like what the code of a graph names itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+
+class OfInf(Named):
+    def forward(self, inf, nan=None):
+        h = self.layer(inf)
+        return self.head(F.relu(torch.where(h > 0, h, float("-inf")).nan_to_num(0.5, neginf=-0.5)))
+
+
+class OfDevice(Named):
+    def forward(self, x, device=None, slice=1):
+        h = F.relu(self.layer(x)) + torch.arange(8, device=torch.device("cpu"))
+        return self.head(h)[:, slice - 1 :]
+
+
+class OfTorch(Named):
+    def forward(self, torch, range=None, NoneType=None):
+        return self.head(F.relu(self.layer(torch)) * 2)
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("kind", [OfInf, OfDevice, OfTorch])
+def test_arguments_that_are_called_like_what_a_graph_names(kind, tracer):
+    """What a graph computes is verified by running its nodes; a user runs the code that is generated of them."""
+    model = fill(kind()).double()
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=X, rules=sp_fx.Rules(**PLAIN))
+    for own in (explainer, copy.deepcopy(explainer), pickle.loads(pickle.dumps(explainer))):
+        assert torch.equal(own(X), model(X))
+        assert relative(own.pullback(X, 1), own_gradient(model, X)) <= 1e-12
+    stem, tail = explainer.split("layer")
+    assert torch.equal(tail(stem(X)), model(X))
+    first = next(iter(inspect.signature(model.forward).parameters))
+    assert torch.equal(explainer(**{first: X}), model(X))

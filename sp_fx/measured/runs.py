@@ -40,14 +40,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Function:
+class Runnable:
     """A model or a graph: what to call with arguments by name, and the weights that gradients are taken by where none floats."""
 
     call: Callable[[Mapping[str, Any]], Any]
     weights: Sequence[Tensor]
 
 
-def ran(function: Function, arguments: Mapping[str, Any], back: bool, draws: bool, grad: bool = True) -> Run:
+def ran(function: Runnable, arguments: Mapping[str, Any], back: bool, draws: bool, grad: bool = True) -> Run:
     """Runs `function`, forward and, with `back`, from a direction of all outputs back to the floating arguments, or to its
     weights where none floats; with `draws`, under one seed."""
     reason, gradients = "", None

@@ -28,8 +28,8 @@ from .runs import (
     GRADIENT,
     OUTPUT,
     Coarsest,
-    Function,
     Run,
+    Runnable,
     Seen,
     beyond,
     distance,
@@ -86,7 +86,7 @@ def verified_against(model: Apart, subject: Subject, capture: Capture, arguments
         with model.before.restored(), plain_derivatives():
             return ByName(subject.modules, subject.graph).run_by_name(values)
 
-    of_model, of_graph = Function(run_model, of_model_weights), Function(run_graph, of_graph_weights)
+    of_model, of_graph = Runnable(run_model, of_model_weights), Runnable(run_graph, of_graph_weights)
 
     @functools.cache
     def coarsest(draws: bool) -> list[torch.dtype]:
@@ -113,7 +113,7 @@ def verified_against(model: Apart, subject: Subject, capture: Capture, arguments
     return [*notes, *changes]
 
 
-def same_without_gradients(of_model: Function, reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
+def same_without_gradients(of_model: Runnable, reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
     """Checks a model that asks whether gradients are on, at the lines `asks`.
 
     Raises:
@@ -143,7 +143,7 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 
 def compared(
-    of_model: Function, of_graph: Function, reference: nn.Module, subject: Subject,
+    of_model: Runnable, of_graph: Runnable, reference: nn.Module, subject: Subject,
     arguments: Mapping[str, Any], coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
     """`verified`, of the model and the graph as functions of the arguments by name.
@@ -220,7 +220,7 @@ def slope_apart(found: Run, expected: Run) -> float:
 
 
 def first_difference(
-    of_model: Function, of_graph: Function, reference: nn.Module, subject: Subject, arguments: Any,
+    of_model: Runnable, of_graph: Runnable, reference: nn.Module, subject: Subject, arguments: Any,
     back: bool = False,
 ) -> str:  # fmt: skip
     """Says at which module the graph first goes another way than the model: the first whose output differs; with `back`, the last

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import copy
 import inspect
+import re
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -200,6 +202,10 @@ class CapturedModule(fx.GraphModule):
             warnings.warn("an Explainer was captured in eval mode and stays in it: train() changes nothing", stacklevel=2)
         return self
 
+    def recompile(self) -> Any:
+        self._graph.on_generate_code(lambda _: unshadowed)
+        return super().recompile()
+
     def __reduce__(self) -> tuple:
         modules, plain = nn.Module(), fx.GraphModule(self, self.graph)  # which has what the graph uses alone
         for table in ("_modules", "_parameters", "_buffers"):
@@ -229,6 +235,23 @@ class CapturedModule(fx.GraphModule):
             own._unplaced = None if self._unplaced is None else (copy.deepcopy(self._unplaced[0]), self._unplaced[1])
         own._forms = {form: (own, compared) for form, (module, compared) in self._forms.items() if module is self}
         return own
+
+
+def unshadowed(body: list[str]) -> list[str]:
+    """The body of a generated forward, in which `device`, `inf` and what else it names itself are not the arguments of these
+    names: first the arguments get the names of their nodes, as fx writes it, `device_1 = device`; then the names are imported."""
+    given = [line for line in body if (match := RENAMED.fullmatch(line)) and match[1] in OF_GENERATED_CODE]
+    imports = [OF_GENERATED_CODE[line.split(" = ")[1].strip()] + "\n" for line in given]
+    return [*given, *imports, *(line for line in body if line not in given)] if given else body
+
+
+RENAMED = re.compile(r"\w+ = (\w+)\n")
+OF_GENERATED_CODE = {
+    **{name: f"from builtins import {name}" for name in vars(builtins) if name.isidentifier()},
+    **{"inf": "from math import inf", "nan": "from math import nan", "NoneType": "NoneType = type(None)"},
+    **{"torch": "import torch", "device": "from torch import device"},
+    **{"fx_pytree": "import torch.fx._pytree as fx_pytree", "pytree": "import torch.utils._pytree as pytree"},
+}
 
 
 AnyCaptured = TypeVar("AnyCaptured", bound=CapturedModule)

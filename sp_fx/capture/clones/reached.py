@@ -54,7 +54,8 @@ def held(value: Any) -> Iterable[Any]:
         case str() | int() | float() | Tensor() | type() | types.ModuleType() | None:
             return ()
         case dict() | types.MappingProxyType():
-            return [*value.values(), *attributes(value).values()]
+            own = dict.values(value) if isinstance(value, dict) else value.values()  # no code of a class of its own runs
+            return [*own, *attributes(value).values()]
         case list() | tuple() | set() | frozenset() | collections.deque():
             return [*value, *attributes(value).values()]
         case types.MethodType():
@@ -84,6 +85,9 @@ PLAIN_HOLDERS = (types.SimpleNamespace, collections.UserDict, collections.UserLi
 PYTHONS = sys.stdlib_module_names - {"__main__"}
 
 
+SLOT = types.MemberDescriptorType
+
+
 def slots_of(cls: type) -> list[str]:
     """The names under which the slots of a class are attributes: `__x` in a class `A` is `_A__x`."""
     slots = cls.__dict__.get("__slots__") or ()
@@ -96,6 +100,7 @@ def attributes(value: Any) -> dict[str, Any]:
     """The attributes of an object that is open, in its `__dict__` or its slots."""
     if not is_open(value):
         return {}
-    slots = [slot for base in type(value).__mro__ for slot in slots_of(base)]
+    cls = type(value)
+    slots = [slot for base in cls.__mro__ for slot in slots_of(base) if isinstance(getattr(cls, slot, None), SLOT)]
     own = {name: getattr(value, name) for name in slots if name not in ("__dict__", "__weakref__") and hasattr(value, name)}
     return {**own, **getattr(value, "__dict__", {})}

@@ -13,9 +13,11 @@ import functools
 import pickle
 import random
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +122,7 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
     queue += [(vars(m), DEEP) for m in (*model.modules(), *clone.modules())]
     for cls in {cls for m in model.modules() for cls in type(m).__mro__ if not is_pytorchs(cls)}:
         named.follow(cls)
+        queue.append((cls, NEAR))
     while queue or (new := named.values()):
         queue = queue or collections.deque(new)
         at, depth = queue.popleft()
@@ -169,6 +172,8 @@ class File:
 class Named:
     """What functions name in their files, by their code, and so on for the functions and classes that they name.
 
+    What is deep inside an installed library is left alone: a trace changes what sympy keeps.
+
     Attributes:
         files: the files, by the identity of their dictionaries.
     """
@@ -190,14 +195,15 @@ class Named:
             self._seen.add(id(at))
             if isinstance(at, type):
                 queue += [(value, depth) for value in vars(at).values()]
-                if is_a_programs(at.__module__):
+                if is_own(at.__module__):
                     self._met.append((at, NEAR))
             elif isinstance(at, property):
                 queue += [(function, depth) for function in (at.fget, at.fset)]
             elif isinstance(at, Cached) or hasattr(at, "__wrapped__"):
                 queue.append((at.__wrapped__, depth))
             if isinstance(at, types.FunctionType):
-                self._met.append((at, NEAR))
+                if is_own(at.__module__):
+                    self._met.append((at, NEAR))
                 names = names_in(at.__code__)
                 spaces = {id(at.__globals__): at.__globals__}
                 pending = [at.__globals__]
@@ -206,7 +212,7 @@ class Named:
                     self.files.setdefault(id(space), File(space)).names |= names
                     values = [space[name] for name in names if name in space]
                     queue += [(value, depth - 1) for value in values]
-                    files = [vars(v) for v in values if isinstance(v, types.ModuleType) and is_models_own(v.__name__)]
+                    files = [vars(v) for v in values if isinstance(v, types.ModuleType) and is_own(v.__name__)]
                     pending += [file for file in files if id(file) not in spaces]
                     spaces |= {id(file): file for file in files}
 
@@ -226,9 +232,13 @@ def is_pytorchs(value: Any) -> bool:
     return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "builtins")
 
 
-def is_models_own(file: str) -> bool:
-    """Whether a file may be a model's: none of PyTorch's, of Python's, or of the packages that only hold functions."""
-    return is_a_programs(file) and file.partition(".")[0] not in ("torch", "sp_fx")
+@functools.cache
+def is_own(module: str) -> bool:
+    """Whether a module may be the user's own: it is none of Python's, and does not lie where pip puts one."""
+    root = str(module).partition(".")[0]
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    installed = any(Path(file).is_relative_to(sysconfig.get_path(kind)) for kind in ("purelib", "platlib"))
+    return is_a_programs(root) and root not in ("torch", "sp_fx") and not installed
 
 
 def names_in(code: types.CodeType) -> set[str]:
