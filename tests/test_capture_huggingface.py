@@ -66,7 +66,10 @@ def inputs_of(name, model, batch):
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("name", MODELS)
+ALIKE = {"roberta", "distilbert", "deit"}  # BERT's and ViT's layers once more: in the slow form
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in MODELS])
 def test_transform_and_pullback(name):
     model, embedding, gates = MODELS[name]()
     model = fill(model)

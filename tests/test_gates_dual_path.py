@@ -141,7 +141,7 @@ class All(nn.Module):
         return sum(net(x) for net in self.nets)
 
 
-@pytest.mark.parametrize("way", ["backward of the compiled forward", "compiled vjp"])
+@pytest.mark.parametrize("way", ["backward of the compiled forward", pytest.param("compiled vjp", marks=pytest.mark.slow)])
 def test_compiled_whole(way, point):
     x, u = point
     net = All()

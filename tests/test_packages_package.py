@@ -85,7 +85,9 @@ METHODS = [
 
 
 @pytest.mark.parametrize("suffix", [".onnx", pytest.param(".pt2", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method, arguments", METHODS)
+@pytest.mark.parametrize(
+    "method, arguments", [METHODS[0], METHODS[1], *(pytest.param(*pair, marks=pytest.mark.slow) for pair in METHODS[2:])]
+)
 def test_every_method_travels(interpreted, method, arguments, suffix, tmp_path):
     explainer, x, made = small(method=method, **arguments)
     loaded = sp_fx.load(made.save(tmp_path / f"a{suffix}"))
