@@ -129,11 +129,10 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
         if id(at) in seen or (depth <= 0 and type(at) not in CONTAINERS):
             continue
         seen[id(at)] = at
-        if type(at) in PLAIN:
-            found[id(at)] = at
-            if at:
-                items = at.values() if isinstance(at, dict) else at
-                queue += [(item, depth) for item in items if type(item) not in HOLD_NOTHING]
+        if type(at) in CONTAINERS:  # `STORE["k"]["v"]` is as near as `STORE`
+            found |= {} if isinstance(at, tuple | frozenset) else {id(at): at}
+            items = at.values() if isinstance(at, dict) else at
+            queue += [(item, depth) for item in items if type(item) not in HOLD_NOTHING]
             continue
         if isinstance(at, nn.Module | Tensor | fx.Proxy):
             continue
@@ -157,8 +156,7 @@ def holders(model: nn.Module, clone: nn.Module) -> list[Any]:
             space = getattr(at, "__dict__", None)
             found |= {} if space is None else {id(space): space}
             found |= {id(at): at} if any(vars(base).get("__slots__") for base in type(at).__mro__) else {}
-        below = depth if type(at) in CONTAINERS else depth - 1  # `STORE["k"]["v"]` is as near as `STORE`
-        queue += [(item, below) for item in held(at) if type(item) not in HOLD_NOTHING]
+        queue += [(item, depth - 1) for item in held(at) if type(item) not in HOLD_NOTHING]
     return [*found.values(), *named.files.values()]
 
 
@@ -251,9 +249,8 @@ def names_in(code: types.CodeType) -> set[str]:
 DEEP, NEAR = sys.maxsize, 2
 # Nine in ten of a module's attributes, which need not wait in the queue.
 HOLD_NOTHING = frozenset((str, int, float, bool, type(None), torch.dtype, torch.device, Tensor, nn.Parameter))
-# Containers without attributes: all but a hundred of the 4,837 holders of a ResNet-50, most of them empty.
-PLAIN = frozenset((dict, collections.OrderedDict, set))
-CONTAINERS = PLAIN | {list, tuple, frozenset, collections.deque}
+# Python's own containers: all but a hundred of the 4,837 holders of a ResNet-50, most of them empty.
+CONTAINERS = frozenset((dict, collections.OrderedDict, set, list, tuple, frozenset, collections.deque))
 Cached = functools._lru_cache_wrapper  # a function with a cache, which nobody can look into
 
 
@@ -339,7 +336,7 @@ OF_CLASSES = frozenset(("__dict__", "__weakref__", "__abstractmethods__", "_abc_
 
 def is_as(holder: Any, before: list[Any]) -> bool:
     """Whether in `holder` is what `contents` found in it."""
-    if not before and type(holder) in PLAIN:
+    if not before and type(holder) in CONTAINERS:
         return not holder
     now = contents(holder)
     return now == before if isinstance(holder, Cached) or state_of(holder) is not None else same_items(now, before)
