@@ -19,6 +19,7 @@ from .capture.exported import batch_sizes, export
 from .capture.symbolic import trace
 from .explainer import Explainer
 from .gates.rules import Rules
+from .measured.sample_axis import shapes_of
 from .measured.scales import follows_sample
 from .measured.verification import Verify, own_error, verified
 from .methods.captured import AXES_WAIT, WAITS, CapturedModule, noted
@@ -116,7 +117,7 @@ def transform(
             why = ", since the rules keep them all" if any(site.kind for site in report.of("kept")) else ""
             text = f"{report.model} has no gate to rewrite{why}: its pullback will be the plain gradient"
             warnings.warn(text, stacklevel=2)
-        waiting = [WAITS] if compare is not None else [AXES_WAIT] if follows_sample(report) else []
+        waiting = [WAITS] if compare is not None and verify else [AXES_WAIT] if follows_sample(report) else []
         unverified = [] if verify is True else [UNVERIFIED[verify]]
         report = replace(report, notes=(*report.notes, *unverified, *(waiting if example is None else [])))
         explainer = Explainer(modules, graph, report, compare)
@@ -139,6 +140,7 @@ class Attempt:
     capture: Capture
     modules: nn.Module
     report: Report
+    pristine: fx.Graph | None = None  # before it was rewritten, where shapes are to decide at the first call what attention is
 
     @property
     def opaque(self) -> int:
@@ -163,7 +165,7 @@ def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str,
             return error
 
     try:
-        traced = attempt(model, trace(model, example), rules)
+        traced = attempt(model, trace(model, example), rules, example)
         sees_more = tracer == "auto" and traced.opaque > 0  # perhaps an export, which is compared with the model then
         if sees_more and example is not None and isinstance(found := exported(), Attempt) and found.opaque < traced.opaque:
             return found
@@ -200,15 +202,27 @@ def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules, verify
             capture = export(model, example, any_batch)
             notes = [f"the batch is fixed at {sizes[0]}, since {str(refusal).splitlines()[0]}" for refusal in refusals]
             capture = replace(capture, notes=(*notes, *capture.notes))
-            return compared(attempt(model, capture, rules), example, verify)
+            return compared(attempt(model, capture, rules, example), example, verify)
         except CaptureError as error:
             refusals.append(error)
     raise refusals[-1]
 
 
-def attempt(model: nn.Module, capture: Capture, rules: Rules) -> Attempt:
-    """Rewrites a capture of the model."""
-    return Attempt(capture, *rewrite(type(model).__name__, capture, rules))
+def attempt(model: nn.Module, capture: Capture, rules: Rules, example: Mapping[str, Any] | None) -> Attempt:
+    """Rewrites a capture of the model; shapes are those that the nodes have on the example."""
+    pristine = copied(capture.graph) if example is None else None
+
+    def measure(modules: nn.Module, graph: fx.Graph) -> dict[fx.Node, Any]:
+        return shapes_of(modules, graph, example)  # type: ignore[arg-type]
+
+    made = rewrite(type(model).__name__, capture, rules, None if example is None else measure)
+    return Attempt(capture, made.modules, made.report, pristine if made.undecided else None)
+
+
+def copied(graph: fx.Graph) -> fx.Graph:
+    own = fx.Graph()
+    own.output(own.graph_copy(graph, {}))
+    return own
 
 
 def compared(made: Attempt, example: Mapping[str, Any] | None, verify: Verify) -> Attempt:
@@ -224,7 +238,8 @@ def compared(made: Attempt, example: Mapping[str, Any] | None, verify: Verify) -
 
 @dataclass(frozen=True)
 class AtFirstCall:
-    """Compares an explainer with its model at the first call of each form.
+    """Compares an explainer with its model at the first call of each form, and decides by the shapes, then known, which of its
+    softmaxes are attention.
 
     `made` is what the explainer was made of; where it ends at an inner output, that is compared, up to the model's own output.
     """
@@ -237,13 +252,17 @@ class AtFirstCall:
     renamed: Mapping[str, str]
 
     def __call__(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Outcome:
-        capture = replace(self.made.capture, reference=EvalClone()(self.made.capture.reference))
-        modules = EvalClone()(self.made.modules)
-        for own in (capture.reference, modules):
-            adopt(own, module, self.renamed)
         with tracing, torch.inference_mode(False):
+            made = self.decided(module, arguments)
+            capture = replace(made.capture, reference=EvalClone()(made.capture.reference))
+            modules = EvalClone()(made.modules)
+            for own in (capture.reference, modules):
+                adopt(own, module, self.renamed)
             try:
-                return Outcome(verified(capture, modules, self.made.capture.graph, arguments, self.verify))
+                notes = verified(capture, modules, capture.graph, arguments, self.verify)
+                if made is self.made:
+                    return Outcome(notes)
+                return Outcome(notes, finished(made, self.rules, self.tracer, self.output, self.verify), replaces=True)
             except (CaptureError, AssertionError) as error:  # an assertion: of an argument that the trace has fixed
                 if self.tracer != "auto" or capture.tracer == "torch.export":
                     raise
@@ -253,8 +272,19 @@ class AtFirstCall:
             except CaptureError as second:
                 raise CaptureError(f"{refusal}\n{second}") from second
             notes = [f"by torch.export, since {str(refusal).splitlines()[0]}"]
-            made = finished(exported, self.rules, self.tracer, self.output, self.verify)
-            return Outcome(notes, made, replaces=isinstance(refusal, CaptureError))
+            instead = finished(exported, self.rules, self.tracer, self.output, self.verify)
+            return Outcome(notes, instead, replaces=isinstance(refusal, CaptureError))
+
+    def decided(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Attempt:
+        """What the explainer is made of, or what it should be made of, by the shapes that the arguments give its softmaxes."""
+        if self.made.pristine is None:
+            return self.made
+        modules = EvalClone()(self.made.capture.modules)
+        adopt(modules, module, self.renamed)
+        capture = replace(self.made.capture, modules=modules, graph=copied(self.made.pristine))
+        by_shapes = attempt(capture.reference, capture, self.rules, arguments)
+        same = by_shapes.report.sites == self.made.report.sites
+        return self.made if same else replace(by_shapes, pristine=self.made.pristine)
 
 
 @dataclass(frozen=True)
@@ -278,7 +308,8 @@ def finished(
         report = within(report, graph)
     renamed = own_names(made.modules, {made.capture.graph, graph}, report)
     notes = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]
-    compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if verify else None
+    waits = verify or made.pristine is not None
+    compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if waits else None
     return made.modules, graph, replace(report, notes=(*report.notes, *notes)), compare
 
 

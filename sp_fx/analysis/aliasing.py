@@ -15,8 +15,8 @@ import torch
 from torch import fx, nn
 
 from ..capture.passed import lets_through
-from .calls import ITSELF, draws, name_of, writes
-from .ops import SEVERAL, SHAPES, VIEW, having
+from .calls import draws, name_of, writes
+from .ops import ITSELF, SEVERAL, SHAPES, VIEW, having
 
 NUMBERS = having("number")
 RETURN_THEIR_INPUT = (nn.Identity, nn.modules.dropout._DropoutNd)

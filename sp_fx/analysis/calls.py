@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..capture.kept_functions import applied
 from ..gates.registry import call_registered
-from .ops import CHOICES, FACTORS, having
+from .ops import CHOICES, FACTORS, ITSELF, having
 
 # Leaves of torch.nn that are affine in eval mode. Any other leaf may hide a gate.
 AFFINE_MODULES = (
@@ -39,7 +39,7 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
 
-ONLY_IN_PLACE, ITSELF = having("in_place"), having("itself")
+ONLY_IN_PLACE = having("in_place")
 
 # The operators of `h += 1` and its like, by their plain names: `iadd`.
 AUGMENTED = frozenset(name[2:-2] for name in dir(operator) if name.startswith("__i") and hasattr(operator, f"__{name[3:]}"))

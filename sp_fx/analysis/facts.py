@@ -16,11 +16,16 @@ from ..capture.kept_functions import Marked
 from ..capture.passed import lets_through, operands
 from ..gates.dual_path import dual_path
 from .aliasing import Aliasing
-from .calls import is_multiplication, masks_of, name_of
-from .ops import ACTIVATIONS, COMPARISONS, LOGICAL, MULTIPLES, SHAPES, SHARES
+from .calls import is_multiplication, name_of
+from .ops import ACTIVATIONS, MULTIPLES, SHARES
 from .registered_gates import marked_gate, registered_gate
-from .written_gates import Graph, Written, written_gate
-from .written_norms import Statistic, written_norm
+from .signals import Signals
+from .written.gates import Written, written_gates
+from .written.graph import Graph
+from .written.norms import Statistic, written_norm
+from .written.softmax import Softmax, written_softmax
+
+Pattern = Written | Statistic | Softmax
 
 
 class Facts:
@@ -28,28 +33,29 @@ class Facts:
 
     Attributes:
         varying: the nodes whose values depend on the values of the inputs, and not on their shapes alone.
-        patterns: the gates and norms that the model writes out itself or has registered, by the node that closes them.
+        signals: those of them that a derivative reaches; `choosing` those that are whole numbers or masks, made of what the
+            model computed; `complex` those that are complex numbers.
+        patterns: the functions that the model writes out itself or has registered, by the node that closes them.
         parts: the nodes inside such a pattern, and the node that closes it.
         aliasing: whose storage a node may share.
+        undecided: the softmaxes that may be attention, for all that is known without shapes.
+        view: the graph as the readers of written functions see it.
     """
 
     def __init__(self, capture: Capture, registered: Sequence[Marked] = ()) -> None:
         self.modules, self.graph = capture.modules, capture.graph
         self.aliasing = Aliasing(self.modules, self.graph)
-        self.varying: set[fx.Node] = set()
-        self.patterns: dict[fx.Node, Written | Statistic] = {}
+        signals = Signals(self.modules, self.graph, self.is_identity)
+        self.varying, self.signals, self.choosing = signals.varying, signals.signals, signals.choosing
+        self.complex = signals.complex
+        self.view = Graph(self.modules, self.is_identity, self.varying, self.signals, self.complex)
+        self.patterns: dict[fx.Node, Pattern] = {}
         self.parts: dict[fx.Node, fx.Node] = {}
-        self._find_varying()
+        self.undecided: set[fx.Node] = set()
         self._find_registered(registered)
-        self._find_patterns()
+        self._find_written()
 
     # -- computed once
-
-    def _find_varying(self) -> None:
-        for node in self.graph.nodes:
-            name = "" if node.op == "call_module" else node.args[1] if node.target is getattr else name_of(node)
-            if node.op == "placeholder" or (name not in SHAPES and self.varying_inputs(node)):
-                self.varying.add(node)
 
     def _find_registered(self, registered: Sequence[Marked]) -> None:
         for marked in registered:
@@ -61,22 +67,23 @@ class Facts:
             if (gate := registered_gate(node, self.leaf(node))) is not None:
                 self.patterns[node] = gate
 
-    def _find_patterns(self) -> None:
-        view = Graph(self.varying.__contains__, self.is_identity, self.modules)
-        for node in self.graph.nodes:
-            if node not in self.varying or node in self.parts or node in self.patterns:
+    def _find_written(self) -> None:
+        nodes = [node for node in self.graph.nodes if node in self.varying]
+        order = {node: position for position, node in enumerate(nodes)}
+        for node in nodes:
+            if (softmax := written_softmax(self.view, node, order)) is not None:
+                self.patterns[node] = softmax
+                self.parts |= {n: node for n in self.view.private(softmax.inside, node) if n is not node}
+        gates = written_gates(self.view, nodes, {*self.parts, *self.patterns})
+        self.patterns |= gates
+        for node, gate in gates.items():
+            self.parts |= {n: node for n in self.view.private(gate.inside, node) if n is not node}
+        for node in nodes:
+            if node in self.parts or node in self.patterns:
                 continue
-            gate = written_gate(view, node)
-            if gate is not None and not (set(gate.inside) & set(self.parts)) and self._separable(gate, node):
-                self.patterns[node] = gate
-                self.parts |= {n: node for n in gate.inside if n is not node}
-            elif (norm := written_norm(view, node)) is not None:
+            if (norm := written_norm(self.view, node)) is not None:
                 self.patterns[node] = norm
-                self.parts |= {n: node for n in norm.inside if n not in self.patterns}
-
-    def _separable(self, gate: Written, node: fx.Node) -> bool:
-        """Whether what is inside a written gate is used nowhere else."""
-        return all(user in gate.inside or self.is_identity(user) for n in gate.inside if n is not node for user in n.users)
+                self.parts |= {n: node for n in norm.inside if n not in self.patterns and n not in self.parts}
 
     # -- what a node calls
 
@@ -97,11 +104,20 @@ class Facts:
     def varies(self, node: object) -> bool:
         """Whether `node` depends on the values of the inputs. What an edit has inserted since is taken to,
         but for the tensors that it reads off the modules."""
-        inserted = isinstance(node, fx.Node) and node not in self.aliasing.position and node.op != "get_attr"
-        return node in self.varying or inserted
+        return node in self.varying or self._inserted(node)
+
+    def is_signal(self, node: object) -> bool:
+        """Whether a derivative reaches `node`."""
+        return node in self.signals or self._inserted(node)
+
+    def _inserted(self, node: object) -> bool:
+        return isinstance(node, fx.Node) and node not in self.aliasing.position and node.op != "get_attr"
 
     def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in operands(node, self.is_identity) if self.varies(n)]
+
+    def signal_inputs(self, node: fx.Node) -> list[fx.Node]:
+        return [n for n in operands(node, self.is_identity) if self.is_signal(n)]
 
     def has_weights(self, node: fx.Node) -> bool:
         """Whether weights of the model had a part in `node`."""
@@ -115,31 +131,26 @@ class Facts:
             seen.update(inputs)
         return False
 
-    def chooses_by_comparison(self, node: fx.Node) -> bool:
-        """Whether `node` chooses by a mask that the model makes by comparing what its weights had a part in, as
-        `torch.where(h > t, a, b)` does. Masks that are made of inputs alone are the caller's, as those of token ids are."""
-        return any(map(self._compares, masks_of(node)))
-
-    def _compares(self, mask: object) -> bool:
-        while isinstance(mask, fx.Node) and self.varies(mask) and name_of(mask) not in COMPARISONS:
-            inputs = self.varying_inputs(mask)
-            if not inputs or not (self.aliasing.is_view(mask) or name_of(mask) in LOGICAL):
-                return False
-            mask = inputs[0]
-        return isinstance(mask, fx.Node) and self.varies(mask) and self.has_weights(mask)
+    def is_chosen(self, node: fx.Node) -> bool:
+        """Whether what `node` takes is chosen by a comparison of what the model computed, as by `torch.where(h > t, a, b)`,
+        `h[h < 0] = 0` and `h.gather(1, h.argsort(1))`. Masks that are made of inputs alone are the caller's."""
+        return node not in self.choosing and any(n in self.choosing for n in operands(node, self.is_identity))
 
     def gating_factors(self, node: fx.Node) -> list[fx.Node]:
         """Returns the factors of a product that are gates: those made by a sigmoid and its like, or where there is none, by an
         activation. For example `s` in `x * s` after `s = torch.sigmoid(h).view(-1, c, 1, 1)`."""
         if not is_multiplication(node):
             return []
-        makers = {n: self.maker(n) for n in self.varying_inputs(node)}
+        makers = {n: self.maker(n) for n in self.signal_inputs(node)}
         shares = [n for n, name in makers.items() if name in SHARES]
         return shares or [n for n, name in makers.items() if name in ACTIVATIONS]
 
     def maker(self, node: fx.Node) -> str:
-        """Returns the name of the call that made `node`, back through views and multiples; of a dual-path call, its row."""
+        """Returns the name of the call that made `node`, back through views and multiples; of a dual-path call, its row; of a
+        function that is written out, its kind."""
         while node.target is not dual_path:
+            if isinstance(written := self.patterns.get(node), Written):
+                return written.kind
             inputs = self.varying_inputs(node)
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):

@@ -9,7 +9,7 @@ from torch import fx, nn
 from ..capture.kept_functions import Marked
 from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, named, registered
 from .calls import op_of
-from .written_gates import Written
+from .written.gates import Written
 
 
 def registered_gate(node: fx.Node, module: nn.Module | None) -> Written | None:

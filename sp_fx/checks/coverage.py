@@ -17,7 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..analysis.ops import DISPATCHED, LISTED
 from ..containers import rebuilt
-from ..rewrite.report import Report
+from ..rewrite.report import WRITTEN_OUT, Report
 
 
 class Dispatched(TorchDispatchMode):
@@ -78,4 +78,5 @@ def dispatched(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 
 def listed(report: Report) -> Counter[str]:
     """The families of the calls that a report lists, rewritten or not, and how often."""
-    return Counter(LISTED[site.op] for site in report.sites if site.op in LISTED)
+    ops = [site.op.removesuffix(WRITTEN_OUT) for site in report.sites]
+    return Counter(LISTED[op] for op in ops if op in LISTED)

@@ -51,17 +51,16 @@ class FrozenTangents(ByName):
 
 
 def frozen_tangent(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) -> Tensor | None:
-    """Returns what the gate `kind`, frozen at its operands `tensors`, of which it made `y`, makes of the tangent `t`; None for a
-    softmax, which is a constant then."""
+    """Returns what the gate `kind`, frozen at its operands `tensors`, of which it made `y`, makes of the tangent `t`."""
     z = tensors[TABLE[kind].receives]
-    if kind == "softmax":
-        return None
     if kind == "attention":
         return TABLE[kind].forward(*tensors[:2], t, tensors[3], **args)
     if kind == "mix":
         return TABLE[kind].forward(tensors[0], None, t, **args)
     if kind == "glu":
         return t.chunk(2, args["dim"])[0] * z.chunk(2, args["dim"])[1].sigmoid()
+    if kind == "surrogate":
+        return t
     if kind == "written":
         return frozen_tangent(args["row"], [z], y, t, dict(args.get("args", ())))
     if kind in SHARE:

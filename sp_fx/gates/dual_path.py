@@ -175,7 +175,7 @@ def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None, gate: str) -> Tensor:
     spec = decoded(ast.literal_eval(gate))
     output = exact(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
-    return output.clone() if spec[0] == "written" else output  # an op may not return its input
+    return output.clone() if spec[0] in ("written", "surrogate") else output  # an op may not return its input
 
 
 def _exported_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

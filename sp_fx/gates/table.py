@@ -1,6 +1,7 @@
 """The table of adjoints: the exact forward and the soft adjoint of every kind of gate, in plain torch.
 
-It is the union of the families in `adjoints/`, and one row more: `written`, a gate that the model computes itself.
+It is the union of the families in `adjoints/`, and two rows more: `written`, a gate that the model computes itself, and
+`surrogate`, a call whose cotangent goes back through another one.
 """
 
 from __future__ import annotations
@@ -20,9 +21,19 @@ def written_adjoint(v: Tensor, z: Tensor, y: Tensor, tau: Tau, row: str, args: t
     return TABLE[row].adjoint(v, z, tau=tau, **dict(args))
 
 
+def surrogate(y: Tensor, soft: Tensor) -> Tensor:
+    """What the model computed itself, `y`; `soft` is what the way back is through, in as many places as that is made of."""
+    return y.view_as(y)
+
+
+def surrogate_adjoint(v: Tensor, y: Tensor, soft: Tensor, tau: Tau) -> Tensor:
+    return v.to(soft.dtype)
+
+
 FAMILIES = (relu, smooth, pooling, norms, attention, products, affine)
 TABLE: dict[str, Row] = {kind: row for family in FAMILIES for kind, row in family.ROWS.items()}
 TABLE["written"] = Row(written, written_adjoint, FROZEN, tensors=2)
+TABLE["surrogate"] = Row(surrogate, surrogate_adjoint, FROZEN, receives=1, tensors=2, forgets=True)
 
 
 def rule_of(row: str) -> str:

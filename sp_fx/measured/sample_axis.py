@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..analysis.calls import name_of
 from ..analysis.ops import POINTWISE, PRODUCT
@@ -78,6 +78,16 @@ def sample_axes(
         size = lead[0].shape[0] * (1 if reason else 2)
         axes |= in_its_own_thread(lambda: by_influence(module, whole, size, unknown), draws)
     return axes, reason
+
+
+def shapes_of(modules: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any]) -> dict[fx.Node, Any]:
+    """Returns what the nodes of `graph` are on such arguments: fake tensors, or other values; nothing of what does not run so."""
+    own: dict[fx.Node, fx.Node] = {}
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph, own))
+    forms = rebuilt(dict(arguments), lambda t: Form(t, None) if isinstance(t, Tensor) else t)
+    values = in_its_own_thread(lambda: Fakes(fx.GraphModule(modules, copy), forms), False).values
+    return {node: values[own[node]] for node in graph.nodes if values.get(own.get(node), Fakes.UNKNOWN) is not Fakes.UNKNOWN}
 
 
 def measured(

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from ..analysis.attention import Shapes
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
 from ..gates.adjoints.row import Temperature
@@ -25,11 +26,12 @@ class Account:
     Attributes:
         sites: the lines of the report.
         nodes: the call of each line.
+        shapes: what nodes are, as fake tensors; None where that is not known.
         rewriting: the graph, and what the edits so far have put in place of what.
     """
 
-    def __init__(self, facts: Facts, rules: Rules) -> None:
-        self.facts, self.rules = facts, rules
+    def __init__(self, facts: Facts, rules: Rules, shapes: Shapes | None = None) -> None:
+        self.facts, self.rules, self.shapes = facts, rules, shapes
         self.sites: list[Site] = []
         self.nodes: list[fx.Node] = []
         self.rewriting = Rewriting(facts)

@@ -14,16 +14,21 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
 from ..analysis.facts import Facts
-from ..analysis.ops import CELLS, COMPLEX, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
-from ..analysis.readers import READERS, Gate, Unread
-from ..analysis.written_gates import Written
-from ..analysis.written_norms import Statistic
+from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.readers import READERS, Gate, Unread, bounded
+from ..analysis.signals import is_known_whole
+from ..analysis.written.gates import Written
+from ..analysis.written.norms import Statistic
 from ..capture.kept_functions import applied
 from ..gates.adjoints.row import FROZEN
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
-from .edits import CloseWritten, Freeze, OpenLeaf, ReplaceCall
+from .edits import CloseWritten, Compete, Freeze, OpenLeaf, ReplaceCall, Surrogate
+from .report import PART, WRITTEN_OUT
+
+CHOSEN = "chooses by comparing what the model computed, and has no rule"
+SMOOTH_FUNCTION = "smooth, no gate"
 
 
 def affine_leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
@@ -46,9 +51,13 @@ def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     gate = facts.patterns.get(node)
     if not isinstance(gate, Written):
         return False
+    if gate.smooth:
+        account.note(node, "kept", f"{gate.kind}, {SMOOTH_FUNCTION}")
+        account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
+        return True
     tau = account.gate(node, rule_of(gate.kind))
     if not TABLE[gate.kind].registered:
-        account.amend(op=f"{name_of(node)}, written out")
+        account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
     if gate.weights:
         reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
         account.amend(reason="; ".join(filter(None, (account.sites[-1].reason, reason))))
@@ -70,6 +79,8 @@ def leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
         account.note(node, "NOT REWRITTEN", RECURRENT)
     elif not isinstance(module, AFFINE_MODULES):
         account.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
+    elif facts.is_chosen(node):
+        account.note(node, "NOT REWRITTEN", CHOSEN)
     return True
 
 
@@ -81,7 +92,7 @@ def written_norm(node: fx.Node, facts: Facts, account: Account) -> bool:
     if account.gate(node, norm.kind) is not None:
         for call, at in norm.constants:
             account.apply(Freeze(call, call.args[at]))  # type: ignore[arg-type]
-    account.amend(op=f"{name_of(node)}, written out")
+    account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
     return True
 
 
@@ -90,7 +101,7 @@ def part(node: fx.Node, facts: Facts, account: Account) -> bool:
     if node not in facts.parts:
         return False
     if op_of(node) in READERS:
-        account.note(node, "kept", f"part of the {facts.patterns[facts.parts[node]].kind} written out here")
+        account.note(node, "kept", f"{PART}{facts.patterns[facts.parts[node]].kind} written out here")
     return True
 
 
@@ -104,8 +115,16 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         account.note(node, "NOT REWRITTEN", call.reason)
     elif call is None:
         pass
-    elif call.kind == "abs" and facts.maker(node.all_input_nodes[0]).startswith(COMPLEX):
+    elif not any(map(facts.is_signal, call.tensors)):
+        if not is_known_whole(node) and rule_of(call.kind) in KINDS:
+            account.note(node, "kept", "no signal passes: it is made of masks or whole numbers")
+    elif call.kind == "abs" and node.all_input_nodes[0] in facts.complex:
         account.note(node, "kept", "the modulus of a complex number, no gate")
+    elif call.fixed and sum(map(facts.is_signal, call.tensors)) > 1:
+        competition(node, call, facts, account)
+    elif call.kind == "cosine_similarity":
+        if account.gate(node, "normalize") is not None:
+            account.apply(Surrogate(node, call))
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
         if tau is None and call.kind == "glu":
@@ -119,43 +138,61 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     return True
 
 
+def competition(node: fx.Node, call: Gate, facts: Facts, account: Account) -> None:
+    """The larger, or the smaller, of two signals: a max pooling of the two."""
+    if call.kind not in ("maximum", "minimum") or facts.op(node).startswith("f"):  # fmax and fmin pass over NaN
+        account.note(node, "NOT REWRITTEN", f"{facts.op(node)} of two things that both vary has no rule")
+    elif (tau := account.gate(node, "max_pool")) is not None:
+        account.apply(Compete(node, call.tensors, tau, account.scale, 1 if call.kind == "maximum" else -1))
+
+
 def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: Facts) -> Gate | Unread | None:
     """Returns the gate that a reader makes of a call, its varying tensor first."""
     try:
         call = reader(*node.args, **keywords(node))
     except TypeError as error:  # a signature that the reader does not know, or arguments computed at run time
         return Unread(f"its arguments are not constants of the graph: {error}")
-    if isinstance(call, Gate) and call.fixed:
-        if sum(map(facts.varies, call.tensors)) > 1:
-            return Unread(f"{name_of(node)} of two things that both vary has no rule")
-        if not facts.varies(call.tensors[0]):
-            return replace(call, tensors=call.tensors[::-1])
-    return call
+    if not (isinstance(call, Gate) and call.fixed):
+        return call
+    if not facts.is_signal(call.tensors[0]):
+        call = replace(call, tensors=call.tensors[::-1])
+    numbers = [fixed_number(t, facts) for t in call.tensors[1:]]
+    return call if None in numbers else bounded(call, *numbers)  # type: ignore[arg-type]
+
+
+def fixed_number(value: object, facts: Facts) -> float | None:
+    """Returns the one number that a constant is everywhere, `torch.zeros_like(h)` say; None of others, and of a parameter, which
+    may be trained on."""
+    if isinstance(value, fx.Node) and value.op == "get_attr" and isinstance(facts.view.attribute(value), nn.Parameter):
+        return None
+    return facts.view.number(value)
 
 
 def no_rule(node: fx.Node, facts: Facts, account: Account) -> bool:
     """What gates, or chooses by value, and has no rule; and smooth functions, which are no gates."""
-    name = name_of(node)
+    name, signals = name_of(node), facts.signal_inputs(node)
     if name in CELLS:
         account.note(node, "NOT REWRITTEN", RECURRENT)
-    elif name in PIECEWISE and (name not in INDICES or any(map(facts.has_weights, node.all_input_nodes))):
+    elif name in PIECEWISE and signals and (name not in INDICES or any(map(facts.has_weights, node.all_input_nodes))):
         account.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
-    elif name in SMOOTH:
-        account.note(node, "kept", "smooth, no gate")
-    elif facts.chooses_by_comparison(node):
-        account.note(node, "NOT REWRITTEN", "chooses by comparing what the model computed, and has no rule")
+    elif name in SMOOTH and signals:
+        account.note(node, "kept", SMOOTH_FUNCTION)
+    elif facts.is_chosen(node):
+        account.note(node, "NOT REWRITTEN", CHOSEN)
     else:
         return False
     return True
 
 
 def product(node: fx.Node, facts: Facts, account: Account) -> bool:
-    """A product or quotient of two things that vary; one with a gate has a rule of its own."""
-    name = name_of(node)
-    if name not in PRODUCT | QUOTIENT or len(facts.varying_inputs(node)) < 2:
+    """A product or quotient of signals; a product with a gate has a rule of its own."""
+    name, signals = name_of(node), facts.signal_inputs(node)
+    squares = len(signals) == 1 and sum(a is signals[0] for a in node.args) > 1
+    inverts = len(signals) == 1 and name in QUOTIENT and node.args[0] is not signals[0]
+    if name not in PRODUCT | QUOTIENT or not (len(signals) > 1 or squares or inverts):
         return False
     factors = facts.gating_factors(node)
-    if len(factors) != 1:
+    if len(factors) != 1 or name not in FACTORS:
         account.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
     elif account.gate(node, "product") is None:
         account.amend(reason="product rule")

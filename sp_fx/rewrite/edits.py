@@ -1,4 +1,4 @@
-"""The five edits of a rewrite.
+"""The edits of a rewrite.
 
 An edit is applied as soon as it is decided: the next decision sees what it has left.
 
@@ -7,6 +7,8 @@ An edit is applied as soon as it is decided: the next decision sees what it has 
 - `Freeze`: an operand of a call becomes a constant.
 - `OpenLeaf`: a leaf module's computation becomes a call on its tensors.
 - `FreezeSoftmax`: the weights of attention that is written out become constants, and the values receive by tempered ones.
+- `Surrogate`: a call stays, and its cotangent goes back through another one: a cosine similarity through one of constant norms.
+- `Compete`: a maximum of two signals becomes a maximum over both, which a max pooling is.
 """
 
 from __future__ import annotations
@@ -17,13 +19,17 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
-from ..analysis.calls import AFFINE_ROWS
+from ..analysis.attention import Weights
+from ..analysis.calls import AFFINE_ROWS, is_affine_row
 from ..analysis.facts import Facts
 from ..analysis.readers import Gate
-from ..analysis.written_gates import Written
-from ..gates.adjoints.attention import is_tempered, tempered_softmax
+from ..analysis.written.gates import Written
+from ..analysis.written.softmax import Softmax
+from ..gates.adjoints.attention import is_tempered, tempered, tempered_softmax
+from ..gates.adjoints.norms import frozen_cosine
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
@@ -52,6 +58,18 @@ class Rewriting:
         soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {**fit, **gate.args})
         soft.meta.update(node.meta)
         return soft
+
+    def surrogate(self, node: fx.Node, soft: fx.Node) -> fx.Node:
+        """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it."""
+        users = [user for user in node.users if user is not soft]
+        with self.graph.inserting_before(soft.next):
+            exact = self.graph.call_function(dual_path, ("surrogate", node, soft), {"tau": FROZEN})
+        exact.meta.update(node.meta)
+        node.meta.pop("place", None)
+        for user in users:
+            user.replace_input_with(node, exact)
+        self.instead[node] = exact
+        return exact
 
     def supersede(self, node: fx.Node, by: fx.Node) -> None:
         """Let everything read `by` in place of `node`, which goes."""
@@ -112,7 +130,7 @@ class ReplaceCall(Edit):
 @dataclass
 class CloseWritten(Edit):
     """The calls inside `gate`, which `node` closes, stay, cut off from its source; what they compute passes through a dual-path
-    call that differentiates it."""
+    call that differentiates it. Calls that something else reads as well are made a second time for it."""
 
     node: fx.Node
     gate: Written
@@ -120,20 +138,58 @@ class CloseWritten(Edit):
     scale: str | float
 
     def apply(self, to: Rewriting) -> None:
-        node, gate = self.node, self.gate
-        first = min(gate.inside, key=to.facts.aliasing.position.__getitem__)
+        node, gate, graph = self.node, self.gate, to.graph
         source = to.instead.get(gate.source, gate.source)
-        with to.graph.inserting_before(first):
-            constant = to.graph.call_function(frozen, (source,))
+        own = to.facts.view.private(gate.inside, node)
+        with graph.inserting_before(min(gate.inside, key=to.facts.aliasing.position.__getitem__)):
+            cut = {source: graph.call_function(frozen, (source,))}
         for n in gate.inside:
-            n.replace_input_with(source, constant)
+            if n in own:
+                for old, new in cut.items():
+                    n.replace_input_with(old, new)
+            else:
+                with graph.inserting_before(n.next):
+                    replayed(to, n, {n}, cut)
         users = list(node.users)
-        with to.graph.inserting_before(node.next):
+        with graph.inserting_before(node.next):
             args = {"row": gate.kind, "args": tuple(gate.args.items())}
             soft = to.dual_path(node, Gate("written", (source, node), args), self.tau, self.scale)
         for user in users:
             user.replace_input_with(node, soft)
         to.instead[node] = soft
+
+
+@dataclass
+class Compete(Edit):
+    """The maximum of two signals, or the minimum, becomes one over both, side by side: `v softmax((a, b) / tau)` is its way back."""
+
+    node: fx.Node
+    tensors: tuple[fx.Node, fx.Node]
+    tau: Temperature
+    scale: str | float
+    sign: int
+
+    def apply(self, to: Rewriting) -> None:
+        graph, node = to.graph, self.node
+        with graph.inserting_before(node):
+            both = graph.call_function(side_by_side, self.tensors, {} if self.sign > 0 else {"sign": self.sign})
+            soft = to.dual_path(node, Gate("amax", (both,), {"dim": (-1,), "keepdim": False}), self.tau, self.scale)
+            if self.sign < 0:
+                soft = graph.call_function(operator.neg, (soft,))
+        to.supersede(node, soft)
+
+
+@dataclass
+class Surrogate(Edit):
+    """The cosine similarity of two signals stays, and its cotangent goes back through one whose norms are constants."""
+
+    node: fx.Node
+    gate: Gate
+
+    def apply(self, to: Rewriting) -> None:
+        with to.graph.inserting_before(self.node.next):
+            soft = to.graph.call_function(frozen_cosine, self.gate.tensors, self.gate.args)
+        to.passing[self.node] = to.surrogate(self.node, soft)
 
 
 @dataclass
@@ -195,57 +251,87 @@ class OpenLeaf(Edit):
 
 @dataclass
 class FreezeSoftmax(Edit):
-    """The weights that the softmax `node` makes over `dim` become constants; at a temperature that is not the forward's, the
-    values of the `products` receive by tempered weights, which go through the same calls as the forward's.
+    """The weights that the softmax `node` makes become constants; at a temperature that is not the forward's, what they multiply
+    receives by tempered weights, which go through the same calls as the forward's.
 
-    `weights` are the nodes that the softmax's weights pass through, `last` the last call that multiplies values by them;
-    `products` are those of these calls that the table has a row for: the call, the weights that it takes, the values, the row's
-    arguments.
+    `rows` are those of the products that the table has a row for, with the weights that they take, the values, and the row's
+    arguments; the others are calculated a second time, with the tempered weights, and receive by that.
     """
 
     node: fx.Node
-    scores: fx.Node
-    dim: int
+    softmax: Softmax
+    written: bool
     dtype: Any
-    weights: set[fx.Node]
-    last: fx.Node
-    products: list[tuple[fx.Node, fx.Node, fx.Node, dict[str, Any]]]
+    weights: Weights
+    rows: dict[fx.Node, tuple[fx.Node, fx.Node, dict[str, Any]]]
     tau: Temperature
 
     def apply(self, to: Rewriting) -> None:
-        graph, soft = to.graph, None
-        options = {"tau": self.tau, "dim": self.dim, "dtype": self.dtype}
+        graph, node, last = to.graph, self.node, self.weights.products[-1]
+        with graph.inserting_after(node):
+            hard = graph.call_function(frozen, (node,))
+        hard.meta.update(node.meta)
+        node.meta.pop("place", None)
+        node.replace_all_uses_with(hard, lambda user: user is not hard)
+        to.instead[node] = hard
         hot = is_tempered(self.tau)
-        with graph.inserting_before(self.node):
-            hard = graph.call_function(dual_path, ("softmax", self.scores), options)
-            if hot:
-                cut = graph.call_method("detach", (self.scores,))
-                soft = graph.call_function(tempered_softmax, (cut,), options)
-                soft = graph.call_method("type_as", (soft, hard))
-        hard.meta.update(self.node.meta)
-        to.supersede(self.node, hard)
-        weights = (self.weights - {self.node}) | {hard}
-        copies: dict[fx.Node, fx.Node] = {} if soft is None else {hard: soft}
-        for product, mixing, values, args in self.products:
-            mixing, values = to.instead.get(mixing, mixing), to.instead.get(values, values)  # a product may mix another's values
-            with graph.inserting_before(product):
-                tempered = replayed(graph, mixing, weights, copies) if hot else None
-                mixed = graph.call_function(dual_path, ("mix", mixing, tempered, values), {"tau": self.tau, **args})
-            mixed.meta.update(product.meta)
-            to.supersede(product, mixed)
+        copies: dict[fx.Node, fx.Node] = {hard: self.tempered(to, hard)} if hot else {}
+        passing = (self.weights.passing - {node}) | {hard}
+        for product in self.weights.products:
+            if product in self.rows:
+                mixing, values, args = self.rows[product]
+                mixing, values = to.instead.get(mixing, mixing), to.instead.get(values, values)  # a product may mix another's
+                with graph.inserting_before(product):
+                    tempered = replayed(to, mixing, passing, copies) if hot else None
+                    mixed = graph.call_function(dual_path, ("mix", mixing, tempered, values), {"tau": self.tau, **args})
+                mixed.meta.update(product.meta)
+                to.supersede(product, mixed)
+            elif hot and product not in self.weights.gated:
+                mixed = to.surrogate(product, replayed_after(to, product, passing, copies))
+            else:
+                continue
             to.passing[product] = mixed
-        to.passing[self.node] = to.passing.get(self.last, self.last)
+        to.passing[node] = to.passing.get(last, last)
+
+    def tempered(self, to: Rewriting, hard: fx.Node) -> fx.Node:
+        """Returns the weights at the temperature, in the dtype of the forward's."""
+        graph, scores = to.graph, to.instead.get(self.softmax.scores, self.softmax.scores)
+        with graph.inserting_before(hard.next):
+            cut = graph.call_method("detach", (scores,))
+            if not self.written:
+                options = {"tau": self.tau, "dim": self.softmax.dim, "dtype": self.dtype}
+                soft = graph.call_function(tempered_softmax, (cut,), options)
+            else:
+                copies = {scores: graph.call_function(tempered, (cut, self.tau))}
+                soft = replayed(to, self.node, set(self.softmax.inside), copies)
+            return graph.call_method("type_as", (soft, hard))
 
 
-def replayed(graph: fx.Graph, node: fx.Node, weights: set[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
-    """Returns what `node` would be, were the softmax another; `copies` has what was copied already."""
-    if node not in weights:
-        return node
-    if node not in copies:
+def replayed(to: Rewriting, node: fx.Node, within: set[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Returns what `node` would be, were the nodes that `copies` has what it says; calls `within` are made again for it."""
+    if node not in copies and node in within:
         for n in node.all_input_nodes:
-            replayed(graph, n, weights, copies)
-        copies[node] = graph.node_copy(node, lambda n: copies.get(n, n))
-    return copies[node]
+            replayed(to, n, within, copies)
+        if to.facts.is_identity(node):  # nobody's hooks run twice
+            copies[node] = copies.get(node.all_input_nodes[0], node.all_input_nodes[0])
+        else:
+            copies[node] = to.graph.node_copy(node, lambda n: copies.get(n, n))
+            copies[node].meta.pop("place", None)
+            if (leaf := to.facts.leaf(node)) is not None and is_affine_row(leaf):
+                OpenLeaf(copies[node], leaf).apply(to)
+    return copies.get(node, node)
+
+
+def replayed_after(to: Rewriting, product: fx.Node, within: set[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
+    """Returns the call `product` made again behind itself, of the same values and other weights."""
+    with to.graph.inserting_before(product.next):
+        return replayed(to, product, within | {product}, {**copies})
+
+
+def side_by_side(a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """`a` and `b`, times `sign`, along a new last axis."""
+    both = torch.stack(torch.broadcast_tensors(a, b), -1)
+    return both if sign == 1 else sign * both
 
 
 def with_first(result: Any, first: Any) -> Any:
@@ -253,4 +339,5 @@ def with_first(result: Any, first: Any) -> Any:
     return first, *tuple(result)[1:]
 
 
+fx.wrap("side_by_side")
 fx.wrap("with_first")

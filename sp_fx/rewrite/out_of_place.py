@@ -31,11 +31,11 @@ from ..analysis.aliasing import (
     returns_target,
 )
 from ..analysis.calls import name_of, out_of_place, written
-from ..analysis.ops import CLOSERS, PRODUCT, QUOTIENT, having
+from ..analysis.ops import CHOICES, FACTORS, FRESH, PRODUCT, QUOTIENT, having
 from ..analysis.readers import READERS
 from ..gates.calls.in_place import after, copied, in_form_of, overwrite_, setitem_
 
-FRESH, SAME_FORM = having("fresh"), having("same_form")
+SAME_FORM = having("same_form")
 
 
 def normalise(modules: nn.Module, graph: fx.Graph) -> list[str]:
@@ -342,7 +342,7 @@ def view_again(aliasing: Aliasing, member: Member, of: fx.Node) -> fx.Node:
 
 def has_rule(node: fx.Node, plain: Any) -> bool:
     """Whether a call, `plain` out of place, may get a rule, or be part of what gets one."""
-    return getattr(plain, "overloadpacket", plain) in READERS or name_of(node) in PRODUCT | QUOTIENT | CLOSERS
+    return getattr(plain, "overloadpacket", plain) in READERS or name_of(node) in PRODUCT | QUOTIENT | FACTORS | CHOICES
 
 
 def form_of(t: Tensor) -> tuple[Any, ...]:

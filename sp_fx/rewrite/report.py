@@ -9,6 +9,8 @@ from ..gates.adjoints.row import Temperature
 from ..gates.rules import Rules
 from ..gates.table import TABLE
 
+WRITTEN_OUT = ", written out"  # how the op of a call ends that closes a function written out
+PART = "part of the "  # how the reason of a call begins that is inside a function written out
 Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
 HARD, OPEN = 0.05, 20.0  # where a Gaussian pre-activation's gain is on average 0.016 from the step, and from one half
 

@@ -8,9 +8,11 @@ writes over what a gate has saved; the graph lints; each gating call of the mode
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import fx, nn
 
+from ..analysis.attention import Shapes
 from ..analysis.facts import Facts
 from ..capture.capture import Capture
 from ..capture.kept_functions import take_markers
@@ -30,8 +32,8 @@ ORDER: tuple[Decision, ...] = (  # the first that answers settles a node
     decisions.written_gate,
     decisions.leaf,
     decisions.written_norm,
-    decisions.part,
     attention.softmax,
+    decisions.part,
     decisions.gate,
     decisions.no_rule,
     decisions.product,
@@ -39,17 +41,31 @@ ORDER: tuple[Decision, ...] = (  # the first that answers settles a node
 )
 
 
-def rewrite(model: str, capture: Capture, rules: Rules) -> tuple[nn.Module, Report]:
-    """Rewrite the captured graph of the model of that name in place; returns the modules that it now uses, and what became of its
-    gates.
+Measure = Callable[[nn.Module, fx.Graph], Shapes]
 
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What a rewrite makes: the modules that the graph now uses, and what became of its gates; whether `undecided` softmaxes are
+    attention for all that is known without shapes."""
+
+    modules: nn.Module
+    report: Report
+    undecided: bool
+
+
+def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None = None) -> Rewritten:
+    """Rewrite the captured graph of the model of that name in place.
+
+    `measure` runs a graph, to say what shapes its nodes have; without one, attention is what may be it by its names.
     Whether `rules` fit the model (`Rules.check_places`, `Rules.check_scales`) is for the caller to ask of the report, since
     another capture may have other places.
     """
     graph = capture.graph
     notes = normalise(capture.modules, graph)
     facts = Facts(capture, take_markers(graph))
-    account = Account(facts, rules)
+    shapes = measure(capture.modules, graph) if measure is not None and attention.has_softmax(facts) else None
+    account = Account(facts, rules, shapes)
     for node in list(graph.nodes):
         called = node.op in ("call_module", "call_function", "call_method")
         if called and node not in account.rewriting.instead and not facts.is_identity(node):
@@ -59,4 +75,4 @@ def rewrite(model: str, capture: Capture, rules: Rules) -> tuple[nn.Module, Repo
     close_regions(modules, graph)
     graph.lint()
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
-    return modules, report
+    return Rewritten(modules, report, bool(facts.undecided))

@@ -9,19 +9,25 @@ from torch import fx
 
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
+from ..analysis.signals import is_known_whole
 from ..capture.passed import operands
-from ..gates.adjoints.attention import nothing
 from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
 from ..gates.table import TABLE
-from .report import Site, Status
+from .report import PART, Site, Status
+
+STEERS = "steers a frozen gate: no signal passes here"
+STOPPED = "the model itself lets no derivative through behind it (detach, no_grad): no signal passes here"
+COMPARED = "only compared, or rounded to whole numbers, behind it: no signal passes here"
+UNUSED = "nothing that the output is made of reads it: no signal passes here"
 
 
 def mark_steering(
     facts: Facts, sites: Sequence[Site], nodes: Sequence[fx.Node], passing: Mapping[fx.Node, fx.Node]
 ) -> tuple[Site, ...]:
-    """Returns the `sites`, with a word on those that no signal passes, since all that they make steers frozen gates or is held
-    constant: the activations of a squeeze-and-excite branch whose product is frozen, say.
+    """Returns the `sites`, with a word on those that no signal passes, and why: since all that they make steers frozen gates or is
+    held constant, as the activations of a squeeze-and-excite branch whose product is frozen; since the model stops derivatives
+    there; since it is compared alone.
 
     `nodes` are the calls of the sites, `passing` says what stands in place of those that were replaced.
     """
@@ -31,20 +37,43 @@ def mark_steering(
             reached.update(receivers(node, facts))
     marked = []
     for site, node in zip(sites, nodes):
-        if passing.get(node, node) not in reached and not site.reason.startswith("part of"):
+        if (now := passing.get(node, node)) not in reached and not site.reason.startswith(PART):
             status: Status = "kept" if site.status == "NOT REWRITTEN" else site.status
-            site = replace(site, status=status, reason="steers a frozen gate: no signal passes here")
+            site = replace(site, status=status, reason=why_not(now, facts))
         marked.append(site)
     return tuple(marked)
 
 
+def why_not(node: fx.Node, facts: Facts) -> str:
+    """Says what keeps the signal from `node`: of several things, the first of those above."""
+    seen, queue, obstacles = {node}, [node], set[str]()
+    while queue:
+        at = queue.pop()
+        for user in at.users:
+            if at in receivers(user, facts):
+                if user not in seen:
+                    seen.add(user)
+                    queue.append(user)
+            elif user.target in (frozen, dual_path, multihead_attention):
+                obstacles.add(STEERS)
+            elif stops(user):
+                obstacles.add(STOPPED)
+            elif user in facts.varying and user not in facts.signals and at in operands(user, facts.is_identity):
+                obstacles.add(COMPARED)
+    return next((reason for reason in (STEERS, STOPPED, COMPARED) if reason in obstacles), UNUSED)
+
+
+def stops(node: fx.Node) -> bool:
+    """Whether a call is the model's own stop of derivatives."""
+    return node.op != "call_module" and name_of(node) == "detach"
+
+
 def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Returns the inputs of `node` that get a cotangent from it."""
-    if node.target is frozen or (node.op != "call_module" and name_of(node) == "detach"):
+    if node.target is frozen or stops(node) or is_known_whole(node):
         return []
     if node.target is dual_path:
-        row = TABLE[str(node.args[0])]
-        at = node.args[1 + row.receives] if row.adjoint is not nothing else None
+        at = node.args[1 + TABLE[str(node.args[0])].receives]
         return [at] if isinstance(at, fx.Node) else []
     if node.target is multihead_attention:
         return [node.args[2]]  # type: ignore[list-item]

@@ -3,5 +3,6 @@
 from . import affine, norms, pooling, relu, smooth  # noqa: F401  (each registers its readers)
 from .attention import SOFTMAX
 from .reader import READERS, Gate, Unread
+from .relu import bounded
 
-__all__ = ["READERS", "SOFTMAX", "Gate", "Unread"]
+__all__ = ["READERS", "SOFTMAX", "Gate", "Unread", "bounded"]

@@ -20,6 +20,7 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     )
 
 
+# Of each call of a softmax, (scores, axis, dtype).
 SOFTMAX: dict[Any, Callable[..., tuple]] = {
     **dict.fromkeys((F.softmax, "softmax"), lambda input, dim=None, _stacklevel=3, dtype=None: (input, dim, dtype)),
     **dict.fromkeys((torch.softmax, torch.special.softmax, aten.softmax, aten.special_softmax),

@@ -63,6 +63,11 @@ def normalize(input, p=2.0, dim=1, eps=1e-12, out=None):
     return Gate("normalize", (input,), {"p": p, "dim": dim, "eps": eps})
 
 
+@reads(F.cosine_similarity, torch.cosine_similarity, aten.cosine_similarity)
+def cosine_similarity(x1, x2, dim=1, eps=1e-8):
+    return Gate("cosine_similarity", (x1, x2), {"dim": dim, "eps": eps})
+
+
 @reads(F.local_response_norm)
 def local_response_norm(input, size, alpha=1e-4, beta=0.75, k=1.0):
     return Gate("local_response_norm", (input,), {"size": size, "alpha": alpha, "beta": beta, "k": k})

@@ -94,6 +94,13 @@ def maximum_over(input, dim=None, keepdim=False, other=None):
     return Gate("amax", (input,), {"dim": (dim,), "keepdim": keepdim}, first=True)
 
 
+@reads(torch.topk, "topk", aten.topk)
+def topk(input, k, dim=-1, largest=True, sorted=True):
+    if k == 1 and largest:
+        return Gate("amax", (input,), {"dim": (dim,), "keepdim": True}, first=True)
+    return Unread("topk chooses by value and has no rule")
+
+
 @reads(torch.min, "min", aten.min)
 def minimum_over(input, dim=None, keepdim=False, other=None):
     if other is not None or isinstance(dim, fx.Node):

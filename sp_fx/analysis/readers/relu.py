@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -39,14 +40,21 @@ def relu6(input, inplace=False):
 
 @reads(F.hardtanh, F.hardtanh_, aten.hardtanh, aten.hardtanh_)
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
+    if min_val == 0 and max_val in (None, math.inf):  # by any name
+        return relu(input)
     return Gate("hardtanh", (input,), {"low": min_val, "high": max_val})
+
+
+@reads(F.hardsigmoid, aten.hardsigmoid, aten.hardsigmoid_)
+def hardsigmoid(input, inplace=False):
+    return Gate("hardsigmoid", (input,))
 
 
 @reads(torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clip", aten.clamp, aten.clamp_)
 def clamp(input, min=None, max=None):
     bounds = [bound for bound in (min, max) if bound is not None]
     if all(isinstance(bound, int | float) for bound in bounds):
-        return Gate("hardtanh", (input,), {"low": min, "high": max})
+        return hardtanh(input, min, max)
     if not all(is_tensor(bound) for bound in bounds):
         return Unread("clamp with computed bounds")
     return maximum(input, min) if max is None else minimum(input, max) if min is None else between(input, min, max)
@@ -54,6 +62,12 @@ def clamp(input, min=None, max=None):
 
 def between(input, low, high):
     return Gate("between", (input, low, high), fixed=True)
+
+
+def bounded(call: Gate, *bounds: float) -> Gate | Unread:
+    """The gate of a call whose bounds are tensors, each of one number everywhere."""
+    low, high = {"maximum": (*bounds, None), "minimum": (None, *bounds), "between": bounds}[call.kind]  # type: ignore[misc]
+    return clamp(call.tensors[0], low, high)
 
 
 @reads("clamp_min", torch.clamp_min, torch.clamp_min_, aten.clamp_min, aten.clamp_min_)
@@ -78,6 +92,8 @@ def minimum(input, other):
 
 @reads(F.threshold, F.threshold_, torch.threshold, aten.threshold, aten.threshold_)  # type: ignore[attr-defined]
 def threshold(input, threshold, value, inplace=False):
+    if threshold == value == 0:
+        return relu(input)
     return Gate("threshold", (input,), {"threshold": threshold, "value": value})
 
 

@@ -2,14 +2,13 @@
 
     attention  v -> softmax((q k^T scale + mask) / tau)^T v                 arXiv:2507.22832
 
-Attention that a model writes out is two rows: `softmax`, through which no signal goes back, and `mix`, the product of the weights
-with the values, `v -> softmax(scores / tau)^T v`. Frozen is tau = 1.
+Of attention that a model writes out the weights are constants (`dual_path.frozen`), and the product of the weights with the values
+is the row `mix`, `v -> softmax(scores / tau)^T v`. Frozen is tau = 1.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +44,16 @@ def is_tempered(tau: Tau) -> bool:
 
 def tempered_softmax(scores: Tensor, tau: Tau, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """`softmax(scores / tau)` over `dim`; a slice that is -inf throughout gives 0, and masks of finfo.min may not overflow."""
-    scores = wide(scores if dtype is None else scores.to(dtype))
+    scores = scores if dtype is None else scores.to(dtype)
+    alive = wide(scores).amax(dim, keepdim=True) > -math.inf
+    return torch.softmax(tempered(scores, tau), dim) * alive
+
+
+def tempered(scores: Tensor, tau: Tau) -> Tensor:
+    """`scores / tau`, finite."""
+    scores = wide(scores)
     lowest = torch.finfo(scores.dtype).min
-    alive = scores.amax(dim, keepdim=True) > -math.inf
-    return torch.softmax(cooled(scores, tau).clamp(lowest, -lowest), dim) * alive
-
-
-def softmax(scores: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-    return torch.softmax(scores, dim, dtype=dtype)
-
-
-def nothing(v: Tensor, *tensors: Tensor, **args: Any) -> None:
-    """The adjoint of attention weights, which are constants: what they multiply gets the signal, the scores none."""
+    return cooled(scores, tau).clamp(lowest, -lowest)
 
 
 def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:
@@ -87,6 +84,5 @@ def mix_adjoint(v, weights, soft_weights, value, tau, form="weights @ values", s
 
 ROWS: dict[str, Row] = {
     "attention": Row(attention, attention_adjoint, 1.0, receives=2, tensors=4),
-    "softmax": Row(softmax, nothing, 1.0),
     "mix": Row(mix, mix_adjoint, 1.0, receives=2, tensors=3),
 }

@@ -4,6 +4,7 @@
     rms_norm                                           v gamma / sqrt(mean(z^2) + eps)  arXiv:2507.22832
     local_response_norm                                v (k + alpha mean(z^2))^-beta    mean over near channels; same principle
     normalize                                          v / max(|z|_p, eps)              same principle
+    cosine_similarity                                  of x and y: v y / (|x| |y|), v x / (|x| |y|)    same principle
 
 No temperature: frozen, or the plain derivative. `batch_norm` is the one by the batch's own statistics; with running ones it is
 affine. `gamma` is 1 where a norm has none.
@@ -72,6 +73,12 @@ def local_response_norm_gain(x, tau, size, alpha, beta, k):
 
 def normalize_gain(x, tau, p, dim, eps):
     return 1 / torch.linalg.vector_norm(x, p, dim, keepdim=True).clamp_min(eps)
+
+
+def frozen_cosine(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
+    """`sum(x y) / (max(|x|, eps) max(|y|, eps))` over `dim`, the norms constants."""
+    lengths = [torch.linalg.vector_norm(t, dim=dim).clamp_min(eps).detach() for t in (x, y)]
+    return (x * y).sum(dim) / (lengths[0] * lengths[1])
 
 
 def rstd_over(x: Tensor, axes: Sequence[int], eps: float) -> Tensor:

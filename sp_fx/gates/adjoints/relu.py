@@ -8,6 +8,8 @@ The hard gate is a step at each kink, the soft one the step's average over Gauss
     hardtanh, between       v (u(z - low) - u(z - high))                    ReLU6 and clamp, by numbers or tensors
     maximum, minimum        v u(z - floor), v u(ceiling - z)
     threshold               v u(z - threshold)
+    hardsigmoid             v (u(z + 3) - u(z - 3)) / 6                     its two kinks
+    relu_squared            v 2 max(z, 0) u(z)                              the ReLU's gate, then the square's derivative
     hardshrink, softshrink  v (u(z - width) + u(-z - width))
     abs                     v (u(z) - u(-z))
     elu                     v o (u(z) + a s E[e^{s (z + tau eps)}; z + tau eps < 0])    of scale a, output scale o, input scale s
@@ -89,6 +91,14 @@ def between_gain(z: Tensor, floor: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
     return maximum_gain(z, floor, tau) - maximum_gain(z, ceiling, tau)
 
 
+def hardsigmoid_gain(z: Tensor, tau: Tau) -> Tensor:
+    return hardtanh_gain(z, tau, -3.0, 3.0) / 6
+
+
+def relu_squared_gain(z: Tensor, tau: Tau) -> Tensor:
+    return 2 * z.relu() * opening(z, tau)
+
+
 def shrink_gain(z: Tensor, tau: Tau, width: float) -> Tensor:
     return opening(z - width, tau) + opening(-z - width, tau)
 
@@ -124,6 +134,8 @@ ROWS: dict[str, Row] = {
     "minimum": gain_row(torch.minimum, minimum_gain, 0.6, tensors=2, rule="hardtanh"),
     "between": gain_row(torch.clamp, between_gain, 0.6, tensors=3, rule="hardtanh"),
     "threshold": gain_row(F.threshold, lambda z, tau, threshold, value: opening(z - threshold, tau), 0.6, rule="hardtanh"),
+    "hardsigmoid": gain_row(F.hardsigmoid, hardsigmoid_gain, 0.6, rule="hardtanh"),
+    "relu_squared": gain_row(lambda z: F.relu(z).square(), relu_squared_gain, 1.0, homogeneous=True, rule="relu"),
     "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
     "softshrink": gain_row(lambda z, width: F.softshrink(z, width), shrink_gain, 0.6),
     "abs": gain_row(torch.abs, lambda z, tau: opening(z, tau) - opening(-z, tau), 1.0, homogeneous=True),

@@ -1,0 +1,101 @@
+"""The functions of one number that written forms are compared with: gates, by the rows of the table, and smooth functions.
+
+A function is known by its values, in float64, at points chosen so that no other function of a model has the same: a fine grid with
+odd steps, so that no kink lies between two points for long; random points; points far out; and points beside every number
+that the form itself has, where it may have a threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# 1e-5: constants are written with eight digits or so, and casts to float32 may be inside; the two GELUs differ by 5e-4.
+TOLERANCE = 1e-5
+FAR = 200.0  # where exp(-z) is finite still
+
+Form = tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]  # the kind, its arguments, the function
+
+
+def points(numbers: Iterable[float] = ()) -> Tensor:
+    """Returns the points at which functions are compared that have these `numbers` in them."""
+    grid = torch.linspace(-8, 8, 1223, dtype=torch.float64)
+    random = torch.randn(512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    beside = [n * factor for n in {abs(n) for n in numbers} if 0 < n < math.inf for factor in (0.5, 0.9, 0.999, 1.001, 1.1, 1.5)]
+    far = [20.0, 60.0, 100.0, FAR, *beside, 1.0, 1e-3, 1e-6]
+    return torch.cat([grid, random, torch.tensor([sign * n for n in far for sign in (1, -1)] + [0.0], dtype=torch.float64)])
+
+
+def gate_of(z: Tensor, y: Tensor, numbers: Iterable[float] = ()) -> tuple[str, dict[str, Any]] | None:
+    """Returns the row, and its arguments, of the gate whose values at the points `z` are `y`; None where no gate has them."""
+    return match(z, y, gates(z, y, numbers))
+
+
+def smooth_of(z: Tensor, y: Tensor) -> str | None:
+    """Returns the name of the smooth function, which is no gate, whose values at the points `z` are `y`."""
+    found = match(z, y, [(name, {}, function) for name, function in SMOOTH.items()])
+    return None if found is None else found[0]
+
+
+def match(z: Tensor, y: Tensor, forms: Iterable[Form]) -> tuple[str, dict[str, Any]] | None:
+    y = y.double()
+    for kind, args, function in forms:
+        expected = function(z)
+        close = (y - expected).abs() <= TOLERANCE * (1 + expected.abs())
+        if bool((close | (~y.isfinite() & (z.abs() > FAR))).all()):  # a form by exp overflows far out
+            return kind, args
+    return None
+
+
+def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
+    """The gates that a function with the values `y` may be: those with parameters have the parameters that its values say."""
+
+    def at(point: float) -> float:
+        return float(y[z == point][0])
+
+    low, high, one, minus, slope = at(-FAR), at(FAR), at(1.0), at(-1.0), at(FAR) / FAR
+    yield "relu", {}, torch.relu
+    yield "gelu", {"approximate": "none"}, F.gelu
+    yield "gelu", {"approximate": "tanh"}, lambda z: F.gelu(z, approximate="tanh")
+    yield "silu", {}, F.silu
+    yield "hardswish", {}, F.hardswish
+    yield "mish", {}, F.mish
+    yield "relu_squared", {}, lambda z: z.relu().square()
+    yield "abs", {}, torch.abs
+    yield "hardsigmoid", {}, F.hardsigmoid
+    if 0 < one < 1:  # z sigmoid(rate z)
+        rate = math.log(one / (1 - one))
+        # 1.702 is the rate of QuickGELU, which has a rule of its own
+        kind, args = ("quick_gelu", {"rate": rate}) if abs(rate - 1.702) < 1e-3 else ("silu", {"rate": rate})
+        yield kind, args, lambda z: z * torch.sigmoid(rate * z)
+    leak = low / -FAR
+    if abs(leak - 1) > 1e-6 and abs(slope - 1) < 1e-6:
+        yield "leaky_relu", {"negative_slope": leak}, lambda z: torch.where(z > 0, z, leak * z)
+    if low < high < FAR:
+        yield "hardtanh", {"low": low, "high": high}, lambda z: z.clamp(low, high)
+    if low < 0 and minus < 0 and -minus < -low:  # output_scale (z > 0 ? z : alpha (exp(input_scale z) - 1))
+        rate = -math.log1p(-minus / low)
+        args = {"alpha": -low / slope, "output_scale": slope, "input_scale": rate} if slope > 0 else {}
+        if args:
+            yield "elu", args, lambda z: torch.ops.aten.elu(z, **elu_arguments(args))
+    if 0 < FAR - high < FAR:  # not thresholds at which a function jumps: what is chosen there has no rule, but by torch's own name
+        yield "softshrink", {"width": FAR - high}, lambda z: F.softshrink(z, FAR - high)
+
+
+def elu_arguments(args: dict[str, Any]) -> dict[str, Any]:
+    return {"alpha": args["alpha"], "scale": args["output_scale"], "input_scale": args["input_scale"]}
+
+
+SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "softsign": F.softsign,
+    "log_sigmoid": F.logsigmoid,
+    "tanhshrink": F.tanhshrink,
+}

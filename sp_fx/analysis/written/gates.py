@@ -1,0 +1,143 @@
+"""Gates that a model writes out itself, as `x * torch.sigmoid(1.702 * x)`: recognised by what they compute.
+
+The pointwise calls that lead from one node, the source, to another are run on numbers (`functions.points`), in whatever order they
+are written, and the values compared with those of the gates in the table. The widest form is taken that is a gate: of
+`x * relu6(x + 3) / 6` the whole, which is Hardswish, not the Hardsigmoid inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..ops import CARRIES, JOINS, MULTIPLES, PIECEWISE, POINTWISE, REDUCES, SMOOTH
+from .functions import gate_of, points, smooth_of
+from .graph import Graph
+
+LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
+
+
+@dataclass(frozen=True)
+class Written:
+    """A function of `source` that the calls `inside` compute, the last of which closes it.
+
+    `kind` is its row of the table, `args` the row's arguments; or, of a smooth function that is no gate, its name.
+    `weights` names the model's weights that the arguments were read from: "rate" of `x * sigmoid(self.rate * x)`.
+    """
+
+    kind: str
+    args: dict[str, Any]
+    source: fx.Node
+    inside: tuple[fx.Node, ...]
+    weights: tuple[str, ...] = ()
+    smooth: bool = False
+
+
+def written_gates(graph: Graph, nodes: Collection[fx.Node], taken: Collection[fx.Node]) -> dict[fx.Node, Written]:
+    """Returns the gates that are written out, by their last call, the widest of each; none of the nodes `taken` is in one."""
+    order = {node: position for position, node in enumerate(nodes)}
+    claimed, found = set(taken), dict[fx.Node, Written]()
+    for node in reversed(order):
+        if node not in claimed and (gate := written_gate(graph, node, order, claimed)) is not None:
+            found[node] = gate
+            claimed |= graph.private(gate.inside, node)
+    return found
+
+
+def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], claimed: Collection[fx.Node]) -> Written | None:
+    """Returns the widest gate whose last call is `node`, if there is one."""
+    if not is_pointwise(graph, node) or graph.called(node) in CARRIES:
+        return None
+    widest = None
+    for source, inside in subgraphs(graph, node, order):
+        if any(n in claimed for n in inside):
+            break
+        calls = [name for n in inside if (name := graph.called(n)) and name not in CARRIES]
+        names = set(calls)
+        alone = len(calls) == 1 and sum(a is source for a in node.args) < 2  # which has a reader of its own, if it is a gate
+        if alone or names <= MULTIPLES or source not in graph.signals or source in graph.complex:
+            continue
+        numbers = numbers_in(graph, inside)
+        z = points(numbers)
+        try:
+            y = graph.computed(inside, {source: z.clone()})
+        except Exception:  # a form that does not run on numbers is none of these gates
+            continue
+        if not (isinstance(y, Tensor) and y.shape == z.shape and not y.is_complex()):
+            continue
+        if (gate := gate_of(z, y, numbers)) is not None:
+            widest = Written(*gate, source, tuple(inside), graph.weights_of(inside))
+        elif (not names <= SMOOTH | MULTIPLES or names & PIECEWISE) and (name := smooth_of(z, y)) is not None:
+            widest = Written(name, {}, source, tuple(inside), graph.weights_of(inside), smooth=True)
+    return widest
+
+
+def is_pointwise(graph: Graph, node: fx.Node) -> bool:
+    """Whether a call maps element by element; also a reduction of a stack along the axis that the stack has made, and a gated
+    linear unit of two halves that are put together for it."""
+    return graph.called(node) in POINTWISE or is_join(graph, node) or undoes_join(graph, node)
+
+
+def is_join(graph: Graph, node: fx.Node) -> bool:
+    users = [user for user in node.users if not graph.passes(user)]
+    return graph.called(node) in JOINS and bool(users) and all(undoes_join(graph, user) for user in users)
+
+
+def undoes_join(graph: Graph, node: fx.Node) -> bool:
+    joined = node.args[0] if node.args else None
+    if not isinstance(joined, fx.Node) or graph.called(joined) not in JOINS or axis_of(node) != (axis_of(joined) or 0):
+        return False
+    if graph.called(joined) == "stack":
+        return graph.called(node) in REDUCES and not node.kwargs.get("keepdim")
+    return graph.called(node) == "glu" and len(joined.args[0]) == 2  # type: ignore[arg-type]
+
+
+def axis_of(node: fx.Node) -> Any:
+    axis = node.kwargs.get("dim", node.kwargs.get("axis", node.args[1] if len(node.args) > 1 else None))
+    return axis[0] if isinstance(axis, tuple | list) and len(axis) == 1 else axis
+
+
+def numbers_in(graph: Graph, inside: Collection[fx.Node]) -> list[float]:
+    """Returns the numbers that the calls `inside` are written with, constants of the graph and weights among them, and what a
+    scale or a shift by one makes of another: kinks lie there."""
+    arguments = [a for n in inside for a in (*n.args, *n.kwargs.values())]
+    numbers = {abs(n) for a in arguments if (n := graph.number(a)) is not None and n != 0}
+    pairs = {a / b for a in numbers for b in numbers} if len(numbers) <= 6 else set[float]()
+    return sorted(numbers | pairs)
+
+
+def subgraphs(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Pairs of a source, which alone determines `node` by pointwise calls, and these calls in the graph's order; nearest first.
+
+    Of `x * sigmoid(1.702 * x)` the product has the source x, with the calls mul, sigmoid and mul. No more than `LIMIT` calls.
+    """
+    pointwise: dict[fx.Node, None] = {}
+    edge: list[fx.Node] = []
+    queue = [node]
+    while queue:
+        at = queue.pop()
+        if at in pointwise or at in edge:
+            continue
+        if at is not node and not is_pointwise(graph, at) and not graph.passes(at):
+            edge.append(at)
+            continue
+        pointwise[at] = None
+        if len(pointwise) > LIMIT:
+            edge.extend(graph.inputs(at))
+        else:
+            queue.extend(graph.inputs(at))
+    for source in sorted((n for n in (*pointwise, *edge) if n is not node), key=order.__getitem__, reverse=True):
+        inside: dict[fx.Node, None] = {}
+        queue, closed = [node], True
+        while queue and closed:
+            at = queue.pop()
+            if at is source or at in inside:
+                continue
+            closed = at in pointwise
+            inside[at] = None
+            queue.extend(graph.inputs(at))
+        if closed and (len(inside) > 1 or sum(a is source for a in node.args) > 1):
+            yield source, sorted(inside, key=order.__getitem__)

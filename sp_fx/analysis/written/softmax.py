@@ -1,0 +1,86 @@
+"""Softmaxes that a model writes out itself, as `e / e.sum(-1, True)` of `e = (x - x.amax(-1, True)).exp()`: recognised by value.
+
+The calls that lead from the scores to a quotient, a product or an exponential are run on random numbers, and what they give is
+compared with `torch.softmax` of these.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ops import CARRIES, CENTRES, EXPONENTIALS, FACTORS, POINTWISE, QUOTIENT, REDUCES, SMOOTH
+from .graph import Graph
+
+LIMIT = 12  # calls
+SIZES = (3, 4, 5, 6)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The softmax of `scores`, or of their negative, over `dim`, which the calls `inside` compute, the last of which closes it."""
+
+    scores: fx.Node
+    dim: int
+    inside: tuple[fx.Node, ...]
+    kind: str = "softmax"
+
+
+def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Softmax | None:
+    """Returns the widest softmax whose last call is `node`, if there is one."""
+    if graph.called(node) not in QUOTIENT | FACTORS | EXPONENTIALS:
+        return None
+    widest = None
+    for scores, inside in regions(graph, node, order):
+        names = {graph.called(n) for n in inside}
+        if not names & EXPONENTIALS or names - {""} <= POINTWISE:
+            continue
+        for dim in sorted({dim for n in inside for dim in axes_of(n)}):
+            if all(is_softmax(graph, scores, inside, dim, rank) is not False for rank in (2, 3, 4)) and any(
+                is_softmax(graph, scores, inside, dim, rank) for rank in (2, 3, 4)
+            ):
+                widest = Softmax(scores, dim, tuple(inside))
+    return widest
+
+
+def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int, rank: int) -> bool | None:
+    """Whether the calls give the softmax over `dim` of scores of that `rank`, or of their negative; None where they do not run on such."""
+    z = torch.randn(SIZES[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        y = graph.computed(inside, {scores: z.clone()})
+        expected = z.softmax(dim), (-z).softmax(dim)
+    except Exception:  # of another rank
+        return None
+    same_shape = isinstance(y, Tensor) and y.shape == z.shape
+    return same_shape and any(torch.allclose(y.double(), softmax, rtol=1e-5, atol=1e-7) for softmax in expected)
+
+
+def axes_of(node: fx.Node) -> Iterator[int]:
+    """The axes that a call names."""
+    arguments: list[Any] = [*node.args[1:], *(node.kwargs.get(key) for key in ("dim", "axis"))]
+    for value in arguments:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, int) and not isinstance(item, bool) and -4 <= item < 4:
+                yield item
+
+
+def regions(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """Pairs of a node that alone determines `node`, by pointwise calls and reductions, and these calls; nearest first."""
+    inside: dict[fx.Node, None] = {node: None}
+    while len(inside) <= LIMIT:
+        edge = {n for at in inside for n in graph.inputs(at) if n not in inside}
+        if not edge:
+            return
+        latest = max(edge, key=order.__getitem__)
+        if len(edge) == 1:
+            yield latest, sorted(inside, key=order.__getitem__)
+        name = graph.called(latest)
+        known = POINTWISE | REDUCES | CARRIES | SMOOTH | CENTRES
+        if not (name in known or graph.passes(latest) or latest.target in (operator.getitem, getattr)):
+            return
+        inside[latest] = None
