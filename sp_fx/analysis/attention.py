@@ -182,7 +182,7 @@ class Probe:
             if facts.varies(n) and n in self.shapes and isinstance(self.shapes[n], Tensor):
                 return torch.full([int(s) for s in self.shapes[n].shape], neutral, dtype=torch.float64)
             if n.op == "get_attr":
-                constant = facts.view.constant(n)
+                constant = facts.view.attribute(n)
                 return constant.cpu().double() if isinstance(constant, Tensor) and constant.is_floating_point() else constant
             value = self.shapes.get(n, n)
             return torch.full([int(s) for s in value.shape], neutral, dtype=torch.float64) if isinstance(value, Tensor) else value

@@ -68,6 +68,7 @@ MULTIPLES = SCALES | SHIFTS  # the same, and what differs from it by a constant:
 
 # What carries a derivative, and what does not.
 WHOLE = having("whole")
+AFFINE_LAYERS = having("layer")
 GUARDS = having("guard")
 FORM = having("form")
 LOOKUPS = having("lookup")

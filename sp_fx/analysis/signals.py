@@ -15,7 +15,24 @@ from torch import fx, nn
 
 from ..capture.passed import operands
 from .calls import masks_of, name_of
-from .ops import CHOICES, COMPLEX, FORM, GUARDS, INDICES, LOOKUPS, PIECEWISE, POINTWISE, REAL, SEVERAL, SHAPES, VIEW, WHOLE
+from .ops import (
+    AFFINE_LAYERS,
+    CHOICES,
+    COMPLEX,
+    FACTORS,
+    FORM,
+    GUARDS,
+    INDICES,
+    LOOKUPS,
+    PIECEWISE,
+    POINTWISE,
+    PRODUCT,
+    REAL,
+    SEVERAL,
+    SHAPES,
+    VIEW,
+    WHOLE,
+)
 
 
 class Signals:
@@ -55,10 +72,18 @@ class Signals:
         if name in COMPLEX or (name not in REAL and any(n in self.complex for n in inputs)):
             self.complex.add(node)
         read = inputs[:1] if name in FORM else [n for n in inputs if n not in self.masks(node)]
-        if any(n in self.signals for n in read) and not is_whole(node, name) and is_floating(node):
+        starts = self._looks_up(node, name)  # maps may be with respect to what is looked up
+        if (starts or any(n in self.signals for n in read)) and not is_whole(node, name) and is_floating(node):
             self.signals.add(node)
         elif self._chooses(node, name, inputs):
             self.choosing.add(node)
+
+    def _looks_up(self, node: fx.Node, name: str) -> bool:
+        """Whether a call makes numbers of whole numbers by weights: it looks them up in a table, or is an affine map of them."""
+        by_weights = name in LOOKUPS - {"getitem"} | PRODUCT - FACTORS | AFFINE_LAYERS
+        return (by_weights and any(n.op == "get_attr" for n in node.all_input_nodes)) or (
+            node.op == "call_module" and not self.passes(node)
+        )  # fmt: skip
 
     def masks(self, node: fx.Node) -> set[fx.Node]:
         """Returns the operands of a call that say where to take the others from, and get no derivative: of `where`, the mask."""

@@ -16,6 +16,7 @@ TRAITS = {
     "minus": "subtracts, as a mean is taken off a signal: `sub` in `x - x.mean(-1, True)`",
     "power": "raises to a power: `pow` in `x ** 2`",
     "affine": "is affine in its only varying operand, so that it may stand between a softmax and its product: `masked_fill`",
+    "layer": "is a layer with weights: `linear`",
     "mixes": "applies the weights of attention to values, by a product that the table of gates has: `bmm`",
     "exponential": "is a power of e, or a logarithm of a softmax: `exp`",
     "real": "gives real numbers of complex ones: `angle`",
@@ -58,7 +59,7 @@ TRAITS = {
     # coverage: families of gates, counted below a model's Python code and in its report
     "family=": "the family that it counts for in both: `relu6`, family=clamp, as PyTorch dispatches hardtanh for it",
     "dispatched=": "the family, where PyTorch dispatches this name and reports have another: `native_layer_norm`",
-    "listed=": "the family, where reports have this name and PyTorch dispatches another: `clip`",
+    "listed=": "the family, where reports have this name and PyTorch dispatches another: `normalize`; clamp*2 of two of it",
 }
 
 # A line has the names of ops that are alike, a colon, and their traits; lines that follow, indented, continue it.
@@ -134,6 +135,7 @@ threshold:              pointwise same_form family=clamp
 clamp clip clamp_min clamp_max:    pointwise bounds family=clamp
 maximum minimum fmax fmin:    pointwise piecewise bounds family=clamp
 normalize:              listed=clamp
+cosine_similarity:      listed=clamp*2
 max_pool1d max_pool2d max_pool3d max_pool1d_with_indices adaptive_max_pool1d adaptive_max_pool1d_with_indices
     adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d_with_indices
     fractional_max_pool3d_with_indices:    listed=max_pool several
@@ -223,6 +225,5 @@ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptiv
 cat concat concatenate stack hstack vstack dstack:    joins
 pad constant_pad_nd:    view degree=1
 flip roll fliplr flipud repeat tile repeat_interleave:    affine
-linear:                 affine
-conv1d conv2d conv3d:   affine
+linear conv1d conv2d conv3d:    affine layer
 """

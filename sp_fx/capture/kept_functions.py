@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..containers import decoded, rebuilt
-from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, marked, named, registered
+from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, calls_pass_on, marked, named, registered
 from .capture import CaptureError
 from .clones.untouched import names_in
 from .tracing.applies import applies, by_class
@@ -109,12 +109,11 @@ def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[Non
     """While it lasts the modules of `clone` call the stand-in of every registered function, and functions of `autograd` by their
     classes; and while `exporting`, modules of a registered class mark their output, since an export goes into them."""
     changed: list[tuple[dict[str, Any], str, Any]] = []
-    homes = [file.__dict__ for f in STAND_INS if (file := sys.modules.get(getattr(f, "__module__", None) or "")) is not None]
-    spaces = {id(space): space for space in (*homes, *(space for m in clone.modules() for space in namespaces(m)))}
+    spaces = {id(space): space for m in clone.modules() for space in namespaces(m)}
     try:
         for space in spaces.values():
             for key, value in list(space.items()):
-                if isinstance(value, types.FunctionType | types.BuiltinFunctionType) and value in STAND_INS:
+                if isinstance(value, types.BuiltinFunctionType) and value in STAND_INS:  # which has no code to exchange
                     changed.append((space, key, value))
                     space[key] = STAND_INS[value]
                 elif applies(value) is not None:
@@ -124,7 +123,8 @@ def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[Non
             if (name := registered(m)) is not None and "forward" not in m.__dict__:
                 inner = type(m).forward
                 m.__dict__["forward"] = functools.partial(marked_forward, inner, m, name)
-        yield
+        with calls_pass_on():
+            yield
     finally:
         for space, key, value in changed:
             space[key] = value

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from ..capture.arguments import bound
+from ..capture.capture import Capture, CaptureError
 from ..capture.clones.apart import Apart, apart
+from ..capture.clones.clone import EvalClone, traceable
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
-from ..gates.dual_path import dual_path
-from ..gates.multihead import multihead_attention
+from ..gates.dual_path import plain_derivatives
 from ..gates.table import KINKED
-from ..targets import primary
+from ..measured.runs import distance
+from ..measured.verification import verified
+from ..methods.keyword_tensors import measured
+from ..methods.requests import Request, are_named
+from ..targets import Target
 from .coverage import dispatched, listed
 from .frozen_network import FrozenTangents
+from .question import Question, asked
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
@@ -67,69 +73,84 @@ class Checks:
 def check(
     explainer: Explainer,
     inputs: Any,
+    target: Target = None,
     *,
     model: nn.Module | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
+    wrt: str | None = None,
 ) -> Checks:
     """Check `explainer` on `inputs`, a tensor, a tuple of them, or a mapping of arguments, as its methods take them.
 
     - forward: its outputs are the model's, bit for bit; 1e-5 relative where PyTorch fuses attention.
+    - capture: under plain derivatives its gradient is the model's own, to rounding.
     - affine identity: with every gate frozen the network is a linear map W(x) plus a constant, and its pullback nu of a direction
       u the transpose: <nu, x> = <u, W(x) x>. The right side is computed forwards, by another derivation of each gate.
-    - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at tau = 1e-9 is the gradient.
+    - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at tau = 1e-9 is the gradient. At
+      inputs that are moved a little, so that nothing is tied: at a tie each hard gate is right.
+    - samples: the map of a sample alone is its map in the batch, where its outputs are.
     - coverage: the gating ATen ops that the model dispatches are those that the report lists, family by family.
 
-    The second and the third run in float64 on a copy of the weights, which is dropped afterwards. `model` is what the explainer
-    was made from, by default the very object.
+    All but the first two run in float64, on a copy of the weights that is dropped afterwards; in the model's own dtype, with a bar
+    that fits it, where the graph has dtypes of its own.
+
+    Args:
+        target: what is explained, as for `Explainer.pullback`; None for a direction of all floating outputs.
+        model: what the explainer was made from, by default the very object.
+        forward_kwargs: keyword arguments of the model.
+        wrt: the activation that maps are with respect to, in place of the inputs; where none of these floats, by default the
+            embedding of the token ids.
 
     Raises:
         TypeError: `explainer` is no Explainer.
-        ValueError: a copy, an unpickled explainer, or one that ends at an inner output does not know its model: pass one.
+        ValueError: a copy, an unpickled explainer, or one that ends at an inner output does not know its model: pass one; a `wrt`
+            that names no activation; a target that does not fit.
     """
     if not isinstance(explainer, Explainer):
         raise TypeError(f"expected what transform() returns, got a {type(explainer).__name__}")
     source = explainer.origin if model is None else model
     if source is None:
         raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
-    kwargs = dict(forward_kwargs or {})
-    if isinstance(inputs, Mapping):
-        call = inspect.signature(explainer.forward).bind(**inputs, **kwargs)
-        inputs, kwargs = call.args, call.kwargs
-    args = inputs if isinstance(inputs, tuple) else (inputs,)
+    args, kwargs = arguments_of(explainer, inputs, forward_kwargs or {})
     with torch.inference_mode(False):
+        explainer = explainer.for_call(*cloned(args), **cloned(kwargs))
 
         def lines(clone: Apart) -> list[Line]:
-            def in_double() -> Any:
-                return clone.double()(*cloned(args, torch.float64), **cloned(kwargs, torch.float64))
-
-            return [
-                check_forward(explainer, clone, args, kwargs),
-                where_it_runs("affine identity", in_double, check_affine_identity, explainer, args, kwargs),
-                where_it_runs("tau -> 0", in_double, check_hard_limit, explainer, clone, args, kwargs),
-                check_coverage(explainer, clone, args, kwargs),
-            ]
+            found = [check_forward(explainer, clone, args, kwargs), check_capture(explainer, source, args, kwargs)]
+            question = asked(explainer, args, kwargs, target, wrt)
+            for name, run in MAPS.items():
+                if question is None:
+                    found.append(Line(name, "not applicable", note="nothing floats: pass wrt= the name of an activation"))
+                else:
+                    line = where_it_runs(name, run, question)
+                    at = f"with respect to {question.wrt}" if question.wrt else ""
+                    found.append(replace(line, note="; ".join(filter(None, (line.note, at)))))
+            return [*found, check_coverage(explainer, clone, args, kwargs)]
 
         found = apart(source, lines, lambda clones: clones.with_hooks(source))
     return Checks(explainer.report().model, tuple(found))
 
 
-def where_it_runs(name: str, in_double: Callable[[], Any], run: Callable[..., Line], *arguments: Any) -> Line:
-    """Returns the line of `run(name, *arguments)`, or a "not applicable" one for a model that cannot be checked so: it does not
-    run `in_double`, or an op of it has no forward-mode formula."""
+def arguments_of(explainer: Explainer, inputs: Any, forward_kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and the keyword arguments of the call."""
+    if isinstance(inputs, Mapping) and are_named(explainer.forward, inputs):
+        call = inspect.signature(explainer.forward).bind(**inputs, **forward_kwargs)
+        return call.args, call.kwargs
+    return inputs if isinstance(inputs, tuple) else (inputs,), dict(forward_kwargs)
+
+
+def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Question) -> Line:
+    """Returns the line of a check, in float64 if the graph runs so; a "not applicable" one where an op of it has no forward-mode
+    formula, or the model's own backward fails."""
     try:
-        return run(name, *arguments)
+        return run(name, question.in_double())
     except RuntimeError as error:  # NotImplementedError is one
         message = str(error)
         if "modified by an inplace operation" in message:
             return Line(name, "not applicable", note="the model's own backward fails")
-        if not isinstance(error, NotImplementedError) and "forward AD" not in message and "not implemented for" not in message:
-            try:
-                in_double()
-            except RuntimeError:
-                pass
-            else:
-                raise
-        return Line(name, "not applicable", note=message.splitlines()[0][:120])
+        known = "forward AD" in message or "not implemented for" in message or "require derivatives" in message
+        if isinstance(error, NotImplementedError) or known:
+            return Line(name, "not applicable", note=message.splitlines()[0][:120])
+        raise
 
 
 def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
@@ -139,75 +160,109 @@ def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, 
         outputs = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
     if [t.shape for t in outputs] != [t.shape for t in expected]:
         return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in outputs]}, {[list(t.shape) for t in expected]}")
-    if all(torch.equal(a, b) or ((a.isnan() == b.isnan()).all() and torch.equal(a.nan_to_num(), b.nan_to_num()))
-           for a, b in zip(outputs, expected)):  # fmt: skip
+    error = distance(outputs, expected)
+    if error == 0:
         return Line("forward", "ok", 0.0, 0.0, "bitwise")
-    pairs = [(a.double(), b.double()) for a, b in zip(outputs, expected) if b.numel()]
-    error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
     fused = any(site.op == "MultiheadAttention" for site in explainer.report().sites)
     bar = 1e-5 if fused else 0.0
     return Line("forward", "ok" if error <= bar else "FAILED", error, bar, "PyTorch fuses attention" if fused else "")
 
 
-def at_temperature(explainer: Explainer, tau: Any) -> Explainer:
-    """Returns a float64 copy with every gate at `tau`; its attention uses the forward's weights, not tempered ones."""
-    copied = copy.deepcopy(explainer).double()
-    for node in copied.graph.nodes:
-        if node.target in (dual_path, multihead_attention):
-            node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
-            if node.args[0] == "mix":
-                node.args = (*node.args[:2], None, *node.args[3:])
-    copied.graph.eliminate_dead_code()
-    copied.edited(copied.report(), compare=False)
-    return copied
+def check_capture(explainer: Explainer, source: nn.Module, args: tuple, kwargs: dict) -> Line:
+    """The gradient of the graph under plain derivatives against that of the model."""
+    reference = EvalClone()(traceable(source))
+    capture = Capture(explainer, reference, explainer.graph, explainer.report().tracer)
+    arguments = bound(reference, call_by_name(explainer, args, kwargs))
+    try:
+        notes = verified(capture, explainer, explainer.graph, arguments, True)
+    except CaptureError as error:
+        return Line("capture", "FAILED", note=str(error))
+    return Line("capture", "ok", note="; ".join(notes))
 
 
-def direction(y: Tensor) -> Tensor:
-    """Returns a direction of the output `y`, the same at every call."""
-    return torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(0)).to(y.device)
+def call_by_name(explainer: Explainer, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return dict(inspect.signature(explainer.forward).bind(*args, **kwargs).arguments)
 
 
-def check_affine_identity(name: str, explainer: Explainer, args: tuple, kwargs: dict) -> Line:
+def check_affine_identity(name: str, question: Question) -> Line:
     """<nu, x> = <u, W(x) x> on the frozen network: nu by its pullback, W(x) x by `FrozenTangents` with x as the tangent."""
-    frozen, x, kw = at_temperature(explainer, FROZEN), cloned(args, torch.float64), cloned(kwargs, torch.float64)
+    frozen = question.at_temperature(FROZEN)
+    bar = question.bar()
     with torch.no_grad(), forward_ad.dual_level():
-        inputs = tuple(forward_ad.make_dual(t, t.clone()) if t.is_floating_point() else t for t in x)
-        arguments = inspect.signature(frozen.forward).bind(*inputs, **kw).arguments
-        y, tangent = forward_ad.unpack_dual(primary(FrozenTangents(frozen).run_by_name(arguments)))
-        y = y.clone()
-        tangent = torch.zeros_like(y) if tangent is None else tangent.clone()
-    if y.isnan().any():
-        return Line(name, "FAILED", note="the model's output has NaN in it")
-    u = direction(y)
-    maps = frozen.pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
-    pairs = [(m, t) for m, t in zip(maps if isinstance(maps, tuple) else (maps,), x) if m is not None]
-    forwards, backwards = float((u * tangent).sum()), sum(float((m * t).sum()) for m, t in pairs)
-    size = float((u * tangent).abs().sum()) + sum(float((m * t).abs().sum()) for m, t in pairs)
+
+        def dual(t: Any) -> Any:
+            return forward_ad.make_dual(t, t.clone()) if isinstance(t, Tensor) and t.is_floating_point() else t
+
+        by_name = replace(frozen, args=tuple(map(dual, cloned(question.args)))).arguments
+        primal, tangent = forward_ad.unpack_dual(frozen.score(FrozenTangents(frozen.explainer).run_by_name(by_name)))
+        if primal.isnan():
+            return Line(name, "FAILED", note="the model's output has NaN in it")
+        forwards = 0.0 if tangent is None else float(tangent)
+    pairs = list(zip(frozen.maps(), question.explained))
+    backwards = sum(float((m * t).sum()) for m, t in pairs)
+    size = abs(forwards) + sum(float((m * t).abs().sum()) for m, t in pairs)
     error = abs(forwards - backwards) / max(size, 1e-30)
-    kept = any(site.status != "rewritten" for site in explainer.report().sites)
+    kept = any(site.status != "rewritten" for site in question.explainer.report().sites)
     note = "what keeps its derivative by its tangent" if kept else ""
-    return Line(name, "ok" if error <= 1e-9 else "FAILED", error, 1e-9, note)
+    return Line(name, "ok" if error <= bar else "FAILED", error, bar, note)
 
 
-def check_hard_limit(name: str, explainer: Explainer, clone: Apart, args: tuple, kwargs: dict) -> Line:
-    """The map at tau = 1e-9 against the model's own gradient; only where every rewritten gate is of a `KINKED` kind."""
-    signals = [site for site in explainer.report().of("rewritten") if not site.reason.startswith("steers")]
+def check_hard_limit(name: str, question: Question) -> Line:
+    """The map at tau = 1e-9 against the gradient; only where every rewritten gate is of a `KINKED` kind."""
+    signals = [site for site in question.explainer.report().of("rewritten") if "no signal passes" not in site.reason]
     others = sorted({site.kind for site in signals} - KINKED)
     if others:
         return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
-    x, kw = cloned(args, torch.float64), cloned(kwargs, torch.float64)
-    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in cloned(x)]
-    y = primary(clone.double()(*[t * 1 if t.is_floating_point() else t for t in leaves], **cloned(kw)))
-    if y.isnan().any():
-        return Line(name, "FAILED", note="the model's output has NaN in it")
-    u, explained = direction(y), [t for t in leaves if t.is_floating_point()]
-    torch.autograd.backward(y, u)  # a reentrant checkpoint refuses `autograd.grad`
-    expected = [t.grad for t in explained]
-    maps = at_temperature(explainer, 1e-9).pullback(x if len(x) > 1 else x[0], u, forward_kwargs=kw)
-    explained_maps = [m for m in (maps if isinstance(maps, tuple) else (maps,)) if m is not None]
-    pairs = [(a, torch.zeros_like(a) if b is None else b) for a, b in zip(explained_maps, expected)]
-    error = max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
-    return Line(name, "ok" if error <= 1e-6 else "FAILED", error, 1e-6, "no pre-activation may be within 1e-8 of a kink")
+    near = question.nudged()
+    with plain_derivatives():
+        expected = near.maps()
+    found = near.at_temperature(1e-9).maps()
+    bar = max(question.bar(), 1e-6)
+    error = distance(found, expected)
+    return Line(name, "ok" if error <= bar else "FAILED", error, bar, "at inputs moved a little, so that nothing is tied")
+
+
+def check_samples(name: str, question: Question) -> Line:
+    """The maps of a batch against those of its samples one at a time."""
+    explained, kwargs = question.explained, dict(question.kwargs)
+    batch = explained[0].shape[0] if explained[0].dim() else 0
+    if batch < 2 or question.target is not None:
+        return Line(name, "not applicable", note="one sample" if batch < 2 else "asked of a direction of all outputs")
+    args = question.args if len(question.args) != 1 else question.args[0]
+    request = Request(args, None, kwargs, batch_size=1)
+    try:
+        call = measured(question.explainer, request.call(), 1)
+        pieces = [piece.apply(question.explainer, piece.explained) for piece in call.pieces(1)]
+    except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
+        return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(error).splitlines()[0][:100]}")
+    whole = tensors_of(call.apply(question.explainer, call.explained))
+    parts = [torch.cat(ts) if all(t.dim() for t in ts) else None for ts in zip(*map(tensors_of, pieces))]
+    bar = max(question.bar(), 1e-7)
+    along = [(a, b) for a, b in zip(parts, whole) if a is not None and a.shape == b.shape and b.is_floating_point()]
+    if len(along) < len(parts) or distance([a for a, _ in along], [b for _, b in along]) > bar:
+        return Line(name, "not applicable", note="the model itself mixes the samples of a batch")
+    maps = question.maps()
+    drawn = torch.Generator().manual_seed(0)
+    us = [torch.randn(y.shape, generator=drawn).to(y) for y in whole if y.is_floating_point()]
+
+    def score(i: int) -> Callable[[Any], Tensor]:
+        def of(output: Any) -> Tensor:
+            ys = [y for y in tensors_of(output) if y.is_floating_point()]
+            return sum((y * u[i : i + 1]).sum() for y, u in zip(ys, us))  # type: ignore[return-value]
+
+        return of
+
+    alone = [replace(question, args=tuple(piece.values[: len(question.args)]), kwargs=piece.kwargs, target=score(i)).maps()
+             for i, piece in enumerate(call.pieces(1))]  # fmt: skip
+    error = distance([torch.cat(ms) for ms in zip(*alone)], maps)
+    return Line(name, "ok" if error <= bar else "FAILED", error, bar, f"{batch} samples, each alone and all together")
+
+
+MAPS: dict[str, Callable[[str, Question], Line]] = {
+    "affine identity": check_affine_identity,
+    "tau -> 0": check_hard_limit,
+    "samples": check_samples,
+}
 
 
 def check_coverage(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:

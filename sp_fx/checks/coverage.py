@@ -50,7 +50,7 @@ class Dispatched(TorchDispatchMode):
             name = func.overloadpacket.__name__.strip("_")
             if name in DISPATCHED and isinstance(first := next((a for a in args if isinstance(a, Tensor)), None), Tensor):
                 # Integers are clamped to make indices of, as in relative positions.
-                self.counts[DISPATCHED[name]] += first.is_floating_point()
+                self.counts[DISPATCHED[name]] += first.is_floating_point() or first.is_complex()
             self.mark(result)
             if func._schema.is_mutable:
                 self.mark_written(result)
@@ -79,4 +79,7 @@ def dispatched(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
 def listed(report: Report) -> Counter[str]:
     """The families of the calls that a report lists, rewritten or not, and how often."""
     ops = [site.op.removesuffix(WRITTEN_OUT) for site in report.sites]
-    return Counter(LISTED[op] for op in ops if op in LISTED)
+    families: Counter[str] = Counter()
+    for family, _, times in (LISTED[op].partition("*") for op in ops if op in LISTED):
+        families[family] += int(times or 1)
+    return families

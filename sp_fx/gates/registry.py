@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ def register_gate(
 ) -> Any:
     """Give an activation of your own a soft adjoint: `v -> v * gain(z, tau)` for `y = target(z)`; the forward stays what it is.
 
-    From then on `transform` finds it in every model: a function where it is called by its name or is an attribute of a module,
-    an op of `torch.ops`, a class of modules with its subclasses. `Rules(registered={name: ...})` and overrides by place set its
+    From then on `transform` finds it in every model: a function however the model holds it (by a name, an attribute, in a dictionary
+    or a `functools.partial`), an op of `torch.ops`, a class of modules with its subclasses. A report notes what was not met. `Rules(registered={name: ...})` and overrides by place set its
     temperature; None restores its plain derivative. Register in every process that uses, or unpickles, an explainer with it.
 
     Args:
@@ -82,14 +83,45 @@ def register_gate(
 
 def stand_in(function: Callable, name: str) -> Callable:
     """`function`, as a symbolic trace records it in one call, and an export with a marker behind it."""
+    own = twin(function) if isinstance(function, types.FunctionType) else function  # `function` calls the stand-in in a trace
 
     @functools.wraps(function)
     def call(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if has_torch_function((z,)):
             return handle_torch_function(call, (z,), z, *args, **kwargs)
-        return marked(name, z, function(z, *args, **kwargs), named(function, (z, *args), kwargs))
+        return marked(name, z, own(z, *args, **kwargs), named(own, (z, *args), kwargs))
 
     return call
+
+
+def twin(function: types.FunctionType) -> types.FunctionType:
+    """Another function of the same code."""
+    code, space, closure = function.__code__, function.__globals__, function.__closure__
+    own = types.FunctionType(code, space, function.__name__, function.__defaults__, closure)
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
+
+
+def passing_on(*args: Any, **kwargs: Any) -> Any:
+    """The code that a registered function has in a trace: a call of its stand-in."""
+    call: Any = "the stand-in"
+    return call(*args, **kwargs)
+
+
+@contextmanager
+def calls_pass_on() -> Iterator[None]:
+    """While it lasts whoever calls a registered function calls its stand-in, however he came by the function: by a name in any
+    file, out of a dictionary, in a `functools.partial`, as a default. For all threads, of which the others notice nothing."""
+    before = {f: f.__code__ for f in STAND_INS if isinstance(f, types.FunctionType)}
+    try:
+        for function, code in before.items():
+            template = passing_on.__code__
+            constants = tuple(STAND_INS[function] if c == "the stand-in" else c for c in template.co_consts)
+            function.__code__ = template.replace(co_consts=constants, co_freevars=code.co_freevars)
+        yield
+    finally:
+        for function, code in before.items():
+            function.__code__ = code
 
 
 def call_registered(name: str, z: Tensor, *args: Any, **kwargs: Any) -> Tensor:

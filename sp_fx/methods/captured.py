@@ -221,6 +221,10 @@ class CapturedModule(fx.GraphModule):
     def __copy__(self) -> Self:
         return self._copied(self, copy.deepcopy(self.graph))
 
+    def copied_apart(self) -> Self:
+        """A copy that shares no tensor with this module, made as clones of models are: modules that refuse deep copies do not."""
+        return self._copied(EvalClone(own_tensors=True)(self), copy.deepcopy(self.graph))
+
     def edited(self, report: Report, compare: bool = True) -> None:
         """Takes the temperatures that were written into its graph, and the report of them. `compare`: whether it is still to be
         compared with its model."""

@@ -70,6 +70,13 @@ class Request:
         return tuple(by_input) if isinstance(self.inputs, tuple) else by_input[0]
 
 
+def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
+    """Whether the keys of `inputs` are parameters of a forward: else the mapping itself is an argument."""
+    parameters = inspect.signature(forward).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return takes_any or all(name in parameters for name in inputs)
+
+
 def usable(x: Any) -> Tensor:
     """The input as autograd can use it."""
     if not isinstance(x, Tensor):

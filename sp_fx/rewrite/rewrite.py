@@ -18,7 +18,7 @@ from ..capture.capture import Capture
 from ..capture.kept_functions import take_markers
 from ..capture.passed import with_marks
 from ..capture.tracing.regions import close_regions
-from ..gates.rules import Rules
+from ..gates.rules import Rules, registered_kinds
 from . import attention, decisions
 from .account import Account
 from .out_of_place import normalise
@@ -74,5 +74,8 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     modules = with_marks(capture.modules, account.rewriting.opened)
     close_regions(modules, graph)
     graph.lint()
+    kinds = {site.kind for site in sites}
+    if unmet := [name for name in registered_kinds() if name not in kinds]:
+        notes.append(f"registered, and not met in this model: {', '.join(unmet)}")
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
     return Rewritten(modules, report, bool(facts.undecided))

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ops import CARRIES, JOINS, MULTIPLES, PIECEWISE, POINTWISE, REDUCES, SMOOTH
+from ..calls import op_of
+from ..ops import ACTIVATIONS, BOUNDS, CARRIES, JOINS, MULTIPLES, PIECEWISE, POINTWISE, REDUCES, SMOOTH
+from ..readers import READERS
 from .functions import gate_of, points, smooth_of
 from .graph import Graph
 
@@ -60,6 +62,8 @@ def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], clai
         alone = len(calls) == 1 and sum(a is source for a in node.args) < 2  # which has a reader of its own, if it is a gate
         if alone or names <= MULTIPLES or source not in graph.signals or source in graph.complex:
             continue
+        if is_chain(graph, inside) and not (names <= BOUNDS | ACTIVATIONS and len(calls) == 2):
+            continue
         numbers = numbers_in(graph, inside)
         z = points(numbers)
         try:
@@ -68,11 +72,21 @@ def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], clai
             continue
         if not (isinstance(y, Tensor) and y.shape == z.shape and not y.is_complex()):
             continue
-        if (gate := gate_of(z, y, numbers)) is not None:
+        gate = gate_of(z, y, numbers)
+        if is_chain(graph, inside) and (gate is None or gate[0] != "hardtanh"):
+            continue
+        if gate is not None:
             widest = Written(*gate, source, tuple(inside), graph.weights_of(inside))
         elif (not names <= SMOOTH | MULTIPLES or names & PIECEWISE) and (name := smooth_of(z, y)) is not None:
             widest = Written(name, {}, source, tuple(inside), graph.weights_of(inside), smooth=True)
     return widest
+
+
+def is_chain(graph: Graph, inside: Collection[fx.Node]) -> bool:
+    """Whether the calls are gates by name, one on the other: each is rewritten on its own, as the method has it. Two bounds are
+    one gate, though: `relu(x).clamp(max=6)` is ReLU6."""
+    calls = [n for n in inside if graph.called(n) not in {"", *CARRIES}]
+    return all(op_of(n) in READERS and len(graph.inputs(n)) == 1 and sum(isinstance(a, fx.Node) and a in graph.inputs(n) for a in n.args) == 1 for n in calls)
 
 
 def is_pointwise(graph: Graph, node: fx.Node) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...capture.passed import operands
-from ..ops import CARRIES, FORM, FRESH, SHAPES
+from ..ops import CARRIES, FORM, FRESH, JOINS, POINTWISE, REDUCES, SHAPES, VIEW
 from ..signals import called
 
 
@@ -90,13 +90,16 @@ class Graph:
         one number has one element, whatever its shape."""
         name = self.called(node)
         if node.op == "get_attr":
-            return self.attribute(node).detach()
+            value = self.attribute(node)
+            if value.numel() != 1:  # weights that happen to be equal are weights
+                raise ValueError("not one number")
+            return value.detach()
         if name in FRESH and (filled := filled_with(node, name)) is not None:
             return torch.full((), filled, dtype=torch.float64)
         if name in CARRIES:  # of one number: the shape does not matter
             value = self.constant(node.args[0])  # type: ignore[arg-type]
             return value if splat(value) is None else torch.full((), splat(value), dtype=torch.float64)
-        if name in SHAPES or not name:
+        if name not in POINTWISE | VIEW | REDUCES | JOINS - SHAPES:  # what draws numbers may not run here
             raise ValueError("known at run time alone")
         return made(node, fx.map_arg((node.args, node.kwargs), self.constant))
 

@@ -78,12 +78,13 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
         signal = signal_of(graph, numerator)
         made = Made(graph, signal.forms)
         degree = made.degree(operand)
-        if degree is None or degree.parity != "even" or not degree.powers or graph.carried(operand) in signal.forms:
+        if degree is None or degree.parity != "even" or graph.carried(operand) in signal.forms:
             continue
         names = {graph.called(n) for n in made.calls}
         power = sum(degree.powers.values()) * (1 if divides else -1)
         window = bool(names & ops.WINDOWS)
-        if not made.reduces or not (power > 0 if window else power == 1 and made.exact):
+        relative = power == 0 and bool(names & ops.NORMS) and bool(names & ops.QUOTIENT)  # |x| over the mean of |x| over channels
+        if not made.reduces or not (power > 0 if window else (power == 1 or relative) and made.exact):
             continue
         constants, inside = [(node, index)], tuple(made.calls)
         if signal.centring is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,12 +47,6 @@ class Apart:
         """The clone, with tensors as they were before any run. Those of the last run stay until then, for its backward."""
         self.written.put_back()
         return self.module
-
-    def double(self) -> Apart:
-        """A copy in float64, run apart likewise."""
-        own = Apart(self.model, copy.deepcopy(self.fresh()).double())
-        own.written = self.written
-        return own
 
 
 def apart(model: nn.Module, run: Callable[[Apart], T], make: Callable[[EvalClone], nn.Module] | None = None) -> T:

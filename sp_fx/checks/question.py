@@ -1,0 +1,135 @@
+"""What `check` is asked: an explainer, arguments, and which direction of the outputs, with respect to what, the maps are of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..analysis.ops import LOOKUPS
+from ..analysis.signals import called
+from ..containers import cloned, tensors_of
+from ..explainer import Explainer
+from ..gates.adjoints.norms import frozen_cosine
+from ..gates.dual_path import dual_path
+from ..gates.multihead import multihead_attention
+from ..measured.runs import Coarsest, perturbed
+from ..methods.subgraphs import activations
+from ..targets import Target, seed
+
+# What a check that is exact but for rounding may be off by, by the coarsest dtype that the graph computes in.
+EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
+
+
+@dataclass(frozen=True)
+class Question:
+    """The explainer, or what comes after the activation `wrt` of it, with its positional and keyword arguments and the target."""
+
+    explainer: Explainer
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Target = None
+    wrt: str = ""
+
+    @property
+    def explained(self) -> list[Tensor]:
+        return [x for x in self.args if isinstance(x, Tensor) and x.is_floating_point()]
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """All arguments, by name."""
+        return inspect.signature(self.explainer.forward).bind(*self.args, **self.kwargs).arguments
+
+    def score(self, output: Any) -> Tensor:
+        """What is explained, as one number: the outputs along the target, or along a direction of all of them, which is the same
+        at every call."""
+        if self.target is not None:
+            y, u = seed(output, self.target)
+            return (y * u).sum()
+        drawn = torch.Generator().manual_seed(0)
+        parts = [y for y in tensors_of(output) if y.is_floating_point()]
+        return sum((y * torch.randn(y.shape, generator=drawn).to(y)).sum() for y in parts)  # type: ignore[return-value]
+
+    def maps(self) -> list[Tensor]:
+        """The pullback of the score at each input that is explained."""
+        args = cloned(self.args)
+        found = self.explainer.pullback(args if len(args) != 1 else args[0], self.score, forward_kwargs=cloned(dict(self.kwargs)))
+        return [m for m in (found if isinstance(found, tuple) else (found,)) if m is not None]
+
+    def in_double(self) -> Question:
+        """In float64, on a copy of the weights; as it is where the graph does not run so, having dtypes of its own."""
+        own = self.explainer.copied_apart().double()
+        double = replace(self, explainer=own, args=cloned(self.args, torch.float64), kwargs=cloned(dict(self.kwargs), torch.float64))
+        try:
+            with torch.no_grad():
+                own(*cloned(double.args), **cloned(dict(double.kwargs)))
+        except RuntimeError:
+            return replace(self, explainer=self.explainer.copied_apart())
+        return double
+
+    def nudged(self) -> Question:
+        """At inputs where no two numbers are equal, nor 0: at a tie, as in the black border of a picture, a hard gate is a matter
+        of taste."""
+        return replace(self, args=perturbed({"args": self.args})["args"])
+
+    def at_temperature(self, tau: Any) -> Question:
+        """With every gate at `tau`; attention uses the forward's weights, not tempered ones."""
+        own = self.explainer.copied_apart()
+        for node in list(own.graph.nodes):
+            if node.target not in (dual_path, multihead_attention):
+                continue
+            node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
+            if node.args[0] == "mix":
+                node.args = (*node.args[:2], None, *node.args[3:])
+            elif node.args[0] == "surrogate" and node.args[2].target is not frozen_cosine:
+                node.replace_all_uses_with(node.args[1])
+                own.graph.erase_node(node)
+        own.graph.eliminate_dead_code()
+        own.edited(own.report(), compare=False)
+        return replace(self, explainer=own)
+
+    def bar(self) -> float:
+        """What a check may be off by that is exact but for rounding."""
+        run = Coarsest(self.explainer, self.explainer.graph)
+        with torch.no_grad():
+            run.run_by_name(cloned(dict(self.arguments)))
+        return EXACT[max(run.of_outputs or [torch.float32], key=list(EXACT).index)]
+
+
+def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: Target, wrt: str | None) -> Question | None:
+    """Returns the question about these arguments: with respect to the activation `wrt`, or, where none of the arguments floats, to
+    the first that the graph looks up in a table, as embeddings of token ids are; None where there is nothing to explain."""
+    whole = Question(explainer, args, kwargs, target)
+    if wrt is None and whole.explained:
+        return whole
+    name = wrt or looked_up(explainer.graph)
+    if not name:
+        return None
+    stem, tail = explainer.split(name)
+    with torch.no_grad():
+        activation = stem(*cloned(args), **cloned(dict(kwargs)))
+    needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
+    return Question(tail, (activation,), {n: whole.arguments[n] for n in needed if n in whole.arguments}, target, name)
+
+
+def looked_up(graph: fx.Graph) -> str:
+    """Returns the name of the first activation that is looked up in a table by what varies; "" where there is none."""
+    inputs = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if inputs.intersection(node.all_input_nodes):
+            inputs.add(node)
+    for name, node in sorted(activations(graph).items(), key=lambda pair: list(graph.nodes).index(pair[1])):
+        table = node.target if node.op == "call_module" else ""
+        is_lookup = called(node) in LOOKUPS - {"getitem"} or (table and is_embedding(graph, str(table)))
+        if node in inputs and is_lookup:
+            return name
+    return ""
+
+
+def is_embedding(graph: fx.Graph, path: str) -> bool:
+    module = graph.owning_module.get_submodule(path) if graph.owning_module is not None else None
+    return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
