@@ -92,6 +92,9 @@ def transform(
         example = None if example_inputs is None else bound(inner, example_inputs)
         try:
             made = rewritten(model, rules, tracer, example, verify)
+            if (resolved := rules.resolved(made.report.sites)) != rules:
+                rules = resolved
+                made = rewritten(model, rules, tracer, example, verify)
         except Exception as error:
             if example is not None and (own := own_error(inner, example)):
                 raise CaptureError(f"{type(inner).__name__} itself fails on the example_inputs: {own}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
@@ -28,18 +28,20 @@ class Explainer(CapturedModule):
     Submodules keep the model's names and can be hooked: leaves as they are, containers and gates as identities through which
     their outputs pass.
 
-    Every method takes `inputs`, a tensor, a tuple of tensors, or a mapping of keyword arguments, with the batch on axis 0 (any
-    rank, at least one floating), and returns maps of their shapes and dtypes: a tensor for a tensor, a tuple for a tuple, a
-    dictionary for a mapping, with None for integer tensors, which are passed on but not explained. They work under `no_grad`
-    and `inference_mode`, and keep no graph alive. Common arguments:
+    Every method takes `inputs`, a tensor, a tuple of positional arguments, a mapping of keyword arguments, or whatever container
+    the forward takes for its one argument, with the batch on axis 0 of the tensors (any rank, at least one floating), and returns
+    maps of their shapes and dtypes in the same containers, with None for integer tensors, which are passed on but not explained.
+    The explainer itself takes the same: `explainer(inputs)`. They work under `no_grad` and `inference_mode`, and keep no graph
+    alive. Common arguments:
 
-        target: None for the predicted class; an int; an integer tensor [B]; an integer tensor [B, T] for T maps of each sample,
-            [B, T, ...], which `pullback` makes from one forward and the others one after the other; a tuple of indices into an
+        target: None for the predicted class, or for the one number that the model returns for each sample; an int; an integer
+            tensor, array or list [B]; one [B, T] for T maps of each sample, [B, T, ...], which `pullback` makes from one forward and the others one after the other; a tuple of indices into an
             output with several axes; a floating tensor shaped like the output, the direction itself; a callable from the output
             to what is to be explained. Axes of the output that an index leaves over are summed.
         forward_kwargs: keyword arguments of the model.
-        wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`); the result
-            is one map, shaped like it. `split` says which names there are.
+        wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`), or the end
+            of it that no other name has (`"word_embeddings"`); the result is one map, shaped like it. `pullback` takes several
+            names, and returns a dictionary of maps, from one forward and one backward. `split` says which names there are.
         batch_size: the most samples to run at once; inputs, targets and bounds that have the batch on axis 0 are cut. Whether a
             keyword tensor whose axis 0 is as long goes with the samples is measured: the graph is run on fake tensors (shapes
             without numbers) of fewer samples, with it cut and with it whole; right is what runs and returns the shapes of the
@@ -59,7 +61,7 @@ class Explainer(CapturedModule):
         target: Target = None,
         *,
         forward_kwargs: Mapping[str, Any] | None = None,
-        wrt: str | None = None,
+        wrt: str | Sequence[str] | None = None,
         batch_size: int | None = None,
         chunk: int | None = None,
     ) -> Any:

@@ -3,7 +3,7 @@
 Beside the plain forms (`FORMS`) there are directions that depend on the output: `score`, `margin`, `log_probability`,
 `fisher_rao`, `neuron`, `channel`, `free`. Each returns a `Direction`, to be passed as the target of any method. At an output `y`
 [B, C], or [B, C, ...] with the classes on axis 1, it is a tensor `u`, shaped like `y`, which is pulled back as a constant.
-Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`. Their class is an int, a tensor [B], or None
+Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`, `sum(directions) / 3`. Their class is an int, a tensor [B], or None
 for the predicted one; an ascent predicts anew at every step, so name the class there.
 """
 
@@ -22,9 +22,20 @@ Class = int | Tensor | None
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None
 
 FORMS = (
-    "None (the predicted class), an int, an integer tensor [B] or [B, T], a tuple of indices, a floating tensor shaped like the "
-    "output (a direction), or a callable of the output"
+    "None (the predicted class), an int, an integer tensor [B] or [B, T] or lists or an array of such, a tuple of indices, a "
+    "floating tensor shaped like the output (a direction), or a callable of the output"
 )
+
+
+def as_target(target: Any) -> Target:
+    """Returns a target in the forms that this file reads: arrays of NumPy, and lists of T classes for each sample, are tensors."""
+    if type(target).__module__ == "numpy" and hasattr(target, "ndim"):
+        return torch.as_tensor(target) if target.ndim else target.item()
+    if isinstance(target, list) and target and all(isinstance(row, list) for row in target):
+        if len({len(row) for row in target}) > 1:
+            raise ValueError(f"got lists of {sorted({len(row) for row in target})} classes: expected as many for each sample")
+        return torch.tensor([[_int(t) for t in row] for row in target])
+    return target
 
 
 def primary(output: Any) -> Tensor:
@@ -82,11 +93,14 @@ def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
     return y, u if isinstance(target, Tensor) and target.dim() == 2 else u[0]
 
 
-def resolve(output: Any, target: Target) -> Target:
-    """Returns the target, or the predicted class where it is None: later forwards keep the class of the first."""
+def resolve(output: Any, target: Target, one_each: bool = False) -> Target:
+    """Returns the target, or the predicted class where it is None: later forwards keep the class of the first. `one_each`: whether
+    an output of one axis is known to have one number for each sample, which then is what is explained."""
     if target is not None:
         return target
     y = primary(output)
+    if y.dim() == 1 and one_each:
+        return ()
     if y.dim() != 2:
         forgotten = "was the input's batch axis forgotten? Else " if y.dim() == 1 else ""
         raise ValueError(f"no target given, and an output of shape {_shape(y)} has no single class axis: {forgotten}pass {FORMS}")
@@ -196,6 +210,13 @@ class Direction:
         return Direction(lambda y: factor * self.of(y), lambda change: factor * self.mapped(change))
 
     __mul__ = __rmul__
+
+    def __truediv__(self, divisor: float) -> Direction:
+        return (1.0 / divisor) * self
+
+    def __radd__(self, other: Any) -> Direction:
+        """`sum(directions)` begins with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def __neg__(self) -> Direction:
         return -1.0 * self

@@ -78,7 +78,7 @@ POINTWISE = {
     "clamp between tensors": (lambda z: z.clamp(at(-0.2), at(0.3)), gate("hardtanh", low=-0.2, high=0.3)),
     "clamp from a tensor": (lambda z: torch.clamp(z, min=at(-0.2)), gate("hardtanh", low=-0.2)),
     "clamp in place to a tensor": (lambda z: (z * 1).clamp_(max=at(0.3)), gate("hardtanh", high=0.3)),
-    "threshold at 0": (nn.Threshold(0.0, 0.0), gate("hardtanh", low=0.0)),
+    "threshold at 0": (nn.Threshold(0.0, 0.0), gate("relu")),
     "abs": (torch.abs, gate("abs")),
     "abs method": (lambda z: z.abs(), gate("abs")),
     "abs operator": (abs, gate("abs")),
@@ -565,7 +565,7 @@ CODES = randn(4, 2, seed=9)
 ROUTERS = {
     "head": lambda x: x.relu().softmax(-1),
     "router": lambda x: x.relu() * x.softmax(-1)[:, :1],
-    "selective kernel": lambda x: (torch.stack([x.relu(), x * 2], 1) * torch.stack([x, -x], 1).softmax(1)).sum(1),
+    "a gate on each place": lambda x: x.relu() * x.softmax(-1),
     "codebook": lambda x: x.relu().softmax(-1) @ CODES,
 }
 

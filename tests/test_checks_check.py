@@ -48,7 +48,7 @@ X = torch.randn(2, 3, 10, 9, generator=torch.Generator().manual_seed(0))
 def test_all_is_well():
     model = convolutional()
     found = sp_fx.check(sp_fx.transform(model), X)
-    assert found and [line.verdict for line in found.lines] == ["ok"] * 4
+    assert found and [line.verdict for line in found.lines] == ["ok"] * 6
     assert found["forward"].note == "bitwise" and found["tau -> 0"].found < 1e-9
     told = str(found).splitlines()
     assert told[0] == "Sequential: every check holds" and "5 gating ops, each listed" in told[-1]

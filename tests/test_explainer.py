@@ -190,7 +190,7 @@ def test_several_inputs_of_which_one_is_integer():
 BAD_INPUTS = {
     "integers": (torch.zeros(3, 3, 32, 32, dtype=torch.long), TypeError, "nothing to explain.*int64"),
     "complex": (torch.zeros(3, 3, 32, 32, dtype=torch.complex64), TypeError, "complex"),
-    "no tensor": ([[1.0]], TypeError, "expected a tensor, or a tuple of tensors.*list"),
+    "no tensor": ([[1.0]], TypeError, "expected a tensor, a container of tensors.*list"),
     "nothing": ((), ValueError, "empty tuple"),
     "no batch": (torch.tensor(1.0), ValueError, "batch axis"),
     "NaN": (torch.full((3, 3, 32, 32), float("nan")), ValueError, "NaN"),

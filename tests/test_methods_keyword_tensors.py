@@ -212,7 +212,7 @@ def test_measuring_touches_no_numbers_and_runs_no_hooks(capfd):
         module.register_forward_hook(lambda *args: hooked.append(args))
         module.register_forward_pre_hook(lambda *args: hooked.append(args))
     before = {name: (t.clone(), t._version) for name, t in explainer.state_dict().items()}
-    call = Request(STEPS[:, 0], 1, {"prototypes": PROTOTYPES}).call()
+    call = Request(STEPS[:, 0], 1, {"prototypes": PROTOTYPES}).call(explainer.forward)
     assert keyword_tensors.measured(explainer, call, 2).samplewise == frozenset()
     assert not hooked and capfd.readouterr() == ("", "")
     for name, t in explainer.state_dict().items():
@@ -239,7 +239,7 @@ TRANSFORMS = {"vmap": torch.func.vmap, "grad": torch.func.grad, "vmap of grad": 
 @pytest.mark.parametrize("caller", [*CALLERS, *TRANSFORMS])
 def test_measuring_under_the_callers_modes(caller):
     explainer = sp_fx.transform(fill(Both()))
-    call = Request(STEPS, 1, {"mask": MASK, "prototypes": PROTOTYPES}).call()
+    call = Request(STEPS, 1, {"mask": MASK, "prototypes": PROTOTYPES}).call(explainer.forward)
     measured = []
 
     def measure(t):

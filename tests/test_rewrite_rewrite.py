@@ -119,7 +119,7 @@ LISTED = {
     lambda x: x.median(1, keepdim=True).values * x: "median",
     lambda x: x.sort().values: "sort",
     lambda x: x.amin(1): "amin",
-    lambda x: torch.maximum(x, x.flip(1)): "maximum",
+    lambda x: torch.fmax(x, x.flip(1)): "fmax",
     lambda x: torch.clamp(x, -x.abs().mean(), x.abs().mean()): "clamp",
     lambda x: F.fractional_max_pool2d(x[None, None], 2, 2): "fractional_max_pool2d",
     lambda x: torch.round(x) * x: "round",
@@ -265,7 +265,7 @@ def test_masks_made_of_inputs_are_the_callers():
 
 
 WITH_OTHER_PIECES = {
-    "clipped far out": ("where", lambda m, h: torch.where(h > 20.0, torch.full_like(h, 20.0), F.relu(h))),
+    "clipped far out": ("where", lambda m, h: torch.where(h > 20.0, torch.full_like(h, 21.0), F.relu(h))),
     "silu clipped at 60": ("where", lambda m, h: torch.where(h > 60, h * 0, h * torch.sigmoid(h))),
     "a threshold beside 0": ("mul", lambda m, h: h * (h > 0.3)),
     "a threshold that is learned": ("mul", lambda m, h: h * (h > m.rate / 10)),

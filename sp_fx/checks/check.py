@@ -15,7 +15,7 @@ from ..capture.arguments import bound
 from ..capture.capture import Capture, CaptureError
 from ..capture.clones.apart import Apart, apart
 from ..capture.clones.clone import EvalClone, traceable
-from ..containers import cloned, tensors_of
+from ..containers import cloned, filled, rebuilt, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import plain_derivatives
@@ -23,7 +23,7 @@ from ..gates.table import KINKED
 from ..measured.runs import distance
 from ..measured.verification import verified
 from ..methods.keyword_tensors import measured
-from ..methods.requests import Request, are_named
+from ..methods.requests import Request, arguments_of
 from ..targets import Target
 from .coverage import dispatched, listed
 from .frozen_network import FrozenTangents
@@ -110,7 +110,9 @@ def check(
     source = explainer.origin if model is None else model
     if source is None:
         raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
-    args, kwargs = arguments_of(explainer, inputs, forward_kwargs or {})
+    positional, keyword = arguments_of(explainer.forward, inputs)
+    call = inspect.signature(explainer.forward).bind(*positional, **keyword, **(forward_kwargs or {}))
+    args, kwargs = call.args, call.kwargs
     with torch.inference_mode(False):
         explainer = explainer.for_call(*cloned(args), **cloned(kwargs))
 
@@ -128,14 +130,6 @@ def check(
 
         found = apart(source, lines, lambda clones: clones.with_hooks(source))
     return Checks(explainer.report().model, tuple(found))
-
-
-def arguments_of(explainer: Explainer, inputs: Any, forward_kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the positional and the keyword arguments of the call."""
-    if isinstance(inputs, Mapping) and are_named(explainer.forward, inputs):
-        call = inspect.signature(explainer.forward).bind(**inputs, **forward_kwargs)
-        return call.args, call.kwargs
-    return inputs if isinstance(inputs, tuple) else (inputs,), dict(forward_kwargs)
 
 
 def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Question) -> Line:
@@ -193,7 +187,7 @@ def check_affine_identity(name: str, question: Question) -> Line:
         def dual(t: Any) -> Any:
             return forward_ad.make_dual(t, t.clone()) if isinstance(t, Tensor) and t.is_floating_point() else t
 
-        by_name = replace(frozen, args=tuple(map(dual, cloned(question.args)))).arguments
+        by_name = replace(frozen, args=rebuilt(cloned(question.args), dual)).arguments
         primal, tangent = forward_ad.unpack_dual(frozen.score(FrozenTangents(frozen.explainer).run_by_name(by_name)))
         if primal.isnan():
             return Line(name, "FAILED", note="the model's output has NaN in it")
@@ -231,7 +225,7 @@ def check_samples(name: str, question: Question) -> Line:
     args = question.args if len(question.args) != 1 else question.args[0]
     request = Request(args, None, kwargs, batch_size=1)
     try:
-        call = measured(question.explainer, request.call(), 1)
+        call = measured(question.explainer, request.call(question.explainer.forward), 1)
         pieces = [piece.apply(question.explainer, piece.explained) for piece in call.pieces(1)]
     except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
         return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(error).splitlines()[0][:100]}")
@@ -252,7 +246,7 @@ def check_samples(name: str, question: Question) -> Line:
 
         return of
 
-    alone = [replace(question, args=tuple(piece.values[: len(question.args)]), kwargs=piece.kwargs, target=score(i)).maps()
+    alone = [replace(question, args=filled(piece.skeleton, piece.values)[0], kwargs=piece.kwargs, target=score(i)).maps()
              for i, piece in enumerate(call.pieces(1))]  # fmt: skip
     error = distance([torch.cat(ms) for ms in zip(*alone)], maps)
     return Line(name, "ok" if error <= bar else "FAILED", error, bar, f"{batch} samples, each alone and all together")

@@ -37,7 +37,7 @@ class Question:
 
     @property
     def explained(self) -> list[Tensor]:
-        return [x for x in self.args if isinstance(x, Tensor) and x.is_floating_point()]
+        return [x for x in tensors_of(self.args) if x.is_floating_point()]
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -58,7 +58,7 @@ class Question:
         """The pullback of the score at each input that is explained."""
         args = cloned(self.args)
         found = self.explainer.pullback(args if len(args) != 1 else args[0], self.score, forward_kwargs=cloned(dict(self.kwargs)))
-        return [m for m in (found if isinstance(found, tuple) else (found,)) if m is not None]
+        return tensors_of(found)
 
     def in_double(self) -> Question:
         """In float64, on a copy of the weights; as it is where the graph does not run so, having dtypes of its own."""

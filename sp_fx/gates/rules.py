@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any, Literal
@@ -31,8 +31,8 @@ class Rules:
     a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
     `Explainer.calibrate` measures.
 
-    `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them) to a temperature, or to a mapping
-    from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
+    `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them), names of modules (`"layer4"`, with all
+    that is in it) or ends that one place has to a temperature, or to a mapping from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
     no gate is an error.
 
     Defaults: one deviation of the sample for the gates that a scale applies to, by `bench/temperatures.py`: on the zoo's CNN and
@@ -111,7 +111,13 @@ class Rules:
 
     @classmethod
     def frozen(cls) -> Rules:
-        """Every gate as the forward pass set it: the network is the affine map of its input that it acts as, `W(x) x + b(x)`."""
+        """Every gate as the forward pass set it: the network is the affine map of its input that it acts as, `W(x) x + b(x)`.
+
+        That holds of networks of affine layers and of gates that have a rule. Not frozen are smooth functions that are no gates
+        (tanh, exp, a sigmoid alone), products and quotients of two signals in which neither is made by a gate, softmaxes that
+        multiply no values, recurrent cells, and calls that are NOT REWRITTEN: they keep their derivative, and the report counts
+        them. A B-cos network is made of such products, `out * |out| / norm`: its map under these rules is the plain gradient.
+        """
         return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
@@ -134,6 +140,28 @@ class Rules:
             return self.scale
         scale = self.scale.get(place, "missing")
         return scale if isinstance(scale, str) else float(scale)
+
+    def resolved(self, gates: Iterable[Any]) -> Rules:
+        """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it) or the end of
+        one place (`"attn.softmax"`). `gates` are the sites of a report.
+
+        Raises:
+            ValueError: an end that several places have.
+        """
+        known = sorted({site.place for site in gates if site.kind})
+        overrides: dict[str, Any] = {}
+        for pattern, override in self.overrides.items():
+            ends = [place for place in known if place.endswith(f".{pattern}")]
+            if any(fnmatchcase(place, pattern) for place in known):
+                overrides[pattern] = override
+            elif any(place.startswith(f"{pattern}.") for place in known):
+                overrides[f"{pattern}.*"] = override
+            elif len(ends) > 1:
+                several = f"{', '.join(ends[:5])}{', ...' if len(ends) > 5 else ''}"
+                raise ValueError(f"the override {pattern!r} is the end of {len(ends)} places: {several}; say which, or '*.{pattern}'")
+            else:
+                overrides[ends[0] if ends else pattern] = override
+        return self if overrides == dict(self.overrides) else replace(self, overrides=overrides)
 
     def check_places(self, gates: Iterable[Any]) -> None:
         """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of the `gates`, sites of a report."""

@@ -23,6 +23,7 @@ from ..measured.sample_axis import sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
 from ..rewrite.report import Report
 from .pickled import graph_of, rows
+from .requests import spread
 from .subgraphs import ending_at, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
@@ -83,6 +84,8 @@ class CapturedModule(fx.GraphModule):
         self.training = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
+            args, kwargs = spread(self, args[0])
         module = self.for_call(*args, **kwargs)
         return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
 

@@ -108,6 +108,16 @@ def run(module: fx.GraphModule, call: Call) -> Shapes:
     return Shapes([t.shape for t in tensors], explained)
 
 
+def has_one_each(module: fx.GraphModule, call: Call, output: Any) -> bool:
+    """Whether the model returns one number for each sample, [B]: of other batches others as many."""
+    if not isinstance(output, Tensor) or output.shape != (call.batch,):
+        return False
+    size = call.batch + 1
+    with on_shapes_alone():
+        got = run(module, call.mapped(lambda t: fake(t, size)))
+    return got.shapes == [torch.Size([size])]
+
+
 def why_not(module: fx.GraphModule, call: Call, way: frozenset[Key], size: int, full: Shapes) -> str:
     """Returns why it is wrong to cut the arguments `way`, and no others, along with the inputs, to `size` samples: the graph does
     not run, or returns other shapes than the `full` call's but for the batch. An empty string where it is right."""

@@ -10,26 +10,31 @@ import inspect
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from ..capture.arguments import ByName
 from ..containers import rebuilt
 from ..targets import Target, only_output, resolve, seed
 from .ascent import Ascent
 from .captured import CapturedModule
-from .keyword_tensors import measured
+from .keyword_tensors import has_one_each, measured
 from .requests import Call, Inputs, Key, Request
+from .subgraphs import find
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def pullback(module: CapturedModule, request: Request, chunk: int | None = None) -> Any:
-    """The soft pullback of the target direction: one forward and one backward, also for targets [B, T], `chunk` at a time."""
+    """The soft pullback of the target direction: one forward and one backward, also for targets [B, T], `chunk` at a time; with
+    respect to several activations a dictionary of maps."""
+    if request.wrt is not None and not isinstance(request.wrt, str):
+        return at_places(module, request, tuple(request.wrt), chunk)
     return explain(module, request, lambda module, call: pull(module, call, call.explained, chunk), many=True)
 
 
@@ -93,13 +98,16 @@ def explain(module: CapturedModule, request: Request, method: Method, *, many: b
     `many`: whether the method takes targets [B, T]; else it runs once for each of them, so that nothing has to be repeated.
     `batch_axis`: of its maps.
     """
+    forward = module.forward
     with torch.inference_mode(False), torch.enable_grad():
-        call = request.call()
+        call = request.call(module.forward)
         call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=request.wrt is None)
         module = call.apply(module.for_call, call.explained)
         if request.samplewise is None and request.batch_size is not None and 1 <= request.batch_size < call.batch:
             call = measured(module, call, request.batch_size)
         if request.wrt is not None:
+            if not isinstance(request.wrt, str):
+                raise ValueError(f"only pullback() explains with respect to several activations, got wrt={request.wrt!r}")
             tail, activation, kwargs, samplewise = at_activation(module, request.wrt, call, request.batch_size)
             if activation.shape[:1] != (call.batch,) and not (many and request.batch_size is None):
                 raise ValueError(
@@ -111,7 +119,51 @@ def explain(module: CapturedModule, request: Request, method: Method, *, many: b
         calls = [call] if many else call.one_target_each()
         by_call = [joined((method(module, p) for p in one.pieces(request.batch_size)), call.batch, batch_axis) for one in calls]
         maps = by_call[0] if calls[0] is call else [torch.stack(parts, batch_axis + 1) for parts in zip(*by_call)]
-    return request.contained(maps)
+    return request.contained(forward, maps)
+
+
+def at_places(module: CapturedModule, request: Request, names: Sequence[str], chunk: int | None) -> dict[str, Tensor]:
+    """The pullback at each of several activations, by name, from one forward and one backward.
+
+    Raises:
+        ValueError: no names; one that names no activation, or one without the batch on axis 0 where the batch is cut.
+    """
+    if not names:
+        raise ValueError("wrt is the name of an activation, or several; got none")
+    with torch.inference_mode(False), torch.enable_grad():
+        call = request.call(module.forward)
+        call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=False)
+        module = call.apply(module.for_call, call.explained)
+        if request.batch_size is not None and 1 <= request.batch_size < call.batch:
+            call = measured(module, call, request.batch_size)
+        places = {find(module.graph, name, "wrt"): name for name in names}
+
+        def maps_of(piece: Call) -> list[Tensor]:
+            leaves = [x.detach().requires_grad_() for x in piece.explained]
+            run = Tapped(module, places)
+            output = run.run_by_name(piece.apply(inspect.signature(module.forward).bind, leaves).arguments)
+            return pulled_back(module, piece, output, [run.values[name] for name in names], chunk)
+
+        maps = joined(map(maps_of, call.pieces(request.batch_size)), call.batch, 0)
+    return dict(zip(names, maps))
+
+
+class Tapped(ByName):
+    """Runs a graph and keeps the values of some nodes, by the names that `places` has, for a gradient by them."""
+
+    def __init__(self, module: CapturedModule, places: Mapping[fx.Node, str]) -> None:
+        super().__init__(module, module.graph)
+        self.places = places
+        self.values: dict[str, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n not in self.places:
+            return value
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise ValueError(f"wrt={self.places[n]!r} names a {type(value).__name__}: expected a floating tensor")
+        self.values[self.places[n]] = value if value.requires_grad else value.detach().requires_grad_()
+        return self.values[self.places[n]]
 
 
 def joined(pieces: Iterator[list[Tensor]], batch: int, axis: int) -> list[Tensor]:
@@ -159,8 +211,13 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
         if dtypes and "dtype" in str(error):
             error.add_note(f"the inputs are {', '.join(map(str, dtypes))}, which no weight of the model is")
         raise
+    return pulled_back(module, call, output, leaves, chunk)
+
+
+def pulled_back(module: CapturedModule, call: Call, output: Any, leaves: list[Tensor], chunk: int | None) -> list[Tensor]:
+    """The pullbacks of the call's target, at its `output`, to the `leaves`; fixes the target if it was open."""
     if call.target is None:
-        call.target = resolve(output, None)
+        call.target = resolve(output, None, has_one_each(module, call, output))
     y, u = seed(output, call.target)
     if not y.requires_grad:
         raise ValueError("the explained output does not depend on the inputs: no gradient reaches them")

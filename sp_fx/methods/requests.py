@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from ..containers import rebuilt, tensors_of
-from ..targets import Direction, Target
+from ..capture.arguments import checked
+from ..containers import Slot, filled, rebuilt, tensors_of
+from ..targets import Direction, Target, as_target
 
-Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Any]
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
 Key = int | str  # of an argument: its number among the values of a call, or its keyword
 
 
@@ -29,58 +30,90 @@ class Request:
     inputs: Inputs
     target: Target = None
     forward_kwargs: Mapping[str, Any] | None = None
-    wrt: str | None = None
+    wrt: str | Sequence[str] | None = None
     batch_size: int | None = None
     extra: tuple[Any, ...] = ()
     bounds: tuple[Any, ...] = ()
     samplewise: frozenset[Key] | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of a mapping, the names of its tensors; of other inputs none."""
-        inputs = self.inputs if isinstance(self.inputs, Mapping) else {}
-        return tuple(name for name, value in inputs.items() if isinstance(value, Tensor))
-
-    @property
-    def tensors(self) -> tuple[Any, ...]:
-        """The inputs without their container; of a mapping, its tensors."""
-        if isinstance(self.inputs, Mapping):
-            return tuple(self.inputs[name] for name in self.names)
-        return self.inputs if isinstance(self.inputs, tuple) else (self.inputs,)
-
-    def call(self) -> Call:
-        """The call that the request stands for.
+    def call(self, forward: Callable[..., Any]) -> Call:
+        """The call that the request stands for, of a module with that forward.
 
         Raises:
             TypeError, ValueError: inputs that autograd cannot use, none, or of different batch sizes.
         """
-        kwargs, tensors = dict(self.forward_kwargs or {}), self.tensors
-        if isinstance(self.inputs, Mapping):
-            kwargs |= {name: value for name, value in self.inputs.items() if name not in self.names}
-        kwargs = {name: outside_inference(value) for name, value in kwargs.items()}
-        values = [*map(usable, tensors), *map(outside_inference, self.extra)]
-        return Call(values, len(tensors), kwargs, self.target, self.names, self.bounds, self.samplewise or frozenset())
+        positional, keyword = arguments_of(forward, self.inputs)
+        leaves: list[Tensor] = []
 
-    def contained(self, maps: list[Tensor]) -> Any:
-        """The maps of the floating inputs, in order, in the container that the inputs came in, with None for the others."""
+        def slot(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            leaves.append(usable(leaf))
+            return Slot(len(leaves) - 1)
+
+        for value in positional:
+            if not tensors_of(value):
+                expected = "a tensor, a container of tensors, a tuple of such, or a mapping of them, as inputs"
+                raise TypeError(f"expected {expected}; got {type(value).__name__}")
+        skeleton = rebuilt((positional, keyword), slot)
+        kwargs = {name: outside_inference(value) for name, value in dict(self.forward_kwargs or {}).items()}
+        values = [*leaves, *map(outside_inference, self.extra)]
+        target = as_target(self.target)
+        return Call(values, len(leaves), kwargs, target, skeleton, self.bounds, self.samplewise or frozenset())
+
+    def contained(self, forward: Callable[..., Any], maps: list[Tensor]) -> Any:
+        """The maps of the floating inputs, in order, in the containers that the inputs came in, with None for the other leaves; of
+        a mapping of arguments, those arguments alone that have tensors."""
         remaining = iter(maps)
-        by_input = [next(remaining) if x.is_floating_point() else None for x in self.tensors]
-        if isinstance(self.inputs, Mapping):
-            return dict(zip(self.names, by_input))
-        return tuple(by_input) if isinstance(self.inputs, tuple) else by_input[0]
+
+        def map_of(leaf: Any) -> Any:
+            return next(remaining) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
+
+        positional, keyword = arguments_of(forward, self.inputs)
+        if not positional:
+            return {name: rebuilt(value, map_of) for name, value in keyword.items() if tensors_of(value)}
+        by_input = rebuilt(positional, map_of)
+        return by_input if isinstance(self.inputs, tuple) else by_input[0]
+
+
+def arguments_of(forward: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Returns the inputs as positional and keyword arguments: a tuple is the former, a mapping from names of parameters the latter;
+    whatever else, another mapping or a list, is one argument."""
+    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
+        return inputs, {}
+    if isinstance(inputs, Mapping) and are_named(forward, inputs):
+        return (), inputs
+    return (inputs,), {}
+
+
+def spread(module: fx.GraphModule, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a call with one argument, which may be the inputs as the methods take them: a mapping from names of
+    parameters, or a tuple for a forward that wants more than one. What the model itself takes as one argument stays one."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if isinstance(inputs, tuple) and len(needed) > 1:
+        return inputs, {}
+    named = isinstance(inputs, Mapping) and bool(inputs) and all(any(p.name == name for p in parameters) for name in inputs)
+    return ((), dict(inputs)) if named and not takes_mapping(module.graph) else ((inputs,), {})
+
+
+def takes_mapping(graph: fx.Graph) -> bool:
+    """Whether the first argument of a graph is a mapping: it reads items of it by name."""
+    argument = next(iter(graph.find_nodes(op="placeholder")), None)
+    by_name = [user.args[1] for user in argument.users if len(user.args) > 1] if argument is not None else []
+    keys = [user.args[2][1] for user in argument.users if user.target is checked and user.args[2][0] == "items"] if argument else []
+    return any(isinstance(key, str) for key in [*by_name, *(key for content in keys for key in content)])  # type: ignore[union-attr]
 
 
 def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
-    """Whether the keys of `inputs` are parameters of a forward: else the mapping itself is an argument."""
+    """Whether the keys of `inputs` are parameters of a forward: else the mapping is itself an argument."""
     parameters = inspect.signature(forward).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return takes_any or all(name in parameters for name in inputs)
 
 
-def usable(x: Any) -> Tensor:
+def usable(x: Tensor) -> Tensor:
     """The input as autograd can use it."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"expected a tensor, or a tuple of tensors or a mapping of them, as inputs; got {type(x).__name__}")
     if x.is_complex():
         raise TypeError(f"cannot explain a complex input ({x.dtype}): pass its real and imaginary parts")
     if x.dim() == 0:
@@ -99,14 +132,15 @@ def outside_inference(value: Any) -> Any:
 class Call:
     """`values` are the positional arguments, of which the first `count` are inputs; floating inputs are explained.
 
-    Inputs that have `names` are passed by them.
+    `skeleton` are the positional and the keyword arguments that the inputs are in, with numbered slots for these; other positional
+    arguments come after them.
     """
 
     values: list[Any]
     count: int
     kwargs: dict[str, Any]
     target: Target
-    names: tuple[str, ...] = ()
+    skeleton: tuple[tuple[Any, ...], Mapping[str, Any]]
     bounds: tuple[Any, ...] = ()  # of an ascent: they broadcast to an input, and may have the batch on their axis 0
     samplewise: frozenset[Key] = frozenset()  # arguments beside the inputs that go with the samples
 
@@ -154,7 +188,8 @@ class Call:
         """What `function` returns for the arguments of the call with `points` in place of the explained inputs."""
         remaining = iter(points)
         values = [next(remaining) if i < self.count and x.is_floating_point() else x for i, x in enumerate(self.values)]
-        return function(*values[len(self.names) :], **dict(zip(self.names, values)), **self.kwargs)
+        args, kwargs = filled(self.skeleton, values)
+        return function(*args, *values[self.count :], **kwargs, **self.kwargs)
 
     def pieces(self, batch_size: int | None) -> Iterator[Call]:
         """The call cut along the batch, into calls of at most `batch_size` samples."""
@@ -199,6 +234,14 @@ class Call:
 
     def parameters(self, function: Callable[..., Any]) -> dict[Key, str]:
         """The parameter of `function` that each argument is passed for; `*args` and `**kwargs` are left out."""
-        named: dict[str, Key] = {**dict(zip(self.names, range(len(self.names)))), **{name: name for name in self.kwargs}}
-        bound = inspect.signature(function).bind(*range(len(self.names), len(self.values)), **named).arguments
+
+        def first(value: Any) -> Any:
+            slots: list[int] = []
+            rebuilt(value, lambda leaf: slots.append(leaf.index) if isinstance(leaf, Slot) else None)
+            return slots[0] if slots else None
+
+        args, kwargs = self.skeleton
+        keys = [*map(first, args), *range(self.count, len(self.values))]
+        named = {**{name: first(value) for name, value in kwargs.items()}, **{name: name for name in self.kwargs}}
+        bound = inspect.signature(function).bind(*keys, **named).arguments
         return {key: parameter for parameter, key in bound.items() if isinstance(key, Key)}

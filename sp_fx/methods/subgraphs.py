@@ -43,7 +43,7 @@ def first_tensor(node: fx.Node) -> fx.Node:
 
 
 def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
-    """Returns the node of the activation `name`. `option` is the argument that named it, for the message.
+    """Returns the node of the activation `name`, or of the only one whose name ends so: "word_embeddings". `option` is the argument that named it, for the message.
 
     Raises:
         ValueError: there is none; the message has the nearest names.
@@ -51,6 +51,10 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
     named = activations(graph)
     if name not in named:  # a word of Python's own, such as "heads.class", has an underscore in a graph
         name = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in str(name).split("."))
+    if name not in named and (ends := [full for full in named if full.endswith(f".{name}")]):
+        if len(ends) > 1:
+            raise ValueError(f"{option}={name!r} is the end of {len(ends)} names: {', '.join(ends[:5])}: say which")
+        name = ends[0]
     if name not in named:
         near = difflib.get_close_matches(str(name), named, 5, 0.4) or list(named)[:5]
         raise ValueError(f"{option}={name!r} names no activation of this model; the nearest are {', '.join(near) or 'none'}")

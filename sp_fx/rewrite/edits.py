@@ -156,6 +156,7 @@ class CloseWritten(Edit):
             soft = to.dual_path(node, Gate("written", (source, node), args), self.tau, self.scale)
         for user in users:
             user.replace_input_with(node, soft)
+        node.meta.pop("place", None)
         to.instead[node] = soft
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import Literal
 
-from ..gates.adjoints.row import Temperature
-from ..gates.rules import Rules
+from ..gates.adjoints.row import FROZEN, Temperature
+from ..gates.rules import UNTEMPERED, Rules
 from ..gates.table import TABLE
 
 WRITTEN_OUT = ", written out"  # how the op of a call ends that closes a function written out
+IDLE = "no signal passes"  # what the reason of a call says through which nothing goes back
 PART = "part of the "  # how the reason of a call begins that is inside a function written out
 Status = Literal["rewritten", "kept", "NOT REWRITTEN"]
 HARD, OPEN = 0.05, 20.0  # where a Gaussian pre-activation's gain is on average 0.016 from the step, and from one half
@@ -43,13 +45,56 @@ class Site:
         return self.temperature * (self.scale if isinstance(self.scale, float) else 1.0) / max(self.spread, 1e-30)
 
     @property
-    def note(self) -> str:
-        """What to know of it: why it was left, or a temperature that does not fit the scale of its pre-activation."""
-        if self.status != "rewritten":
-            return f"{self.status}: {self.reason}"
+    def idle(self) -> bool:
+        """Whether there is nothing to be done about it: no signal passes it, or it is a part of something."""
+        return IDLE in self.reason or self.reason.startswith(PART)
+
+    @property
+    def misfit(self) -> str:
+        """What is wrong with a temperature that does not fit the scale of its pre-activation."""
         relative = self.relative or 1.0
-        misfit = "effectively hard" if relative < HARD else "effectively open" if relative > OPEN else ""
-        return "; ".join(filter(None, (self.reason, misfit)))
+        if self.status != "rewritten" or HARD <= relative <= OPEN:
+            return ""
+        return "effectively hard" if relative < HARD else "effectively open"
+
+    @property
+    def note(self) -> str:
+        """What to know of it: why it was left, or a temperature that does not fit the scale of its pre-activation; and what can
+        be done about it."""
+        text = "; ".join(filter(None, (self.reason, self.misfit)))
+        text = text if self.status == "rewritten" else f"{self.status}: {text}"
+        return f"{text} -> {self.remedy}" if self.status == "NOT REWRITTEN" else text
+
+    @property
+    def remedy(self) -> str:
+        """What a user can do about it."""
+        if self.misfit:
+            return "calibrate(), or scale='sample'"
+        if self.opaque:
+            return "pass example_inputs, so that torch.export sees into it, or give it a rule by register_gate"
+        if self.status == "NOT REWRITTEN":
+            return "put it into a function of its own and give that a rule by register_gate, or leave its derivative as it is"
+        if self.idle or not self.kind:
+            return "nothing to do"
+        choices = "'frozen', or None for its plain derivative" if self.kind in UNTEMPERED else "a number, 'frozen' or None"
+        return f"Rules(overrides={{{self.place!r}: {choices}}}) changes it"
+
+    @property
+    def sentence(self) -> str:
+        """What became of it and why, as a sentence."""
+        what = f"{self.op} at {self.place}"
+        if self.status == "NOT REWRITTEN":
+            text = f"{what} keeps its plain derivative, and is NOT REWRITTEN: {self.reason}"
+        elif self.status == "kept":
+            text = f"{what} keeps its derivative: {self.reason}"
+        elif self.kind in UNTEMPERED:
+            held = "the gate of the product is" if self.kind == "product" else "its statistics are"
+            text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and on the way back {held} constant"
+        else:
+            gate = "its forward gate, frozen" if self.temperature == FROZEN else f"its gate at temperature {self.temperature_text}"
+            text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and the signal goes back through {gate}"
+        extra = "; ".join(filter(None, (self.reason if self.status == "rewritten" else "", self.misfit)))
+        return f"{text}{f' ({extra})' if extra else ''}. To do: {self.remedy}."
 
     @property
     def supposes_unit_scale(self) -> bool:
@@ -71,6 +116,23 @@ class Report:
     tracer: str = "torch.fx"
     notes: tuple[str, ...] = ()  # on the capture
 
+    def explain(self, place: str) -> str:
+        """What became of the gating calls at `place`, or in the module of that name, and why: a sentence for each.
+
+        For example "relu at layer4.1.relu is a relu, rewritten: the forward is the model's, and the signal goes back through its
+        gate at temperature 1.0 x scale. To do: Rules(overrides={'layer4.1.relu': a number, 'frozen' or None}) changes it."
+
+        Raises:
+            ValueError: no gating call is there; the message has the nearest places.
+        """
+        at = [s for s in self.sites if s.place == place] or [s for s in self.sites if s.place.partition("#")[0] == place]
+        at = at or [s for s in self.sites if s.place.startswith(f"{place}.")]
+        at = at or [s for s in self.sites if s.place.endswith(f".{place}")]
+        if not at:
+            near = difflib.get_close_matches(str(place), [s.place for s in self.sites], 5, 0.4) or [s.place for s in self.sites[:5]]
+            raise ValueError(f"no gating call of {self.model} is at {place!r}; the nearest places are {', '.join(near) or 'none'}")
+        return "\n".join(site.sentence for site in at)
+
     def of(self, status: Status) -> list[Site]:
         return [site for site in self.sites if site.status == status]
 
@@ -85,7 +147,8 @@ class Report:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip() for row in rows]
         heading = f"{self.model} with {self.rules.brief()}, captured by {self.tracer}: {counts}"
-        return "\n".join([heading, *(f"note: {note}" for note in self.notes), *lines, *self.misfits()])
+        legend = "Rules(overrides={place: ...}) changes a line, report().explain(place) says why; what is kept needs nothing"
+        return "\n".join([heading, *(f"note: {note}" for note in self.notes), *lines, *self.misfits(), legend])
 
     def misfits(self) -> list[str]:
         """Lines on temperatures that do not fit their gates, or that could not be compared with them."""

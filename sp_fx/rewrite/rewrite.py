@@ -77,5 +77,9 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     kinds = {site.kind for site in sites}
     if unmet := [name for name in registered_kinds() if name not in kinds]:
         notes.append(f"registered, and not met in this model: {', '.join(unmet)}")
+    if rules == Rules.frozen() and (left := [site for site in sites if site.status != "rewritten" and not site.idle]):
+        names = ", ".join(sorted({site.op for site in left}))
+        notes.append(f"not frozen are {len(left)} calls, which keep their derivative ({names}): the map is that of W(x) x + b(x) for "
+                     "the rest")  # fmt: skip
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
     return Rewritten(modules, report, bool(facts.undecided))

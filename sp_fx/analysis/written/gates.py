@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..calls import op_of
@@ -72,6 +73,8 @@ def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], clai
             continue
         if not (isinstance(y, Tensor) and y.shape == z.shape and not y.is_complex()):
             continue
+        if adds_nothing(graph, inside, z, y):
+            continue
         gate = gate_of(z, y, numbers)
         if is_chain(graph, inside) and (gate is None or gate[0] != "hardtanh"):
             continue
@@ -87,6 +90,14 @@ def is_chain(graph: Graph, inside: Collection[fx.Node]) -> bool:
     one gate, though: `relu(x).clamp(max=6)` is ReLU6."""
     calls = [n for n in inside if graph.called(n) not in {"", *CARRIES}]
     return all(op_of(n) in READERS and len(graph.inputs(n)) == 1 and sum(isinstance(a, fx.Node) and a in graph.inputs(n) for a in n.args) == 1 for n in calls)
+
+
+def adds_nothing(graph: Graph, inside: Collection[fx.Node], z: Tensor, y: Tensor) -> bool:
+    """Whether all that the calls compute is one gate by name, and multiples that change nothing, as `relu(x) * 1`."""
+    others = [n for n in inside if graph.called(n) not in {"", *CARRIES, *MULTIPLES}]
+    if len(others) != 1 or op_of(others[0]) not in READERS or len(graph.inputs(others[0])) != 1:
+        return False
+    return torch.equal(graph.computed(others, {graph.inputs(others[0])[0]: z.clone()}), y)
 
 
 def is_pointwise(graph: Graph, node: fx.Node) -> bool:
