@@ -61,6 +61,8 @@ def name_of(node: fx.Node) -> str:
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
         name = next((n for n in dir(F) if getattr(F, n) is target), name)
+    if name == "einsum" and len(node.all_input_nodes) == 1:  # of one operand: a view of it, as "ij->ji" is
+        return "diagonal"
     return name.strip("_")
 
 

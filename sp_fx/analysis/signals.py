@@ -28,7 +28,6 @@ from .ops import (
     POINTWISE,
     PRODUCT,
     REAL,
-    SEVERAL,
     SHAPES,
     VIEW,
     WHOLE,
@@ -131,7 +130,7 @@ def is_whole(node: fx.Node, name: str) -> bool:
         return not (value.is_floating_point() or value.is_complex())
     source = node.args[0] if node.args else None
     if node.target in (operator.getitem, getattr) and isinstance(source, fx.Node):
-        return node.args[1] in (1, "indices") and called(source) in PIECEWISE - SEVERAL
+        return node.args[1] in (1, "indices") and called(source) in PIECEWISE - {"aminmax"}
     wanted = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, torch.dtype)]
     return name in WHOLE | GUARDS or any(not (d.is_floating_point or d.is_complex) for d in wanted)
 

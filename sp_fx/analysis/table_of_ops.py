@@ -59,7 +59,8 @@ TRAITS = {
     # coverage: families of gates, counted below a model's Python code and in its report
     "family=": "the family that it counts for in both: `relu6`, family=clamp, as PyTorch dispatches hardtanh for it",
     "dispatched=": "the family, where PyTorch dispatches this name and reports have another: `native_layer_norm`",
-    "listed=": "the family, where reports have this name and PyTorch dispatches another: `normalize`; clamp*2 of two of it",
+    "listed=": "the family, where reports have this name and PyTorch dispatches another: `normalize`; clamp*2 of two of it,"
+    " sign+abs of several",
 }
 
 # A line has the names of ops that are alike, a colon, and their traits; lines that follow, indented, continue it.
@@ -98,14 +99,15 @@ log log2 log10 log1p special_log1p:    smooth pointwise
 erf special_erf erfc special_erfc erfinv special_erfinv special_erfcx special_ndtr special_log_ndtr:    smooth pointwise
 sin cos tan sinh cosh asin arcsin acos arccos atan arctan asinh arcsinh acosh arccosh atanh arctanh sinc special_sinc:
     smooth pointwise
-softplus softsign tanhshrink log_sigmoid logit special_logit:    smooth pointwise
-log_sigmoid_forward:    smooth
+softsign:               smooth pointwise listed=abs
+softplus tanhshrink log_sigmoid logit special_logit:    smooth pointwise
+log_sigmoid_forward:    smooth several
 atan2 arctan2 hypot xlogy special_xlogy special_xlog1py logaddexp logaddexp2:    smooth pointwise
-lgamma digamma special_gammaln special_digamma i0 special_i0 special_i0e special_i1 special_i1e special_entr:
+lgamma digamma special_gammaln special_digamma special_psi i0 special_i0 special_i1 special_entr:
     smooth pointwise
 logsumexp special_logsumexp logcumsumexp prod cumprod:    smooth
 cdist cdist_forward euclidean_dist pdist pairwise_distance dist:    smooth
-hardsigmoid:            share pointwise
+hardsigmoid:            share pointwise same_form
 
 # -- softmax and attention
 softmax special_softmax:                family=softmax share
@@ -127,6 +129,7 @@ leaky_relu hardshrink softshrink:    pointwise same_form family=itself
 prelu:                  same_form family=itself
 prelu_kernel:           family=prelu
 rrelu:                  same_form listed=leaky_relu
+rrelu_with_noise:       dispatched=leaky_relu
 elu selu celu:          pointwise same_form family=elu
 abs absolute:           pointwise degree=1 parity=even family=abs real
 angle:                  smooth pointwise real
@@ -136,11 +139,11 @@ clamp clip clamp_min clamp_max:    pointwise bounds family=clamp
 maximum minimum fmax fmin:    pointwise piecewise bounds family=clamp
 normalize:              listed=clamp
 cosine_similarity:      listed=clamp*2
-max_pool1d max_pool2d max_pool3d max_pool1d_with_indices adaptive_max_pool1d adaptive_max_pool1d_with_indices
-    adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices fractional_max_pool2d_with_indices
-    fractional_max_pool3d_with_indices:    listed=max_pool several
-max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d adaptive_max_pool2d adaptive_max_pool3d
-    fractional_max_pool2d fractional_max_pool3d:    family=max_pool several
+max_pool1d max_pool2d max_pool3d adaptive_max_pool1d:    listed=max_pool
+max_pool1d_with_indices adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
+    fractional_max_pool2d_with_indices fractional_max_pool3d_with_indices:    listed=max_pool several
+mkldnn_max_pool2d adaptive_max_pool2d adaptive_max_pool3d fractional_max_pool2d fractional_max_pool3d:    family=max_pool
+max_pool2d_with_indices max_pool3d_with_indices:    family=max_pool several
 layer_norm:             listed=layer_norm
 group_norm:             listed=group_norm
 native_layer_norm:      dispatched=layer_norm
@@ -148,16 +151,21 @@ native_group_norm:      dispatched=group_norm
 
 # -- piecewise
 sign sgn:               piecewise pointwise parity=odd degree=0 family=sign
-round special_round floor ceil trunc fix frac:    piecewise pointwise family=itself
+round floor ceil trunc frac:    piecewise pointwise family=itself
+special_round:          piecewise pointwise listed=round
+fix:                    piecewise pointwise listed=trunc
 heaviside:              piecewise pointwise family=itself
 fmod remainder mod imod:    piecewise pointwise family=remainder
 floor_divide floordiv ifloordiv copysign:    piecewise pointwise
 max amax:               piecewise reduces degree=1 family=max_pool
-min amin aminmax:       piecewise reduces degree=1
-median nanmedian kthvalue mode quantile nanquantile msort topk sort cummax cummin:    piecewise
+min amin:               piecewise reduces degree=1
+aminmax:                piecewise several
+median nanmedian msort: piecewise
+quantile nanquantile:   piecewise listed=ceil
+topk sort kthvalue mode cummax cummin:    piecewise several
 argmax argmin:          piecewise indices whole
 argsort:                indices whole
-lp_pool1d lp_pool2d lp_pool3d:    piecewise
+lp_pool1d lp_pool2d lp_pool3d:    piecewise listed=sign+abs+relu
 
 # -- comparisons, masks and choices
 gt ge lt le eq ne greater greater_equal less less_equal not_equal isclose:    comparison whole pointwise
@@ -173,8 +181,9 @@ embedding embedding_bag:    lookup
 int long short byte char:    whole pointwise
 
 # -- casts and copies
-to float double half bfloat16 type type_as:    view same_values carries pointwise form affine
-to_copy:                carries pointwise affine
+to float double type type_as:    view same_values carries pointwise form affine
+half bfloat16:          view carries pointwise form affine
+to_copy:                same_values carries pointwise affine
 contiguous:             view same_values carries pointwise affine
 clone:                  fresh same_values carries affine pointwise
 detach alias after:     view same_values
@@ -194,8 +203,7 @@ expand broadcast_to expand_as:    view same_values carries form
 permute transpose swapaxes swapdims t T numpy_T mT mH H adjoint matrix_H conj movedim moveaxis:    view same_values carries
 
 # -- views of parts
-split chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind checked:    view several
-unsafe_split unsafe_chunk:    several
+split chunk unsafe_split unsafe_chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind checked:    view several
 getitem:                view lookup
 select narrow slice diagonal linalg_diagonal as_strided:    view
 unfold:                 view
@@ -222,8 +230,8 @@ norm linalg_vector_norm linalg_norm linalg_matrix_norm frobenius_norm nuclear_no
 avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d:    reduces window degree=1
 
 # -- joining, padding, layers
-cat concat concatenate stack hstack vstack dstack:    joins
-pad constant_pad_nd:    view degree=1
+cat concat concatenate iconcat stack row_stack hstack vstack dstack:    joins
+pad constant_pad_nd:    degree=1
 flip roll fliplr flipud repeat tile repeat_interleave:    affine
 linear conv1d conv2d conv3d:    affine layer
 """

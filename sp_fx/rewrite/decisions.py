@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
 from ..analysis.facts import Facts
-from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, REDUCES, SMOOTH
 from ..analysis.readers import READERS, Gate, Unread, bounded
 from ..analysis.signals import is_known_whole
 from ..analysis.written.gates import Written
@@ -122,11 +122,14 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         account.note(node, "kept", "the modulus of a complex number, no gate")
     elif call.fixed and sum(map(facts.is_signal, call.tensors)) > 1:
         competition(node, call, facts, account)
+        account.amend(op=call.kind if facts.op(node) in REDUCES else facts.op(node))  # `torch.max(a, b)`
     elif call.kind == "cosine_similarity":
         if account.gate(node, "normalize") is not None:
             account.apply(Surrogate(node, call))
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
+        if call.fixed or (facts.op(node) in REDUCES and call.kind not in ("amax", "max_pool")):
+            account.amend(op="clamp" if facts.op(node) in REDUCES else facts.op(node))  # `torch.max(x, zeros)`
         if tau is None and call.kind == "glu":
             account.amend(reason="product rule")
         elif tau is not None:

@@ -92,10 +92,5 @@ def elu_arguments(args: dict[str, Any]) -> dict[str, Any]:
 
 
 SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "softplus": F.softplus,
-    "softsign": F.softsign,
-    "log_sigmoid": F.logsigmoid,
-    "tanhshrink": F.tanhshrink,
+    f.__name__: f for f in (torch.sigmoid, torch.tanh, F.softplus, F.softsign, F.logsigmoid, F.tanhshrink)
 }
