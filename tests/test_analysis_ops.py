@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 import sp_fx
 from sp_fx.analysis import ops
-from sp_fx.analysis.ops import OPS, TABLE, TRAITS, having, parsed, values
+from sp_fx.analysis.ops import OPS, TRAITS, having, parsed, values
 from sp_fx.checks.coverage import dispatched
 from sp_fx.gates import table
 from sp_fx.gates.rules import KINDS

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.passed import operands
+from .calls import operands_of_einsum
 from .facts import Facts
 from .ops import AFFINE, CARRIES, CHOICES, FACTORS, FORM, ITSELF, JOINS, MIXES, POINTWISE, PRODUCT, QUOTIENT, REDUCES
 from .written.graph import made
@@ -150,20 +151,20 @@ class Probe:
         one = torch.rand(shape, generator=generator, dtype=torch.float64)
         moved = torch.rand(shape, generator=generator, dtype=torch.float64)
         other = one + moved - moved.mean(self.dim, keepdim=True)
-        values: dict[fx.Node, tuple[Tensor, Tensor]] = {self.softmax: (one, other)}
+        values: dict[fx.Node, tuple[Any, ...]] = {self.softmax: (one, other)}
         done: set[fx.Node] = set()
         for node in self.facts.graph.nodes:
             if node is self.softmax or not (node in self.weights.passing or node in self.weights.mixed):
                 continue
             pair = tuple(self.value(node, {n: v[i] for n, v in values.items()}) for i in (0, 1))
-            if not all(isinstance(v, Tensor) for v in pair):
+            if any(v is None for v in pair):
                 continue
-            values[node] = pair  # type: ignore[assignment]
-            if node in self.weights.mixed and torch.allclose(*pair, rtol=1e-6, atol=1e-9):  # type: ignore[misc]
+            values[node] = pair
+            if node in self.weights.mixed and all(isinstance(v, Tensor) for v in pair) and torch.allclose(*pair, rtol=1e-6, atol=1e-9):  # type: ignore[misc]
                 done.add(node)
         return bool(done)
 
-    def value(self, node: fx.Node, values: Mapping[fx.Node, Tensor]) -> Any:
+    def value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         facts, name = self.facts, self.facts.op(node)
         known = [n for n in operands(node, facts.is_identity) if n in values]
         if not known:
@@ -181,6 +182,8 @@ class Probe:
                 return values[n]
             if facts.varies(n) and n in self.shapes and isinstance(self.shapes[n], Tensor):
                 return torch.full([int(s) for s in self.shapes[n].shape], neutral, dtype=torch.float64)
+            if n.op == "get_attr" and name in PRODUCT:  # a mask, say
+                return torch.ones(facts.view.attribute(n).shape, dtype=torch.float64)
             if n.op == "get_attr":
                 constant = facts.view.attribute(n)
                 return constant.cpu().double() if isinstance(constant, Tensor) and constant.is_floating_point() else constant
@@ -207,7 +210,7 @@ def mixing(product: fx.Node, weights: set[fx.Node], facts: Facts) -> tuple[fx.No
             return None
         return (left, right, {}) if left in weights else (right, left, {"form": "values @ weights"})
     if facts.op(product) == "einsum" and isinstance(product.args[0], str):
-        given: Any = product.args[1] if isinstance(product.args[1], tuple | list) else product.args[1:]
+        given: Any = operands_of_einsum(product)
         equation = product.args[0].replace(" ", "")
         terms = equation.split("->")[0].split(",")
         if len(given) != 2 or len(terms) != 2 or "->" not in equation:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]]
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
 
-ONLY_IN_PLACE = having("in_place")
+ONLY_IN_PLACE, OF_AXES_OR_TWO = having("in_place"), having("either")
 
 # The operators of `h += 1` and its like, by their plain names: `iadd`.
 AUGMENTED = frozenset(name[2:-2] for name in dir(operator) if name.startswith("__i") and hasattr(operator, f"__{name[3:]}"))
@@ -61,9 +61,17 @@ def name_of(node: fx.Node) -> str:
     name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
     if isinstance(target, type(F.max_pool2d)) and name == "fn":  # how F wraps the pools that may return indices
         name = next((n for n in dir(F) if getattr(F, n) is target), name)
-    if name == "einsum" and len(node.all_input_nodes) == 1:  # of one operand: a view of it, as "ij->ji" is
+    if name in OF_AXES_OR_TWO and isinstance(node.kwargs.get("other", (*node.args, None, None)[1]), fx.Node):
+        return f"{name}imum"  # of two tensors, by another name
+    if name == "einsum" and len(operands_of_einsum(node)) == 1:  # a view of its operand, as "ij->ji" is
         return "diagonal"
     return name.strip("_")
+
+
+def operands_of_einsum(node: fx.Node) -> Sequence[Any]:
+    """Returns the tensors that an einsum multiplies, which may come one by one or in a list."""
+    operands = node.args[1:]
+    return operands[0] if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
 
 
 def written(node: fx.Node) -> list[fx.Node]:

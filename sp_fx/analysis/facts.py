@@ -34,7 +34,7 @@ class Facts:
     Attributes:
         varying: the nodes whose values depend on the values of the inputs, and not on their shapes alone.
         signals: those of them that a derivative reaches; `choosing` those that are whole numbers or masks, made of what the
-            model computed; `complex` those that are complex numbers.
+            model computed; `complex` those that are complex numbers, `whole` those that are known to be whole numbers or masks.
         patterns: the functions that the model writes out itself or has registered, by the node that closes them.
         parts: the nodes inside such a pattern, and the node that closes it.
         aliasing: whose storage a node may share.
@@ -47,7 +47,7 @@ class Facts:
         self.aliasing = Aliasing(self.modules, self.graph)
         signals = Signals(self.modules, self.graph, self.is_identity)
         self.varying, self.signals, self.choosing = signals.varying, signals.signals, signals.choosing
-        self.complex = signals.complex
+        self.complex, self.whole = signals.complex, signals.whole
         self.view = Graph(self.modules, self.is_identity, self.varying, self.signals, self.complex)
         self.patterns: dict[fx.Node, Pattern] = {}
         self.parts: dict[fx.Node, fx.Node] = {}

@@ -17,6 +17,8 @@ from ..capture.passed import operands
 from .calls import masks_of, name_of
 from .ops import (
     AFFINE_LAYERS,
+    BOUNDS,
+    CARRIES,
     CHOICES,
     COMPLEX,
     FACTORS,
@@ -27,11 +29,19 @@ from .ops import (
     PIECEWISE,
     POINTWISE,
     PRODUCT,
+    QUOTIENT,
     REAL,
+    SCALES,
     SHAPES,
+    SHIFTS,
     VIEW,
     WHOLE,
 )
+
+# What gives whole numbers of whole numbers: views but no casts, sums, bounds, remainders.
+KEEPS_WHOLE = (
+    VIEW - CARRIES & POINTWISE | BOUNDS | {"sum"} | SCALES - QUOTIENT | SHIFTS | PIECEWISE
+)  # fmt: skip
 
 
 class Signals:
@@ -42,6 +52,7 @@ class Signals:
         signals: those of them that a derivative reaches.
         choosing: the nodes that are whole numbers, or masks, by a comparison of what weights of the model had a part in.
         complex: the nodes that are complex numbers, as far as names say.
+        whole: the nodes that are known to be whole numbers or masks.
     """
 
     def __init__(self, modules: nn.Module, graph: fx.Graph, passes: Callable[[fx.Node], bool]) -> None:
@@ -50,6 +61,7 @@ class Signals:
         self.signals: set[fx.Node] = set()
         self.choosing: set[fx.Node] = set()
         self.complex: set[fx.Node] = set()
+        self.whole: set[fx.Node] = set()
         self._weighed: set[fx.Node] = set()  # weights of the model had a part in these
         self._positions = positions(modules, graph, passes)
         for node in graph.nodes:
@@ -62,17 +74,18 @@ class Signals:
             self._weighed.add(node)
         if node.op == "placeholder":
             self.varying.add(node)
-            if is_floating(node) and node not in self._positions:
-                self.signals.add(node)
+            (self.signals if is_floating(node) and node not in self._positions else self.whole).add(node)
             return
         if not inputs or name in SHAPES:
             return
         self.varying.add(node)
         if name in COMPLEX or (name not in REAL and any(n in self.complex for n in inputs)):
             self.complex.add(node)
+        if is_whole(node, name) or (name in KEEPS_WHOLE and all(n in self.whole for n in inputs)):
+            self.whole.add(node)
         read = inputs[:1] if name in FORM else [n for n in inputs if n not in self.masks(node)]
         starts = self._looks_up(node, name)  # maps may be with respect to what is looked up
-        if (starts or any(n in self.signals for n in read)) and not is_whole(node, name) and is_floating(node):
+        if (starts or any(n in self.signals for n in read)) and node not in self.whole and is_floating(node):
             self.signals.add(node)
         elif self._chooses(node, name, inputs):
             self.choosing.add(node)
@@ -133,11 +146,6 @@ def is_whole(node: fx.Node, name: str) -> bool:
         return node.args[1] in (1, "indices") and called(source) in PIECEWISE - {"aminmax"}
     wanted = [a for a in (*node.args[1:], *node.kwargs.values()) if isinstance(a, torch.dtype)]
     return name in WHOLE | GUARDS or any(not (d.is_floating_point or d.is_complex) for d in wanted)
-
-
-def is_known_whole(node: fx.Node) -> bool:
-    """Whether `node` is known to be whole numbers, or masks."""
-    return not is_floating(node) or is_whole(node, called(node))
 
 
 def is_floating(node: fx.Node) -> bool:

@@ -52,6 +52,7 @@ TRAITS = {
     "centre": "gives means that may be taken off a signal: `var_mean`",
     "norm": "is a norm by name, which makes its quotient a `normalize`, not an RMS norm: `linalg_vector_norm`",
     "joins": "puts tensors side by side: `cat`",
+    "either": "is over axes, or of two tensors, which then has another name, `maximum`: `max`",
     "bounds": "keeps its operand above or below a bound: `clamp`",
     "window": "averages over windows, as local response norms do over channels: `avg_pool3d`",
     "degree=": "its degree of homogeneity in its first operand: `sqrt`, degree=1/2, as sqrt(4 x) is 2 sqrt(x)",
@@ -157,8 +158,10 @@ fix:                    piecewise pointwise listed=trunc
 heaviside:              piecewise pointwise family=itself
 fmod remainder mod imod:    piecewise pointwise family=remainder
 floor_divide floordiv ifloordiv copysign:    piecewise pointwise
-max amax:               piecewise reduces degree=1 family=max_pool
-min amin:               piecewise reduces degree=1
+max:                    piecewise reduces either degree=1 family=max_pool
+amax:                   piecewise reduces degree=1 family=max_pool
+min:                    piecewise reduces either degree=1
+amin:                   piecewise reduces degree=1
 aminmax:                piecewise several
 median nanmedian msort: piecewise
 quantile nanquantile:   piecewise listed=ceil
@@ -203,7 +206,7 @@ expand broadcast_to expand_as:    view same_values carries form
 permute transpose swapaxes swapdims t T numpy_T mT mH H adjoint matrix_H conj movedim moveaxis:    view same_values carries
 
 # -- views of parts
-split chunk unsafe_split unsafe_chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind checked:    view several
+split chunk broadcast_tensors unsafe_split unsafe_chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind checked:    view several
 getitem:                view lookup
 select narrow slice diagonal linalg_diagonal as_strided:    view
 unfold:                 view

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from ..analysis.ops import LOOKUPS
 from ..analysis.signals import called
+from ..capture.passed import lets_through
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.norms import frozen_cosine
@@ -122,14 +123,18 @@ def looked_up(graph: fx.Graph) -> str:
     for node in graph.nodes:
         if inputs.intersection(node.all_input_nodes):
             inputs.add(node)
-    for name, node in sorted(activations(graph).items(), key=lambda pair: list(graph.nodes).index(pair[1])):
-        table = node.target if node.op == "call_module" else ""
-        is_lookup = called(node) in LOOKUPS - {"getitem"} or (table and is_embedding(graph, str(table)))
-        if node in inputs and is_lookup:
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for name, node in sorted(activations(graph).items(), key=lambda pair: order[pair[1]]):
+        if node in inputs and is_lookup(graph, node):
             return name
     return ""
 
 
-def is_embedding(graph: fx.Graph, path: str) -> bool:
-    module = graph.owning_module.get_submodule(path) if graph.owning_module is not None else None
+def is_lookup(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a node is what a table gives for positions in it, or a mark of that."""
+    if node.op != "call_module":
+        return called(node) in LOOKUPS - {"getitem"}
+    module = graph.owning_module.get_submodule(str(node.target))
+    if lets_through(module):
+        return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0])
     return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)

@@ -14,9 +14,8 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
 from ..analysis.facts import Facts
-from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, REDUCES, SMOOTH
-from ..analysis.readers import READERS, Gate, Unread, bounded
-from ..analysis.signals import is_known_whole
+from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic
 from ..capture.kept_functions import applied
@@ -116,20 +115,17 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     elif call is None:
         pass
     elif not any(map(facts.is_signal, call.tensors)):
-        if not is_known_whole(node) and rule_of(call.kind) in KINDS:
+        if node not in facts.whole and rule_of(call.kind) in KINDS:
             account.note(node, "kept", "no signal passes: it is made of masks or whole numbers")
     elif call.kind == "abs" and node.all_input_nodes[0] in facts.complex:
         account.note(node, "kept", "the modulus of a complex number, no gate")
     elif call.fixed and sum(map(facts.is_signal, call.tensors)) > 1:
         competition(node, call, facts, account)
-        account.amend(op=call.kind if facts.op(node) in REDUCES else facts.op(node))  # `torch.max(a, b)`
     elif call.kind == "cosine_similarity":
         if account.gate(node, "normalize") is not None:
             account.apply(Surrogate(node, call))
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
-        if call.fixed or (facts.op(node) in REDUCES and call.kind not in ("amax", "max_pool")):
-            account.amend(op="clamp" if facts.op(node) in REDUCES else facts.op(node))  # `torch.max(x, zeros)`
         if tau is None and call.kind == "glu":
             account.amend(reason="product rule")
         elif tau is not None:
@@ -160,7 +156,9 @@ def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: F
     if not facts.is_signal(call.tensors[0]):
         call = replace(call, tensors=call.tensors[::-1])
     numbers = [fixed_number(t, facts) for t in call.tensors[1:]]
-    return call if None in numbers else bounded(call, *numbers)  # type: ignore[arg-type]
+    if None not in numbers:
+        return bounded(call, *numbers)  # type: ignore[arg-type]
+    return call if all(is_tensor(t) or facts.varies(t) for t in call.tensors[1:]) else COMPUTED
 
 
 def fixed_number(value: object, facts: Facts) -> float | None:
@@ -196,12 +194,25 @@ def product(node: fx.Node, facts: Facts, account: Account) -> bool:
         return False
     factors = facts.gating_factors(node)
     if len(factors) != 1 or name not in FACTORS:
-        account.note(node, "kept", "product rule" if name in PRODUCT else "quotient rule")
+        rule = "product rule" if name in PRODUCT else "quotient rule"
+        account.note(node, "kept", "; ".join([rule, *constant_elsewhere(node, facts)]))
     elif account.gate(node, "product") is None:
         account.amend(reason="product rule")
     else:
         account.apply(Freeze(node, factors[0]))
     return True
+
+
+def constant_elsewhere(node: fx.Node, facts: Facts) -> list[str]:
+    """Says where an operand of a product is a constant that keeps its derivative here: the deviation that a reversible
+    normalisation divides by, and later multiplies by."""
+    own = {facts.view.carried(n) for n in facts.signal_inputs(node)}
+    for closing, norm in facts.patterns.items():
+        if isinstance(norm, Statistic):
+            statistics = {facts.view.carried(n) for n in norm.statistics}
+            if own & statistics and "place" in closing.meta:
+                return [f"by a statistic that is a constant at {closing.meta['place']}, and keeps its derivative here"]
+    return []
 
 
 def opaque(node: fx.Node, facts: Facts, account: Account) -> bool:

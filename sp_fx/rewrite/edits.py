@@ -287,7 +287,7 @@ class FreezeSoftmax(Edit):
                     mixed = graph.call_function(dual_path, ("mix", mixing, tempered, values), {"tau": self.tau, **args})
                 mixed.meta.update(product.meta)
                 to.supersede(product, mixed)
-            elif hot and product not in self.weights.gated:
+            elif hot:
                 mixed = to.surrogate(product, replayed_after(to, product, passing, copies))
             else:
                 continue
@@ -310,9 +310,11 @@ class FreezeSoftmax(Edit):
 
 def replayed(to: Rewriting, node: fx.Node, within: set[fx.Node], copies: dict[fx.Node, fx.Node]) -> fx.Node:
     """Returns what `node` would be, were the nodes that `copies` has what it says; calls `within` are made again for it."""
+    if node.target is dual_path and node.args[0] == "surrogate":  # made again already
+        return node.args[2]  # type: ignore[return-value]
     if node not in copies and node in within:
         for n in node.all_input_nodes:
-            replayed(to, n, within, copies)
+            copies[n] = replayed(to, n, within, copies)
         if to.facts.is_identity(node):  # nobody's hooks run twice
             copies[node] = copies.get(node.all_input_nodes[0], node.all_input_nodes[0])
         else:

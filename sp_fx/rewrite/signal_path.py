@@ -9,7 +9,6 @@ from torch import fx
 
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
-from ..analysis.signals import is_known_whole
 from ..capture.passed import operands
 from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
@@ -70,7 +69,7 @@ def stops(node: fx.Node) -> bool:
 
 def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Returns the inputs of `node` that get a cotangent from it."""
-    if node.target is frozen or stops(node) or is_known_whole(node):
+    if node.target is frozen or stops(node) or node in facts.whole:
         return []
     if node.target is dual_path:
         at = node.args[1 + TABLE[str(node.args[0])].receives]

@@ -2,7 +2,7 @@
 
 from . import affine, norms, pooling, relu, smooth  # noqa: F401  (each registers its readers)
 from .attention import SOFTMAX
-from .reader import READERS, Gate, Unread
-from .relu import bounded
+from .reader import READERS, Gate, Unread, is_tensor
+from .relu import COMPUTED, bounded
 
-__all__ = ["READERS", "SOFTMAX", "Gate", "Unread", "bounded"]
+__all__ = ["COMPUTED", "READERS", "SOFTMAX", "Gate", "Unread", "bounded", "is_tensor"]

@@ -7,8 +7,11 @@ import operator
 
 import torch
 import torch.nn.functional as F
+from torch import fx
 
-from .reader import Gate, Unread, aten, is_tensor, reads
+from .reader import Gate, Unread, aten, reads
+
+COMPUTED = Unread("clamp with computed bounds")
 
 
 @reads(F.relu, F.relu_, torch.relu, torch.relu_, "relu", aten.relu, aten.relu_)
@@ -50,13 +53,13 @@ def hardsigmoid(input, inplace=False):
     return Gate("hardsigmoid", (input,))
 
 
-@reads(torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clip", aten.clamp, aten.clamp_)
+@reads(torch.clamp, torch.clamp_, torch.clip, torch.clip_, "clamp", "clip", aten.clamp, aten.clamp_, aten.clip, aten.clip_)
 def clamp(input, min=None, max=None):
     bounds = [bound for bound in (min, max) if bound is not None]
     if all(isinstance(bound, int | float) for bound in bounds):
         return hardtanh(input, min, max)
-    if not all(is_tensor(bound) for bound in bounds):
-        return Unread("clamp with computed bounds")
+    if not all(isinstance(bound, fx.Node) for bound in bounds):
+        return COMPUTED
     return maximum(input, min) if max is None else minimum(input, max) if min is None else between(input, min, max)
 
 

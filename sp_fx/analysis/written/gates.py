@@ -113,7 +113,10 @@ def is_join(graph: Graph, node: fx.Node) -> bool:
 
 def undoes_join(graph: Graph, node: fx.Node) -> bool:
     joined = node.args[0] if node.args else None
-    if not isinstance(joined, fx.Node) or graph.called(joined) not in JOINS or axis_of(node) != (axis_of(joined) or 0):
+    if not isinstance(joined, fx.Node) or graph.called(joined) not in JOINS:
+        return False
+    axis = axis_of(node)
+    if (-1 if axis is None and graph.called(node) == "glu" else axis) != (axis_of(joined) or 0):
         return False
     if graph.called(joined) == "stack":
         return graph.called(node) in REDUCES and not node.kwargs.get("keepdim")

@@ -7,14 +7,16 @@ same for the negative of the signal, as that of squares or magnitudes is, so tha
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx
 
 from .. import ops
+from ..calls import operands_of_einsum
 from .graph import Graph
 
 SMALL = 0.1  # what is added to a statistic, to keep it from 0, is at most that
@@ -22,14 +24,15 @@ SMALL = 0.1  # what is added to a statistic, to keep it from 0, is at most that
 
 @dataclass(frozen=True)
 class Statistic:
-    """A norm: `constants` are the arguments that are statistics, each as a call and its argument's index; `inside` are the calls
-    that make the statistics.
+    """A norm: `constants` are the arguments that are statistics, each as a call and its argument's index, and `statistics` these
+    arguments; `inside` are the calls that make them.
 
     Of `(x - mean) / std` they are argument 1 of the difference and argument 1 of the quotient.
     """
 
     kind: str
     constants: tuple[tuple[fx.Node, int], ...]
+    statistics: tuple[Any, ...]
     inside: tuple[fx.Node, ...]
 
 
@@ -95,7 +98,7 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
             kind = "local_response_norm"
         else:
             kind = "rms_norm" if "mean" in names and not names & ops.NORMS else "normalize"
-        return Statistic(kind, tuple(constants), inside)
+        return Statistic(kind, tuple(constants), tuple(call.args[at] for call, at in constants), inside)
     return None
 
 
@@ -169,7 +172,7 @@ class Made:
             return None
         first: Degree = operands[0]  # type: ignore[assignment]
         self.reduces |= name in ops.REDUCES or is_inner(node, name)
-        if graph.passes(node) or name in ops.CARRIES or name == "getitem":
+        if graph.passes(node) or name in ops.CARRIES or node.target in (operator.getitem, getattr):
             return self._item(node, inputs[0], first)
         if name in ops.PRODUCT and len(inputs) <= 2:
             return self._product(node, name, first, operands[-1])  # type: ignore[arg-type]
@@ -204,7 +207,8 @@ class Made:
         return degree
 
     def _product(self, node: fx.Node, name: str, first: Degree, last: Degree) -> Degree | None:
-        operands = [a for a in node.args if isinstance(a, fx.Node) and self.graph.varies(a)]
+        given = operands_of_einsum(node) if name == "einsum" else node.args
+        operands = [a for a in given if isinstance(a, fx.Node) and self.graph.varies(a)]
         if len(operands) == 2 and name not in ops.FACTORS and not is_inner(node, name):
             return None
         return first.times(first if len(operands) == 2 and operands[0] is operands[1] else last) if len(operands) == 2 else first
