@@ -158,7 +158,8 @@ def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: F
     numbers = [fixed_number(t, facts) for t in call.tensors[1:]]
     if None not in numbers:
         return bounded(call, *numbers)  # type: ignore[arg-type]
-    return call if all(is_tensor(t) or facts.varies(t) for t in call.tensors[1:]) else COMPUTED
+    tensors = all(is_tensor(t) or facts.varies(t) for t in call.tensors[1:])
+    return call if tensors or facts.op(node) in PIECEWISE else COMPUTED  # only a clamp may take numbers that are computed
 
 
 def fixed_number(value: object, facts: Facts) -> float | None:

@@ -129,11 +129,13 @@ def axis_of(node: fx.Node) -> Any:
 
 
 def numbers_in(graph: Graph, inside: Collection[fx.Node]) -> list[float]:
-    """Returns the numbers that the calls `inside` are written with, constants of the graph and weights among them, and what a
-    scale or a shift by one makes of another: kinks lie there."""
+    """Returns the numbers that the calls `inside` are written with, constants of the graph and weights among them, and what two of
+    them make together: kinks lie there, as that of `relu(2 * x - 3)` at 1.5."""
     arguments = [a for n in inside for a in (*n.args, *n.kwargs.values())]
     numbers = {abs(n) for a in arguments if (n := graph.number(a)) is not None and n != 0}
-    pairs = {a / b for a in numbers for b in numbers} if len(numbers) <= 6 else set[float]()
+    if len(numbers) > 8:
+        return sorted(numbers)
+    pairs = {n for a in numbers for b in numbers for n in (a / b, a * b, a + b, abs(a - b)) if n != 0}
     return sorted(numbers | pairs)
 
 

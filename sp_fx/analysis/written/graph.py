@@ -94,7 +94,7 @@ class Graph:
             if value.numel() != 1:  # weights that happen to be equal are weights
                 raise ValueError("not one number")
             return value.detach()
-        if name in FRESH and (filled := filled_with(node, name)) is not None:
+        if (name in FRESH or name.endswith("tensor")) and (filled := filled_with(node, name)) is not None:
             return torch.full((), filled, dtype=torch.float64)
         if name in CARRIES:  # of one number: the shape does not matter
             value = self.constant(node.args[0])  # type: ignore[arg-type]
@@ -179,11 +179,11 @@ def _fills() -> Mapping[str, float]:
 
 
 def filled_with(node: fx.Node, name: str) -> float | None:
-    """Returns the number that a call fills a new tensor with: 0 of `torch.zeros(shape)`."""
+    """Returns the number that a call fills a new tensor with: 0 of `torch.zeros(shape)`, 0.3 of `torch.tensor(0.3)`."""
     if (number := _fills().get(name)) is not None:
         return number
-    if not name.endswith(("full", "full_like")):
+    if not name.endswith(("full", "full_like", "tensor")):
         return None
-    index = 2 if name == "new_full" else 1
+    index = 2 if name == "new_full" else 0 if name.endswith("tensor") else 1
     value = node.kwargs.get("fill_value", node.args[index] if len(node.args) > index else None)
     return float(value) if isinstance(value, bool | int | float) and math.isfinite(value) else None

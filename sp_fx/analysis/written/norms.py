@@ -53,7 +53,7 @@ class Degree:
         return Degree({n: power for n, power in powers.items() if power}, parity)
 
     def to(self, exponent: Fraction) -> Degree:
-        even = self.parity == "even" or exponent % 2 == 0
+        even = self.parity == "even" or (self.parity == "odd" and exponent % 2 == 0)
         parity: Literal["even", "odd"] | None = "even" if even else self.parity if exponent in (1, -1) else None
         return Degree({n: power * exponent for n, power in self.powers.items()}, parity)
 
@@ -189,7 +189,7 @@ class Made:
         if name in ops.DEGREES:
             exponent = ops.DEGREES[name]
             raised = first.to(exponent)
-            even = ops.PARITIES.get(name) == "even" or first.parity == "even"
+            even = first.parity == "even" or (first.parity == "odd" and ops.PARITIES.get(name) == "even")
             reduced = name in ops.REDUCES and not even and name not in ops.CENTRES | ops.WINDOWS
             return Degree(
                 raised.powers, "even" if even else None if reduced else raised.parity if exponent != 1 else first.parity
