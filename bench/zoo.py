@@ -1,10 +1,11 @@
 """Does `transform` take every network of a library? `python bench/zoo.py --torchvision`, `--timm`.
 
 All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
-filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
-attention aside), the gating ATen ops that the model dispatches are those that the report lists, no gate that is in units of a
-sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the gradient; and all
-that with an example and without, which gives the same map, or is refused with a message that says to give one. Rows are kept as
+filled from a seed, on inputs as small as the model takes. Of each: no line of `sp_fx.check` on two samples FAILED, no gate that is
+in units of a sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the
+gradient; and, with an example and without, the explainer's forward is the model's bit for bit (fused attention aside) and the
+gating ATen ops that the model dispatches are those that the report lists; without one the map is the same, or the model is refused
+with a message that says to give one. Rows are kept as
 they come; a second call goes on where the first ended, `--again` does
 failures anew, `--minutes` ends a piece.
 """
@@ -128,6 +129,9 @@ def examine(build: Any) -> dict[str, Any]:
         map, facts, faults = examined(model, explainer, x, u, gradient)
         row |= facts
         wrong += faults
+        checks = sp_fx.check(explainer, torch.cat([x, x.roll(7, -1)]), model=model)
+        row["check"] = {line.name: line.verdict for line in checks.lines}
+        wrong += [f"check: {line.name}: {line.note or line.found}" for line in checks.lines if line.verdict == "FAILED"]
         alone, faults = without_example(model, x, u, gradient, map, facts)
         row["without an example"] = alone
         wrong += [f"without an example: {fault}" for fault in faults]
