@@ -1,11 +1,11 @@
 """Does `transform` take every network of a library? `python bench/zoo.py --torchvision`, `--timm`.
 
 All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
-filled from a seed, on inputs as small as the model takes. Of each: no line of `sp_fx.check` on two samples FAILED, no gate that is
-in units of a sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the
-gradient; and, with an example and without, the explainer's forward is the model's bit for bit (fused attention aside) and the
-gating ATen ops that the model dispatches are those that the report lists; without one the map is the same, or the model is refused
-with a message that says to give one. Rows are kept as
+filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
+attention aside), the gating ATen ops that the model dispatches are those that the report lists, no gate that is in units of a
+sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the gradient; and all
+that with an example and without, which gives the same map, or is refused with a message that says to give one. With `--checks`,
+instead of that, the verdicts of `sp_fx.check` on two samples, none of which may be FAILED. Rows are kept as
 they come; a second call goes on where the first ended, `--again` does
 failures anew, `--minutes` ends a piece.
 """
@@ -129,12 +129,25 @@ def examine(build: Any) -> dict[str, Any]:
         map, facts, faults = examined(model, explainer, x, u, gradient)
         row |= facts
         wrong += faults
-        checks = sp_fx.check(explainer, torch.cat([x, x.roll(7, -1)]), model=model)
-        row["check"] = {line.name: line.verdict for line in checks.lines}
-        wrong += [f"check: {line.name}: {line.note or line.found}" for line in checks.lines if line.verdict == "FAILED"]
         alone, faults = without_example(model, x, u, gradient, map, facts)
         row["without an example"] = alone
         wrong += [f"without an example: {fault}" for fault in faults]
+    except Exception as error:  # whatever a network raises is its row
+        wrong = [f"{type(error).__name__}: {str(error)[:300]}"]
+    return {**row, "ok": not wrong, "why": "; ".join(wrong), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def checked(build: Any) -> dict[str, Any]:
+    """Returns the row of one network with the verdicts of `sp_fx.check`; `ok` and, where one FAILED, `why`."""
+    started = time.perf_counter()
+    model, row = fill(build()), {}
+    try:
+        x = example(model)
+        explainer = sp_fx.transform(model, example_inputs=x)
+        lines = sp_fx.check(explainer, torch.cat([x, x.roll(7, -1)])).lines
+        row["verdicts"] = {line.name: line.verdict for line in lines}
+        row["notes"] = {line.name: line.note for line in lines if line.note}
+        wrong = [f"{line.name}: {line.found} {line.note}" for line in lines if line.verdict == "FAILED"]
     except Exception as error:  # whatever a network raises is its row
         wrong = [f"{type(error).__name__}: {str(error)[:300]}"]
     return {**row, "ok": not wrong, "why": "; ".join(wrong), "seconds": round(time.perf_counter() - started, 1)}
@@ -186,12 +199,13 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--torchvision", action="store_const", dest="source", const="torchvision")
     which.add_argument("--timm", action="store_const", dest="source", const="timm")
+    parser.add_argument("--checks", action="store_true", help="the verdicts of sp_fx.check")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--again", action="store_true", help="failures are done anew")
     parser.add_argument("--only", nargs="+", help="these models, anew")
-    parser.add_argument("--out", type=Path, help="default: bench/results/zoo_LIBRARY.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/zoo_LIBRARY.json, or zoo_LIBRARY_checks.json")
     args = parser.parse_args()
-    out = args.out or RESULTS / f"zoo_{args.source}.json"
+    out = args.out or RESULTS / f"zoo_{args.source}{'_checks' if args.checks else ''}.json"
     rows: dict[str, dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else {}
     warnings.simplefilter("ignore")
     uninitialised()
@@ -202,7 +216,7 @@ def main() -> int:
         wanted = args.only is None or key in args.only or name in args.only
         if (done and args.only is None) or not wanted or time.perf_counter() - started > 60 * args.minutes:
             continue
-        rows[key] = {"model": name, **examine(build)}
+        rows[key] = {"model": name, **(checked if args.checks else examine)(build)}
         row = rows[key]
         print(f"{key:24} {name:34} {'ok' if row['ok'] else 'FAILED':7} {row['seconds']:6} s  {row['why']}", flush=True)
         good = sum(r["ok"] for r in rows.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -119,11 +120,12 @@ def check(
         def lines(clone: Apart) -> list[Line]:
             found = [check_forward(explainer, clone, args, kwargs), check_capture(explainer, source, args, kwargs)]
             question = asked(explainer, args, kwargs, target, wrt)
+            double = functools.cache(question.in_double) if question is not None else None
             for name, run in MAPS.items():
                 if question is None:
                     found.append(Line(name, "not applicable", note="nothing floats: pass wrt= the name of an activation"))
                 else:
-                    line = where_it_runs(name, run, question)
+                    line = where_it_runs(name, run, double())
                     at = f"with respect to {question.wrt}" if question.wrt else ""
                     found.append(replace(line, note="; ".join(filter(None, (line.note, at)))))
             return [*found, check_coverage(explainer, clone, args, kwargs)]
@@ -133,10 +135,10 @@ def check(
 
 
 def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Question) -> Line:
-    """Returns the line of a check, in float64 if the graph runs so; a "not applicable" one where an op of it has no forward-mode
-    formula, or the model's own backward fails."""
+    """Returns the line of a check; a "not applicable" one where an op of the graph has no forward-mode formula, or the model's own
+    backward fails."""
     try:
-        return run(name, question.in_double())
+        return run(name, question)
     except RuntimeError as error:  # NotImplementedError is one
         message = str(error)
         if "modified by an inplace operation" in message:
