@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sp_fx.analysis.written_gates import Written
-from sp_fx.analysis.written_norms import Statistic
+from sp_fx.analysis.written.gates import Written
+from sp_fx.analysis.written.norms import Statistic
 from torch import nn
 
 from helpers import NETS, golden
@@ -64,7 +64,7 @@ def test_facts_of_a_small_graph():
     assert isinstance(gate, Written) and len(gate.inside) == 3 and isinstance(norm, Statistic)
     (exp,), (where,), (relu,) = named(facts, "exp"), named(facts, "where"), named(facts, "relu")
     assert exp not in facts.varying and where in facts.varying
-    assert facts.chooses_by_comparison(where) and not facts.chooses_by_comparison(relu)
+    assert facts.is_chosen(where) and not facts.is_chosen(relu)
     (view,) = [n for n in named(facts, "view") if relu in n.users]
     product = facts.aliasing.viewed(view)
     assert product is view.all_input_nodes[0] and facts.aliasing.viewed(relu) is None

@@ -1,7 +1,10 @@
 """Gates that users register: every form of call, both tracers, rules, pickles."""
 
+import functools
 import math
 import pickle
+import sys
+import threading
 
 import pytest
 import torch
@@ -203,3 +206,103 @@ def test_what_cannot_be_registered():
         sp_fx.register_gate(lambda z: z, hard_gain, name="relu")
     with pytest.raises(ValueError, match="above 0"):
         sp_fx.register_gate(lambda z: z, hard_gain, name="other", tau=0)
+
+
+# -- however a model holds a function
+
+
+def ripple(z, a=1.0):
+    return z + torch.sin(a * z) ** 2 / a
+
+
+def in_another_function(z):
+    return ripple(z)
+
+
+class Holds(nn.Module):
+    by_class = staticmethod(ripple)
+
+    def __init__(self, way):
+        super().__init__()
+        self.lin, self.way = nn.Linear(4, 4), way
+        self.held, self.table, self.partial = ripple, {"a": [ripple]}, functools.partial(ripple, a=2.0)
+        self.closure = (lambda f: lambda z: f(z))(ripple)
+
+    def by_default(self, z, f=ripple):
+        return f(z)
+
+    def forward(self, x):
+        return WAYS[self.way](self, self.lin(x))
+
+
+WAYS = {
+    "by its name": lambda m, z: ripple(z),
+    "in another function": lambda m, z: in_another_function(z),
+    "of another file": lambda m, z: sys.modules[__name__].ripple(z),
+    "an attribute": lambda m, z: m.held(z),
+    "in a dictionary": lambda m, z: m.table["a"][0](z),
+    "a partial": lambda m, z: m.partial(z),
+    "of the class": lambda m, z: m.by_class(z),
+    "in a closure": lambda m, z: m.closure(z),
+    "a default": lambda m, z: m.by_default(z),
+}
+
+
+@pytest.fixture
+def registered_ripple():
+    before = ripple.__code__, ripple.__defaults__, dict(ripple.__globals__)
+    sp_fx.register_gate(ripple, lambda z, tau, a=1.0: 1 + torch.exp(-2 * torch.as_tensor(a * tau) ** 2) * torch.sin(2 * a * z))
+    yield
+    assert (ripple.__code__, ripple.__defaults__) == before[:2] and set(ripple.__globals__) == set(before[2])
+    del TABLE["ripple"]
+    stand_in = registry.STAND_INS.pop(ripple)
+    del registry.FUNCTIONS[ripple], registry.FUNCTIONS[stand_in]
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_function_is_found_however_it_is_held(way, tracer, registered_ripple):
+    model, x = Holds(way).eval(), torch.randn(3, 4)
+    explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
+    assert [(s.kind, s.status) for s in explainer.report().sites] == [("ripple", "rewritten")]
+    a, z = 2.0 if way == "a partial" else 1.0, model.lin(x)
+    gain = 1 + math.exp(-2 * a**2) * torch.sin(2 * a * z)
+    torch.testing.assert_close(explainer.pullback(x, torch.ones(3, 4)), gain @ model.lin.weight)
+    assert not [note for note in explainer.report().notes if "not met" in note and "ripple" in note]
+
+
+def test_functions_are_what_they_were_after_a_trace_that_fails(registered_ripple):
+    class Fails(Holds):
+        def forward(self, x):
+            if ripple(x).sum() > 0:
+                return x
+            raise ValueError("no")
+
+    with pytest.raises(sp_fx.CaptureError):
+        sp_fx.transform(Fails("by its name").eval())
+    assert torch.equal(ripple(torch.ones(2)), torch.ones(2) + torch.sin(torch.ones(2)) ** 2)
+
+
+def test_what_was_registered_and_not_met_is_told(registered_ripple):
+    report = sp_fx.transform(nn.Sequential(nn.Linear(3, 3), nn.ReLU())).report()
+    assert any(note.startswith("registered, and not met in this model: ") and "ripple" in note for note in report.notes)
+
+
+def test_other_threads_call_a_function_while_it_is_traced(registered_ripple):
+    stop, wrong, x = threading.Event(), [], torch.linspace(-1, 1, 5)
+    expected = ripple(x)
+
+    def calls():
+        while not stop.is_set():
+            if not torch.equal(ripple(x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=calls) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(10):
+        sp_fx.transform(Holds("a partial").eval())
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
