@@ -21,7 +21,7 @@ from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import plain_derivatives
 from ..gates.table import KINKED
-from ..measured.runs import distance
+from ..measured.runs import OUTPUT, distance
 from ..measured.verification import verified
 from ..methods.keyword_tensors import measured
 from ..methods.requests import Request, arguments_of
@@ -233,9 +233,9 @@ def check_samples(name: str, question: Question) -> Line:
         return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(error).splitlines()[0][:100]}")
     whole = tensors_of(call.apply(question.explainer, call.explained))
     parts = [torch.cat(ts) if all(t.dim() for t in ts) else None for ts in zip(*map(tensors_of, pieces))]
-    bar = max(question.bar(), 1e-7)
+    bar, outputs_bar = max(question.bar(), 1e-7), max(question.bar(OUTPUT), 1e-7)
     along = [(a, b) for a, b in zip(parts, whole) if a is not None and a.shape == b.shape and b.is_floating_point()]
-    if len(along) < len(parts) or distance([a for a, _ in along], [b for _, b in along]) > bar:
+    if len(along) < len(parts) or distance([a for a, _ in along], [b for _, b in along]) > outputs_bar:
         return Line(name, "not applicable", note="the model itself mixes the samples of a batch")
     maps = question.maps()
     drawn = torch.Generator().manual_seed(0)

@@ -48,6 +48,8 @@ class Question:
     def score(self, output: Any) -> Tensor:
         """What is explained, as one number: the outputs along the target, or along a direction of all of them, which is the same
         at every call."""
+        if callable(self.target):
+            return self.target(output).sum()
         if self.target is not None:
             y, u = seed(output, self.target)
             return (y * u).sum()
@@ -93,12 +95,12 @@ class Question:
         own.edited(own.report(), compare=False)
         return replace(self, explainer=own)
 
-    def bar(self) -> float:
-        """What a check may be off by that is exact but for rounding."""
+    def bar(self, bars: Mapping[torch.dtype, float] | None = None) -> float:
+        """What a check may be off by that is exact but for rounding, of the `bars` by dtype."""
         run = Coarsest(self.explainer, self.explainer.graph)
         with torch.no_grad():
             run.run_by_name(cloned(dict(self.arguments)))
-        return EXACT[max(run.of_outputs or [torch.float32], key=list(EXACT).index)]
+        return (bars or EXACT)[max(run.of_outputs or [torch.float32], key=list(EXACT).index)]
 
 
 def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: Target, wrt: str | None) -> Question | None:
