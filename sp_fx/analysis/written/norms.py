@@ -22,6 +22,10 @@ from .graph import Graph
 SMALL = 0.1  # what is added to a statistic, to keep it from 0, is at most that
 
 
+LIMIT = 24  # calls; the longest statistic known, the difference of two means of squares, has 9
+KNOWN = ops.PRODUCT | ops.QUOTIENT | ops.POWERS | ops.SHIFTS | ops.SCALES | ops.CHOICES | ops.BOUNDS | ops.DEGREES.keys()
+
+
 @dataclass(frozen=True)
 class Statistic:
     """A norm: `constants` are the arguments that are statistics, each as a call and its argument's index, and `statistics` these
@@ -165,14 +169,15 @@ class Made:
 
     def _degree(self, node: fx.Node) -> Degree | None:
         graph, name, inputs = self.graph, self.graph.called(node), self.graph.inputs(node)
-        if not inputs:
+        item = graph.passes(node) or name in ops.CARRIES or node.target in (operator.getitem, getattr)
+        if not inputs or not (item or name in KNOWN) or len(self.calls) > LIMIT:
             return None
         operands = [self.degree(n) for n in inputs]
         if any(degree is None for degree in operands):
             return None
         first: Degree = operands[0]  # type: ignore[assignment]
         self.reduces |= name in ops.REDUCES or is_inner(node, name)
-        if graph.passes(node) or name in ops.CARRIES or node.target in (operator.getitem, getattr):
+        if item:
             return self._item(node, inputs[0], first)
         if name in ops.PRODUCT and len(inputs) <= 2:
             return self._product(node, name, first, operands[-1])  # type: ignore[arg-type]
