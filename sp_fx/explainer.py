@@ -35,9 +35,10 @@ class Explainer(CapturedModule):
     alive. Common arguments:
 
         target: None for the predicted class, or for the one number that the model returns for each sample; an int; an integer
-            tensor, array or list [B]; one [B, T] for T maps of each sample, [B, T, ...], which `pullback` makes from one forward and the others one after the other; a tuple of indices into an
-            output with several axes; a floating tensor shaped like the output, the direction itself; a callable from the output
-            to what is to be explained. Axes of the output that an index leaves over are summed.
+            tensor, array or list [B]; one [B, T] for T maps of each sample, [B, T, ...], which `pullback` makes from one forward
+            and the others one after the other; a tuple of indices into an output with several axes; a floating tensor shaped like
+            the output, the direction itself; a callable from the output to what is to be explained. Axes of the output that an
+            index leaves over are summed.
         forward_kwargs: keyword arguments of the model.
         wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`), or the end
             of it that no other name has (`"word_embeddings"`); the result is one map, shaped like it. `pullback` takes several

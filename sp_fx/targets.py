@@ -3,8 +3,8 @@
 Beside the plain forms (`FORMS`) there are directions that depend on the output: `score`, `margin`, `log_probability`,
 `fisher_rao`, `neuron`, `channel`, `free`. Each returns a `Direction`, to be passed as the target of any method. At an output `y`
 [B, C], or [B, C, ...] with the classes on axis 1, it is a tensor `u`, shaped like `y`, which is pulled back as a constant.
-Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`, `sum(directions) / 3`. Their class is an int, a tensor [B], or None
-for the predicted one; an ascent predicts anew at every step, so name the class there.
+Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`, `sum(directions) / 3`. Their class is an int,
+a tensor [B], or None for the predicted one; an ascent predicts anew at every step, so name the class there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ FORMS = (
 
 
 def as_target(target: Any) -> Target:
-    """Returns a target in the forms that this file reads: arrays of NumPy, and lists of T classes for each sample, are tensors."""
+    """Returns a target in the forms that this file reads: arrays of NumPy, and lists of T classes for each sample, are
+    tensors."""
     if type(target).__module__ == "numpy" and hasattr(target, "ndim"):
         return torch.as_tensor(target) if target.ndim else target.item()
     if isinstance(target, list) and target and all(isinstance(row, list) for row in target):
@@ -94,8 +95,8 @@ def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
 
 
 def resolve(output: Any, target: Target, one_each: bool = False) -> Target:
-    """Returns the target, or the predicted class where it is None: later forwards keep the class of the first. `one_each`: whether
-    an output of one axis is known to have one number for each sample, which then is what is explained."""
+    """Returns the target, or the predicted class where it is None: later forwards keep the class of the first. `one_each`:
+    whether an output of one axis is known to have one number for each sample, which then is what is explained."""
     if target is not None:
         return target
     y = primary(output)

@@ -1,7 +1,7 @@
 """Functions, each in several spellings that give the same values: `SPELLINGS[function][spelling](m, h)`.
 
-`h` is a float64 tensor [2, 5, 8], made by a linear layer of the input; `m` has what some of them need: linear layers `q`, `k`, `v`
-of eight channels, `s` of one and `e` of four, buffers `mask` [5, 5] of ones and zeros and `bias` [5, 5].
+`h` is a float64 tensor [2, 5, 8], made by a linear layer of the input; `m` has what some of them need: linear layers `q`, `k`,
+`v` of eight channels, `s` of one and `e` of four, buffers `mask` [5, 5] of ones and zeros and `bias` [5, 5].
 """
 
 import math
@@ -58,6 +58,10 @@ def loop_over(weights, values, number):
     for i in range(number):
         total = total + weights[..., i : i + 1] * values[..., i, :]
     return total
+
+
+def each_of(weights, values):
+    return sum(weights.narrow(-1, i, 1) * value for i, value in enumerate(values))
 
 
 def centred(h):
@@ -292,7 +296,8 @@ ATTENTION = {
         lambda m, h: torch.einsum("bno,bnd->bd", m.s(h).softmax(1), m.v(h)),
         lambda m, h: torch.bmm(m.s(h).softmax(1).squeeze(-1).unsqueeze(1), m.v(h)).squeeze(1),
         lambda m, h: torch.einsum("bn,bnd->bd", m.s(h).squeeze(-1).softmax(-1), m.v(h)),
-        lambda m, h: torch.sum(m.v(h) * F.softmax(m.s(h), dim=1), dim=1), lambda m, h: (written_softmax(m.s(h), 1) * m.v(h)).sum(1),
+        lambda m, h: torch.sum(m.v(h) * F.softmax(m.s(h), dim=1), dim=1),
+        lambda m, h: (written_softmax(m.s(h), 1) * m.v(h)).sum(1),
         lambda m, h: (m.s(h).softmax(-2) * m.v(h)).mean(1) * 5, lambda m, h: (F.softmin(-m.s(h), 1) * m.v(h)).sum(1),
         lambda m, h: loop_over(m.s(h).squeeze(-1).softmax(-1), m.v(h), 5),
         lambda m, h: (m.s(h).log_softmax(1).exp() * m.v(h)).sum(dim=1), lambda m, h: (m.v(h).mT @ m.s(h).softmax(1)).squeeze(-1),
@@ -302,7 +307,7 @@ ATTENTION = {
         lambda m, h: torch.einsum("bne,bned->bnd", m.e(h).softmax(-1), experts(m, h)),
         lambda m, h: loop_over(m.e(h).softmax(-1), experts(m, h), 4),
         lambda m, h: (m.e(h).softmax(-1).unsqueeze(-2) @ experts(m, h)).squeeze(-2),
-        lambda m, h: (lambda w: sum(w.narrow(-1, i, 1) * f(h) for i, f in enumerate((m.q, m.k, m.v, lambda t: t))))(m.e(h).softmax(-1)),
+        lambda m, h: each_of(m.e(h).softmax(-1), (m.q(h), m.k(h), m.v(h), h)),
     ],
     "channel attention": [
         lambda m, h: m.v(h) @ (m.q(h).mT @ m.k(h)).softmax(-1).mT,
@@ -325,7 +330,8 @@ ATTENTION = {
                        lambda m, h: F.log_softmax(m.q(h), -1).exp(), lambda m, h: F.softmin(-m.q(h), -1)],
     "sigmoid attention": [lambda m, h: torch.sigmoid(scores(m, h)) @ m.v(h),
                           lambda m, h: torch.einsum("bij,bjd->bid", scores(m, h).sigmoid(), m.v(h))],
-    "a linear layer": [lambda m, h: m.q(h), lambda m, h: F.linear(h, m.q.weight, m.q.bias), lambda m, h: h @ m.q.weight.T + m.q.bias,
+    "a linear layer": [lambda m, h: m.q(h), lambda m, h: F.linear(h, m.q.weight, m.q.bias),
+                       lambda m, h: h @ m.q.weight.T + m.q.bias,
                        lambda m, h: torch.einsum("bni,oi->bno", h, m.q.weight) + m.q.bias,
                        lambda m, h: torch.addmm(m.q.bias, h.flatten(0, 1), m.q.weight.T).view(2, 5, 8),
                        lambda m, h: F.conv1d(h.mT, m.q.weight[..., None], m.q.bias).mT],

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from sp_fx.analysis.written.gates import Written
-from sp_fx.analysis.written.norms import Statistic
 from torch import nn
 
 from helpers import NETS, golden
 from sp_fx.analysis.facts import Facts
+from sp_fx.analysis.written.gates import Written
+from sp_fx.analysis.written.norms import Statistic
 from sp_fx.capture.exported import export
 from sp_fx.capture.symbolic import trace
 from sp_fx.rewrite.out_of_place import normalise

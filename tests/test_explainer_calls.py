@@ -156,7 +156,7 @@ def test_the_explainer_takes_what_the_methods_take():
 
 
 def test_what_is_no_tensor_is_no_input():
-    with pytest.raises(TypeError, match="expected a tensor, a container of tensors.*got int"):
+    with pytest.raises(TypeError, match=r"expected a tensor, a container of tensors.*got int"):
         explainer_of(OfTwo).pullback((X, 3), 0)
 
 

@@ -1,4 +1,5 @@
-"""What is recognised is what it is taken for: random expressions, most of them near a gate, a norm or a softmax but for a number."""
+"""What is recognised is what it is taken for: random expressions, most of them near a gate, a norm or a softmax but for a
+number."""
 
 import random
 import re
@@ -19,24 +20,27 @@ from sp_fx.rewrite.out_of_place import normalise
 
 TEMPLATES = [
     "h * torch.sigmoid({a} * h + {b})", "h * torch.sigmoid({a} * h) + {b}", "h / ({a} + torch.exp(-{c} * h))",
-    "torch.where(h > {b}, h, {d} * h)", "torch.where({c} * h > {b}, h, 0.0 * h)", "torch.where(h / {c} > {b}, {a} * h, {d} * h)",
-    "h * ({c} * h + {e}).clamp({b}, {a})", "h * F.relu6(h + {f}) / {g}", "F.relu6({c} * h + {f}) / {g}",
-    "(h / {g} + {e}).clamp({b}, {a})", "F.relu(h - {b}) - {d} * F.relu(-h - {b})", "(h + (h - {b}).abs()) / {i}",
-    "0.5 * h * ({a} + torch.tanh({j} * (h + {k} * h ** 3)))", "{e} * h * (1 + torch.erf(h / {l} + {b}))",
-    "h * torch.special.ndtr({a} * h + {b})", "h * torch.tanh(F.softplus({a} * h + {b}))", "h * torch.tanh(torch.log({a} + h.exp()))",
-    "torch.maximum(h, {d} * h + {b})", "h.clamp(min={b}) + {d} * h.clamp(max={b})", "torch.where(h > {b}, h, {a} * (h.exp() - {a}))",
+    "torch.where(h > {b}, h, {d} * h)", "torch.where({c} * h > {b}, h, 0.0 * h)",
+    "torch.where(h / {c} > {b}, {a} * h, {d} * h)", "h * ({c} * h + {e}).clamp({b}, {a})", "h * F.relu6(h + {f}) / {g}",
+    "F.relu6({c} * h + {f}) / {g}", "(h / {g} + {e}).clamp({b}, {a})", "F.relu(h - {b}) - {d} * F.relu(-h - {b})",
+    "(h + (h - {b}).abs()) / {i}", "0.5 * h * ({a} + torch.tanh({j} * (h + {k} * h ** 3)))",
+    "{e} * h * (1 + torch.erf(h / {l} + {b}))", "h * torch.special.ndtr({a} * h + {b})",
+    "h * torch.tanh(F.softplus({a} * h + {b}))", "h * torch.tanh(torch.log({a} + h.exp()))", "torch.maximum(h, {d} * h + {b})",
+    "h.clamp(min={b}) + {d} * h.clamp(max={b})", "torch.where(h > {b}, h, {a} * (h.exp() - {a}))",
     "h.clamp(min={b}) + {a} * torch.expm1({c} * h.clamp(max=0))", "h * h.sign() + {b}", "h * (h > {b})", "h * (h >= 0) * {a}",
     "h.masked_fill(h < {b}, {b})", "h - h.clamp(-{m}, {m}) * {a}", "h.sign() * F.relu(h.abs() - {m})", "h / ({a} + h.abs())",
-    "F.relu(h) * F.relu({a} * h + {b})", "F.relu(h + {b}) ** 2", "F.relu(h) - F.relu({a} * h - {g})", "h * torch.sigmoid({n} * h - {f})",
-    "torch.minimum(torch.maximum(h, {b} * torch.ones_like(h)), {g} + torch.zeros_like(h))", "h * F.hardsigmoid({a} * h + {b})",
-    "torch.log({a} + torch.exp({c} * h))", "1 / ({a} + torch.exp({c} * -h))", "{e} * (torch.tanh(h / {i}) + {a})",
-    "F.relu(h) + torch.log1p({a} * torch.exp(-h.abs()))", "2 * F.relu({a} * h) - h", "(h - {b}) * torch.sigmoid(h)",
-    "torch.stack([h, {b} + torch.zeros_like(h)], -1).amax(-1)", "h * torch.heaviside({a} * h + {b}, torch.zeros((), dtype=h.dtype))",
-    "torch.where(h.abs() > {m}, h, {b} * h)", "h * torch.where(h > {b}, {a}, {d})", "h + torch.sin({b} * h)", "h * torch.atan({a} * h)",
+    "F.relu(h) * F.relu({a} * h + {b})", "F.relu(h + {b}) ** 2", "F.relu(h) - F.relu({a} * h - {g})",
+    "h * torch.sigmoid({n} * h - {f})", "torch.minimum(torch.maximum(h, {b} * torch.ones_like(h)), {g} + torch.zeros_like(h))",
+    "h * F.hardsigmoid({a} * h + {b})", "torch.log({a} + torch.exp({c} * h))", "1 / ({a} + torch.exp({c} * -h))",
+    "{e} * (torch.tanh(h / {i}) + {a})", "F.relu(h) + torch.log1p({a} * torch.exp(-h.abs()))", "2 * F.relu({a} * h) - h",
+    "(h - {b}) * torch.sigmoid(h)", "torch.stack([h, {b} + torch.zeros_like(h)], -1).amax(-1)",
+    "h * torch.heaviside({a} * h + {b}, torch.zeros((), dtype=h.dtype))", "torch.where(h.abs() > {m}, h, {b} * h)",
+    "h * torch.where(h > {b}, {a}, {d})", "h + torch.sin({b} * h)", "h * torch.atan({a} * h)",
 ]  # fmt: skip
 NUMBERS = {
-    "a": [1, 1, 1, 1.0, 0.999, 1.01, 2, 0.5], "b": [0, 0, 0, 0.0, 1e-3, -1e-3, 0.25, -0.5, 1e-2], "c": [1, 1, 2, 10, 0.5, 1.702, 0.99],
-    "d": [0, 0.1, 0.1, 0.2, 1, -0.1, 1.001], "e": [0.5, 0.5, 0.5, 0.501, 0.49, 1], "f": [3, 3, 3, 3.01, 2.5, 25], "g": [6, 6, 6, 6.01, 5, 8],
+    "a": [1, 1, 1, 1.0, 0.999, 1.01, 2, 0.5], "b": [0, 0, 0, 0.0, 1e-3, -1e-3, 0.25, -0.5, 1e-2],
+    "c": [1, 1, 2, 10, 0.5, 1.702, 0.99], "d": [0, 0.1, 0.1, 0.2, 1, -0.1, 1.001], "e": [0.5, 0.5, 0.5, 0.501, 0.49, 1],
+    "f": [3, 3, 3, 3.01, 2.5, 25], "g": [6, 6, 6, 6.01, 5, 8],
     "i": [2, 2, 2, 2.001, 1], "j": [0.7978845608, 0.7978845608, 0.8, 0.79], "k": [0.044715, 0.044715, 0.0447, 0.05],
     "l": [2**0.5, 2**0.5, 1.4142, 1.5, 1.41], "m": [0.3, 0.5, 0.301, 1], "n": [1, 100, 30, 8],
 }  # fmt: skip
@@ -44,7 +48,9 @@ NUMBERS = {
 REFERENCE = {  # each from its definition
     "relu": lambda z: torch.where(z > 0, z, 0.0),
     "leaky_relu": lambda z, negative_slope: torch.where(z > 0, z, negative_slope * z),
-    "elu": lambda z, alpha, output_scale, input_scale: output_scale * torch.where(z > 0, z, alpha * (input_scale * z).clamp(max=0).expm1()),
+    "elu": lambda z, alpha, output_scale, input_scale: (
+        output_scale * torch.where(z > 0, z, alpha * (input_scale * z).clamp(max=0).expm1())
+    ),
     "gelu": lambda z, approximate: F.gelu(z, approximate=approximate),
     "silu": lambda z, rate=1.0: z / (1 + torch.exp(-rate * z)),
     "quick_gelu": lambda z, rate: z / (1 + torch.exp(-rate * z)),
@@ -78,7 +84,8 @@ def draw(rng):
     numbers = {name: rng.choice(choices) for name, choices in NUMBERS.items()}
     code = rng.choice(TEMPLATES).format(**numbers)
     if rng.random() < 0.25:
-        inner = rng.choice([f"({numbers['a']} * h + {numbers['b']})", f"F.relu(h - {numbers['b']})", "torch.tanh(h)", "(h.abs() + h)"])
+        a, b = numbers["a"], numbers["b"]
+        inner = rng.choice([f"({a} * h + {b})", f"F.relu(h - {b})", "torch.tanh(h)", "(h.abs() + h)"])
         return re.sub(r"\bh\b", inner, code)
     return code
 
@@ -135,18 +142,26 @@ def test_random_expressions_are_the_gates_they_are_taken_for(seed):
 # -- norms
 
 STATISTICS = [
-    "h.pow({p}).mean(-1, keepdim=True)", "h.abs().sum(-1, keepdim=True)", "h.norm(dim=-1, keepdim=True)", "h.std(-1, keepdim=True)",
-    "h.sum(-1, keepdim=True)", "h.abs().amax(-1, keepdim=True)", "h.amax(-1, keepdim=True)", "(h * h).sum(-1, keepdim=True)",
-    "h.var(-1, keepdim=True)", "torch.einsum('bi,bi->b', h, h)[:, None]", "(h * h.abs()).sum(-1, keepdim=True)", "h.exp().sum(-1, keepdim=True)",
-    "h.square().amax(-1, keepdim=True)", "(h.abs() + {c}).mean(-1, keepdim=True)", "h.norm(p=1, dim=-1, keepdim=True)",
+    "h.pow({p}).mean(-1, keepdim=True)", "h.abs().sum(-1, keepdim=True)", "h.norm(dim=-1, keepdim=True)",
+    "h.std(-1, keepdim=True)", "h.sum(-1, keepdim=True)", "h.abs().amax(-1, keepdim=True)", "h.amax(-1, keepdim=True)",
+    "(h * h).sum(-1, keepdim=True)", "h.var(-1, keepdim=True)", "torch.einsum('bi,bi->b', h, h)[:, None]",
+    "(h * h.abs()).sum(-1, keepdim=True)", "h.exp().sum(-1, keepdim=True)", "h.square().amax(-1, keepdim=True)",
+    "(h.abs() + {c}).mean(-1, keepdim=True)", "h.norm(p=1, dim=-1, keepdim=True)",
     "(h.norm(dim=-1, keepdim=True) * h.abs().mean(-1, keepdim=True))", "h.abs().mean(-1, keepdim=True).clamp(min={c})",
 ]  # fmt: skip
-WRAPS = ["{s}", "({s} + {c}).sqrt()", "({s} + {c}) ** {q}", "{s}.sqrt()", "{c} + {s}", "{s}.square()", "2 * {s}", "{s}.clamp_min({c})"]
-CLOSERS = ["h / ({t})", "h * ({t}).reciprocal()", "h * ({t})", "h * torch.rsqrt({t})", "(h - h.mean(-1, keepdim=True)) / ({t})", "1.5 * h / ({t})"]
+WRAPS = [
+    "{s}", "({s} + {c}).sqrt()", "({s} + {c}) ** {q}", "{s}.sqrt()", "{c} + {s}", "{s}.square()", "2 * {s}",
+    "{s}.clamp_min({c})",
+]  # fmt: skip
+CLOSERS = [
+    "h / ({t})", "h * ({t}).reciprocal()", "h * ({t})", "h * torch.rsqrt({t})", "(h - h.mean(-1, keepdim=True)) / ({t})",
+    "1.5 * h / ({t})",
+]  # fmt: skip
 
 
 def draw_norm(rng):
-    numbers = {"p": rng.choice([2, 2, 2, 3, 4, 1]), "c": rng.choice([1e-6, 1e-5, 1e-3, 1.0, 2]), "q": rng.choice([0.5, 0.5, -0.5, 2, 0.25])}
+    choices = {"p": [2, 2, 2, 3, 4, 1], "c": [1e-6, 1e-5, 1e-3, 1.0, 2], "q": [0.5, 0.5, -0.5, 2, 0.25]}
+    numbers = {name: rng.choice(values) for name, values in choices.items()}
     statistic = rng.choice(STATISTICS).format(**numbers)
     return rng.choice(CLOSERS).format(t=rng.choice(WRAPS).format(s=f"({statistic})", **numbers))
 
@@ -171,7 +186,9 @@ def test_random_statistics_are_the_norms_they_are_taken_for(seed):
 
 # -- softmaxes
 
-SCORES = ["h", "({c} * h)", "(h - h.amax({d}, keepdim=True))", "(h - h.mean({d}, keepdim=True))", "(h + {c})", "h.abs()"]
+SCORES = [
+    "h", "({c} * h)", "(h - h.amax({d}, keepdim=True))", "(h - h.mean({d}, keepdim=True))", "(h + {c})", "h.abs()",
+]  # fmt: skip
 FORMS = [
     "(lambda e: e / e.sum({d}, keepdim=True))({s}.exp())", "(lambda e: e / ({c} + e.sum({d}, keepdim=True)))({s}.exp())",
     "{s}.log_softmax({d}).exp()", "F.softmin({s}, {d})", "({s} - {s}.logsumexp({d}, keepdim=True)).exp()",

@@ -1,10 +1,11 @@
 """Attention that a model writes out: a softmax whose weights reach values, and are summed up with them along the softmax's axis.
 
 The weights of a softmax go on as weights through casts, views, masks, dropout, talking heads, a second normalisation, whatever is
-made of weights and constants alone. Where they meet something else that varies they are attention, if the sum of the products runs
-over the axis that the softmax is over: `w @ v`, `(w[..., None] * v).sum(1)`, `w[:, 0] * a + w[:, 1] * b`. Where it does not, as in
-`x * s.softmax(1)`, they are a gate on each place. Names do not say which of the two it is; shapes do: the calls are run on numbers,
-once with weights and once with some of them moved along that axis, and the sum of products with ones stays the same in attention.
+made of weights and constants alone. Where they meet something else that varies they are attention, if the sum of the products
+runs over the axis that the softmax is over: `w @ v`, `(w[..., None] * v).sum(1)`, `w[:, 0] * a + w[:, 1] * b`. Where it does not,
+as in `x * s.softmax(1)`, they are a gate on each place. Names do not say which of the two it is; shapes do: the calls are run on
+numbers, once with weights and once with some of them moved along that axis, and the sum of products with ones stays the same in
+attention.
 """
 
 from __future__ import annotations
@@ -91,8 +92,8 @@ def is_linear(node: fx.Node, name: str, facts: Facts) -> bool:
 
 
 def sums_over(softmax: fx.Node, dim: int, weights: Weights, facts: Facts, shapes: Shapes | None) -> bool:
-    """Whether the products of the weights with values are summed up along the softmax's axis, by the shapes; without them, whether
-    they are summed up at all."""
+    """Whether the products of the weights with values are summed up along the softmax's axis, by the shapes; without them,
+    whether they are summed up at all."""
     if shapes is None or not isinstance(shapes.get(softmax), Tensor):
         facts.undecided.add(softmax)
         return any(facts.op(p) not in FACTORS for p in weights.products) or any(
@@ -152,7 +153,6 @@ class Probe:
         moved = torch.rand(shape, generator=generator, dtype=torch.float64)
         other = one + moved - moved.mean(self.dim, keepdim=True)
         values: dict[fx.Node, tuple[Any, ...]] = {self.softmax: (one, other)}
-        done: set[fx.Node] = set()
         for node in self.facts.graph.nodes:
             if node is self.softmax or not (node in self.weights.passing or node in self.weights.mixed):
                 continue
@@ -160,9 +160,11 @@ class Probe:
             if any(v is None for v in pair):
                 continue
             values[node] = pair
-            if node in self.weights.mixed and all(isinstance(v, Tensor) for v in pair) and torch.allclose(*pair, rtol=1e-6, atol=1e-9):  # type: ignore[misc]
-                done.add(node)
-        return bool(done)
+            one, other = pair
+            sums = node in self.weights.mixed and isinstance(one, Tensor) and isinstance(other, Tensor)
+            if sums and torch.allclose(one, other, rtol=1e-6, atol=1e-9):
+                return True
+        return False
 
     def value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         facts, name = self.facts, self.facts.op(node)

@@ -1,4 +1,5 @@
-"""What is known of the ops of a graph, by their names: the table of `table_of_ops.py`, read, and the sets of names drawn from it."""
+"""What is known of the ops of a graph, by their names: the table of `table_of_ops.py`, read, and the sets of names drawn from
+it."""
 
 from __future__ import annotations
 

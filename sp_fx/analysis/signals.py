@@ -1,8 +1,8 @@
 """Where the input's values go in a graph, and where a derivative could follow them.
 
-A node *varies* where its value depends on the values of the inputs, and not on their shapes alone. It is a *signal* where, moreover,
-a derivative goes through all the way: of `mask = (h > 0).float()` and of positions it does not. Whole numbers that are made of what
-the model computes *choose* whatever reads them, and what chooses has no derivative: reports say so.
+A node *varies* where its value depends on the values of the inputs, and not on their shapes alone. It is a *signal* where,
+moreover, a derivative goes through all the way: of `mask = (h > 0).float()` and of positions it does not. Whole numbers that are
+made of what the model computes *choose* whatever reads them, and what chooses has no derivative: reports say so.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ class Signals:
 
 
 def positions(modules: nn.Module, graph: fx.Graph, passes: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """Returns the nodes that are read as positions in a table, as token ids are, and what these are computed from by arithmetic."""
+    """Returns the nodes that are read as positions in a table, as token ids are, and what these are computed from by
+    arithmetic."""
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         name = called(node)

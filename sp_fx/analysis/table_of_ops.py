@@ -206,7 +206,8 @@ expand broadcast_to expand_as:    view same_values carries form
 permute transpose swapaxes swapdims t T numpy_T mT mH H adjoint matrix_H conj movedim moveaxis:    view same_values carries
 
 # -- views of parts
-split chunk broadcast_tensors unsafe_split unsafe_chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind checked:    view several
+split chunk unsafe_split unsafe_chunk tensor_split split_with_sizes hsplit vsplit dsplit unbind broadcast_tensors checked:
+    view several
 getitem:                view lookup
 select narrow slice diagonal linalg_diagonal as_strided:    view
 unfold:                 view

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -91,8 +90,8 @@ def check(
     - samples: the map of a sample alone is its map in the batch, where its outputs are.
     - coverage: the gating ATen ops that the model dispatches are those that the report lists, family by family.
 
-    All but the first two run in float64, on a copy of the weights that is dropped afterwards; in the model's own dtype, with a bar
-    that fits it, where the graph has dtypes of its own.
+    All but the first two run in float64, on a copy of the weights that is dropped afterwards; in the model's own dtype, with a
+    bar that fits it, where the graph has dtypes of its own.
 
     Args:
         target: what is explained, as for `Explainer.pullback`; None for a direction of all floating outputs.
@@ -120,13 +119,13 @@ def check(
         def lines(clone: Apart) -> list[Line]:
             found = [check_forward(explainer, clone, args, kwargs), check_capture(explainer, source, args, kwargs)]
             question = asked(explainer, args, kwargs, target, wrt)
-            double = functools.cache(question.in_double) if question is not None else None
+            doubled = question.in_double() if question is not None else None
             for name, run in MAPS.items():
-                if question is None:
+                if doubled is None:
                     found.append(Line(name, "not applicable", note="nothing floats: pass wrt= the name of an activation"))
                 else:
-                    line = where_it_runs(name, run, double())
-                    at = f"with respect to {question.wrt}" if question.wrt else ""
+                    line = where_it_runs(name, run, doubled)
+                    at = f"with respect to {doubled.wrt}" if doubled.wrt else ""
                     found.append(replace(line, note="; ".join(filter(None, (line.note, at)))))
             return [*found, check_coverage(explainer, clone, args, kwargs)]
 
@@ -135,8 +134,8 @@ def check(
 
 
 def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Question) -> Line:
-    """Returns the line of a check; a "not applicable" one where an op of the graph has no forward-mode formula, or the model's own
-    backward fails."""
+    """Returns the line of a check; a "not applicable" one where an op of the graph has no forward-mode formula, or the model's
+    own backward fails."""
     try:
         return run(name, question)
     except RuntimeError as error:  # NotImplementedError is one
@@ -229,8 +228,8 @@ def check_samples(name: str, question: Question) -> Line:
     try:
         call = measured(question.explainer, request.call(question.explainer.forward), 1)
         pieces = [piece.apply(question.explainer, piece.explained) for piece in call.pieces(1)]
-    except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as error:
-        return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(error).splitlines()[0][:100]}")
+    except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as refusal:
+        return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(refusal).splitlines()[0][:100]}")
     whole = tensors_of(call.apply(question.explainer, call.explained))
     parts = [torch.cat(ts) if all(t.dim() for t in ts) else None for ts in zip(*map(tensors_of, pieces))]
     bar, outputs_bar = max(question.bar(), 1e-7), max(question.bar(OUTPUT), 1e-7)

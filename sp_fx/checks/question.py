@@ -66,7 +66,8 @@ class Question:
     def in_double(self) -> Question:
         """In float64, on a copy of the weights; as it is where the graph does not run so, having dtypes of its own."""
         own = self.explainer.copied_apart().double()
-        double = replace(self, explainer=own, args=cloned(self.args, torch.float64), kwargs=cloned(dict(self.kwargs), torch.float64))
+        args, kwargs = cloned(self.args, torch.float64), cloned(dict(self.kwargs), torch.float64)
+        double = replace(self, explainer=own, args=args, kwargs=kwargs)
         try:
             with torch.no_grad():
                 own(*cloned(double.args), **cloned(dict(double.kwargs)))
@@ -104,8 +105,8 @@ class Question:
 
 
 def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: Target, wrt: str | None) -> Question | None:
-    """Returns the question about these arguments: with respect to the activation `wrt`, or, where none of the arguments floats, to
-    the first that the graph looks up in a table, as embeddings of token ids are; None where there is nothing to explain."""
+    """Returns the question about these arguments: with respect to the activation `wrt`, or, where none of the arguments floats,
+    to the first that the graph looks up in a table, as embeddings of token ids are; None where there is nothing to explain."""
     whole = Question(explainer, args, kwargs, target)
     if wrt is None and whole.explained:
         return whole
@@ -136,7 +137,7 @@ def is_lookup(graph: fx.Graph, node: fx.Node) -> bool:
     """Whether a node is what a table gives for positions in it, or a mark of that."""
     if node.op != "call_module":
         return called(node) in LOOKUPS - {"getitem"}
-    module = graph.owning_module.get_submodule(str(node.target))
+    module = graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
     if lets_through(module):
         return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0])
     return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)

@@ -28,9 +28,10 @@ def register_gate(
 ) -> Any:
     """Give an activation of your own a soft adjoint: `v -> v * gain(z, tau)` for `y = target(z)`; the forward stays what it is.
 
-    From then on `transform` finds it in every model: a function however the model holds it (by a name, an attribute, in a dictionary
-    or a `functools.partial`), an op of `torch.ops`, a class of modules with its subclasses. A report notes what was not met. `Rules(registered={name: ...})` and overrides by place set its
-    temperature; None restores its plain derivative. Register in every process that uses, or unpickles, an explainer with it.
+    From then on `transform` finds it in every model: a function however the model holds it (by a name, an attribute, in a
+    dictionary or a `functools.partial`), an op of `torch.ops`, a class of modules with its subclasses. A report notes what was
+    not met. `Rules(registered={name: ...})` and overrides by place set its temperature; None restores its plain derivative.
+    Register in every process that uses, or unpickles, an explainer with it.
 
     Args:
         target: the function, the op, or the `nn.Module` subclass. Its first argument is the pre-activation, the

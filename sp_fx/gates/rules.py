@@ -31,9 +31,9 @@ class Rules:
     a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
     `Explainer.calibrate` measures.
 
-    `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them), names of modules (`"layer4"`, with all
-    that is in it) or ends that one place has to a temperature, or to a mapping from kinds to temperatures. A number passes over normalisations and products. The last pattern that fits wins; one that fits
-    no gate is an error.
+    `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them), names of modules (`"layer4"`, with
+    all that is in it) or ends that one place has to a temperature, or to a mapping from kinds to temperatures. A number passes
+    over normalisations and products. The last pattern that fits wins; one that fits no gate is an error.
 
     Defaults: one deviation of the sample for the gates that a scale applies to, by `bench/temperatures.py`: on the zoo's CNN and
     on SqueezeNet better than the published 0.6 and 0.3, absolute, in fidelity and stability. For the others arXiv:2507.22832,
@@ -142,8 +142,8 @@ class Rules:
         return scale if isinstance(scale, str) else float(scale)
 
     def resolved(self, gates: Iterable[Any]) -> Rules:
-        """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it) or the end of
-        one place (`"attn.softmax"`). `gates` are the sites of a report.
+        """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it) or the end
+        of one place (`"attn.softmax"`). `gates` are the sites of a report.
 
         Raises:
             ValueError: an end that several places have.
@@ -157,8 +157,8 @@ class Rules:
             elif any(place.startswith(f"{pattern}.") for place in known):
                 overrides[f"{pattern}.*"] = override
             elif len(ends) > 1:
-                several = f"{', '.join(ends[:5])}{', ...' if len(ends) > 5 else ''}"
-                raise ValueError(f"the override {pattern!r} is the end of {len(ends)} places: {several}; say which, or '*.{pattern}'")
+                several = f"{len(ends)} places: {', '.join(ends[:5])}{', ...' if len(ends) > 5 else ''}"
+                raise ValueError(f"the override {pattern!r} is the end of {several}; say which, or '*.{pattern}'")
             else:
                 overrides[ends[0] if ends else pattern] = override
         return self if overrides == dict(self.overrides) else replace(self, overrides=overrides)

@@ -87,7 +87,8 @@ def shapes_of(modules: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any])
     copy.output(copy.graph_copy(graph, own))
     forms = rebuilt(dict(arguments), lambda t: Form(t, None) if isinstance(t, Tensor) else t)
     values = in_its_own_thread(lambda: Fakes(fx.GraphModule(modules, copy), forms), False).values
-    return {node: values[own[node]] for node in graph.nodes if values.get(own.get(node), Fakes.UNKNOWN) is not Fakes.UNKNOWN}
+    known = {node: values.get(copied, Fakes.UNKNOWN) for node, copied in own.items()}
+    return {node: value for node, value in known.items() if value is not Fakes.UNKNOWN}
 
 
 def measured(

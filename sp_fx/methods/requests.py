@@ -62,8 +62,8 @@ class Request:
         return Call(values, len(leaves), kwargs, target, skeleton, self.bounds, self.samplewise or frozenset())
 
     def contained(self, forward: Callable[..., Any], maps: list[Tensor]) -> Any:
-        """The maps of the floating inputs, in order, in the containers that the inputs came in, with None for the other leaves; of
-        a mapping of arguments, those arguments alone that have tensors."""
+        """The maps of the floating inputs, in order, in the containers that the inputs came in, with None for the other leaves;
+        of a mapping of arguments, those arguments alone that have tensors."""
         remaining = iter(maps)
 
         def map_of(leaf: Any) -> Any:
@@ -77,8 +77,8 @@ class Request:
 
 
 def arguments_of(forward: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Returns the inputs as positional and keyword arguments: a tuple is the former, a mapping from names of parameters the latter;
-    whatever else, another mapping or a list, is one argument."""
+    """Returns the inputs as positional and keyword arguments: a tuple is the former, a mapping from names of parameters the
+    latter; whatever else, another mapping or a list, is one argument."""
     if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
         return inputs, {}
     if isinstance(inputs, Mapping) and are_named(forward, inputs):
@@ -87,8 +87,8 @@ def arguments_of(forward: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any
 
 
 def spread(module: fx.GraphModule, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns the arguments of a call with one argument, which may be the inputs as the methods take them: a mapping from names of
-    parameters, or a tuple for a forward that wants more than one. What the model itself takes as one argument stays one."""
+    """Returns the arguments of a call with one argument, which may be the inputs as the methods take them: a mapping from names
+    of parameters, or a tuple for a forward that wants more than one. What the model itself takes as one argument stays one."""
     parameters = inspect.signature(module.forward).parameters.values()
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(inputs, tuple) and len(needed) > 1:
@@ -99,10 +99,11 @@ def spread(module: fx.GraphModule, inputs: Any) -> tuple[tuple[Any, ...], dict[s
 
 def takes_mapping(graph: fx.Graph) -> bool:
     """Whether the first argument of a graph is a mapping: it reads items of it by name."""
-    argument = next(iter(graph.find_nodes(op="placeholder")), None)
-    by_name = [user.args[1] for user in argument.users if len(user.args) > 1] if argument is not None else []
-    keys = [user.args[2][1] for user in argument.users if user.target is checked and user.args[2][0] == "items"] if argument else []
-    return any(isinstance(key, str) for key in [*by_name, *(key for content in keys for key in content)])  # type: ignore[union-attr]
+    argument: Any = next(iter(graph.find_nodes(op="placeholder")), None)
+    users = () if argument is None else argument.users
+    read = [user.args[1] for user in users if user.target in (operator.getitem, "get")]
+    forms = [user.args[2] for user in users if user.target is checked]
+    return any(isinstance(key, str) for key in [*read, *(key for kind, form in forms if kind == "items" for key in form)])
 
 
 def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
@@ -132,8 +133,8 @@ def outside_inference(value: Any) -> Any:
 class Call:
     """`values` are the positional arguments, of which the first `count` are inputs; floating inputs are explained.
 
-    `skeleton` are the positional and the keyword arguments that the inputs are in, with numbered slots for these; other positional
-    arguments come after them.
+    `skeleton` are the positional and the keyword arguments that the inputs are in, with numbered slots for these; other
+    positional arguments come after them.
     """
 
     values: list[Any]

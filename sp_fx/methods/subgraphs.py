@@ -43,7 +43,8 @@ def first_tensor(node: fx.Node) -> fx.Node:
 
 
 def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
-    """Returns the node of the activation `name`, or of the only one whose name ends so: "word_embeddings". `option` is the argument that named it, for the message.
+    """Returns the node of the activation `name`, or of the only one whose name ends so: "word_embeddings". `option` is the
+    argument that named it, for the message.
 
     Raises:
         ValueError: there is none; the message has the nearest names.

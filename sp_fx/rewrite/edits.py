@@ -162,7 +162,8 @@ class CloseWritten(Edit):
 
 @dataclass
 class Compete(Edit):
-    """The maximum of two signals, or the minimum, becomes one over both, side by side: `v softmax((a, b) / tau)` is its way back."""
+    """The maximum of two signals, or the minimum, becomes one over both, side by side: `v softmax((a, b) / tau)` is its way
+    back."""
 
     node: fx.Node
     tensors: tuple[fx.Node, fx.Node]

@@ -91,7 +91,8 @@ class Site:
             held = "the gate of the product is" if self.kind == "product" else "its statistics are"
             text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and on the way back {held} constant"
         else:
-            gate = "its forward gate, frozen" if self.temperature == FROZEN else f"its gate at temperature {self.temperature_text}"
+            frozen = self.temperature == FROZEN
+            gate = "the gate of its forward, a constant" if frozen else f"its gate at temperature {self.temperature_text}"
             text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and the signal goes back through {gate}"
         extra = "; ".join(filter(None, (self.reason if self.status == "rewritten" else "", self.misfit)))
         return f"{text}{f' ({extra})' if extra else ''}. To do: {self.remedy}."
@@ -125,12 +126,13 @@ class Report:
         Raises:
             ValueError: no gating call is there; the message has the nearest places.
         """
+        places = [site.place for site in self.sites]
         at = [s for s in self.sites if s.place == place] or [s for s in self.sites if s.place.partition("#")[0] == place]
         at = at or [s for s in self.sites if s.place.startswith(f"{place}.")]
         at = at or [s for s in self.sites if s.place.endswith(f".{place}")]
         if not at:
-            near = difflib.get_close_matches(str(place), [s.place for s in self.sites], 5, 0.4) or [s.place for s in self.sites[:5]]
-            raise ValueError(f"no gating call of {self.model} is at {place!r}; the nearest places are {', '.join(near) or 'none'}")
+            near = ", ".join(difflib.get_close_matches(str(place), places, 5, 0.4) or places[:5]) or "none"
+            raise ValueError(f"no gating call of {self.model} is at {place!r}; the nearest places are {near}")
         return "\n".join(site.sentence for site in at)
 
     def of(self, status: Status) -> list[Site]:

@@ -79,7 +79,6 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
         notes.append(f"registered, and not met in this model: {', '.join(unmet)}")
     if rules == Rules.frozen() and (left := [site for site in sites if site.status != "rewritten" and not site.idle]):
         names = ", ".join(sorted({site.op for site in left}))
-        notes.append(f"not frozen are {len(left)} calls, which keep their derivative ({names}): the map is that of W(x) x + b(x) for "
-                     "the rest")  # fmt: skip
+        notes.append(f"not frozen are {len(left)} calls that have no gate, and keep their derivative: {names}")
     report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
     return Rewritten(modules, report, bool(facts.undecided))

@@ -24,8 +24,8 @@ UNUSED = "nothing that the output is made of reads it: no signal passes here"
 def mark_steering(
     facts: Facts, sites: Sequence[Site], nodes: Sequence[fx.Node], passing: Mapping[fx.Node, fx.Node]
 ) -> tuple[Site, ...]:
-    """Returns the `sites`, with a word on those that no signal passes, and why: since all that they make steers frozen gates or is
-    held constant, as the activations of a squeeze-and-excite branch whose product is frozen; since the model stops derivatives
+    """Returns the `sites`, with a word on those that no signal passes, and why: since all that they make steers frozen gates or
+    is held constant, as the activations of a squeeze-and-excite branch whose product is frozen; since the model stops derivatives
     there; since it is compared alone.
 
     `nodes` are the calls of the sites, `passing` says what stands in place of those that were replaced.

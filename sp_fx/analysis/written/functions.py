@@ -1,7 +1,7 @@
 """The functions of one number that written forms are compared with: gates, by the rows of the table, and smooth functions.
 
-A function is known by its values, in float64, at points chosen so that no other function of a model has the same: a fine grid with
-odd steps, so that no kink lies between two points for long; random points; points far out; and points beside every number
+A function is known by its values, in float64, at points chosen so that no other function of a model has the same: a fine grid
+with odd steps, so that no kink lies between two points for long; random points; points far out; and points beside every number
 that the form itself has, where it may have a threshold.
 """
 
@@ -83,7 +83,7 @@ def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
         args = {"alpha": -low / slope, "output_scale": slope, "input_scale": rate} if slope > 0 else {}
         if args:
             yield "elu", args, lambda z: torch.ops.aten.elu(z, **elu_arguments(args))
-    if 0 < FAR - high < FAR:  # not thresholds at which a function jumps: what is chosen there has no rule, but by torch's own name
+    if 0 < FAR - high < FAR:  # no thresholds at which a function jumps: what is chosen there has a rule by torch's name alone
         yield "softshrink", {"width": FAR - high}, lambda z: F.softshrink(z, FAR - high)
 
 

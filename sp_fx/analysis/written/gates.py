@@ -1,7 +1,7 @@
 """Gates that a model writes out itself, as `x * torch.sigmoid(1.702 * x)`: recognised by what they compute.
 
-The pointwise calls that lead from one node, the source, to another are run on numbers (`functions.points`), in whatever order they
-are written, and the values compared with those of the gates in the table. The widest form is taken that is a gate: of
+The pointwise calls that lead from one node, the source, to another are run on numbers (`functions.points`), in whatever order
+they are written, and the values compared with those of the gates in the table. The widest form is taken that is a gate: of
 `x * relu6(x + 3) / 6` the whole, which is Hardswish, not the Hardsigmoid inside.
 """
 
@@ -80,16 +80,20 @@ def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], clai
             continue
         if gate is not None:
             widest = Written(*gate, source, tuple(inside), graph.weights_of(inside))
-        elif (not names <= SMOOTH | MULTIPLES or names & PIECEWISE) and (name := smooth_of(z, y)) is not None:
-            widest = Written(name, {}, source, tuple(inside), graph.weights_of(inside), smooth=True)
+        elif (not names <= SMOOTH | MULTIPLES or names & PIECEWISE) and (smooth := smooth_of(z, y)) is not None:
+            widest = Written(smooth, {}, source, tuple(inside), graph.weights_of(inside), smooth=True)
     return widest
 
 
 def is_chain(graph: Graph, inside: Collection[fx.Node]) -> bool:
     """Whether the calls are gates by name, one on the other: each is rewritten on its own, as the method has it. Two bounds are
     one gate, though: `relu(x).clamp(max=6)` is ReLU6."""
-    calls = [n for n in inside if graph.called(n) not in {"", *CARRIES}]
-    return all(op_of(n) in READERS and len(graph.inputs(n)) == 1 and sum(isinstance(a, fx.Node) and a in graph.inputs(n) for a in n.args) == 1 for n in calls)
+
+    def is_gate(n: fx.Node) -> bool:
+        inputs = graph.inputs(n)
+        return op_of(n) in READERS and len(inputs) == 1 and sum(a is inputs[0] for a in n.args) == 1
+
+    return all(is_gate(n) for n in inside if graph.called(n) not in {"", *CARRIES})
 
 
 def adds_nothing(graph: Graph, inside: Collection[fx.Node], z: Tensor, y: Tensor) -> bool:
@@ -129,8 +133,8 @@ def axis_of(node: fx.Node) -> Any:
 
 
 def numbers_in(graph: Graph, inside: Collection[fx.Node]) -> list[float]:
-    """Returns the numbers that the calls `inside` are written with, constants of the graph and weights among them, and what two of
-    them make together: kinks lie there, as that of `relu(2 * x - 3)` at 1.5."""
+    """Returns the numbers that the calls `inside` are written with, constants of the graph and weights among them, and what two
+    of them make together: kinks lie there, as that of `relu(2 * x - 3)` at 1.5."""
     arguments = [a for n in inside for a in (*n.args, *n.kwargs.values())]
     numbers = {abs(n) for a in arguments if (n := graph.number(a)) is not None and n != 0}
     if len(numbers) > 8:

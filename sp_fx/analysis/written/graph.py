@@ -41,7 +41,8 @@ class Graph:
         return called(node)
 
     def carried(self, node: fx.Node) -> fx.Node:
-        """Returns the node whose values `node` has, back through casts, views and module boundaries: x of `x.float()[:, None]`."""
+        """Returns the node whose values `node` has, back through casts, views and module boundaries: x of
+        `x.float()[:, None]`."""
         while (inputs := self.inputs(node)) and (self.passes(node) or self.called(node) in CARRIES or is_new_axis(node)):
             node = inputs[0]
         return node
@@ -71,7 +72,8 @@ class Graph:
     # -- values
 
     def number(self, value: Any) -> float | None:
-        """Returns the one number that a constant has everywhere, whatever its shape: 0 of `torch.zeros_like(x)`; None of others."""
+        """Returns the one number that a constant has everywhere, whatever its shape: 0 of `torch.zeros_like(x)`; None of
+        others."""
         if isinstance(value, bool | int | float):
             return float(value)
         if not isinstance(value, fx.Node) or self.varies(value):
@@ -98,7 +100,7 @@ class Graph:
             return torch.full((), filled, dtype=torch.float64)
         if name in CARRIES:  # of one number: the shape does not matter
             value = self.constant(node.args[0])  # type: ignore[arg-type]
-            return value if splat(value) is None else torch.full((), splat(value), dtype=torch.float64)
+            return value if (number := splat(value)) is None else torch.full((), number, dtype=torch.float64)
         if name not in POINTWISE | VIEW | REDUCES | JOINS - SHAPES:  # what draws numbers may not run here
             raise ValueError("known at run time alone")
         return made(node, fx.map_arg((node.args, node.kwargs), self.constant))

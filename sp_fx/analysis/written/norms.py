@@ -49,7 +49,7 @@ class Degree:
     parity: Literal["even", "odd"] | None = "even"
 
     def times(self, other: Degree, sign: int = 1) -> Degree:
-        keys = self.powers | other.powers
+        keys = {**self.powers, **other.powers}
         powers = {n: self.powers.get(n, Fraction(0)) + sign * other.powers.get(n, Fraction(0)) for n in keys}
         parity: Literal["even", "odd"] | None = None
         if self.parity and other.parity:
@@ -64,8 +64,8 @@ class Degree:
 
 @dataclass(frozen=True)
 class Signal:
-    """What a norm is of: the nodes that its statistic may be made from, the difference by which it was centred, if it was, and the
-    calls that make the mean."""
+    """What a norm is of: the nodes that its statistic may be made from, the difference by which it was centred, if it was, and
+    the calls that make the mean."""
 
     forms: set[fx.Node]
     centring: fx.Node | None = None
@@ -185,10 +185,8 @@ class Made:
             upper, lower = (self.degree(a) for a in node.args[:2])
             return None if upper is None or lower is None else upper.times(lower, -1)
         if name in ops.POWERS:
-            exponent = graph.number(node.args[1]) if len(inputs) == 1 and len(node.args) > 1 else None
-            return (
-                None if exponent is None or inputs[0] is not node.args[0] else first.to(Fraction(exponent).limit_denominator(64))
-            )
+            number = graph.number(node.args[1]) if node.args[:1] == (inputs[0],) and len(node.args) > 1 else None
+            return None if number is None else first.to(Fraction(number).limit_denominator(64))
         if name in ops.SHIFTS | ops.CHOICES | ops.BOUNDS:
             return self._sum(node, name, operands)  # type: ignore[arg-type]
         if name in ops.DEGREES:
@@ -196,9 +194,7 @@ class Made:
             raised = first.to(exponent)
             even = first.parity == "even" or (first.parity == "odd" and ops.PARITIES.get(name) == "even")
             reduced = name in ops.REDUCES and not even and name not in ops.CENTRES | ops.WINDOWS
-            return Degree(
-                raised.powers, "even" if even else None if reduced else raised.parity if exponent != 1 else first.parity
-            )
+            return Degree(raised.powers, "even" if even else None if reduced else raised.parity)
         return Degree(first.powers, first.parity) if name in ops.SCALES and len(inputs) == 1 else None
 
     def _item(self, node: fx.Node, source: fx.Node, degree: Degree) -> Degree | None:

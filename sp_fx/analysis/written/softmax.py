@@ -23,7 +23,8 @@ SIZES = (3, 4, 5, 6)
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax of `scores`, or of their negative, over `dim`, which the calls `inside` compute, the last of which closes it."""
+    """The softmax of `scores`, or of their negative, over `dim`, which the calls `inside` compute, the last of which closes
+    it."""
 
     scores: fx.Node
     dim: int
@@ -49,7 +50,8 @@ def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -
 
 
 def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int, rank: int) -> bool | None:
-    """Whether the calls give the softmax over `dim` of scores of that `rank`, or of their negative; None where they do not run on such."""
+    """Whether the calls give the softmax over `dim` of scores of that `rank`, or of their negative; None where they do not run
+    on such."""
     z = torch.randn(SIZES[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
         y = graph.computed(inside, {scores: z.clone()})

@@ -2,8 +2,8 @@
 
     attention  v -> softmax((q k^T scale + mask) / tau)^T v                 arXiv:2507.22832
 
-Of attention that a model writes out the weights are constants (`dual_path.frozen`), and the product of the weights with the values
-is the row `mix`, `v -> softmax(scores / tau)^T v`. Frozen is tau = 1.
+Of attention that a model writes out the weights are constants (`dual_path.frozen`), and the product of the weights with the
+values is the row `mix`, `v -> softmax(scores / tau)^T v`. Frozen is tau = 1.
 """
 
 from __future__ import annotations
