@@ -130,6 +130,10 @@ def transform(
         return explainer
 
 
+UNDECIDED = (
+    "not decided yet: at the first call shapes say which softmaxes are attention; a copy by pickle, a split, torch.compile and "
+    "torch.export, where they come first, take what names say, as this report does"
+)
 UNVERIFIED = {
     False: "verify=False: the graph was not compared with the model",
     "forward": "verify='forward': no gradient was compared",
@@ -219,7 +223,9 @@ def attempt(model: nn.Module, capture: Capture, rules: Rules, example: Mapping[s
         return shapes_of(modules, graph, example)  # type: ignore[arg-type]
 
     made = rewrite(type(model).__name__, capture, rules, None if example is None else measure)
-    return Attempt(capture, made.modules, made.report, pristine if made.undecided else None)
+    if made.undecided and example is None:
+        return Attempt(capture, made.modules, noted(made.report, [UNDECIDED]), pristine)
+    return Attempt(capture, made.modules, made.report)
 
 
 def copied(graph: fx.Graph) -> fx.Graph:
@@ -286,8 +292,7 @@ class AtFirstCall:
         adopt(modules, module, self.renamed)
         capture = replace(self.made.capture, modules=modules, graph=copied(self.made.pristine))
         by_shapes = attempt(capture.reference, capture, self.rules, arguments)
-        same = by_shapes.report.sites == self.made.report.sites
-        return self.made if same else replace(by_shapes, pristine=self.made.pristine)
+        return replace(by_shapes, pristine=self.made.pristine)
 
 
 @dataclass(frozen=True)

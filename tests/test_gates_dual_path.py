@@ -29,6 +29,7 @@ KINDS = {
     "maximum": lambda x: dual_path("maximum", x, W[:1].to(x.dtype), tau=0.6),
     "between": lambda x: dual_path("between", x, -W[:1].abs().to(x.dtype), W[:1].abs().to(x.dtype), tau=0.6),
     "minimum": lambda x: dual_path("minimum", x, W[:1].to(x.dtype), tau=0.6),
+    "negative_relu": lambda x: dual_path("negative_relu", x, tau=0.6),
     "hardsigmoid": lambda x: dual_path("hardsigmoid", x * 4, tau=0.6),
     "relu_squared": lambda x: dual_path("relu_squared", x, tau=0.6, scale="sample"),
     "threshold": lambda x: dual_path("threshold", x, tau=0.6, threshold=0.2, value=-1.0),

@@ -78,12 +78,14 @@ REAL = having("real")
 # Attention: what a softmax's weights may meet on their way to the values.
 MIXES = having("mixes")
 JOINS = having("joins")
+PASSED = having("renormalises")
 AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisation
 
 # Storage, values and shapes.
 VIEW = having("view")  # may share the storage of the first input
 SAME_VALUES = having("same_values")  # gives the numbers it got, so that a BatchNorm before it still says their scale
 SHAPES = having("shape")  # does not vary with the values of the input
+SIZES = having("number") - {"dtype", "device"}  # numbers, some of which sizes say
 FRESH = having("fresh")
 ITSELF = having("itself")
 SEVERAL = having("several")  # returns a tuple

@@ -20,11 +20,11 @@ from .ops import (
     BOUNDS,
     CARRIES,
     CHOICES,
+    COMPARISONS,
     COMPLEX,
     FACTORS,
     FORM,
     GUARDS,
-    INDICES,
     LOOKUPS,
     PIECEWISE,
     POINTWISE,
@@ -107,8 +107,9 @@ class Signals:
             return False
         if any(n in self.choosing for n in inputs):
             return True
-        weighed = any(n in self._weighed and n in self.signals for n in inputs)
-        return weighed and name in WHOLE - (PIECEWISE & INDICES)  # argmax has a line of its own
+        if name in COMPARISONS and node.args[:1] == node.args[1:2]:  # `h != h`, where h is NaN
+            return False
+        return is_whole(node, name) and any(n in self._weighed and n in self.signals for n in inputs)
 
 
 def positions(modules: nn.Module, graph: fx.Graph, passes: Callable[[fx.Node], bool]) -> set[fx.Node]:

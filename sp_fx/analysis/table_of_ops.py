@@ -51,6 +51,7 @@ TRAITS = {
     "reduces": "reduces a signal along axes: `mean` in `x.pow(2).mean(-1, True)`",
     "centre": "gives means that may be taken off a signal: `var_mean`",
     "norm": "is a norm by name, which makes its quotient a `normalize`, not an RMS norm: `linalg_vector_norm`",
+    "renormalises": "divides by a norm, and so weights by their sum: `normalize`",
     "joins": "puts tensors side by side: `cat`",
     "either": "is over axes, or of two tensors, which then has another name, `maximum`: `max`",
     "bounds": "keeps its operand above or below a bound: `clamp`",
@@ -138,7 +139,7 @@ fft_irfft fft_irfft2 fft_irfftn fft_hfft fft_hfft2 fft_hfftn fft_c2r istft:    r
 threshold:              pointwise same_form family=clamp
 clamp clip clamp_min clamp_max:    pointwise bounds family=clamp
 maximum minimum fmax fmin:    pointwise piecewise bounds family=clamp
-normalize:              listed=clamp
+normalize:              listed=clamp renormalises
 cosine_similarity:      listed=clamp*2
 max_pool1d max_pool2d max_pool3d adaptive_max_pool1d:    listed=max_pool
 max_pool1d_with_indices adaptive_max_pool1d_with_indices adaptive_max_pool2d_with_indices adaptive_max_pool3d_with_indices
@@ -171,8 +172,8 @@ argsort:                indices whole
 lp_pool1d lp_pool2d lp_pool3d:    piecewise listed=sign+abs+relu
 
 # -- comparisons, masks and choices
-gt ge lt le eq ne greater greater_equal less less_equal not_equal isclose:    comparison whole pointwise
-isnan isinf isfinite isposinf isneginf signbit:    guard whole pointwise
+gt ge lt le eq ne greater greater_equal less less_equal not_equal isclose signbit:    comparison whole pointwise
+isnan isinf isfinite isposinf isneginf:    guard whole pointwise
 where:                  chooser affine pointwise
 masked_fill:            chooser affine pointwise
 nan_to_num:             affine pointwise
@@ -236,6 +237,6 @@ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptiv
 # -- joining, padding, layers
 cat concat concatenate iconcat stack row_stack hstack vstack dstack:    joins
 pad constant_pad_nd:    degree=1
-flip roll fliplr flipud repeat tile repeat_interleave:    affine
-linear conv1d conv2d conv3d:    affine layer
+index_select gather take_along_dim flip roll fliplr flipud repeat tile repeat_interleave:    affine
+linear conv1d conv2d conv3d batch_norm:    affine layer
 """

@@ -20,14 +20,14 @@ from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import plain_derivatives
 from ..gates.table import KINKED
-from ..measured.runs import OUTPUT, distance
+from ..measured.runs import OUTPUT, distance, first_line, one_seed
 from ..measured.verification import verified
 from ..methods.keyword_tensors import measured
 from ..methods.requests import Request, arguments_of
 from ..targets import Target
 from .coverage import dispatched, listed
 from .frozen_network import FrozenTangents
-from .question import Question, asked
+from .question import Question, as_real, asked, draws, finite
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
@@ -85,8 +85,8 @@ def check(
     - capture: under plain derivatives its gradient is the model's own, to rounding.
     - affine identity: with every gate frozen the network is a linear map W(x) plus a constant, and its pullback nu of a direction
       u the transpose: <nu, x> = <u, W(x) x>. The right side is computed forwards, by another derivation of each gate.
-    - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at tau = 1e-9 is the gradient. At
-      inputs that are moved a little, so that nothing is tied: at a tie each hard gate is right.
+    - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at 1e-9 of a gate's own
+      deviation is the gradient. At inputs that are moved a little, so that nothing is tied: at a tie each hard gate is right.
     - samples: the map of a sample alone is its map in the batch, where its outputs are.
     - coverage: the gating ATen ops that the model dispatches are those that the report lists, family by family.
 
@@ -151,8 +151,10 @@ def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Que
 def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
     """The outputs of the explainer against those of `clone`, an eval clone of its model."""
     with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
-        expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
-        outputs = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
+        with one_seed(draws(explainer)):
+            expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
+        with one_seed(draws(explainer)):
+            outputs = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
     if [t.shape for t in outputs] != [t.shape for t in expected]:
         return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in outputs]}, {[list(t.shape) for t in expected]}")
     error = distance(outputs, expected)
@@ -166,7 +168,8 @@ def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, 
 def check_capture(explainer: Explainer, source: nn.Module, args: tuple, kwargs: dict) -> Line:
     """The gradient of the graph under plain derivatives against that of the model."""
     reference = EvalClone()(traceable(source))
-    capture = Capture(explainer, reference, explainer.graph, explainer.report().tracer)
+    report = explainer.report()
+    capture = Capture(explainer, reference, explainer.graph, report.tracer, report.notes)
     arguments = bound(reference, call_by_name(explainer, args, kwargs))
     try:
         notes = verified(capture, explainer, explainer.graph, arguments, True)
@@ -189,9 +192,12 @@ def check_affine_identity(name: str, question: Question) -> Line:
             return forward_ad.make_dual(t, t.clone()) if isinstance(t, Tensor) and t.is_floating_point() else t
 
         by_name = replace(frozen, args=rebuilt(cloned(question.args), dual)).arguments
-        primal, tangent = forward_ad.unpack_dual(frozen.score(FrozenTangents(frozen.explainer).run_by_name(by_name)))
-        if primal.isnan():
-            return Line(name, "FAILED", note="the model's output has NaN in it")
+        with one_seed(frozen.draws):
+            output = FrozenTangents(frozen.explainer).run_by_name(by_name)
+        parts = [y for y in tensors_of(output) if y.is_floating_point()]
+        if parts and not any(bool(forward_ad.unpack_dual(y).primal.isfinite().any()) for y in parts):
+            return Line(name, "FAILED", note="nothing of the model's output is finite")
+        tangent = forward_ad.unpack_dual(frozen.score(output)).tangent
         forwards = 0.0 if tangent is None else float(tangent)
     pairs = list(zip(frozen.maps(), question.explained))
     backwards = sum(float((m * t).sum()) for m, t in pairs)
@@ -211,7 +217,7 @@ def check_hard_limit(name: str, question: Question) -> Line:
     near = question.nudged()
     with plain_derivatives():
         expected = near.maps()
-    found = near.at_temperature(1e-9).maps()
+    found = near.at_hard_limit().maps()
     bar = max(question.bar(), 1e-6)
     error = distance(found, expected)
     return Line(name, "ok" if error <= bar else "FAILED", error, bar, "at inputs moved a little, so that nothing is tied")
@@ -221,34 +227,40 @@ def check_samples(name: str, question: Question) -> Line:
     """The maps of a batch against those of its samples one at a time."""
     explained, kwargs = question.explained, dict(question.kwargs)
     batch = explained[0].shape[0] if explained[0].dim() else 0
-    if batch < 2 or question.target is not None:
-        return Line(name, "not applicable", note="one sample" if batch < 2 else "asked of a direction of all outputs")
+    if batch < 2 or question.target is not None or question.draws:
+        why = (
+            "one sample" if batch < 2 else "it draws random numbers" if question.draws else "asked of a direction of all outputs"
+        )
+        return Line(name, "not applicable", note=why)
     args = question.args if len(question.args) != 1 else question.args[0]
     request = Request(args, None, kwargs, batch_size=1)
     try:
         call = measured(question.explainer, request.call(question.explainer.forward), 1)
         pieces = [piece.apply(question.explainer, piece.explained) for piece in call.pieces(1)]
     except (ValueError, RuntimeError, TypeError, IndexError, AssertionError) as refusal:
-        return Line(name, "not applicable", note=f"it does not run one sample at a time: {str(refusal).splitlines()[0][:100]}")
+        return Line(name, "not applicable", note=f"it does not run one sample at a time: {first_line(refusal)[:100]}")
     whole = tensors_of(call.apply(question.explainer, call.explained))
     parts = [torch.cat(ts) if all(t.dim() for t in ts) else None for ts in zip(*map(tensors_of, pieces))]
     bar, outputs_bar = max(question.bar(), 1e-7), max(question.bar(OUTPUT), 1e-7)
-    along = [(a, b) for a, b in zip(parts, whole) if a is not None and a.shape == b.shape and b.is_floating_point()]
+    along = [(as_real(a), as_real(b)) for a, b in zip(parts, whole) if a is not None and a.shape == b.shape]
     if len(along) < len(parts) or distance([a for a, _ in along], [b for _, b in along]) > outputs_bar:
         return Line(name, "not applicable", note="the model itself mixes the samples of a batch")
     maps = question.maps()
     drawn = torch.Generator().manual_seed(0)
-    us = [torch.randn(y.shape, generator=drawn).to(y) for y in whole if y.is_floating_point()]
+    us = [torch.randn(y.shape, generator=drawn).to(y) for y in map(as_real, whole) if y.is_floating_point()]
 
     def score(i: int) -> Callable[[Any], Tensor]:
         def of(output: Any) -> Tensor:
-            ys = [y for y in tensors_of(output) if y.is_floating_point()]
+            ys = [finite(y) for y in map(as_real, tensors_of(output)) if y.is_floating_point()]
             return sum((y * u[i : i + 1]).sum() for y, u in zip(ys, us))  # type: ignore[return-value]
 
         return of
 
-    alone = [replace(question, args=filled(piece.skeleton, piece.values)[0], kwargs=piece.kwargs, target=score(i)).maps()
-             for i, piece in enumerate(call.pieces(1))]  # fmt: skip
+    try:
+        alone = [replace(question, args=filled(piece.skeleton, piece.values)[0], kwargs=piece.kwargs, target=score(i)).maps()
+                 for i, piece in enumerate(call.pieces(1))]  # fmt: skip
+    except (ValueError, RuntimeError, TypeError, IndexError) as refusal:
+        return Line(name, "not applicable", note=f"it does not run one sample at a time: {first_line(refusal)[:100]}")
     error = distance([torch.cat(ms) for ms in zip(*alone)], maps)
     return Line(name, "ok" if error <= bar else "FAILED", error, bar, f"{batch} samples, each alone and all together")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,13 +13,15 @@ from torch import Tensor, fx
 
 from ..analysis.ops import LOOKUPS
 from ..analysis.signals import called
+from ..capture.arguments import ByName
 from ..capture.passed import lets_through
 from ..containers import cloned, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.norms import frozen_cosine
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
-from ..measured.runs import Coarsest, perturbed
+from ..capture.tracing.draws import DRAWS
+from ..measured.runs import Coarsest, one_seed, perturbed
 from ..methods.subgraphs import activations
 from ..targets import Target, seed
 
@@ -35,6 +38,11 @@ class Question:
     kwargs: Mapping[str, Any]
     target: Target = None
     wrt: str = ""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the forward draws random numbers."""
+        return draws(self.explainer)
 
     @property
     def explained(self) -> list[Tensor]:
@@ -54,13 +62,16 @@ class Question:
             y, u = seed(output, self.target)
             return (y * u).sum()
         drawn = torch.Generator().manual_seed(0)
-        parts = [y for y in tensors_of(output) if y.is_floating_point()]
+        parts = [finite(y) for y in map(as_real, tensors_of(output)) if y.is_floating_point()]
         return sum((y * torch.randn(y.shape, generator=drawn).to(y)).sum() for y in parts)  # type: ignore[return-value]
 
     def maps(self) -> list[Tensor]:
-        """The pullback of the score at each input that is explained."""
+        """The pullback of the score at each input that is explained; what the model draws is the same at every call."""
         args = cloned(self.args)
-        found = self.explainer.pullback(args if len(args) != 1 else args[0], self.score, forward_kwargs=cloned(dict(self.kwargs)))
+        with one_seed(self.draws):
+            found = self.explainer.pullback(
+                args if len(args) != 1 else args[0], self.score, forward_kwargs=cloned(dict(self.kwargs))
+            )
         return tensors_of(found)
 
     def in_double(self) -> Question:
@@ -96,12 +107,54 @@ class Question:
         own.edited(own.report(), compare=False)
         return replace(self, explainer=own)
 
+    def at_hard_limit(self) -> Question:
+        """With every gate at 1e-9 of the deviation of its own pre-activation: those of a network that was not trained are
+        small."""
+        run = Spreads(self.explainer, self.explainer.graph)
+        with torch.no_grad(), one_seed(self.draws):
+            run.run_by_name(cloned(dict(self.arguments)))
+        own = self.at_temperature(1e-9)
+        for node, (name, spread) in zip(
+            own.explainer.graph.find_nodes(op="call_function", target=dual_path), run.found, strict=True
+        ):
+            assert node.args[0] == name
+            node.kwargs = {**node.kwargs, "tau": 1e-9 * spread}
+        own.explainer.edited(own.explainer.report(), compare=False)
+        return own
+
     def bar(self, bars: Mapping[torch.dtype, float] | None = None) -> float:
         """What a check may be off by that is exact but for rounding, of the `bars` by dtype."""
         run = Coarsest(self.explainer, self.explainer.graph)
         with torch.no_grad():
             run.run_by_name(cloned(dict(self.arguments)))
         return (bars or EXACT)[max(run.of_outputs or [torch.float32], key=list(EXACT).index)]
+
+
+class Spreads(ByName):
+    """Runs a graph and notes the deviation of the first operand of each gate, 1 where it has none, in the graph's order."""
+
+    def __init__(self, module: Explainer, graph: fx.Graph) -> None:
+        super().__init__(module, graph)
+        self.found: list[tuple[str, float]] = []
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is dual_path and args[0] != "surrogate":
+            spread = float(args[1].double().std(correction=0)) if isinstance(args[1], Tensor) and args[1].numel() else 1.0
+            self.found.append((args[0], spread if 0 < spread < math.inf else 1.0))
+        return super().call_function(target, args, kwargs)
+
+
+def draws(explainer: Explainer) -> bool:
+    return any(note.startswith(DRAWS) for note in explainer.report().notes)
+
+
+def as_real(y: Tensor) -> Tensor:
+    return torch.view_as_real(y) if y.is_complex() else y
+
+
+def finite(y: Tensor) -> Tensor:
+    """`y` with 0 where it is not finite, as where a model masks its outputs."""
+    return torch.where(y.isfinite(), y, 0)
 
 
 def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: Target, wrt: str | None) -> Question | None:

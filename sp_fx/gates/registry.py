@@ -86,13 +86,25 @@ def stand_in(function: Callable, name: str) -> Callable:
     """`function`, as a symbolic trace records it in one call, and an export with a marker behind it."""
     own = twin(function) if isinstance(function, types.FunctionType) else function  # `function` calls the stand-in in a trace
 
+    first = first_parameter(function)
+
     @functools.wraps(function)
-    def call(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if has_torch_function((z,)):
-            return handle_torch_function(call, (z,), z, *args, **kwargs)
-        return marked(name, z, own(z, *args, **kwargs), named(own, (z, *args), kwargs))
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)
+        if has_torch_function(args[:1]):
+            return handle_torch_function(call, args[:1], *args, **kwargs)
+        return marked(name, args[0] if args else None, own(*args, **kwargs), named(own, args, kwargs))
 
     return call
+
+
+def first_parameter(function: Callable) -> str:
+    """The name of a function's first parameter; "" of a builtin that does not say."""
+    try:
+        return next(iter(inspect.signature(function).parameters), "")
+    except (TypeError, ValueError):
+        return ""
 
 
 def twin(function: types.FunctionType) -> types.FunctionType:
@@ -148,7 +160,7 @@ def named(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
     return {name: value for name, value in list(arguments.items())[1:] if isinstance(value, PLAIN)}
 
 
-def marked(name: str, z: Tensor, y: Tensor, args: dict[str, Any]) -> Tensor:
+def marked(name: str, z: Tensor | None, y: Tensor, args: dict[str, Any]) -> Tensor:
     """`y`, what the gate `name` made of `z`; in an export, by a marker op that says so."""
     if torch.compiler._is_exporting_flag and isinstance(z, Tensor):
         return torch.ops.sp_fx.registered(z, y, name, repr(encoded(args)))

@@ -149,7 +149,7 @@ def turn_of(gate: fx.Node, axis: Axis) -> Turn | None:
     names = named(axis)
     rest = [name for name in names if name != "sample"]
     row, options = str(gate.kwargs.get("row", gate.args[0])), gate.kwargs
-    if row in ("relu", "relu_squared", "leaky_relu", "abs"):
+    if row in ("relu", "negative_relu", "relu_squared", "leaky_relu", "abs"):
         return Turn(axis, ("sample", *rest))
     if row == "prelu" and 1 in rest:
         return Turn(axis, ("sample", 1, *(name for name in rest if name != 1)))

@@ -166,7 +166,10 @@ class CapturedModule(fx.GraphModule):
 
     def _become(self, modules: nn.Module, graph: fx.Graph, report: Report, compare: Comparison | None) -> Self:
         """Takes another capture in place of this one; returns itself."""
-        plain = fx.GraphModule(modules, graph)
+        plain, before = fx.GraphModule(modules, graph), dict(self.named_modules(remove_duplicate=False))
+        for path, module in plain.named_modules(remove_duplicate=False):
+            hooks = {k: v for k, v in vars(before[path]).items() if "_hooks" in k} if path and path in before else {}
+            module.__dict__.update(hooks)  # the very dictionaries: their handles go on removing from them
         for table in ("_modules", "_parameters", "_buffers"):
             self.__dict__[table] = plain.__dict__[table]
         self._compare, self._unplaced = compare, (graph, report) if follows_sample(report) else None

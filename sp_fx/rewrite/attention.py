@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from ..analysis.attention import mixing, sums_over, weights_of
+from ..analysis.attention import is_softmax, mixing, verdict, weights_of
 from ..analysis.calls import keywords, op_of
 from ..analysis.facts import Facts
 from ..analysis.readers import SOFTMAX
@@ -15,7 +15,7 @@ from .account import Account
 from .edits import FreezeSoftmax
 from .report import WRITTEN_OUT
 
-ALONE = "a softmax that multiplies no values"
+ALONE = "a softmax that multiplies no values"  # but by what it is summed up to
 ELSEWHERE = "a softmax over another axis than its products are summed over"
 
 
@@ -28,8 +28,9 @@ def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
         return bool(refusal)
     written = node in facts.patterns
     weights = weights_of(node, facts)
-    if not weights.products or not sums_over(node, softmax.dim, weights, facts, account.shapes):
-        account.note(node, "kept", ELSEWHERE if weights.products else ALONE)
+    found = verdict(node, softmax.dim, weights, facts, account.shapes)
+    if found != "attention":
+        account.note(node, "kept", ALONE if found == "alone" else ELSEWHERE)
     elif (tau := account.gate(node, "attention")) is not None:
         rows = {p: mixing(p, weights.passing, facts) for p in weights.products}
         plain = {p: form for p, form in rows.items() if form is not None and form[0] not in weights.gated}
@@ -42,7 +43,7 @@ def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
 
 def has_softmax(facts: Facts) -> bool:
     """Whether any node of a graph is a softmax."""
-    return any(softmax_of(node, facts)[0] is not None for node in facts.graph.nodes)
+    return any(is_softmax(node, facts) for node in facts.graph.nodes)
 
 
 def softmax_of(node: fx.Node, facts: Facts) -> tuple[Softmax | None, str]:

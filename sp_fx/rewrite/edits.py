@@ -28,7 +28,7 @@ from ..analysis.facts import Facts
 from ..analysis.readers import Gate
 from ..analysis.written.gates import Written
 from ..analysis.written.softmax import Softmax
-from ..gates.adjoints.attention import is_tempered, tempered, tempered_softmax
+from ..gates.adjoints.attention import alive, is_tempered, tempered, tempered_softmax
 from ..gates.adjoints.norms import frozen_cosine
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.dual_path import dual_path, frozen
@@ -306,6 +306,8 @@ class FreezeSoftmax(Edit):
             else:
                 copies = {scores: graph.call_function(tempered, (cut, self.tau))}
                 soft = replayed(to, self.node, set(self.softmax.inside), copies)
+                unmasked = graph.call_function(alive, (cut, self.softmax.dim))
+                soft = graph.call_function(operator.mul, (soft, unmasked))
             return graph.call_method("type_as", (soft, hard))
 
 

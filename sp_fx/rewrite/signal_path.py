@@ -9,6 +9,8 @@ from torch import fx
 
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
+from ..analysis.ops import FORM, SHAPES
+from ..analysis.signals import called
 from ..capture.passed import operands
 from ..gates.dual_path import dual_path, frozen
 from ..gates.multihead import multihead_attention
@@ -64,7 +66,7 @@ def why_not(node: fx.Node, facts: Facts) -> str:
 
 def stops(node: fx.Node) -> bool:
     """Whether a call is the model's own stop of derivatives."""
-    return node.op != "call_module" and name_of(node) == "detach"
+    return node.op != "call_module" and (name_of(node) == "detach" or (node.target is getattr and node.args[1] == "data"))
 
 
 def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
@@ -76,4 +78,6 @@ def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
         return [at] if isinstance(at, fx.Node) else []
     if node.target is multihead_attention:
         return [node.args[2]]  # type: ignore[list-item]
-    return operands(node, facts.is_identity)
+    if node in facts.varying and called(node) in FORM:
+        return operands(node, facts.is_identity)[:1]
+    return [] if called(node) in SHAPES else operands(node, facts.is_identity)

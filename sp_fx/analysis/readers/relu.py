@@ -45,6 +45,8 @@ def relu6(input, inplace=False):
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
     if min_val == 0 and max_val in (None, math.inf):  # by any name
         return relu(input)
+    if max_val == 0 and min_val in (None, -math.inf):
+        return Gate("negative_relu", (input,))
     return Gate("hardtanh", (input,), {"low": min_val, "high": max_val})
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 # 1e-5: constants are written with eight digits or so, and casts to float32 may be inside; the two GELUs differ by 5e-4.
 TOLERANCE = 1e-5
 FAR = 200.0  # where exp(-z) is finite still
+FARTHER = 1e6  # where bounds and slopes are read off, unless the form is infinite there
 
 Form = tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]  # the kind, its arguments, the function
 
@@ -27,7 +28,7 @@ def points(numbers: Iterable[float] = ()) -> Tensor:
     grid = torch.linspace(-8, 8, 1223, dtype=torch.float64)
     random = torch.randn(512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
     beside = [n * factor for n in {abs(n) for n in numbers} if 0 < n < math.inf for factor in (0.5, 0.9, 0.999, 1.001, 1.1, 1.5)]
-    far = [20.0, 60.0, 100.0, FAR, *beside, 1.0, 1e-3, 1e-6]
+    far = [*torch.logspace(1, 2.3, 24).tolist(), FAR, FARTHER, *beside, 1.0, 1e-3, 1e-6]
     return torch.cat([grid, random, torch.tensor([sign * n for n in far for sign in (1, -1)] + [0.0], dtype=torch.float64)])
 
 
@@ -58,7 +59,8 @@ def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
     def at(point: float) -> float:
         return float(y[z == point][0])
 
-    low, high, one, minus, slope = at(-FAR), at(FAR), at(1.0), at(-1.0), at(FAR) / FAR
+    far = FARTHER if math.isfinite(at(FARTHER)) and math.isfinite(at(-FARTHER)) else FAR
+    low, high, one, minus, slope = at(-far), at(far), at(1.0), at(-1.0), at(far) / far
     yield "relu", {}, torch.relu
     yield "gelu", {"approximate": "none"}, F.gelu
     yield "gelu", {"approximate": "tanh"}, lambda z: F.gelu(z, approximate="tanh")
@@ -66,6 +68,7 @@ def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
     yield "hardswish", {}, F.hardswish
     yield "mish", {}, F.mish
     yield "relu_squared", {}, lambda z: z.relu().square()
+    yield "negative_relu", {}, lambda z: z.clamp(max=0)
     yield "abs", {}, torch.abs
     yield "hardsigmoid", {}, F.hardsigmoid
     if 0 < one < 1:  # z sigmoid(rate z)
@@ -73,18 +76,19 @@ def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
         # 1.702 is the rate of QuickGELU, which has a rule of its own
         kind, args = ("quick_gelu", {"rate": rate}) if abs(rate - 1.702) < 1e-3 else ("silu", {"rate": rate})
         yield kind, args, lambda z: z * torch.sigmoid(rate * z)
-    leak = low / -FAR
+    leak = low / -far
     if abs(leak - 1) > 1e-6 and abs(slope - 1) < 1e-6:
         yield "leaky_relu", {"negative_slope": leak}, lambda z: torch.where(z > 0, z, leak * z)
-    if low < high < FAR:
-        yield "hardtanh", {"low": low, "high": high}, lambda z: z.clamp(low, high)
+    if low < high and (low > -far or high < far):
+        bounds = {"low": low if low > -far else None, "high": high if high < far else None}
+        yield "hardtanh", bounds, lambda z: z.clamp(bounds["low"], bounds["high"])
     if low < 0 and minus < 0 and -minus < -low:  # output_scale (z > 0 ? z : alpha (exp(input_scale z) - 1))
         rate = -math.log1p(-minus / low)
         args = {"alpha": -low / slope, "output_scale": slope, "input_scale": rate} if slope > 0 else {}
         if args:
             yield "elu", args, lambda z: torch.ops.aten.elu(z, **elu_arguments(args))
-    if 0 < FAR - high < FAR:  # no thresholds at which a function jumps: what is chosen there has a rule by torch's name alone
-        yield "softshrink", {"width": FAR - high}, lambda z: F.softshrink(z, FAR - high)
+    if 0 < far - high < far:  # no thresholds at which a function jumps: what is chosen there has a rule by torch's name alone
+        yield "softshrink", {"width": far - high}, lambda z: F.softshrink(z, far - high)
 
 
 def elu_arguments(args: dict[str, Any]) -> dict[str, Any]:

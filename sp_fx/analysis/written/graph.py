@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...capture.passed import operands
-from ..ops import CARRIES, FORM, FRESH, JOINS, POINTWISE, REDUCES, SHAPES, VIEW
+from ..ops import CARRIES, FORM, FRESH, JOINS, POINTWISE, REDUCES, SHAPES, SIZES, VIEW
 from ..signals import called
 
 
@@ -64,8 +64,7 @@ class Graph:
         `last` is one of them."""
         own = {last}
         for node in reversed(list(inside)):
-            readers = [user for user in node.users if node in operands(user, self.passes) and (user.users or user.op == "output")]
-            if all(reader in own for reader in readers):
+            if all(user in own for user in node.users if node in operands(user, self.passes)):
                 own.add(node)
         return own
 
@@ -93,7 +92,7 @@ class Graph:
         name = self.called(node)
         if node.op == "get_attr":
             value = self.attribute(node)
-            if value.numel() != 1:  # weights that happen to be equal are weights
+            if value.numel() != 1 and not is_literal(node):  # weights that happen to be equal are weights
                 raise ValueError("not one number")
             return value.detach()
         if (name in FRESH or name.endswith("tensor")) and (filled := filled_with(node, name)) is not None:
@@ -141,12 +140,19 @@ class Graph:
         base = next(iter(env.values()))
         if self.called(node) not in SHAPES:
             raise ValueError("computed from something else that varies")
-        if node.target is getattr:
-            return getattr(base, str(node.args[1]))
         filled = filled_with(node, self.called(node))
         if filled is not None:
             return torch.full_like(base, filled)
+        if self.called(node) in SIZES:
+            raise ValueError("sizes of the model's tensors are not known")
+        if node.target is getattr:
+            return getattr(base, str(node.args[1]))
         return made(node, fx.map_arg((node.args, node.kwargs), lambda n: env.get(n, base)))
+
+
+def is_literal(node: fx.Node) -> bool:
+    """Whether a tensor is one that the forward itself makes, as `torch.zeros(8)`, and a tracer keeps."""
+    return str(node.target).rpartition(".")[2].startswith(("_tensor_constant", "lifted_tensor"))
 
 
 def is_new_axis(node: fx.Node) -> bool:

@@ -75,6 +75,8 @@ class Signal:
 def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
     """The norm whose last call is `node`, if there is one."""
     name = graph.called(node)
+    if name in ops.DIFFERENCES:
+        return folded_norm(graph, node)
     if name not in ops.FACTORS | ops.QUOTIENT or len(node.args) < 2:
         return None
     first, second = node.args[:2]
@@ -87,7 +89,7 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
         degree = made.degree(operand)
         if degree is None or degree.parity != "even" or graph.carried(operand) in signal.forms:
             continue
-        names = {graph.called(n) for n in made.calls}
+        names = {statistic_name(graph, n) for n in made.calls}
         power = sum(degree.powers.values()) * (1 if divides else -1)
         window = bool(names & ops.WINDOWS)
         relative = power == 0 and bool(names & ops.NORMS) and bool(names & ops.QUOTIENT)  # |x| over the mean of |x| over channels
@@ -104,6 +106,32 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
             kind = "rms_norm" if "mean" in names and not names & ops.NORMS else "normalize"
         return Statistic(kind, tuple(constants), tuple(call.args[at] for call, at in constants), inside)
     return None
+
+
+def folded_norm(graph: Graph, node: fx.Node) -> Statistic | None:
+    """The layer norm `h * r - h.mean(-1, True) * r`, with `r` the inverse of a deviation, whose last call is `node`."""
+    if len(node.args) < 2 or not all(isinstance(a, fx.Node) and graph.varies(a) for a in node.args[:2]):
+        return None
+    scaled, shift = node.args[:2]
+    norm = written_norm(graph, graph.carried(scaled))  # type: ignore[arg-type]
+    if norm is None or len(norm.constants) != 1:
+        return None
+    call, at = norm.constants[0]
+    made = Made(graph, signal_of(graph, call.args[1 - at]).forms)  # type: ignore[arg-type]
+    degree = made.degree(shift)
+    centred = {graph.called(n) for n in made.calls} & ops.CENTRES
+    if degree is None or degree.parity != "odd" or degree.powers or not centred:
+        return None
+    constants = (*norm.constants, (node, 1))
+    inside = tuple(dict.fromkeys((*norm.inside, *made.calls, call)))
+    return Statistic("layer_norm", constants, tuple(c.args[i] for c, i in constants), inside)
+
+
+def statistic_name(graph: Graph, node: fx.Node) -> str:
+    """Returns the name of a call; "mean" of a pooling over all places."""
+    name = graph.called(node)
+    sizes = node.args[1] if len(node.args) > 1 else None
+    return "mean" if name.startswith("adaptive") and set(sizes if isinstance(sizes, tuple | list) else [sizes]) == {1} else name
 
 
 def signal_of(graph: Graph, node: fx.Node) -> Signal:

@@ -45,8 +45,12 @@ def is_tempered(tau: Tau) -> bool:
 def tempered_softmax(scores: Tensor, tau: Tau, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """`softmax(scores / tau)` over `dim`; a slice that is -inf throughout gives 0, and masks of finfo.min may not overflow."""
     scores = scores if dtype is None else scores.to(dtype)
-    alive = wide(scores).amax(dim, keepdim=True) > -math.inf
-    return torch.softmax(tempered(scores, tau), dim) * alive
+    return torch.softmax(tempered(scores, tau), dim) * alive(scores, dim)
+
+
+def alive(scores: Tensor, dim: int) -> Tensor:
+    """Whether a slice over `dim` is not masked throughout, by -inf; `dim` stays with size 1."""
+    return wide(scores).amax(dim, keepdim=True) > -math.inf
 
 
 def tempered(scores: Tensor, tau: Tau) -> Tensor:

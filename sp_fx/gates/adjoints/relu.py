@@ -7,6 +7,7 @@ The hard gate is a step at each kink, the soft one the step's average over Gauss
     leaky_relu, prelu       v (s + (1 - s) u(z))                            of slope s below 0
     hardtanh, between       v (u(z - low) - u(z - high))                    ReLU6 and clamp, by numbers or tensors
     maximum, minimum        v u(z - floor), v u(ceiling - z)
+    negative_relu           v u(-z)                                         of min(z, 0), the ReLU's other side
     threshold               v u(z - threshold)
     hardsigmoid             v (u(z + 3) - u(z - 3)) / 6                     its two kinks
     relu_squared            v 2 max(z, 0) u(z)                              the ReLU's gate, then the square's derivative
@@ -134,6 +135,7 @@ ROWS: dict[str, Row] = {
     "minimum": gain_row(torch.minimum, minimum_gain, 0.6, tensors=2, rule="hardtanh"),
     "between": gain_row(torch.clamp, between_gain, 0.6, tensors=3, rule="hardtanh"),
     "threshold": gain_row(F.threshold, lambda z, tau, threshold, value: opening(z - threshold, tau), 0.6, rule="hardtanh"),
+    "negative_relu": gain_row(lambda z: z.clamp(max=0), lambda z, tau: opening(-z, tau), 1.0, homogeneous=True, rule="relu"),
     "hardsigmoid": gain_row(F.hardsigmoid, hardsigmoid_gain, 0.6, rule="hardtanh"),
     "relu_squared": gain_row(lambda z: F.relu(z).square(), relu_squared_gain, 1.0, homogeneous=True, rule="relu"),
     "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
