@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Class = int | Tensor | None
+Class = int | Tensor | Sequence[int] | None
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None
 
 FORMS = (
@@ -225,6 +225,7 @@ class Direction:
 
 def score(target: Class = None) -> Direction:
     """The score of a class: `e_c`. What an integer target means."""
+    target = classes_of(target)
     return Direction(lambda y: chosen(y, target), lambda change: score(change(target)))
 
 
@@ -234,6 +235,7 @@ def margin(target: Class = None, rivals: int | None = None) -> Direction:
     The gradient of `y_c - logsumexp_{j != c} y_j`, which is the log-odds of the class, log p_c / (1 - p_c). `rivals` keeps only
     that many of the likeliest: 1 is the plain margin to the runner-up (Crammer and Singer, JMLR 2, 2001).
     """
+    target = classes_of(target)
 
     def of(y: Tensor) -> Tensor:
         own = chosen(y, target)
@@ -251,6 +253,7 @@ def margin(target: Class = None, rivals: int | None = None) -> Direction:
 
 def log_probability(target: Class = None) -> Direction:
     """The log-probability of a class: `e_c - p`, the gradient of `log softmax(y)_c`."""
+    target = classes_of(target)
     return Direction(lambda y: chosen(y, target) - y.softmax(1), lambda change: log_probability(change(target)))
 
 
@@ -263,6 +266,7 @@ def fisher_rao(target: Class = None, damping: float = 1e-3) -> Direction:
     """
     if not damping > 0:
         raise ValueError(f"damping is above 0, got {damping!r}: the Fisher matrix is singular")
+    target = classes_of(target)
 
     def of(y: Tensor) -> Tensor:
         p = y.double().softmax(1)
@@ -299,6 +303,12 @@ def free(u: Tensor) -> Direction:
         return u.to(y).expand_as(y)
 
     return Direction(of)
+
+
+def classes_of(target: Any) -> Any:
+    """Returns the classes of a direction: None, an int, or a tensor [B], of a list or an array too."""
+    target = as_target(target)
+    return torch.tensor([_int(t) for t in target]) if isinstance(target, list) else target
 
 
 def chosen(y: Tensor, target: Class) -> Tensor:

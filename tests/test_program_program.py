@@ -6,6 +6,7 @@ import sys
 import threading
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,9 +328,16 @@ def test_other_targets_are_refused(resnet):
     _, x, _, made = resnet
     with pytest.raises(IndexError, match=r"-1 to 9.*got \[10, 10, 10\]"):
         made(x, 10)
-    for bad in (torch.tensor([1, 2]), 1.5, "cat", torch.zeros(3, 10), True, [1, 2, 3]):
+    for bad in (torch.tensor([1, 2]), 1.5, "cat", torch.zeros(3, 10), True, [1, 2]):
         with pytest.raises(ValueError, match=r"None, an int or an integer tensor \[3\]"):
             made(x, bad)
+
+
+def test_lists_and_arrays_are_targets(resnet):
+    _, x, _, made = resnet
+    expected = made(x, torch.tensor([1, 2, 3]))
+    for form in ([1, 2, 3], np.array([1, 2, 3])):
+        assert all(torch.equal(a, b) for a, b in zip(made(x, form), expected))
 
 
 def test_a_fixed_batch(interpreted):

@@ -32,7 +32,9 @@ def bound(module: nn.Module, example_inputs: Any) -> dict[str, Any]:
         expected = "a tensor, a tuple of positional arguments, or a mapping of keyword arguments"
         raise TypeError(f"example_inputs is {expected}, got {example_inputs!r}")
     try:
-        if isinstance(example_inputs, Mapping):
+        parameters = signature.parameters.values()
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        if isinstance(example_inputs, Mapping) and (any_name or all(name in signature.parameters for name in example_inputs)):
             arguments = signature.bind(**example_inputs)
         else:
             arguments = signature.bind(*(example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)))

@@ -15,12 +15,12 @@ from ..analysis.ops import LOOKUPS
 from ..analysis.signals import called
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through
-from ..containers import cloned, tensors_of
+from ..capture.tracing.draws import DRAWS
+from ..containers import cloned, rebuilt, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.norms import frozen_cosine
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
-from ..capture.tracing.draws import DRAWS
 from ..measured.runs import Coarsest, one_seed, perturbed
 from ..methods.subgraphs import activations
 from ..targets import Target, seed
@@ -90,6 +90,12 @@ class Question:
         """At inputs where no two numbers are equal, nor 0: at a tie, as in the black border of a picture, a hard gate is a matter
         of taste."""
         return replace(self, args=perturbed({"args": self.args})["args"])
+
+    def rounded(self) -> Question:
+        """At inputs that are moved by a few roundings."""
+        eps = {t.dtype: torch.finfo(t.dtype).eps for t in self.explained}
+        move = lambda t: t * (1 + 4 * eps[t.dtype]) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
+        return replace(self, args=rebuilt(self.args, move))
 
     def at_temperature(self, tau: Any) -> Question:
         """With every gate at `tau`; attention uses the forward's weights, not tempered ones."""

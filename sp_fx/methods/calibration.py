@@ -17,11 +17,13 @@ from ..analysis.calls import name_of
 from ..analysis.ops import SAME_VALUES
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through
+from ..containers import tensors_of
 from ..gates.adjoints.row import wide
 from ..gates.dual_path import dual_path
 from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.report import Report, Site
+from .requests import are_named
 
 STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
 
@@ -77,7 +79,7 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
     """Returns the spread of each scaled gate's pre-activation over all `batches`, by one forward over each.
 
     `batches` is a tensor or an iterable of batches; a batch is a tensor, or a tuple or a mapping of them where the model takes
-    several.
+    several, or the mapping that it takes.
 
     Raises:
         ValueError: no batch, or none with a sample in it; a batch that the model cannot take; inputs that are all constant;
@@ -88,15 +90,15 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
     takes = len(module.graph.find_nodes(op="placeholder"))
     with torch.inference_mode(False), torch.no_grad():
         for i, batch in enumerate((batches,) if isinstance(batches, Tensor) else batches):
-            by_name = isinstance(batch, Mapping)
+            by_name = isinstance(batch, Mapping) and are_named(module.forward, batch)
             inputs = () if by_name else batch if isinstance(batch, tuple) else (batch,)
-            if not all(isinstance(x, Tensor) for x in inputs):
+            if isinstance(batch, list) or not all(map(tensors_of, inputs)):
                 got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type(batch).__name__
                 expected = "a tensor, or a tuple or a mapping of the model's inputs"
                 raise TypeError(f"batch {i} of the calibration set is {got}; expected {expected}")
             if len(inputs) > takes:
                 raise TypeError(f"batch {i} of the calibration set is a tuple of {len(inputs)} inputs; the model takes {takes}")
-            tensors = [x for x in batch.values() if isinstance(x, Tensor)] if by_name else inputs
+            tensors = tensors_of(batch)
             try:
                 named = {**kwargs, **batch} if by_name else kwargs
                 gauge.run_by_name(inspect.signature(module.forward).bind(*inputs, **named).arguments)

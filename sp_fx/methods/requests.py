@@ -93,8 +93,9 @@ def spread(module: fx.GraphModule, inputs: Any) -> tuple[tuple[Any, ...], dict[s
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(inputs, tuple) and len(needed) > 1:
         return inputs, {}
-    named = isinstance(inputs, Mapping) and bool(inputs) and all(any(p.name == name for p in parameters) for name in inputs)
-    return ((), dict(inputs)) if named and not takes_mapping(module.graph) else ((inputs,), {})
+    named = isinstance(inputs, Mapping) and bool(inputs) and are_named(module.forward, inputs)
+    of_mappings = named and all(isinstance(value, Mapping) for value in inputs.values())
+    return ((), dict(inputs)) if named and (of_mappings or not takes_mapping(module.graph)) else ((inputs,), {})
 
 
 def takes_mapping(graph: fx.Graph) -> bool:

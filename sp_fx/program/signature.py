@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..containers import filled
 from ..methods.ascent import Ascent
-from ..targets import primary
+from ..targets import as_target, primary
 
 Run = Callable[..., Sequence[Tensor]]  # a compiled graph: from its tensors to its results
 
@@ -96,6 +96,7 @@ class Signature:
         Raises:
             ValueError, IndexError: another kind of target, or a class that the output does not have.
         """
+        target = as_target(target)
         if self.target == "direction":
             expected = (batch, *self.output_shape)
             if not isinstance(target, Tensor) or not target.is_floating_point() or target.shape != expected:
@@ -103,6 +104,8 @@ class Signature:
                 raise ValueError(f"this program takes a direction, a floating tensor of shape {list(expected)}; got {got}")
             return target.detach().to(self.device, self.target_dtype).contiguous()
         target = -1 if target is None else target
+        if isinstance(target, list):
+            target = torch.tensor([int(t) for t in target])
         if isinstance(target, int) and not isinstance(target, bool):
             target = torch.full((batch,), target)
         integer = isinstance(target, Tensor) and not (

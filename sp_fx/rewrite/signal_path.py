@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from torch import fx
 
-from ..analysis.calls import name_of
 from ..analysis.facts import Facts
 from ..analysis.ops import FORM, SHAPES
 from ..analysis.signals import called
@@ -66,7 +65,7 @@ def why_not(node: fx.Node, facts: Facts) -> str:
 
 def stops(node: fx.Node) -> bool:
     """Whether a call is the model's own stop of derivatives."""
-    return node.op != "call_module" and (name_of(node) == "detach" or (node.target is getattr and node.args[1] == "data"))
+    return node.op != "call_module" and called(node) in ("detach", "data")
 
 
 def receivers(node: fx.Node, facts: Facts) -> list[fx.Node]:
