@@ -129,7 +129,8 @@ def check(
                     found.append(replace(line, note="; ".join(filter(None, (line.note, at)))))
             return [*found, check_coverage(explainer, clone, args, kwargs)]
 
-        found = apart(source, lines, lambda clones: clones.with_hooks(source))
+        with one_seed(draws(explainer)):  # the caller's random numbers go on where they were
+            found = apart(source, lines, lambda clones: clones.with_hooks(source))
     return Checks(explainer.report().model, tuple(found))
 
 

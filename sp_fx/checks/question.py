@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Mapping
@@ -99,7 +100,7 @@ class Question:
 
     def at_temperature(self, tau: Any) -> Question:
         """With every gate at `tau`; attention uses the forward's weights, not tempered ones."""
-        own = self.explainer.copied_apart()
+        own = copy.copy(self.explainer)  # which shares its tensors
         for node in list(own.graph.nodes):
             if node.target not in (dual_path, multihead_attention):
                 continue

@@ -61,7 +61,7 @@ def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
         account.amend(reason="; ".join(filter(None, (account.sites[-1].reason, reason))))
     if tau is not None:
-        account.apply(CloseWritten(node, gate, tau, account.scale))
+        account.apply(CloseWritten(node, account.rewriting.unshared.get(node, gate), tau, account.scale))
     return True
 
 

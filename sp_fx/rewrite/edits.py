@@ -3,6 +3,7 @@
 An edit is applied as soon as it is decided: the next decision sees what it has left.
 
 - `ReplaceCall`: a call becomes a dual-path call.
+- `Unshare`: calls inside a gate that is written out, which something else reads too, are made again for the gate.
 - `CloseWritten`: the calls of a gate that is written out stay, and what they compute passes through a dual-path call.
 - `Freeze`: an operand of a call becomes a constant.
 - `OpenLeaf`: a leaf module's computation becomes a call on its tensors.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import inspect
 import operator
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Rewriting:
     Attributes:
         instead: for a node that was replaced, what its users read now.
         passing: for a call of the captured graph, the node through which its signal passes now.
+        unshared: the gates that are written out with calls of their own, by their last call.
         opened: the paths of leaves whose calls are written out, and which are marks once all edits are applied.
     """
 
@@ -48,6 +50,7 @@ class Rewriting:
         self.facts, self.graph, self.modules = facts, facts.graph, facts.modules
         self.instead: dict[fx.Node, fx.Node] = {}
         self.passing: dict[fx.Node, fx.Node] = {}
+        self.unshared: dict[fx.Node, Written] = {}
         self.opened: list[str] = []
 
     def dual_path(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
@@ -128,9 +131,30 @@ class ReplaceCall(Edit):
 
 
 @dataclass
+class Unshare(Edit):
+    """Those of the calls inside `gate`, which `node` closes, that something else reads as well are made a second time for the gate
+    alone. Applied before any decision."""
+
+    node: fx.Node
+    gate: Written
+
+    def apply(self, to: Rewriting) -> None:
+        own = to.facts.view.private(self.gate.inside, self.node)
+        copies: dict[fx.Node, fx.Node] = {}
+        for n in self.gate.inside:
+            if n in own:
+                for shared, copy in copies.items():
+                    n.replace_input_with(shared, copy)
+            else:
+                with to.graph.inserting_before(n.next):
+                    replayed(to, n, {n}, copies)
+        to.unshared[self.node] = replace(self.gate, inside=tuple(copies.get(n, n) for n in self.gate.inside))
+
+
+@dataclass
 class CloseWritten(Edit):
     """The calls inside `gate`, which `node` closes, stay, cut off from its source; what they compute passes through a dual-path
-    call that differentiates it. Calls that something else reads as well are made a second time for it."""
+    call that differentiates it. They are its own (`Unshare`)."""
 
     node: fx.Node
     gate: Written
@@ -140,16 +164,10 @@ class CloseWritten(Edit):
     def apply(self, to: Rewriting) -> None:
         node, gate, graph = self.node, self.gate, to.graph
         source = to.instead.get(gate.source, gate.source)
-        own = to.facts.view.private(gate.inside, node)
-        with graph.inserting_before(min(gate.inside, key=to.facts.aliasing.position.__getitem__)):
-            cut = {source: graph.call_function(frozen, (source,))}
+        with graph.inserting_before(gate.inside[0]):
+            constant = graph.call_function(frozen, (source,))
         for n in gate.inside:
-            if n in own:
-                for old, new in cut.items():
-                    n.replace_input_with(old, new)
-            else:
-                with graph.inserting_before(n.next):
-                    replayed(to, n, {n}, cut)
+            n.replace_input_with(source, constant)
         users = list(node.users)
         with graph.inserting_before(node.next):
             args = {"row": gate.kind, "args": tuple(gate.args.items())}

@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from ..analysis.attention import Shapes
 from ..analysis.facts import Facts
+from ..analysis.written.gates import Written
 from ..capture.capture import Capture
 from ..capture.kept_functions import take_markers
 from ..capture.passed import with_marks
@@ -21,6 +22,7 @@ from ..capture.tracing.regions import close_regions
 from ..gates.rules import Rules, registered_kinds
 from . import attention, decisions
 from .account import Account
+from .edits import Unshare
 from .out_of_place import normalise
 from .report import Report
 from .signal_path import mark_steering
@@ -66,7 +68,11 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     facts = Facts(capture, take_markers(graph))
     shapes = measure(capture.modules, graph) if measure is not None and attention.has_softmax(facts) else None
     account = Account(facts, rules, shapes)
-    for node in list(graph.nodes):
+    nodes = list(graph.nodes)
+    for node, pattern in facts.patterns.items():
+        if isinstance(pattern, Written) and len(facts.view.private(pattern.inside, node)) < len(pattern.inside):
+            account.apply(Unshare(node, pattern))
+    for node in nodes:
         called = node.op in ("call_module", "call_function", "call_method")
         if called and node not in account.rewriting.instead and not facts.is_identity(node):
             any(decision(node, facts, account) for decision in ORDER)
