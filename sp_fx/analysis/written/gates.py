@@ -173,5 +173,8 @@ def subgraphs(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Iter
             closed = at in pointwise
             inside[at] = None
             queue.extend(graph.inputs(at))
+        while len(readers := [n for n in inside if source in graph.inputs(n)]) == 1 and graph.passes(readers[0]):
+            source = readers[0]  # what the hooks of that module have seen
+            del inside[source]
         if closed and (len(inside) > 1 or sum(a is source for a in node.args) > 1):
             yield source, sorted(inside, key=order.__getitem__)
