@@ -79,6 +79,12 @@ POINTWISE = {
         lambda h: torch.stack([h, torch.zeros_like(h)], -1).amax(-1), lambda h: h * torch.heaviside(h, zeros(h)),
         lambda h: h - h.clamp(max=0), lambda h: 0.5 * torch.add(h, torch.absolute(h)),
     ],
+    "the other side of a relu": [
+        lambda h: -F.relu(-h), lambda h: h.clamp(max=0), lambda h: torch.minimum(h, torch.zeros_like(h)),
+        lambda h: torch.where(h < 0, h, 0.0), lambda h: (h - h.abs()) / 2, lambda h: h * torch.signbit(h),
+        lambda h: h - F.relu(h),
+    ],
+    "relu up to 255": [lambda h: h.clamp(0, 255), lambda h: F.relu(h).clamp(max=255), lambda h: F.hardtanh(h, 0.0, 255.0)],
     "leaky relu": [
         lambda h: F.leaky_relu(h, 0.1), lambda h: torch.maximum(h, 0.1 * h), lambda h: torch.where(h > 0, h, 0.1 * h),
         lambda h: F.relu(h) - 0.1 * F.relu(-h), lambda h: h.clamp(min=0) + 0.1 * h.clamp(max=0),
@@ -161,6 +167,7 @@ NORMS = {
         lambda h: (lambda c: c * torch.rsqrt(torch.einsum("bni,bni->bn", c, c)[..., None] / N + 1e-5))(centred(h)),
         lambda h: (lambda vm: (h - vm[1]) * (vm[0] + 1e-5).rsqrt())(torch.var_mean(h, -1, correction=0, keepdim=True)),
         lambda h: (lambda c: c / torch.sqrt(c.pow(2).sum(-1, keepdim=True) / N + 1e-5))(h.sub(h.mean(-1, keepdim=True))),
+        lambda h: (lambda r: h * r - h.mean(-1, keepdim=True) * r)((h.var(-1, False, keepdim=True) + 1e-5).rsqrt()),
         lambda h: F.group_norm(h.flatten(0, 1), 1).view(h.shape), lambda h: F.instance_norm(h),
         lambda h: aten.layer_norm(h, (N,), None, None, 1e-5),
     ],
@@ -273,6 +280,8 @@ ATTENTION = {
         lambda m, h: torch.where(m.mask > 0, scores(m, h).softmax(-1), torch.zeros((), dtype=h.dtype)) @ m.v(h),
         lambda m, h: torch.einsum("bij,ij->bij", scores(m, h).softmax(-1), m.mask) @ m.v(h),
         lambda m, h: torch.einsum("bij,ij,bjd->bid", scores(m, h).softmax(-1), m.mask, m.v(h)),
+        lambda m, h: (scores(m, h).softmax(-1) * (m.mask > 0)) @ m.v(h),
+        lambda m, h: (written_softmax(scores(m, h)) * m.mask[None]) @ m.v(h),
     ],
     "masked scores": [
         lambda m, h: F.scaled_dot_product_attention(m.q(h), m.k(h), m.v(h), is_causal=True),
@@ -280,6 +289,23 @@ ATTENTION = {
         lambda m, h: (scores(m, h) + torch.full((5, 5), -torch.inf).triu(1)).softmax(-1) @ m.v(h),
         lambda m, h: F.scaled_dot_product_attention(m.q(h), m.k(h), m.v(h), attn_mask=torch.ones(5, 5).tril() > 0),
         lambda m, h: torch.where(torch.ones(5, 5).tril() > 0, scores(m, h), -1e300).softmax(-1) @ m.v(h),
+    ],
+    "a sink": [
+        lambda m, h: torch.cat([scores(m, h), m.s(h)], -1).softmax(-1)[..., :-1] @ m.v(h),
+        lambda m, h: written_softmax(torch.cat([scores(m, h), m.s(h)], -1)).narrow(-1, 0, 5) @ m.v(h),
+        lambda m, h: F.pad(torch.cat([scores(m, h), m.s(h)], -1).softmax(-1), (0, -1)) @ m.v(h),
+    ],
+    "weights in two parts": [
+        lambda m, h: scores(m, h).softmax(-1) @ m.v(h),
+        lambda m, h: (lambda w, v: w[..., :2] @ v[:, :2] + w[..., 2:] @ v[:, 2:])(scores(m, h).softmax(-1), m.v(h)),
+    ],
+    "weights mixed along their axis": [
+        lambda m, h: F.linear(scores(m, h).softmax(-1), m.bias) @ m.v(h),
+        lambda m, h: (scores(m, h).softmax(-1) @ m.bias.T) @ m.v(h),
+    ],
+    "the difference of two": [
+        lambda m, h: (scores(m, h).softmax(-1) - 0.3 * scores(m, h.flip(1)).softmax(-1)) @ m.v(h),
+        lambda m, h: torch.sub(written_softmax(scores(m, h)), written_softmax(scores(m, h.flip(1))), alpha=0.3) @ m.v(h),
     ],
     "a bias on the weights": [
         lambda m, h: (scores(m, h).softmax(-1) + m.bias) @ m.v(h),

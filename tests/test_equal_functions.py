@@ -87,6 +87,9 @@ NEAR_MISSES = {
     "a softmax gate before a mean of tokens": lambda m, h: (m.v(h) * m.q(h).softmax(-1)).mean(1),
     "squared weights": lambda m, h: (m.q(h) @ m.k(h).mT).softmax(-1) ** 2 @ m.v(h),
     "soft-argmax": lambda m, h: (h.softmax(-1) * torch.arange(8.0, dtype=h.dtype)).sum(-1),
+    "a signal by a soft-argmax": lambda m, h: h * (m.v(h).softmax(-1) * torch.arange(8.0, dtype=h.dtype)).sum(-1, True),
+    "a signal by a product of weights": lambda m, h: h * (m.v(h).softmax(-1) @ torch.arange(8.0, dtype=h.dtype))[..., None],
+    "a rate by the size": lambda m, h: h * torch.sigmoid(h / (h.size(-1) - 5.5)),
     "straight-through": lambda m, h: h + (h.round() - h).detach(),
     "stopped gate": lambda m, h: h * torch.sigmoid(h).detach(),
     "stopped signal": lambda m, h: h.detach() * torch.sigmoid(h),
@@ -126,6 +129,11 @@ CHOICES = {
     "close": lambda h: h * torch.isclose(h, h.flip(-1)).logical_not(),
     "bucketize": lambda h: h * torch.bucketize(h.detach() * 1 + h, torch.tensor([-1.0, 0.0, 1.0], dtype=h.dtype)),
     "casts": lambda h: h * (h > 0.2).long().bool().to(h.dtype),
+    "positions of the largest": lambda h: h * torch.zeros_like(h).scatter(-1, h.topk(2, -1).indices, 1.0),
+    "a code of the largest": lambda h: F.one_hot(h.argmax(-1), 8) * h,
+    "order": lambda h: h.gather(-1, h.sort(-1).indices),
+    "casts by dtype": lambda h: h + h.to(torch.int64),
+    "signs": lambda h: h.flip(-1) * torch.signbit(h),
     "masks of masks": lambda h: h * ((h > 0.2) & ~(h > 0.7)),
 }
 
@@ -137,6 +145,54 @@ def test_choices_by_what_the_model_computed_are_listed(name, tracer):
     report = transformed(model, tracer).report()
     (site,) = report.of("NOT REWRITTEN")
     assert "comparing what the model computed" in site.reason and "To do: put it" in report.explain(site.place)
+
+
+def test_what_dead_code_reads_is_no_part_of_a_gate():
+    def dead(m, h):
+        r = F.relu(h)
+        unused = r.abs() + r  # noqa: F841
+        return r * h
+
+    model = fill(Function([dead, lambda m, h: F.relu(h) ** 2])).double()
+    explainer = transformed(model, "fx")
+    maps = [explainer.pullback(X, lambda out, i=i: out[i].sum()) for i in range(2)]
+    torch.testing.assert_close(*maps)
+
+
+def test_what_else_reads_the_inside_of_a_gate_keeps_its_signal():
+    def shared(m, h):
+        s = torch.sigmoid(h)
+        return h * s + m.v(s)
+
+    model = fill(Function([shared, lambda m, h: F.silu(h) + m.v(torch.sigmoid(h))])).double()
+    explainer = transformed(model, "fx")
+    maps = [explainer.pullback(X, lambda out, i=i: out[i].sum()) for i in range(2)]
+    torch.testing.assert_close(*maps)
+
+
+class Undecided(nn.Module):
+    """Whether its softmax is attention depends on the rank of its input."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.head(F.relu((h.softmax(-1) * h).sum(1)))
+
+
+def test_shapes_decide_at_the_first_call():
+    model = fill(Undecided()).double()
+    explainer, calls = sp_fx.transform(model), []
+    assert any(note.startswith("not decided yet") for note in explainer.report().notes)
+    handle = explainer.layer.register_forward_hook(lambda *args: calls.append(1))
+    found = explainer.pullback(X, 1)
+    assert len(calls) == 1 and not any(note.startswith("not decided yet") for note in explainer.report().notes)
+    handle.remove()
+    torch.testing.assert_close(explainer.pullback(X, 1), sp_fx.transform(model, example_inputs=X).pullback(X, 1))
+    assert len(calls) == 1 and [s.status for s in explainer.report().sites if s.op == "softmax"] == ["kept"]
+    torch.testing.assert_close(explainer.pullback(X, 1), found)
 
 
 class Masked(nn.Module):

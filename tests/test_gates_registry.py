@@ -244,6 +244,8 @@ WAYS = {
     "a partial": lambda m, z: m.partial(z),
     "of the class": lambda m, z: m.by_class(z),
     "in a closure": lambda m, z: m.closure(z),
+    "by keyword": lambda m, z: ripple(z=z),
+    "a partial by keyword": lambda m, z: functools.partial(ripple)(**{"z": z}),
     "a default": lambda m, z: m.by_default(z),
 }
 

@@ -236,7 +236,7 @@ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptiv
 
 # -- joining, padding, layers
 cat concat concatenate iconcat stack row_stack hstack vstack dstack:    joins
-pad constant_pad_nd:    degree=1
+pad constant_pad_nd:    affine degree=1
 index_select gather take_along_dim flip roll fliplr flipud repeat tile repeat_interleave:    affine
 linear conv1d conv2d conv3d batch_norm:    affine layer
 """

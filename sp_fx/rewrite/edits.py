@@ -132,8 +132,8 @@ class ReplaceCall(Edit):
 
 @dataclass
 class Unshare(Edit):
-    """Those of the calls inside `gate`, which `node` closes, that something else reads as well are made a second time for the gate
-    alone. Applied before any decision."""
+    """Those of the calls inside `gate`, which `node` closes, that something else reads as well are made a second time for the
+    gate alone. Applied before any decision."""
 
     node: fx.Node
     gate: Written
