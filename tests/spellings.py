@@ -274,6 +274,12 @@ ATTENTION = {
         lambda m, h: aten._softmax(scores(m, h), -1, False) @ m.v(h),
         lambda m, h: torch.linalg.matmul(scores(m, h).softmax(-1), m.v(h)),
     ],
+    "values behind a gate": [
+        lambda m, h: F.scaled_dot_product_attention(m.q(h), F.relu(h), F.relu(h)),
+        lambda m, h: (lambda r: (m.q(h) @ r.mT / math.sqrt(N)).softmax(-1) @ r)(F.relu(h)),
+        lambda m, h: (lambda r: written_softmax(m.q(h) @ r.mT / math.sqrt(N)) @ r)(h * (h > 0)),
+        lambda m, h: (lambda r: ((m.q(h) @ r.mT / math.sqrt(N)).softmax(-1)[..., None] * r[:, None]).sum(2))(h.clamp(min=0)),
+    ],
     "masked weights": [
         lambda m, h: (scores(m, h).softmax(-1) * m.mask) @ m.v(h),
         lambda m, h: scores(m, h).softmax(-1).masked_fill(m.mask == 0, 0.0) @ m.v(h),

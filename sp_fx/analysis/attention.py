@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.passed import operands
 from ..containers import tensors_of
+from ..gates.dual_path import frozen
 from .calls import argument, op_of, operands_of_einsum
 from .facts import Facts
 from .ops import (
@@ -102,6 +103,7 @@ def weights_of_any(facts: Facts) -> set[fx.Node]:
     for node in facts.graph.nodes:
         read = inputs_of(node, facts) if node.op != "output" else []
         linear = facts.op(node) in AFFINE | PRODUCT or facts.aliasing.is_view(node) if node.op.startswith("call") else False
+        linear = linear or node.target is frozen  # by an edit
         if is_softmax(node, facts) or (linear and read and all(n in found for n in read)):
             found.add(node)
     return found
@@ -118,7 +120,7 @@ def matrix_products(products: list[fx.Node], facts: Facts) -> set[fx.Node]:
 
 def inputs_of(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Returns the operands of `node` whose values a derivative goes through: neither masks nor what only lends its form."""
-    read = [n for n in facts.varying_inputs(node) if n in facts.signals]
+    read = facts.signal_inputs(node)
     return read[:1] if facts.op(node) in FORM else read
 
 

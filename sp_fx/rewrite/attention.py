@@ -16,7 +16,7 @@ from .edits import FreezeSoftmax
 from .report import WRITTEN_OUT
 
 ALONE = "a softmax that multiplies no values"  # but by what it is summed up to
-ELSEWHERE = "a softmax over another axis than its products are summed over"
+ELSEWHERE = "a softmax whose products are not summed up along its axis"
 
 
 def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
