@@ -128,6 +128,16 @@ def test_batches_that_the_model_mixes():
     assert found and found["samples"].verdict == "not applicable" and "mixes" in found["samples"].note
 
 
+def test_a_mixture_that_a_layer_norm_over_one_number_hides():
+    def hidden(m, h):
+        pooled = h.mean(-1, keepdim=True)
+        weights = (pooled @ pooled.mT).softmax(-1)  # of each sample at the others
+        return h + F.layer_norm(weights @ pooled, (1,))
+
+    found = sp_fx.check(sp_fx.transform(fill(Net(hidden))), X)
+    assert found and found["samples"].verdict == "not applicable" and "mix" in found["samples"].note
+
+
 # -- and what is wrong is found
 
 

@@ -27,7 +27,7 @@ from ..methods.requests import Request, arguments_of
 from ..targets import Target
 from .coverage import dispatched, listed
 from .frozen_network import FrozenTangents
-from .question import Question, as_real, asked, draws, finite
+from .question import Question, as_real, asked, draws, finite, mixes
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
@@ -258,11 +258,14 @@ def check_samples(name: str, question: Question) -> Line:
         return of
 
     try:
-        alone = [replace(question, args=filled(piece.skeleton, piece.values)[0], kwargs=piece.kwargs, target=score(i)).maps()
-                 for i, piece in enumerate(call.pieces(1))]  # fmt: skip
+        ones = [replace(question, args=filled(piece.skeleton, piece.values)[0], kwargs=piece.kwargs, target=score(i))
+                for i, piece in enumerate(call.pieces(1))]  # fmt: skip
+        alone = [one.maps() for one in ones]
     except (ValueError, RuntimeError, TypeError, IndexError) as refusal:
         return Line(name, "not applicable", note=f"it does not run one sample at a time: {first_line(refusal)[:100]}")
     error = distance([torch.cat(ms) for ms in zip(*alone)], maps)
+    if error > bar and mixes(question, ones[0], batch, outputs_bar):
+        return Line(name, "not applicable", error, bar, "values inside the model mix the samples of a batch")
     if error > bar and distance(question.rounded().maps(), maps) > error / 10:
         return Line(name, "not applicable", error, bar, "rounding the inputs changes the map as much: it is ill-conditioned here")
     return Line(name, "ok" if error <= bar else "FAILED", error, bar, f"{batch} samples, each alone and all together")

@@ -22,7 +22,7 @@ from ..explainer import Explainer
 from ..gates.adjoints.norms import frozen_cosine
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
-from ..measured.runs import Coarsest, one_seed, perturbed
+from ..measured.runs import Coarsest, distance, one_seed, perturbed
 from ..methods.subgraphs import activations
 from ..targets import Target, seed
 
@@ -94,9 +94,14 @@ class Question:
 
     def rounded(self) -> Question:
         """At inputs that are moved by a few roundings."""
-        eps = {t.dtype: torch.finfo(t.dtype).eps for t in self.explained}
-        move = lambda t: t * (1 + 4 * eps[t.dtype]) if isinstance(t, Tensor) and t.is_floating_point() else t  # noqa: E731
-        return replace(self, args=rebuilt(self.args, move))
+        drawn = torch.Generator().manual_seed(2)
+
+        def moved(t: Any) -> Any:
+            if not isinstance(t, Tensor) or not t.is_floating_point():
+                return t
+            return t * (1 + 4 * torch.finfo(t.dtype).eps * torch.randn(t.shape, generator=drawn, dtype=torch.float64).to(t))
+
+        return replace(self, args=rebuilt(self.args, moved))
 
     def at_temperature(self, tau: Any) -> Question:
         """With every gate at `tau`; attention uses the forward's weights, not tempered ones."""
@@ -149,6 +154,38 @@ class Spreads(ByName):
             spread = float(args[1].double().std(correction=0)) if isinstance(args[1], Tensor) and args[1].numel() else 1.0
             self.found.append((args[0], spread if 0 < spread < math.inf else 1.0))
         return super().call_function(target, args, kwargs)
+
+
+class FirstSample(ByName):
+    """Runs a graph on a batch and notes, by node, the size of a tensor that floats and its rows for the first sample, which
+    `alone` says how many there are of: `(tensor.numel(), tensor[: len(alone)])`; each row where nothing is known of it alone."""
+
+    def __init__(self, module: Explainer, alone: Mapping[str, tuple[int, Tensor]] | None = None) -> None:
+        super().__init__(module, module.graph)
+        self.alone, self.found = alone, {}  # type: dict[str, tuple[int, Tensor]]
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor) and value.is_floating_point() and value.dim():
+            rows = len(value) if self.alone is None else len(self.alone[n.name][1]) if n.name in self.alone else 0
+            self.found[n.name] = value.numel(), value[:rows].detach().clone()
+        return value
+
+
+def mixes(whole: Question, first: Question, batch: int, bar: float) -> bool:
+    """Whether a value inside the model, for the first sample, depends on the other `batch - 1`: as where samples attend to each
+    other, be it that a LayerNorm over one number then hides it from the outputs."""
+    alone = FirstSample(first.explainer)
+    together = FirstSample(whole.explainer, alone.found)
+    with torch.no_grad():
+        for run, question in ((alone, first), (together, whole)):
+            with one_seed(question.draws):
+                run.run_by_name(cloned(dict(question.arguments)))
+    for name, (size, rows) in alone.found.items():
+        full, same = together.found.get(name, (size, rows))
+        if full not in (size, batch * size) or same.shape == rows.shape and distance([same], [rows]) > bar:
+            return True
+    return False
 
 
 def draws(explainer: Explainer) -> bool:
