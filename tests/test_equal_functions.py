@@ -69,6 +69,7 @@ def test_spellings_at_a_temperature(function):
     assert (maps[0] - plain.pullback(X, targets[0])).norm() > 1e-3 * maps[0].norm()
 
 
+EXPORTS_QUANTILE = not torch.__version__.startswith("2.11")
 NEAR_MISSES = {
     "a gate by another tensor": lambda m, h: h * torch.sigmoid(h.flip(-1)),
     "relu's gate of another tensor": lambda m, h: h * torch.sigmoid(h.roll(1, -1) * 2),
@@ -95,6 +96,7 @@ NEAR_MISSES = {
     "stopped signal": lambda m, h: h.detach() * torch.sigmoid(h),
     "top-k mask": lambda m, h: h * (h >= h.topk(3, -1).values[..., -1:]),
     "quantile": lambda m, h: h * (h > h.quantile(0.5, dim=-1, keepdim=True)),
+    "median": lambda m, h: h * (h > h.median(-1, keepdim=True).values),
     "threshold beside 0": lambda m, h: torch.where(10 * h > 3, h, 0.0),
     "winner takes all": lambda m, h: h * (h == h.amax(-1, keepdim=True)),
     "losers masked": lambda m, h: h.masked_fill(h != h.amax(-1, keepdim=True), 0.0),
@@ -104,8 +106,11 @@ NEAR_MISSES = {
 }
 
 
-@pytest.mark.parametrize("tracer", ["fx", "export"])
-@pytest.mark.parametrize("name", NEAR_MISSES)
+# torch.export of 2.11 compares quantile's tensors, which it cannot trace; it says so.
+@pytest.mark.parametrize(
+    ("name", "tracer"),
+    [(n, t) for n in NEAR_MISSES for t in ("fx", "export") if (n, t) != ("quantile", "export") or EXPORTS_QUANTILE],
+)
 def test_near_misses_keep_their_derivative(name, tracer):
     model = fill(Function([NEAR_MISSES[name]])).double()
     explainer = transformed(model, tracer, silu=None)

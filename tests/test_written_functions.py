@@ -131,7 +131,7 @@ def wrong_gates(code):
     return wrong, count
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.slow) for s in range(2, 12))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 12))])
 def test_random_expressions_are_the_gates_they_are_taken_for(seed):
     rng, total = random.Random(seed), 0
     for _ in range(400):
@@ -169,12 +169,12 @@ def draw_norm(rng):
     return rng.choice(CLOSERS).format(t=rng.choice(WRAPS).format(s=f"({statistic})", **numbers))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 6))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 12))])
 def test_random_statistics_are_the_norms_they_are_taken_for(seed):
     """A norm of a hundred times the signal is the same; that of its negative is its negative."""
     rng, recognised = random.Random(seed), 0
     h = torch.randn(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
-    for _ in range(300):
+    for _ in range(150):
         model = Expression(code := draw_norm(rng))
         norms = [p for p in facts_of(model).patterns.values() if isinstance(p, Statistic)]
         if not norms or norms[0].kind == "local_response_norm":
@@ -184,7 +184,7 @@ def test_random_statistics_are_the_norms_they_are_taken_for(seed):
         assert torch.allclose(model(100 * h), y, rtol=0.2, atol=1e-9), code  # but for the small number in it
         assert torch.allclose(model(1e6 * h), model(1e5 * h), rtol=1e-4, atol=1e-12), code
         assert torch.allclose(model(-h), -y, rtol=1e-9), code
-    assert recognised > 30
+    assert recognised > 15
 
 
 # -- softmaxes

@@ -157,12 +157,13 @@ class Spreads(ByName):
 
 
 class FirstSample(ByName):
-    """Runs a graph on a batch and notes, by node, the size of a tensor that floats and its rows for the first sample, which
-    `alone` says how many there are of: `(tensor.numel(), tensor[: len(alone)])`; each row where nothing is known of it alone."""
+    """Runs a graph on a batch and notes, by node, the size of each tensor that floats and its rows for the first sample,
+    `(tensor.numel(), rows)`. How many rows that is, `alone` says: what was noted where this sample ran by itself."""
 
     def __init__(self, module: Explainer, alone: Mapping[str, tuple[int, Tensor]] | None = None) -> None:
         super().__init__(module, module.graph)
-        self.alone, self.found = alone, {}  # type: dict[str, tuple[int, Tensor]]
+        self.alone = alone
+        self.found: dict[str, tuple[int, Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -173,8 +174,9 @@ class FirstSample(ByName):
 
 
 def mixes(whole: Question, first: Question, batch: int, bar: float) -> bool:
-    """Whether a value inside the model, for the first sample, depends on the other `batch - 1`: as where samples attend to each
-    other, be it that a LayerNorm over one number then hides it from the outputs."""
+    """Whether a value inside the model, for the first sample, depends on the other `batch - 1`, as where samples attend to each
+    other. The outputs may hide it: a LayerNorm over one number, after which timm's csatv2 does so, gives its bias whatever comes
+    in, but a frozen norm passes the signal back."""
     alone = FirstSample(first.explainer)
     together = FirstSample(whole.explainer, alone.found)
     with torch.no_grad():
@@ -183,7 +185,7 @@ def mixes(whole: Question, first: Question, batch: int, bar: float) -> bool:
                 run.run_by_name(cloned(dict(question.arguments)))
     for name, (size, rows) in alone.found.items():
         full, same = together.found.get(name, (size, rows))
-        if full not in (size, batch * size) or same.shape == rows.shape and distance([same], [rows]) > bar:
+        if full not in (size, batch * size) or (same.shape == rows.shape and distance([same], [rows]) > bar):
             return True
     return False
 
