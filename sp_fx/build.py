@@ -117,7 +117,7 @@ def transform(
                 stacklevel=2,
             )
         elif not report.of("rewritten"):
-            why = ", since the rules keep them all" if any(site.kind for site in report.of("kept")) else ""
+            why = ", since the rules keep them all" if any(s.kind not in ("", "product") for s in report.of("kept")) else ""
             text = f"{report.model} has no gate to rewrite{why}: its pullback will be the plain gradient"
             warnings.warn(text, stacklevel=2)
         waiting = [WAITS] if compare is not None and verify else [AXES_WAIT] if follows_sample(report) else []

@@ -314,7 +314,8 @@ def classes_of(target: Any) -> Any:
 def chosen(y: Tensor, target: Class) -> Tensor:
     """Returns `e_c` for the class of each sample, shaped like `y` [B, C, ...]."""
     if y.dim() < 2 or not y.is_floating_point():
-        raise ValueError(f"a class direction needs floating outputs [B, C, ...], got {y.dtype} {list(y.shape)}")
+        hint = "; of one number for each sample pass a callable, such as lambda y: -y" if y.dim() == 1 else ""
+        raise ValueError(f"a class direction needs floating outputs [B, C, ...], got {y.dtype} {list(y.shape)}{hint}")
     if target is None:
         if y.dim() != 2:
             raise ValueError(f"an output of shape {list(y.shape)} has no single predicted class: name one")

@@ -77,6 +77,7 @@ POINTWISE = {
         lambda h: torch.where(h > 0, h, torch.zeros_like(h)), lambda h: torch.where(h <= 0, 0.0, h),
         lambda h: (h + h.abs()) / 2, lambda h: h.masked_fill(h < 0, 0.0), lambda h: F.hardtanh(h, 0.0, float("inf")),
         lambda h: torch.stack([h, torch.zeros_like(h)], -1).amax(-1), lambda h: h * torch.heaviside(h, zeros(h)),
+        lambda h: torch.stack([h, torch.zeros_like(h)], -1).max(-1).values, lambda h: torch.max(torch.stack([h, 0 * h]), 0)[0],
         lambda h: h - h.clamp(max=0), lambda h: 0.5 * torch.add(h, torch.absolute(h)),
     ],
     "the other side of a relu": [

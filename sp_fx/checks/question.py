@@ -206,6 +206,8 @@ def finite(y: Tensor) -> Tensor:
 def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: Target, wrt: str | None) -> Question | None:
     """Returns the question about these arguments: with respect to the activation `wrt`, or, where none of the arguments floats,
     to the first that the graph looks up in a table, as embeddings of token ids are; None where there is nothing to explain."""
+    if not isinstance(wrt, str | None):
+        raise TypeError(f"check asks about one activation at a time: expected wrt to be its name, got {wrt!r}")
     whole = Question(explainer, args, kwargs, target)
     if wrt is None and whole.explained:
         return whole

@@ -69,7 +69,9 @@ class Account:
     def _place(self, node: fx.Node) -> str:
         """Names the call for the report, and in the node's `meta["place"]`: the path of a module for its own call; for a function
         called in a module, the path and the function's name. A second call there is `path#2`."""
-        path, module = next(reversed(node.meta.get("nn_module_stack", {"": ("", None)}).values()))
+        # A trace notes no module at an attribute, as `.values` of a maximum: it is where that is.
+        at = node.args[0] if node.target is getattr and isinstance(node.args[0], fx.Node) else node
+        path, module = next(reversed(at.meta.get("nn_module_stack", {"": ("", None)}).values()))
         if node.op == "call_module":
             place = str(node.target)
         elif module is not None and module.__module__.startswith("torch.nn.") and not issubclass(module, nn.Sequential):

@@ -67,7 +67,7 @@ class Site:
 
     @property
     def remedy(self) -> str:
-        """What a user can do about it."""
+        """What a user can do about it; "" where that is nothing."""
         if self.misfit:
             return "calibrate(), or scale='sample'"
         if self.opaque:
@@ -75,7 +75,7 @@ class Site:
         if self.status == "NOT REWRITTEN":
             return "put it into a function of its own and give that a rule by register_gate, or leave its derivative as it is"
         if self.idle or not self.kind:
-            return "nothing to do"
+            return ""
         choices = "'frozen', or None for its plain derivative" if self.kind in UNTEMPERED else "a number, 'frozen' or None"
         return f"Rules(overrides={{{self.place!r}: {choices}}}) changes it"
 
@@ -95,7 +95,9 @@ class Site:
             gate = "the gate of its forward, a constant" if frozen else f"its gate at temperature {self.temperature_text}"
             text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and the signal goes back through {gate}"
         extra = "; ".join(filter(None, (self.reason if self.status == "rewritten" else "", self.misfit)))
-        return f"{text}{f' ({extra})' if extra else ''}. To do: {self.remedy}."
+        needed = self.misfit or self.status == "NOT REWRITTEN"
+        remedy = f"To do: {self.remedy}" if needed else self.remedy or "Nothing needs to be done"
+        return f"{text}{f' ({extra})' if extra else ''}. {remedy}."
 
     @property
     def supposes_unit_scale(self) -> bool:
@@ -121,7 +123,7 @@ class Report:
         """What became of the gating calls at `place`, or in the module of that name, and why: a sentence for each.
 
         For example "relu at layer4.1.relu is a relu, rewritten: the forward is the model's, and the signal goes back through its
-        gate at temperature 1.0 x scale. To do: Rules(overrides={'layer4.1.relu': a number, 'frozen' or None}) changes it."
+        gate at temperature 1.0 x scale. Rules(overrides={'layer4.1.relu': a number, 'frozen' or None}) changes it."
 
         Raises:
             ValueError: no gating call is there; the message has the nearest places.
@@ -132,7 +134,8 @@ class Report:
         at = at or [s for s in self.sites if s.place.endswith(f".{place}")]
         if not at:
             near = ", ".join(difflib.get_close_matches(str(place), places, 5, 0.4) or places[:5]) or "none"
-            raise ValueError(f"no gating call of {self.model} is at {place!r}; the nearest places are {near}")
+            exact = "what is affine is not listed, and has its exact adjoint"
+            raise ValueError(f"no gating call of {self.model} is at {place!r} ({exact}); the nearest places are {near}")
         return "\n".join(site.sentence for site in at)
 
     def of(self, status: Status) -> list[Site]:

@@ -7,6 +7,7 @@ they are written, and the values compared with those of the gates in the table. 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,14 @@ def adds_nothing(graph: Graph, inside: Collection[fx.Node], z: Tensor, y: Tensor
 def is_pointwise(graph: Graph, node: fx.Node) -> bool:
     """Whether a call maps element by element; also a reduction of a stack along the axis that the stack has made, and a gated
     linear unit of two halves that are put together for it."""
-    return graph.called(node) in POINTWISE or is_join(graph, node) or undoes_join(graph, node)
+    return graph.called(node) in POINTWISE or is_join(graph, node) or undoes_join(graph, node) or is_largest(graph, node)
+
+
+def is_largest(graph: Graph, node: fx.Node) -> bool:
+    """Whether a node takes the values alone of what reduces a stack: `torch.stack([a, b], -1).max(-1).values`."""
+    if node.target not in (operator.getitem, getattr) or node.args[1] not in (0, "values"):
+        return False
+    return isinstance(node.args[0], fx.Node) and graph.called(node.args[0]) == "max" and undoes_join(graph, node.args[0])
 
 
 def is_join(graph: Graph, node: fx.Node) -> bool:
