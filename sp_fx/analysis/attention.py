@@ -76,6 +76,8 @@ def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
         name = facts.op(node) if node.op != "output" else ""
         if node is softmax or not (weighing or mixed.intersection(read)):
             continue
+        if weighing and others and name in FACTORS and of_softmaxes.issuperset(others):
+            continue  # how alike two softmaxes are: neither has the values that the other weighs
         if weighing and others and name in PRODUCT | AFFINE_LAYERS:
             products.append(node)
             mixed.add(node)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -43,10 +43,12 @@ class Statistic:
 @dataclass(frozen=True)
 class Degree:
     """How a value grows with the signals it is made of: `powers` of each, 2 for a variance; whether it is "even" or "odd" in them
-    all together, None where neither."""
+    all together, None where neither; `reduced` says whether it has one number for all places along an axis of theirs, as a mean
+    and whatever is made of means alone."""
 
     powers: Mapping[fx.Node, Fraction] = field(default_factory=dict)
     parity: Literal["even", "odd"] | None = "even"
+    reduced: bool = True
 
     def times(self, other: Degree, sign: int = 1) -> Degree:
         keys = {**self.powers, **other.powers}
@@ -54,12 +56,12 @@ class Degree:
         parity: Literal["even", "odd"] | None = None
         if self.parity and other.parity:
             parity = "even" if self.parity == other.parity else "odd"
-        return Degree({n: power for n, power in powers.items() if power}, parity)
+        return Degree({n: power for n, power in powers.items() if power}, parity, self.reduced and other.reduced)
 
     def to(self, exponent: Fraction) -> Degree:
         even = self.parity == "even" or (self.parity == "odd" and exponent % 2 == 0)
         parity: Literal["even", "odd"] | None = "even" if even else self.parity if exponent in (1, -1) else None
-        return Degree({n: power * exponent for n, power in self.powers.items()}, parity)
+        return Degree({n: power * exponent for n, power in self.powers.items()}, parity, self.reduced)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
         power = sum(degree.powers.values()) * (1 if divides else -1)
         window = bool(names & ops.WINDOWS)
         relative = power == 0 and bool(names & ops.NORMS) and bool(names & ops.QUOTIENT)  # |x| over the mean of |x| over channels
-        if not made.reduces or not (power > 0 if window else (power == 1 or relative) and made.exact):
+        if not degree.reduced or not (power > 0 if window else (power == 1 or relative) and made.exact):
             continue
         constants, inside = [(node, index)], tuple(made.calls)
         if signal.centring is not None:
@@ -166,13 +168,12 @@ class Made:
     Attributes:
         calls: the calls that it is made by.
         exact: whether nothing was added to it on the way but small numbers, which keep a statistic from 0.
-        reduces: whether one of the calls reduces along axes.
     """
 
     def __init__(self, graph: Graph, forms: set[fx.Node]) -> None:
         self.graph, self.forms = graph, forms
         self.calls: dict[fx.Node, None] = {}
-        self.exact, self.reduces = True, False
+        self.exact = True
         self._known: dict[fx.Node, Degree | None] = {}
 
     def degree(self, node: object) -> Degree | None:
@@ -184,10 +185,13 @@ class Made:
             while node is not base:  # views and casts of the signal
                 self.calls[node] = None
                 node = self.graph.inputs(node)[0]
-            return Degree({self.signal: Fraction(1)}, "odd")
+            return Degree({self.signal: Fraction(1)}, "odd", reduced=False)
         if node not in self._known:
             self.calls[node] = None
-            self._known[node] = self._degree(node)
+            degree, name = self._degree(node), self.graph.called(node)
+            if degree is not None and (name in ops.REDUCES | ops.WINDOWS or is_inner(node, name)):
+                degree = replace(degree, reduced=True)
+            self._known[node] = degree
         return self._known[node]
 
     @property
@@ -204,7 +208,6 @@ class Made:
         if any(degree is None for degree in operands):
             return None
         first: Degree = operands[0]  # type: ignore[assignment]
-        self.reduces |= name in ops.REDUCES or is_inner(node, name)
         if item:
             return self._item(node, inputs[0], first)
         if name in ops.PRODUCT and len(inputs) <= 2:
@@ -222,8 +225,8 @@ class Made:
             raised = first.to(exponent)
             even = first.parity == "even" or (first.parity == "odd" and ops.PARITIES.get(name) == "even")
             reduced = name in ops.REDUCES and not even and name not in ops.CENTRES | ops.WINDOWS
-            return Degree(raised.powers, "even" if even else None if reduced else raised.parity)
-        return Degree(first.powers, first.parity) if name in ops.SCALES and len(inputs) == 1 else None
+            return replace(raised, parity="even" if even else None if reduced else raised.parity)
+        return first if name in ops.SCALES and len(inputs) == 1 else None
 
     def _item(self, node: fx.Node, source: fx.Node, degree: Degree) -> Degree | None:
         """A view, or an item of what returns several: the variance or the mean of `var_mean`, the values of `max`."""
@@ -231,7 +234,7 @@ class Made:
         if name in ops.SEVERAL and name in ops.CENTRES:
             inner = self.degree(self.graph.inputs(source)[0])
             if inner is None or index == 1:
-                return inner
+                return inner and replace(inner, reduced=True)
             return Degree(inner.to(Fraction(2 if name.startswith("var") else 1)).powers, "even")
         return degree
 
@@ -253,7 +256,8 @@ class Made:
                 continue
             number = self.graph.number(value)
             self.exact &= number is not None and abs(number) <= SMALL and all(power > 0 for power in first.powers.values())
-        return Degree(first.powers, first.parity if all(d.parity == first.parity for d in operands) else None)
+        parity = first.parity if all(d.parity == first.parity for d in operands) else None
+        return Degree(first.powers, parity, all(d.reduced for d in operands))
 
 
 def is_inner(node: fx.Node, name: str) -> bool:
