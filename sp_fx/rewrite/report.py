@@ -134,8 +134,10 @@ class Report:
         at = at or [s for s in self.sites if s.place.endswith(f".{place}")]
         if not at:
             near = ", ".join(difflib.get_close_matches(str(place), places, 5, 0.4) or places[:5]) or "none"
-            exact = "what is affine is not listed, and has its exact adjoint"
-            raise ValueError(f"no gating call of {self.model} is at {place!r} ({exact}); the nearest places are {near}")
+            raise ValueError(
+                f"no gating call of {self.model} is at {place!r}; the nearest places are {near}. What is affine is not listed: it "
+                "has its exact adjoint"
+            )
         return "\n".join(site.sentence for site in at)
 
     def of(self, status: Status) -> list[Site]:
