@@ -135,8 +135,8 @@ class Report:
         if not at:
             near = ", ".join(difflib.get_close_matches(str(place), places, 5, 0.4) or places[:5]) or "none"
             raise ValueError(
-                f"no gating call of {self.model} is at {place!r}; the nearest places are {near}. What is affine is not listed: it "
-                "has its exact adjoint"
+                f"no gating call of {self.model} is at {place!r}; the nearest places are {near}. What is affine is "
+                "not listed: it has its exact adjoint"
             )
         return "\n".join(site.sentence for site in at)
 
