@@ -230,7 +230,7 @@ def check_samples(name: str, question: Question) -> Line:
     batch = explained[0].shape[0] if explained[0].dim() else 0
     if batch < 2 or question.target is not None or question.draws:
         why = (
-            "one sample" if batch < 2 else "it draws random numbers" if question.draws else "asked of a direction of all outputs"
+            "one sample" if batch < 2 else "it draws random numbers" if question.draws else "asked only where no target is passed"
         )
         return Line(name, "not applicable", note=why)
     args = question.args if len(question.args) != 1 else question.args[0]
