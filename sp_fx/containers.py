@@ -83,6 +83,60 @@ def tensors_of(value: Any) -> list[Tensor]:
     return tensors
 
 
+def leaves_by_path(value: Any, path: str) -> dict[str, Any]:
+    """The leaves of `value`, each by the code that reads it from a variable called `path`: of a dictionary {"a": (1, 2)} in `out`
+    {"out['a'][0]": 1, "out['a'][1]": 2}, of a dataclass {"out.logits": tensor}."""
+    parts = items(value)
+    if parts is None:
+        return {path: value}
+    form, contents = parts
+    steps = {f"{path}.{key}" if form == "fields" else f"{path}[{key!r}]": item for key, item in contents.items()}
+    return {deeper: leaf for step, item in steps.items() for deeper, leaf in leaves_by_path(item, step).items()}
+
+
+def primary(output: Any) -> Tensor:
+    """Returns the tensor of the output that is explained: the output itself, its only tensor, or its `logits`.
+
+    Raises:
+        TypeError: there is no tensor, or there are several and none is called `logits`.
+    """
+    if isinstance(output, Tensor):
+        return output
+    named = dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})
+    if isinstance(output, tuple) and hasattr(output, "_asdict"):
+        named = output._asdict()
+    if not named and isinstance(output, Sequence):
+        named = {str(i): value for i, value in enumerate(output)}
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if "logits" in tensors:
+        return tensors["logits"]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    leaves = leaves_by_path(output, "out")
+    paths = [p for p, leaf in leaves.items() if isinstance(leaf, Tensor)] or [f"out.{name}" for name in tensors]
+    kind = type(output).__name__.removeprefix("immutable_")  # as the containers are called that fx has in a graph
+    if not paths:
+        raise TypeError(f"the model returns a {kind} with no tensor: there is nothing to explain")
+    raise TypeError(
+        f"the model returns a {kind} with the tensors {', '.join(paths)}: pass a callable as the target that picks one, such as "
+        f"lambda out: {paths[0]}[:, 3]"
+    )
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array or a number of NumPy, which this package does not import."""
+    return type(value).__module__ == "numpy" and hasattr(value, "ndim")
+
+
+def type_of(value: Any) -> str:
+    """What an error calls a value that should have been a tensor: "int", or "list of numpy.ndarray: torch.from_numpy makes a
+    tensor of an array"."""
+    if not any(map(is_array, leaves_by_path(value, "").values())):
+        return type(value).__name__
+    of = "" if is_array(value) else f"{type(value).__name__} of "
+    return f"{of}numpy.ndarray: torch.from_numpy makes a tensor of an array"
+
+
 def cloned(value: Any, dtype: torch.dtype | None = None) -> Any:
     """`value` with its tensors copied, since a forward may write over its inputs; floating ones to `dtype`, if there is one."""
 

@@ -36,9 +36,10 @@ class Explainer(CapturedModule):
 
         target: None for the predicted class, or for the one number that the model returns for each sample; an int; an integer
             tensor, array or list [B]; one [B, T] for T maps of each sample, [B, T, ...], which `pullback` makes from one forward
-            and the others one after the other; a tuple of indices into an output with several axes; a floating tensor shaped like
-            the output, the direction itself; a callable from the output to what is to be explained. Axes of the output that an
-            index leaves over are summed.
+            and the others one after the other: `[[3, 7, 9]]` are three classes of one picture; a tuple of indices into an output
+            with several axes; a floating tensor shaped like the output, the direction itself; a callable from the output to what
+            is to be explained. Axes of the output that an index leaves over are summed. Integers are class numbers: one-hot rows
+            are refused, and are a direction as floats.
         forward_kwargs: keyword arguments of the model.
         wrt: the name of an inner activation to explain in place of the inputs (`"bert.embeddings.word_embeddings"`), or the end
             of it that no other name has (`"word_embeddings"`); the result is one map, shaped like it. `pullback` takes several
@@ -50,7 +51,8 @@ class Explainer(CapturedModule):
 
     and common errors:
 
-        TypeError: an input that is no tensor; nothing floating to explain; a target of an unknown form.
+        TypeError: an input that is no tensor, or that the model does not take; a mapping without a key that the model reads;
+            nothing floating to explain; a target of an unknown form.
         ValueError: no input; NaN in an input; an input on another device than the model; a target that does not fit; a keyword
             tensor of which `batch_size` cannot know whether it goes with the samples.
         IndexError: a target index that the output does not have.

@@ -4,19 +4,23 @@ Beside the plain forms (`FORMS`) there are directions that depend on the output:
 `fisher_rao`, `neuron`, `channel`, `free`. Each returns a `Direction`, to be passed as the target of any method. At an output `y`
 [B, C], or [B, C, ...] with the classes on axis 1, it is a tensor `u`, shaped like `y`, which is pulled back as a constant.
 Directions add, subtract and scale: `log_probability(3) - 0.5 * log_probability(5)`, `sum(directions) / 3`. Their class is an int,
-a tensor [B], or None for the predicted one; an ascent predicts anew at every step, so name the class there.
+a tensor [B], or None for the predicted one; an ascent predicts anew at every step, so name the class there. What does more with
+a direction is a callable: `lambda out: weights * margin(3)(out)`.
 """
 
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .containers import is_array, primary
 
 Class = int | Tensor | Sequence[int] | None
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None
@@ -29,38 +33,32 @@ FORMS = (
 
 def as_target(target: Any) -> Target:
     """Returns a target in the forms that this file reads: arrays of NumPy, and lists of T classes for each sample, are
-    tensors."""
-    if type(target).__module__ == "numpy" and hasattr(target, "ndim"):
-        return torch.as_tensor(target) if target.ndim else target.item()
-    if isinstance(target, list) and target and all(isinstance(row, list) for row in target):
+    tensors.
+
+    Raises:
+        TypeError: lists or arrays of what is no number.
+        ValueError: lists of different lengths; one-hot rows of integers, which are class numbers here.
+    """
+    if is_array(target):
+        target = torch.as_tensor(target) if target.ndim else target.item()
+    elif isinstance(target, list) and target and all(isinstance(row, list) for row in target):
         if len({len(row) for row in target}) > 1:
             raise ValueError(f"got lists of {sorted({len(row) for row in target})} classes: expected as many for each sample")
-        return torch.tensor([[_int(t) for t in row] for row in target])
+        target = torch.tensor([[_int(t) for t in row] for row in target], dtype=torch.long)
+    if isinstance(target, Tensor) and _is_one_hot(target):
+        raise ValueError(
+            f"got the one-hot target {_shape(target)} of {target.dtype}, and whole numbers are class numbers: pass the classes, "
+            "target.argmax(1), or the direction, target.float()"
+        )
     return target
 
 
-def primary(output: Any) -> Tensor:
-    """Returns the tensor of the output that is explained: the output itself, its only tensor, or its `logits`.
-
-    Raises:
-        TypeError: there are several tensors and none is called `logits`.
-    """
-    if isinstance(output, Tensor):
-        return output
-    named = dict(output) if isinstance(output, dict) else getattr(output, "__dict__", {})
-    if isinstance(output, tuple) and hasattr(output, "_asdict"):
-        named = output._asdict()
-    if not named and isinstance(output, Sequence):
-        named = {str(i): value for i, value in enumerate(output)}
-    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
-    if "logits" in tensors:
-        return tensors["logits"]
-    if len(tensors) == 1:
-        return next(iter(tensors.values()))
-    raise TypeError(
-        f"the model returns a {type(output).__name__} with {'the tensors ' + ', '.join(tensors) if tensors else 'no tensor'}: "
-        "pass a callable as the target that picks one, such as lambda out: out[0][:, 3]"
-    )
+def _is_one_hot(target: Tensor) -> bool:
+    """Whether each row of integers [B, T] is a 1 among zeros: of three and more, since nobody asks for class 0 twice, where
+    [0, 1] may be the two classes 0 and 1."""
+    if target.dim() != 2 or target.shape[1] < 3 or not len(target) or target.is_floating_point() or target.is_complex():
+        return False
+    return bool(((target == 1).sum(1) == 1).all() and ((target != 0).sum(1) == 1).all())
 
 
 def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
@@ -128,28 +126,29 @@ def indices_of(target: Any, y: Tensor) -> Tensor:
     if isinstance(target, list) and target and all(isinstance(t, tuple) for t in target):
         index = torch.tensor([[_int(i) for i in t] for t in target])[None]
     elif isinstance(target, list):
-        target = torch.tensor([_int(t) for t in target])
+        target = torch.tensor([_int(t) for t in target], dtype=torch.long)
     if isinstance(target, tuple):
         index = torch.tensor([_int(i) for i in target]).expand(1, batch, len(target))
     elif isinstance(target, Tensor):
-        if target.dtype == torch.bool:
-            raise TypeError(f"got a bool target; expected {FORMS}")
+        if target.dtype == torch.bool or target.is_floating_point() or target.is_complex():
+            raise TypeError(f"got a tensor of {target.dtype} as the target; expected {FORMS}")
         if target.dim() == 0:
             index = target.expand(1, batch, 1)
         elif target.dim() in (1, 2) and target.shape[0] == batch:
             index = (target[None] if target.dim() == 1 else target.T)[..., None]
         else:
-            raise ValueError(f"a target tensor has shape [{batch}] or [{batch}, T] for this batch, got {_shape(target)}")
+            row = "; several classes of one sample are a row, as in [[1, 2, 3]]" if target.dim() == 1 else ""
+            raise ValueError(f"a target tensor has shape [{batch}] or [{batch}, T] for this batch, got {_shape(target)}{row}")
     elif not isinstance(target, list):
         index = torch.tensor([[[_int(target)]]]).expand(1, batch, 1)
     index = index.long()
     if index.shape[1] != batch:
         raise ValueError(f"{index.shape[1]} targets for a batch of {batch}")
     if index.shape[-1] > y.dim() - 1:
-        forgotten = "; was the input's batch axis forgotten?" if y.dim() == 1 else ""
-        raise ValueError(
-            f"the target has {index.shape[-1]} indices: too many for an output of shape {_shape(y)}, batch first{forgotten}"
-        )
+        if y.dim() == 1:
+            one_each = "where it is one number for each sample, it takes no target; or was the input's batch axis forgotten?"
+            raise ValueError(f"an output of shape {_shape(y)} has no class axis: {one_each}")
+        raise ValueError(f"the target has {index.shape[-1]} indices: too many for an output of shape {_shape(y)}, batch first")
     for axis, size in enumerate(y.shape[1 : 1 + index.shape[-1]]):
         wrong = index[..., axis][(index[..., axis] < 0) | (index[..., axis] >= size)]
         if wrong.numel():
@@ -168,6 +167,7 @@ def _scored(score: Any) -> tuple[Tensor, Tensor]:
 
 
 def _int(value: Any) -> int:
+    """A class number or an index."""
     if not isinstance(value, bool):
         try:
             return operator.index(value)
@@ -191,8 +191,10 @@ class Direction:
     as the classes of `score(classes)`. None where the direction is the same for every sample.
     """
 
-    of: Callable[[Tensor], Tensor]
-    part: Callable[[Callable[[Any], Any]], Direction] | None = None
+    of: Callable[[Tensor], Tensor] = field(repr=False)
+    part: Callable[[Callable[[Any], Any]], Direction] | None = field(default=None, repr=False)
+
+    __array_ufunc__ = None  # an array of NumPy would multiply each of its numbers with the direction
 
     def mapped(self, change: Callable[[Any], Any]) -> Direction:
         return self if self.part is None else self.part(change)
@@ -202,25 +204,50 @@ class Direction:
         return (self.of(y.detach()).detach() * y).flatten(1).sum(1)
 
     def __add__(self, other: Direction) -> Direction:
+        if isinstance(other, int) and other == 0:  # with which `sum(directions)` begins
+            return self
+        if not isinstance(other, Direction):
+            raise _no_arithmetic("and", other)
         return Direction(lambda y: self.of(y) + other.of(y), lambda change: self.mapped(change) + other.mapped(change))
 
+    __radd__ = __add__
+
     def __sub__(self, other: Direction) -> Direction:
-        return self + -1.0 * other
+        return self + (-other if isinstance(other, Direction) else other)
 
-    def __rmul__(self, factor: float) -> Direction:
-        return Direction(lambda y: factor * self.of(y), lambda change: factor * self.mapped(change))
+    def __rsub__(self, other: Any) -> Direction:
+        return -self + other
 
-    __mul__ = __rmul__
+    def __mul__(self, factor: float) -> Direction:
+        number = _number("times", factor)
+        return Direction(lambda y: number * self.of(y), lambda change: number * self.mapped(change))
+
+    __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Direction:
-        return (1.0 / divisor) * self
-
-    def __radd__(self, other: Any) -> Direction:
-        """`sum(directions)` begins with 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
+        if (number := _number("divided by", divisor)) == 0:
+            raise _no_arithmetic("divided by", divisor)
+        return self * (1.0 / number)
 
     def __neg__(self) -> Direction:
         return -1.0 * self
+
+
+def _number(operation: str, value: Any) -> float:
+    """A number that a direction is multiplied or divided by; it may be a tensor without axes."""
+    number = value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    if not isinstance(number, numbers.Real) or not math.isfinite(number):
+        raise _no_arithmetic(operation, value)
+    return float(number)
+
+
+def _no_arithmetic(operation: str, value: Any) -> TypeError:
+    """The error of "a direction times a function", say."""
+    got = repr(value) if isinstance(value, numbers.Number) else f"a {type(value).__name__}"
+    return TypeError(
+        f"got a direction {operation} {got}; directions add and subtract, have a negative, and are multiplied and divided by "
+        "finite numbers. Whatever else goes into a callable of the output, such as lambda out: weights * direction(out)"
+    )
 
 
 def score(target: Class = None) -> Direction:
@@ -243,7 +270,7 @@ def margin(target: Class = None, rivals: int | None = None) -> Direction:
             raise ValueError(f"a margin needs a rival: the output {list(y.shape)} has one class")
         others = y.masked_fill(own > 0, -torch.inf)
         if rivals is not None:
-            if not 1 <= rivals < y.shape[1]:
+            if isinstance(rivals, bool) or not isinstance(rivals, int) or not 1 <= rivals < y.shape[1]:
                 raise ValueError(f"rivals is None or from 1 to {y.shape[1] - 1} for {y.shape[1]} classes, got {rivals!r}")
             others = others.masked_fill(others < others.topk(rivals, 1).values.amin(1, keepdim=True), -torch.inf)
         return own - others.softmax(1)
@@ -264,7 +291,7 @@ def fisher_rao(target: Class = None, damping: float = 1e-3) -> Direction:
     "Natural gradient works efficiently in learning", Neural Computation 10, 1998). `F` ignores a constant added to all logits, so
     the mean over classes is taken out. Large `damping` gives the direction of `log_probability`, small one `e_c / p_c`, centred.
     """
-    if not damping > 0:
+    if not isinstance(damping, int | float) or not damping > 0:
         raise ValueError(f"damping is above 0, got {damping!r}: the Fisher matrix is singular")
     target = classes_of(target)
 
@@ -292,8 +319,11 @@ def channel(index: int) -> Direction:
 
 
 def free(u: Tensor) -> Direction:
-    """The direction `u`, shaped like one sample's output, for every sample."""
+    """The direction `u`, a tensor shaped like one sample's output, for every sample."""
 
+    u = torch.as_tensor(u) if is_array(u) else u
+    if not isinstance(u, Tensor):
+        raise TypeError(f"a free direction is a tensor shaped like one sample's output, got a {type(u).__name__}")
     if bool(u.isnan().any()):
         raise ValueError(f"the free direction of shape {list(u.shape)} has NaN in it")
 
@@ -314,7 +344,7 @@ def classes_of(target: Any) -> Any:
 def chosen(y: Tensor, target: Class) -> Tensor:
     """Returns `e_c` for the class of each sample, shaped like `y` [B, C, ...]."""
     if y.dim() < 2 or not y.is_floating_point():
-        hint = "; of one number for each sample pass a callable, such as lambda y: -y" if y.dim() == 1 else ""
+        hint = "; one number for each sample takes no target, or a callable such as lambda y: -y" if y.dim() == 1 else ""
         raise ValueError(f"a class direction needs floating outputs [B, C, ...], got {y.dtype} {list(y.shape)}{hint}")
     if target is None:
         if y.dim() != 2:

@@ -11,7 +11,7 @@ from sp_fx.analysis.written.gates import Written
 from sp_fx.analysis.written.norms import Statistic
 from sp_fx.capture.exported import export
 from sp_fx.capture.symbolic import trace
-from sp_fx.rewrite.out_of_place import normalise
+from sp_fx.rewrite.prepared.out_of_place import normalise
 
 
 class Mixed(nn.Module):

@@ -3,7 +3,11 @@
 import copy
 import dataclasses
 import pickle
+import subprocess
+import sys
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,13 @@ def convolutional():
         nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 6, 3),
         nn.LeakyReLU(0.1), nn.AdaptiveMaxPool2d((3, 2)), nn.Hardtanh(-2, 2), nn.Flatten(), nn.Linear(36, 5),
     ))  # fmt: skip
+
+
+def quiet(model):
+    """The explainer of a model that has no gate, or one that has no rule."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sp_fx.transform(model)
 
 
 class Everything(nn.Module):
@@ -49,9 +60,11 @@ def test_all_is_well():
     model = convolutional()
     found = sp_fx.check(sp_fx.transform(model), X)
     assert found and [line.verdict for line in found.lines] == ["ok"] * 6
-    assert found["forward"].note == "bitwise" and found["tau -> 0"].found < 1e-9
+    assert found["forward"].note == "to the bit" and found["tau -> 0"].found < 1e-9
     told = str(found).splitlines()
-    assert told[0] == "Sequential: every check holds" and "5 gating ops, each listed" in told[-1]
+    assert told[0] == "Sequential: every check holds"
+    assert told[-1].endswith("each gating op that the model runs is in the report (5 run)")
+    assert "(none run)" in str(sp_fx.check(quiet(nn.Linear(270, 2)), X.flatten(1)))
 
 
 @pytest.mark.parametrize("rules", [sp_fx.Rules(), sp_fx.Rules(attention=0.6, product="frozen"), sp_fx.Rules.paper()])
@@ -95,7 +108,31 @@ def test_a_gate_that_is_not_listed_is_missed():
     report = explainer.report()
     explainer._report = dataclasses.replace(report, sites=report.sites[1:])
     found = sp_fx.check(explainer, X)
-    assert found["coverage"].verdict == "FAILED" and found["coverage"].note == "relu: 1 dispatched, 0 listed"
+    assert found["coverage"].verdict == "FAILED" and found["coverage"].note == "relu: 1 run, 0 in the report"
+
+
+def test_a_module_that_was_not_seen_into_says_what_to_do():
+    model = fill(nn.Sequential(nn.Identity(), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)))
+    x = torch.randn(2, 4, 8)
+    found = sp_fx.check(quiet(model), x)["coverage"]
+    assert found.verdict == "FAILED" and "did not see into TransformerEncoderLayer at 1: pass example_inputs" in found.note
+    assert sp_fx.check(sp_fx.transform(model, example_inputs=x), x)
+
+
+def test_nothing_of_pytorch_is_warned_of():
+    """Its forward-mode derivatives are scripted when the first of a process is taken."""
+    code = "import torch, sp_fx; from torch import nn; x = torch.randn(2, 3)\n"
+    code += "assert sp_fx.check(sp_fx.transform(nn.Sequential(nn.Linear(3, 3), nn.ReLU())), x)"
+    command = [sys.executable, "-W", "error::FutureWarning", "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
+def test_several_classes_for_each_sample_are_checked_as_their_sum():
+    explainer = sp_fx.transform(convolutional())
+    for target in ([[0, 1, 2], [3, 4, 0]], np.array([[0, 1, 2], [3, 4, 0]]), [1, 4]):
+        assert sp_fx.check(explainer, X, target)
+    with pytest.raises(ValueError, match=r"\[2, T\] for this batch, got \[3\]"):
+        sp_fx.check(explainer, X, [0, 1, 2])
 
 
 def test_what_was_not_rewritten_is_told():

@@ -83,6 +83,14 @@ def test_the_short_table_of_costs_is_part_of_the_long_one():
 CODE = sorted((ROOT / "sp_fx").rglob("*.py"))
 STEMS = {stem: [path.read_text() for path in CODE if path.stem == stem] for stem in {path.stem for path in CODE}}
 CLASSES = {name: path.read_text() for path in CODE for name in re.findall(r"^class (\w+)", path.read_text(), flags=re.MULTILINE)}
+
+
+def test_the_words_of_a_report_that_are_explained_are_those_that_it_has():
+    code = "\n".join(path.read_text() for path in CODE if path.parent.name in ("rewrite", "methods"))
+    words = [word for cell in table_below(PAGES["docs/using.md"], "### The words of a report") for word in cell.split(", ")]
+    assert len(words) > 10 and not [word for word in words if not word.startswith("`") and word not in code]
+
+
 TEXTS = {str(path.relative_to(ROOT)): path for path in (*CODE, *sorted((ROOT / "sp_fx").rglob("*.md")), *PAGES.values())}
 
 

@@ -112,7 +112,7 @@ def test_other_outputs():
     reference = sp_fx.transform(nn.Sequential(mlp(4, 5, 3), nn.ReLU())).pullback(x, 1)
     assert torch.equal(sp_fx.transform(Outputs("dict")).pullback(x, 1), reference)
     explainer = sp_fx.transform(Outputs("tuple"))
-    with pytest.raises(TypeError, match=r"tuple with the tensors 0, 1: pass a callable"):
+    with pytest.raises(TypeError, match=r"tuple with the tensors out\[0\], out\[1\]: pass a callable"):
         explainer.pullback(x, 1)
     assert torch.equal(explainer.pullback(x, lambda out: out[0][:, 1]), reference)
 

@@ -1,5 +1,8 @@
 """Calls as users make them: inputs in the containers that the model takes, targets in lists and arrays, names by their ends."""
 
+import dataclasses
+import functools
+import re
 import warnings
 
 import numpy as np
@@ -71,6 +74,7 @@ def test_one_number_a_sample_needs_no_target():
 
 def test_a_forgotten_batch_axis_is_no_batch_of_numbers():
     """Four classes of one sample [4, 5] would be as long as its axis 0."""
+
     class Means(Body):
         def forward(self, x):
             return self.head(self.hidden(x)).mean(0)
@@ -106,6 +110,49 @@ def test_directions_add_up():
     torch.testing.assert_close(explainer.pullback(X, -several[1]), -maps[1])
     with pytest.raises(TypeError):
         1 + several[0]
+
+
+def structured(make):
+    """A model whose outputs are in what `make` makes of two tensors."""
+
+    class Structured(Body):
+        def forward(self, x):
+            y = super().forward(x)
+            return make(y, 2 * y)
+
+    return explainer_of(Structured)
+
+
+@dataclasses.dataclass
+class Pair:
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+OUTPUTS = {
+    "a tuple": (lambda a, b: (a, b), "out[0]"),
+    "a dictionary": (lambda a, b: {"first": a, "second": b}, "out['first']"),
+    "a dataclass": (Pair, "out.first"),
+    "one in another": (lambda a, b: {"first": [a], "second": [b]}, "out['first'][0]"),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_error_says_how_an_output_is_picked(name):
+    make, read = OUTPUTS[name]
+    explainer = structured(make)
+    pick = eval(f"lambda out: {read}[:, 3]")
+    for ask in (explainer.pullback, functools.partial(sp_fx.check, explainer)):
+        with pytest.raises(TypeError, match=re.escape(f"such as lambda out: {read}[:, 3]")):
+            ask(X, 3)
+    assert torch.equal(explainer.pullback(X, pick), explainer_of(Body).pullback(X, 3))
+
+
+@pytest.mark.parametrize("target", [0, [0, 0, 0], [[0, 0], [0, 0], [0, 0]], (0,)])
+def test_one_number_a_sample_takes_no_target(target):
+    for ask in (explainer_of(OneEach).pullback, explainer_of(OneEach).ascend, explainer_of(OneEach).attribute):
+        with pytest.raises(ValueError, match=r"output of shape \[3\] has no class axis.*takes no target"):
+            ask(X, target)
 
 
 # -- inputs
@@ -158,6 +205,79 @@ def test_the_explainer_takes_what_the_methods_take():
 def test_what_is_no_tensor_is_no_input():
     with pytest.raises(TypeError, match=r"expected a tensor, a container of tensors.*got int"):
         explainer_of(OfTwo).pullback((X, 3), 0)
+
+
+ARRAY, SCALE = X.numpy(), Y.abs()[:, :1]
+MISFITS = {  # of a model and its inputs
+    "an array": (Body, ARRAY, "numpy.ndarray.*torch.from_numpy"),
+    "an array by name": (OfTwo, {"x": ARRAY, "scale": SCALE}, "argument x is a numpy.ndarray.*torch.from_numpy"),
+    "an array in a mapping": (OfBatch, {"x": ARRAY, "scale": SCALE}, r"batch\['x'\] is a numpy.ndarray.*torch.from_numpy"),
+    "arrays in a list": (OfList, [ARRAY, ARRAY], "numpy.ndarray.*torch.from_numpy"),
+    "no key": (OfBatch, {"x": X, "name": "a"}, r"reads the key 'scale', .*these are batch\['x'\], batch\['name'\]"),
+    "no argument": (OfTwo, {"x": X}, r"forward\(x, scale, flag=False\): missing a required argument: 'scale'; got x by name"),
+    "another name": (OfTwo, {"x": X, "scle": SCALE}, "got a dict with the keys x, scle, where no parameter is called scle"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("name", MISFITS)
+def test_inputs_that_the_model_does_not_take(name, verify):
+    """Before the first call, which compares the graph with the model, and after it."""
+    cls, inputs, message = MISFITS[name]
+    explainer = explainer_of(cls, verify=verify)
+    asked = [
+        explainer,
+        explainer.pullback,
+        functools.partial(explainer.pullback, wrt="second"),
+        functools.partial(explainer.pullback, wrt=["second"]),
+        functools.partial(explainer.ascend, batch_size=2),
+        functools.partial(sp_fx.check, explainer),
+    ]
+    for ask in asked:
+        with pytest.raises(TypeError, match=message):
+            ask(inputs)
+    if not isinstance(inputs, list):
+        with pytest.raises(
+            (TypeError, ValueError), match=f"batch 0 of the calibration set.*{'numpy' if 'numpy' in message else ''}"
+        ):
+            explainer.calibrate([inputs])
+
+
+def test_an_array_beside_the_inputs():
+    with pytest.raises(TypeError, match=r"argument scale is a numpy\.ndarray.*torch\.from_numpy"):
+        explainer_of(OfTwo).pullback(X, 1, forward_kwargs={"scale": SCALE.numpy()})
+
+
+@pytest.mark.parametrize("wrong", ["shape", "array"])
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_call_that_fails_leaves_the_next_ones_as_they_are(verify, wrong):
+    """The first call says at which axis the sample is: one that the model does not take says nothing."""
+    explainer = explainer_of(Body, verify=verify)
+    with pytest.raises((RuntimeError, TypeError)):
+        explainer(torch.randn(3, 4) if wrong == "shape" else ARRAY)
+    assert torch.equal(explainer.pullback(X, 1), explainer_of(Body, verify=verify).pullback(X, 1))
+    assert {site.scale for site in explainer.report().sites} == {"sample"}
+
+
+def test_what_is_not_read_may_be_an_array():
+    explainer, batch = explainer_of(OfBatch), {"x": X, "scale": SCALE, "ids": np.arange(3)}
+    assert torch.equal(explainer(batch), fill(OfBatch())(batch)) and explainer.pullback(batch, 1)["ids"] is None
+    with pytest.raises(TypeError, match="got the target 'cat'"):
+        explainer.pullback(batch, "cat")
+
+
+def test_bounds_that_are_arrays_are_cut_with_the_batch():
+    explainer, tensors = explainer_of(Body), (X - 0.1, X + 0.1)
+    found = explainer.ascend(X, 1, bounds=tuple(b.numpy() for b in tensors), batch_size=2)
+    torch.testing.assert_close(found, explainer.ascend(X, 1, bounds=tensors))
+
+
+def test_forward_kwargs_are_a_mapping():
+    with pytest.raises(TypeError, match="mapping of keyword arguments, got a list"):
+        explainer_of(OfTwo).pullback(X, 1, forward_kwargs=[SCALE])
+    for ask in (explainer_of(OfTwo).pullback, functools.partial(sp_fx.check, explainer_of(OfTwo))):
+        with pytest.raises(TypeError, match="scale is among the inputs and in forward_kwargs too"):
+            ask({"x": X, "scale": SCALE}, 1, forward_kwargs={"scale": SCALE})
 
 
 # -- names

@@ -204,8 +204,52 @@ def test_what_cannot_be_registered():
         sp_fx.register_gate(nn.ReLU(), hard_gain)
     with pytest.raises(ValueError, match="'relu' already"):
         sp_fx.register_gate(lambda z: z, hard_gain, name="relu")
-    with pytest.raises(ValueError, match="above 0"):
-        sp_fx.register_gate(lambda z: z, hard_gain, name="other", tau=0)
+    with pytest.raises(TypeError, match="a string, got 3"):
+        sp_fx.register_gate(lambda z: z, hard_gain, name=3)
+    for target in (lambda: 1.0, type("Empty", (nn.Module,), {"forward": lambda self: 1.0})):
+        with pytest.raises(TypeError, match=r"first argument of .* is to be the pre-activation"):
+            sp_fx.register_gate(target, hard_gain, name="other")
+    for temperature in (0, -1.0, math.inf, math.nan, "much", None, True):
+        for option in ("tau", "frozen_at"):
+            with pytest.raises(ValueError, match=f"{option} is a temperature, a finite number above 0, got "):
+                sp_fx.register_gate(lambda z: z, hard_gain, name="other", **{option: temperature})
+    assert "other" not in TABLE and "other" not in registry.FUNCTIONS.values()
+
+
+NO_GAINS = {
+    "no function": (2.0, "got the gain 2.0; expected a function of z and tau"),
+    "no tau": (lambda z: z, "expected a function of z and tau"),
+    "tau by keyword": (lambda z, *, tau: z, "expected a function of z and tau"),
+    "another shape": (lambda z, tau: z.sum(1), r"returns a torch.float32 tensor \[2\] for a z \[2, 3\]"),
+    "no tensor": (lambda z, tau: 1.0, r"returns a float for a z \[2, 3\]"),
+    "complex": (lambda z, tau: z * 1j, r"returns a torch.complex64 tensor"),
+    "a typing error": (lambda z, tau: z.sigmiod(), "raises AttributeError at a z .*sigmiod"),
+}
+
+
+@pytest.mark.parametrize("name", NO_GAINS)
+def test_what_is_no_gain(name):
+    gain, message = NO_GAINS[name]
+    with pytest.raises(TypeError, match=message):
+        sp_fx.register_gate(lambda z: z, gain, name="other")
+    assert "other" not in TABLE and "other" not in registry.FUNCTIONS.values()
+
+
+def test_gains_that_cannot_be_tried_are_taken():
+    """They need the call's arguments, or pictures."""
+    for gain in (lambda z, tau, rate: z, lambda z, tau: z * z.mean((2, 3), keepdim=True)):
+        sp_fx.register_gate(lambda z: z, gain, name="other")
+        del TABLE["other"]
+
+
+def test_what_is_registered_stays_as_it_is():
+    explainer, total = sp_fx.transform(ByName()), lambda y: y.sum()
+    before = explainer.pullback(X, total)
+    assert sp_fx.register_gate(sharp, sharp_gain, tau=0.7) is registry.STAND_INS[sharp]
+    for changes in ({"gain": hard_gain}, {"tau": 0.6}, {"frozen_at": 0.5}, {"name": "sharper"}):
+        with pytest.raises(ValueError, match=r"sharp is registered already, as 'sharp', .*registered=\{'sharp': \.\.\.\}"):
+            sp_fx.register_gate(sharp, **{"gain": sharp_gain, "tau": 0.7, **changes})
+    assert torch.equal(explainer.pullback(X, total), before) and "sharper" not in TABLE
 
 
 # -- however a model holds a function

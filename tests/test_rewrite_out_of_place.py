@@ -21,7 +21,7 @@ from helpers import fill
 from sp_fx.analysis.calls import writes
 from sp_fx.gates.dual_path import dual_path
 from sp_fx.gates.rules import KINDS
-from sp_fx.rewrite.out_of_place import normalise
+from sp_fx.rewrite.prepared.out_of_place import normalise
 
 PLAIN = sp_fx.Rules(**{kind: None for kind in KINDS})
 TRACERS = ["fx", "export"]

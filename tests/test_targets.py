@@ -3,6 +3,7 @@
 import collections
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -125,7 +126,9 @@ def test_channels_of_an_inner_layer():
     "make, message",
     [
         (lambda: targets.fisher_rao(1, damping=0), "damping is above 0, got 0"),
+        (lambda: targets.fisher_rao(1, damping="much"), "damping is above 0, got 'much'"),
         (lambda: targets.margin(1, rivals=7)(Y), "rivals is None or from 1 to 6 for 7 classes, got 7"),
+        (lambda: targets.margin(1, rivals="all")(Y), "rivals is None or from 1 to 6 for 7 classes, got 'all'"),
         (lambda: targets.score(1)(Y[0]), r"got torch.float64 \[7\]"),
         (lambda: targets.score(torch.zeros(5, 2, dtype=torch.long))(Y), "one class a sample, got 2"),
         (lambda: targets.score()(Y[..., None]), "no single predicted class: name one"),
@@ -135,6 +138,70 @@ def test_channels_of_an_inner_layer():
 def test_bad_directions(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+SCORE = targets.score(1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SCORE * torch.ones(5), lambda: torch.ones(5) * SCORE, lambda: SCORE / torch.ones(5), lambda: np.ones(5) * SCORE,
+        lambda: SCORE * np.ones(5), lambda: SCORE * SCORE, lambda: SCORE / SCORE, lambda: SCORE * "2", lambda: SCORE * None,
+        lambda: SCORE / 0, lambda: SCORE * float("nan"), lambda: SCORE * 1j, lambda: SCORE + 1, lambda: 1 + SCORE,
+        lambda: SCORE - 1.0, lambda: 1 - SCORE, lambda: SCORE + torch.ones(5, 7), lambda: torch.ones(5, 7) + SCORE,
+        lambda: SCORE + taken, lambda: taken + SCORE, lambda: SCORE - taken,
+    ],
+)  # fmt: skip
+def test_arithmetic_that_directions_do_not_have(make):
+    with pytest.raises(TypeError, match=r"got a direction .*; directions add and subtract.*weights \* direction\(out\)"):
+        make()
+
+
+def test_numbers_of_every_kind_multiply_a_direction():
+    for two in (2, 2.0, np.float32(2), np.int64(2), torch.tensor(2.0)):
+        for direction in (SCORE * two, two * SCORE, SCORE / (1 / two), 0 - SCORE * -two):
+            assert torch.equal(direction.of(Y), 2 * SCORE.of(Y))
+
+
+def test_weights_of_samples_go_into_a_callable():
+    weights = torch.arange(5.0).double()
+    found = derivative(lambda y: weights * SCORE(y))
+    assert torch.equal(found, weights[:, None] * SCORE.of(Y))
+
+
+ONE_HOT = torch.eye(7, dtype=torch.long)[CLASSES]
+
+
+@pytest.mark.parametrize("form", ["long", "int", "bool", "tolist", "numpy"])
+def test_one_hot_integers_are_no_classes(form):
+    target = getattr(ONE_HOT, form)()
+    model = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 7))
+    explainer, x = sp_fx.transform(model), torch.randn(5, 6)
+    for method in (explainer.pullback, explainer.ascend, explainer.attribute):
+        with pytest.raises(ValueError, match=r"one-hot target \[5, 7\] .*target\.argmax\(1\), or the direction, target\.float"):
+            method(x, target)
+    torch.testing.assert_close(explainer.pullback(x, ONE_HOT.float()), explainer.pullback(x, CLASSES))
+
+
+def test_classes_of_two_are_no_one_hot_rows():
+    explainer, x = sp_fx.transform(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 2))), torch.randn(3, 6)
+    assert explainer.pullback(x, [[0, 1], [1, 0], [0, 1]]).shape == (3, 2, 6)
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ([1, 2, 3], r"has shape \[1\] or \[1, T\] for this batch, got \[3\]; .*a row, as in \[\[1, 2, 3\]\]"),
+        ([[0], [1]], r"\[1, T\] for this batch, got \[2, 1\]$"),
+        ([], r"\[1, T\] for this batch, got \[0\]"),
+        (targets.score(torch.ones(1)), "a tensor of torch.float32 as the target"),
+    ],
+)
+def test_targets_of_the_wrong_shape(target, message):
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)))
+    with pytest.raises((ValueError, TypeError), match=message):
+        explainer.pullback(torch.randn(1, 6), target)
 
 
 def test_a_channel_of_many_places_in_half_precision():
@@ -180,6 +247,9 @@ def test_directions_that_are_no_numbers():
         explainer.pullback(torch.randn(2, 6), torch.full((2, 5), float("nan")))
     with pytest.raises(ValueError, match=r"free direction of shape .* has NaN"):
         targets.free(torch.tensor([float("nan")]))
+    with pytest.raises(TypeError, match="a tensor shaped like one sample's output, got a list"):
+        targets.free([1.0, 2.0])
+    assert torch.equal(targets.free(np.arange(7.0)).of(Y), torch.arange(7.0).double().expand(5, 7))
 
 
 def test_no_class_is_predicted_where_a_score_is_nan():

@@ -14,7 +14,7 @@ from sp_fx.analysis.written.gates import Written
 from sp_fx.analysis.written.norms import Statistic
 from sp_fx.analysis.written.softmax import Softmax
 from sp_fx.capture.symbolic import trace
-from sp_fx.rewrite.out_of_place import normalise
+from sp_fx.rewrite.prepared.out_of_place import normalise
 
 # -- gates
 
@@ -36,6 +36,9 @@ TEMPLATES = [
     "(h - {b}) * torch.sigmoid(h)", "torch.stack([h, {b} + torch.zeros_like(h)], -1).amax(-1)",
     "h * torch.heaviside({a} * h + {b}, torch.zeros((), dtype=h.dtype))", "torch.where(h.abs() > {m}, h, {b} * h)",
     "h * torch.where(h > {b}, {a}, {d})", "h + torch.sin({b} * h)", "h * torch.atan({a} * h)",
+    "{c} * h * torch.sigmoid({a} * h)", "h * ({a} + torch.sigmoid(h))", "{c} * h + {a} * h * torch.sigmoid({c} * h)",
+    "h * ({a} + torch.erf(h / {l}))", "torch.where(h > {b}, {c} * h, {d} * h)", "{a} * h + {c} * h.abs() + {b}",
+    "{c} * torch.minimum(h, {b} * torch.ones_like(h))", "{e} * h * ({a} + torch.tanh({i} * h))",
 ]  # fmt: skip
 NUMBERS = {
     "a": [1, 1, 1, 1.0, 0.999, 1.01, 2, 0.5], "b": [0, 0, 0, 0.0, 1e-3, -1e-3, 0.25, -0.5, 1e-2],
@@ -124,7 +127,8 @@ def wrong_gates(code):
     for node, gate in facts.patterns.items():
         if isinstance(gate, Written):
             z, y = run.values[gate.source], run.values[node]
-            error = (y - REFERENCE[gate.kind](z, **gate.args)).abs() / (1 + y.abs())
+            expected = gate.times * REFERENCE[gate.kind](z, **gate.args) + gate.through * z
+            error = (y - expected).abs() / (1 + y.abs())
             count += 1
             if not bool((error[y.isfinite()] < 2e-5).all()):
                 wrong.append((code, gate.kind, gate.args, float(error.nan_to_num(9).max())))

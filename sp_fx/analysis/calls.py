@@ -74,6 +74,11 @@ def operands_of_einsum(node: fx.Node) -> Sequence[Any]:
     return operands[0] if len(operands) == 1 and isinstance(operands[0], tuple | list) else operands
 
 
+def operands_of(node: fx.Node) -> Sequence[Any]:
+    """Returns the positional operands of a call; of an einsum, the tensors that it multiplies."""
+    return operands_of_einsum(node) if name_of(node) == "einsum" else node.args
+
+
 def written(node: fx.Node) -> list[fx.Node]:
     """Returns the tensors that a call writes over: `h` of `h.add_(1)`, `F.relu(h, inplace=True)`, `torch.mul(a, b, out=h)`."""
     if node.op not in ("call_function", "call_method"):

@@ -1,13 +1,14 @@
 """Facts: what is known of a captured graph. Nothing here changes it.
 
-The attributes are computed once, before any edit, of a graph whose calls in place are normalised (`rewrite/out_of_place.py`).
-The methods answer for the graph as the edits so far have left it: `maker` of a product's factor is the row of a gate, once that
-gate is a dual-path call.
+The attributes are computed once, before any edit, of a graph that is made ready for a rewrite (`rewrite/prepared/`). The methods
+answer for the graph as the edits so far have left it: `maker` of a product's factor is the row of a gate, once that gate is a
+dual-path call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import fx, nn
 
@@ -23,9 +24,10 @@ from .signals import Signals
 from .written.gates import Written, written_gates
 from .written.graph import Graph
 from .written.norms import Statistic, written_norm
+from .written.products import Product, is_product, regrouped
 from .written.softmax import Softmax, written_softmax
 
-Pattern = Written | Statistic | Softmax
+Pattern = Written | Product | Statistic | Softmax
 
 
 class Facts:
@@ -78,12 +80,22 @@ class Facts:
         self.patterns |= gates
         for node, gate in gates.items():
             self.parts |= {n: node for n in self.view.private(gate.inside, node) if n is not node}
+        for node in reversed(nodes):
+            if node not in self.parts and node not in self.patterns and is_product(self.view, node):
+                self._find_product(node, order)
         for node in nodes:
             if node in self.parts or node in self.patterns:
                 continue
             if (norm := written_norm(self.view, node)) is not None:
                 self.patterns[node] = norm
                 self.parts |= {n: node for n in norm.inside if n not in self.patterns and n not in self.parts}
+
+    def _find_product(self, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
+        product = regrouped(self.view, node, order, {*self.parts, *self.patterns})
+        if product is not None:
+            self.patterns[node] = product
+            inside = sorted((*product.products, *product.gate.inside), key=order.__getitem__)
+            self.parts |= {n: node for n in self.view.private(inside, node) if n is not node}
 
     # -- what a node calls
 
@@ -104,13 +116,14 @@ class Facts:
     def varies(self, node: object) -> bool:
         """Whether `node` depends on the values of the inputs. What an edit has inserted since is taken to,
         but for the tensors that it reads off the modules."""
-        return node in self.varying or self._inserted(node)
+        return node in self.varying or self.is_inserted(node)
 
     def is_signal(self, node: object) -> bool:
         """Whether a derivative reaches `node`."""
-        return node in self.signals or self._inserted(node)
+        return node in self.signals or self.is_inserted(node)
 
-    def _inserted(self, node: object) -> bool:
+    def is_inserted(self, node: object) -> bool:
+        """Whether an edit has made `node`."""
         return isinstance(node, fx.Node) and node not in self.aliasing.position and node.op != "get_attr"
 
     def varying_inputs(self, node: fx.Node) -> list[fx.Node]:
@@ -141,19 +154,23 @@ class Facts:
         activation. For example `s` in `x * s` after `s = torch.sigmoid(h).view(-1, c, 1, 1)`."""
         if not is_multiplication(node):
             return []
-        makers = {n: self.maker(n) for n in self.signal_inputs(node)}
-        shares = [n for n, name in makers.items() if name in SHARES]
-        return shares or [n for n, name in makers.items() if name in ACTIVATIONS]
+        return gates_among({n: self.maker(n) for n in self.signal_inputs(node)})
 
     def maker(self, node: fx.Node) -> str:
         """Returns the name of the call that made `node`, back through views and multiples; of a dual-path call, its row; of a
         function that is written out, its kind."""
         while node.target is not dual_path:
-            if isinstance(written := self.patterns.get(node), Written):
+            if isinstance(written := self.patterns.get(node), Written) and not written.through:
                 return written.kind
             inputs = self.varying_inputs(node)
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):
                 return name
             node = inputs[0]
-        return str(node.kwargs.get("row", node.args[0]))
+        return "add" if node.kwargs.get("through") else str(node.kwargs.get("row", node.args[0]))
+
+
+def gates_among(makers: Mapping[Any, str]) -> list[Any]:
+    """Returns the factors of a product that are gates, of all by the names of what made them."""
+    shares = [n for n, name in makers.items() if name in SHARES]
+    return shares or [n for n, name in makers.items() if name in ACTIVATIONS]

@@ -79,6 +79,7 @@ REAL = having("real")
 MIXES = having("mixes")
 JOINS = having("joins")
 PASSED = having("renormalises")
+LOGARITHMS = having("logarithm")
 AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisation
 
 # Storage, values and shapes.
@@ -100,7 +101,7 @@ WINDOWS = having("window")
 POWERS = having("power")
 EXPONENTIALS = having("exponential")  # in a written softmax
 BOUNDS = having("bounds")
-DIFFERENCES = having("minus")
+SUMS = having("plus")
 DEGREES = {name: Fraction(degree) for name, degree in values("degree").items()}
 PARITIES = values("parity")
 

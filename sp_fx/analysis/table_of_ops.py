@@ -13,12 +13,13 @@ TRAITS = {
     "factor": "is the elementwise product of two tensors, one of which may be the gate of the other: `mul`",
     "scales": "gives a multiple of its only varying operand: `div` in `x / 2`",
     "shifts": "gives its only varying operand plus a constant, up to sign: `rsub` in `2 - x`",
-    "minus": "subtracts, as a mean is taken off a signal: `sub` in `x - x.mean(-1, True)`",
+    "plus": "adds two things: `add`",
     "power": "raises to a power: `pow` in `x ** 2`",
     "affine": "is affine in its only varying operand, so that it may stand between a softmax and its product: `masked_fill`",
     "layer": "is a layer with weights: `linear`",
     "mixes": "applies the weights of attention to values, by a product that the table of gates has: `bmm`",
-    "exponential": "is a power of e, or a logarithm of a softmax: `exp`",
+    "exponential": "is a power of a number, or a softmax of the negative: `exp`",
+    "logarithm": "is the logarithm of a softmax: `log_softmax`",
     "real": "gives real numbers of complex ones: `angle`",
     "smooth": "has a continuous derivative, and keeps it: `exp`",
     "share": "says which share of a product's other factor passes: `sigmoid` in `sigmoid(a) * b`",
@@ -81,8 +82,8 @@ truediv itruediv div divide true_divide:    quotient scales affine pointwise
 reciprocal:             smooth pointwise degree=-1
 
 # -- sums and differences
-add iadd:               shifts affine pointwise
-sub isub subtract:      shifts minus affine pointwise
+add iadd:               shifts plus affine pointwise
+sub isub subtract:      shifts affine pointwise
 rsub:                   shifts affine pointwise
 neg negative:           scales affine pointwise
 positive:               scales affine view same_values
@@ -96,7 +97,8 @@ rsqrt:                  smooth pointwise degree=-1/2
 # -- smooth
 sigmoid special_expit tanh:    smooth share pointwise
 exp:                    smooth pointwise exponential
-expm1 special_expm1 exp2 special_exp2:    smooth pointwise
+exp2 special_exp2:      smooth pointwise exponential
+expm1 special_expm1:    smooth pointwise
 log log2 log10 log1p special_log1p:    smooth pointwise
 erf special_erf erfc special_erfc erfinv special_erfinv special_erfcx special_ndtr special_log_ndtr:    smooth pointwise
 sin cos tan sinh cosh asin arcsin acos arccos atan arctan asinh arcsinh acosh arccosh atanh arctanh sinc special_sinc:
@@ -114,7 +116,7 @@ hardsigmoid:            share pointwise same_form
 # -- softmax and attention
 softmax special_softmax:                family=softmax share
 softmin:                smooth listed=softmax share exponential
-log_softmax special_log_softmax:        smooth
+log_softmax special_log_softmax:        smooth logarithm
 gumbel_softmax:         piecewise listed=softmax
 scaled_dot_product_attention MultiheadAttention:    listed=softmax
 scaled_dot_product_attention_math scaled_dot_product_flash_attention scaled_dot_product_flash_attention_for_cpu

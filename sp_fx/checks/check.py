@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -23,18 +24,27 @@ from ..gates.table import KINKED
 from ..measured.runs import OUTPUT, distance, first_line, one_seed
 from ..measured.verification import verified
 from ..methods.keyword_tensors import measured
-from ..methods.requests import Request, arguments_of
-from ..targets import Target
+from ..methods.requests import InputError, Request, misfit, naming_inputs
+from ..targets import Target, as_target
 from .coverage import dispatched, listed
 from .frozen_network import FrozenTangents
 from .question import Question, as_real, asked, draws, finite, mixes
 
 Verdict = Literal["ok", "FAILED", "not applicable"]
 
+ASKS = {  # what each check asks, as it prints
+    "forward": "the outputs are the model's",
+    "capture": "the plain gradient is the model's",
+    "affine identity": "with frozen gates, the map is the transpose of the network",
+    "tau -> 0": "as its gates harden, the map becomes the gradient",
+    "samples": "the map of a sample does not depend on the others",
+    "coverage": "each gating op that the model runs is in the report",
+}
+
 
 @dataclass(frozen=True)
 class Line:
-    """One check, such as `Line("forward", "ok", 0.0, 0.0, "bitwise")`: `found` is the error, `bar` what it may be at most."""
+    """One check, such as `Line("forward", "ok", 0.0, 0.0, "to the bit")`: `found` is the error, `bar` what it may be at most."""
 
     name: str
     verdict: Verdict
@@ -61,10 +71,10 @@ class Checks:
         return {line.name: line for line in self.lines}[name]
 
     def __str__(self) -> str:
-        rows: list[tuple[str, ...]] = [("check", "verdict", "found", "at most", "")]
+        rows: list[tuple[str, ...]] = [("check", "verdict", "error", "at most", "what is asked")]
         for line in self.lines:
             numbers = ("" if n is None else f"{n:.2g}" for n in (line.found, line.bar))
-            rows.append((line.name, line.verdict, *numbers, line.note))
+            rows.append((line.name, line.verdict, *numbers, ASKS.get(line.name, "") + (f" ({line.note})" if line.note else "")))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         aligned = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths)), row[4]]).rstrip() for row in rows]
         return "\n".join([f"{self.model}: {'every check holds' if self else 'a check FAILED'}", *aligned])
@@ -86,7 +96,8 @@ def check(
     - affine identity: with every gate frozen the network is a linear map W(x) plus a constant, and its pullback nu of a direction
       u the transpose: <nu, x> = <u, W(x) x>. The right side is computed forwards, by another derivation of each gate.
     - tau -> 0: where only gates are rewritten whose hard form is piecewise linear, the map at 1e-9 of a gate's own
-      deviation is the gradient. At inputs that are moved a little, so that nothing is tied: at a tie each hard gate is right.
+      deviation is the gradient. At inputs that are moved a little, so that no ReLU is at 0 and no two numbers of a window are
+      equal: there each hard gate is right.
     - samples: the map of a sample alone is its map in the batch, where its outputs are.
     - coverage: the gating ATen ops that the model dispatches are those that the report lists, family by family.
 
@@ -94,14 +105,15 @@ def check(
     bar that fits it, where the graph has dtypes of its own.
 
     Args:
-        target: what is explained, as for `Explainer.pullback`; None for a direction of all floating outputs.
+        target: what is explained, as for `Explainer.pullback`; of T targets for each sample, [B, T], their sum. None for a
+            direction of all floating outputs.
         model: what the explainer was made from, by default the very object.
         forward_kwargs: keyword arguments of the model.
         wrt: the activation that maps are with respect to, in place of the inputs; where none of these floats, by default the
             embedding of the token ids.
 
     Raises:
-        TypeError: `explainer` is no Explainer.
+        TypeError: `explainer` is no Explainer; inputs that the model does not take; a target of an unknown form.
         ValueError: a copy, an unpickled explainer, or one that ends at an inner output does not know its model: pass one; a `wrt`
             that names no activation; a target that does not fit.
     """
@@ -110,9 +122,12 @@ def check(
     source = explainer.origin if model is None else model
     if source is None:
         raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
-    positional, keyword = arguments_of(explainer.forward, inputs)
-    call = inspect.signature(explainer.forward).bind(*positional, **keyword, **(forward_kwargs or {}))
+    positional, named = Request(inputs, forward_kwargs=forward_kwargs).arguments(explainer.forward)
+    if reason := misfit(explainer.forward, positional, named):
+        raise InputError(reason)
+    call = inspect.signature(explainer.forward).bind(*positional, **named)
     args, kwargs = call.args, call.kwargs
+    target = as_target(target)
     with torch.inference_mode(False):
         explainer = explainer.for_call(*cloned(args), **cloned(kwargs))
 
@@ -145,14 +160,14 @@ def where_it_runs(name: str, run: Callable[[str, Question], Line], question: Que
             return Line(name, "not applicable", note="the model's own backward fails")
         known = "forward AD" in message or "not implemented for" in message or "require derivatives" in message
         if isinstance(error, NotImplementedError) or known:
-            return Line(name, "not applicable", note=message.splitlines()[0][:120])
+            return Line(name, "not applicable", note=f"PyTorch cannot run it: {message.splitlines()[0][:120]}")
         raise
 
 
 def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
     """The outputs of the explainer against those of `clone`, an eval clone of its model."""
     with torch.enable_grad():  # where nothing requires grad, PyTorch fuses transformer layers
-        with one_seed(draws(explainer)):
+        with one_seed(draws(explainer)), naming_inputs(explainer.forward, args, kwargs):
             expected = [t.detach() for t in tensors_of(clone(*cloned(args), **cloned(kwargs)))]
         with one_seed(draws(explainer)):
             outputs = [t.detach() for t in tensors_of(explainer(*cloned(args), **cloned(kwargs)))]
@@ -160,10 +175,11 @@ def check_forward(explainer: Explainer, clone: Callable[..., Any], args: tuple, 
         return Line("forward", "FAILED", note=f"shapes {[list(t.shape) for t in outputs]}, {[list(t.shape) for t in expected]}")
     error = distance(outputs, expected)
     if error == 0:
-        return Line("forward", "ok", 0.0, 0.0, "bitwise")
+        return Line("forward", "ok", 0.0, 0.0, "to the bit")
     fused = any(site.op == "MultiheadAttention" for site in explainer.report().sites)
     bar = 1e-5 if fused else 0.0
-    return Line("forward", "ok" if error <= bar else "FAILED", error, bar, "PyTorch fuses attention" if fused else "")
+    note = "PyTorch runs the model's attention by a fused path" if fused else ""
+    return Line("forward", "ok" if error <= bar else "FAILED", error, bar, note)
 
 
 def check_capture(explainer: Explainer, source: nn.Module, args: tuple, kwargs: dict) -> Line:
@@ -187,7 +203,8 @@ def check_affine_identity(name: str, question: Question) -> Line:
     """<nu, x> = <u, W(x) x> on the frozen network: nu by its pullback, W(x) x by `FrozenTangents` with x as the tangent."""
     frozen = question.at_temperature(FROZEN)
     bar = question.bar()
-    with torch.no_grad(), forward_ad.dual_level():
+    with warnings.catch_warnings(), torch.no_grad(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script", FutureWarning)  # PyTorch's own, at its first dual number
 
         def dual(t: Any) -> Any:
             return forward_ad.make_dual(t, t.clone()) if isinstance(t, Tensor) and t.is_floating_point() else t
@@ -205,7 +222,7 @@ def check_affine_identity(name: str, question: Question) -> Line:
     size = abs(forwards) + sum(float((m * t).abs().sum()) for m, t in pairs)
     error = abs(forwards - backwards) / max(size, 1e-30)
     kept = any(site.status != "rewritten" for site in question.explainer.report().sites)
-    note = "what keeps its derivative by its tangent" if kept else ""
+    note = "calls that are not rewritten count with their own derivative" if kept else ""
     return Line(name, "ok" if error <= bar else "FAILED", error, bar, note)
 
 
@@ -214,14 +231,14 @@ def check_hard_limit(name: str, question: Question) -> Line:
     signals = [site for site in question.explainer.report().of("rewritten") if "no signal passes" not in site.reason]
     others = sorted({site.kind for site in signals} - KINKED)
     if others:
-        return Line(name, "not applicable", note=f"{', '.join(others)}: no such limit")
+        return Line(name, "not applicable", note=f"only of gates with a kink, as ReLU has; here there is {', '.join(others)}")
     near = question.nudged()
     with plain_derivatives():
         expected = near.maps()
     found = near.at_hard_limit().maps()
     bar = max(question.bar(), 1e-6)
     error = distance(found, expected)
-    return Line(name, "ok" if error <= bar else "FAILED", error, bar, "at inputs moved a little, so that nothing is tied")
+    return Line(name, "ok" if error <= bar else "FAILED", error, bar, "at inputs moved a little, off every kink and tie")
 
 
 def check_samples(name: str, question: Question) -> Line:
@@ -280,9 +297,13 @@ MAPS: dict[str, Callable[[str, Question], Line]] = {
 
 def check_coverage(explainer: Explainer, clone: Callable[..., Any], args: tuple, kwargs: dict) -> Line:
     """The gating ops that `clone` dispatches against those that the report lists, family by family."""
-    runs, rows = dispatched(clone, args, kwargs), listed(explainer.report())
+    report = explainer.report()
+    runs, rows = dispatched(clone, args, kwargs), listed(report)
     wrong = {family: (runs[family], rows[family]) for family in sorted({*runs, *rows}) if runs[family] != rows[family]}
-    note = "; ".join(f"{family}: {a} dispatched, {b} listed" for family, (a, b) in wrong.items())
-    left = len(explainer.report().of("NOT REWRITTEN"))
-    note = note or f"{sum(runs.values())} gating ops, each listed" + (f", {left} NOT REWRITTEN" if left else "")
-    return Line("coverage", "FAILED" if wrong else "ok", float(len(wrong)), 0.0, note)
+    if not wrong:
+        left = len(report.of("NOT REWRITTEN"))
+        note = f"{sum(runs.values()) or 'none'} run" + (f", {left} NOT REWRITTEN" if left else "")
+        return Line("coverage", "ok", 0.0, 0.0, note)
+    notes = [f"{family}: {a} run, {b} in the report" for family, (a, b) in wrong.items()]
+    notes += [f"the trace did not see into {site.op} at {site.place}: {site.remedy}" for site in report.sites if site.opaque]
+    return Line("coverage", "FAILED", float(len(wrong)), 0.0, "; ".join(notes))

@@ -64,7 +64,9 @@ def frozen_tangent(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[st
     if kind == "hardsigmoid":  # torch's own derivative has a sixth in float32
         return ((z + 3).sign() - (z - 3).sign()) / 12 * t
     if kind == "written":
-        return frozen_tangent(args["row"], [z], y, t, dict(args.get("args", ())))
+        times, through = args.get("times", 1.0), args.get("through", 0.0)
+        gated = frozen_tangent(args["row"], [z], (y - through * z) / times, t, dict(args.get("args", ())))
+        return None if gated is None else times * gated + through * t
     if kind in SHARE:
         step = 1e-6
         near = (TABLE[kind].forward(z + step, **args) - TABLE[kind].forward(z - step, **args)) / (2 * step)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,7 @@ from .table import TABLE
 FUNCTIONS: dict[Any, str] = {}  # functions, their stand-ins and ops
 MODULES: dict[type[nn.Module], str] = {}
 STAND_INS: dict[Any, Callable] = {}  # function: what a trace calls in place of it
+SETTINGS: dict[str, tuple[Any, ...]] = {}  # by name, the gain and the temperatures that a gate was registered with
 
 
 def register_gate(
@@ -31,7 +33,9 @@ def register_gate(
     From then on `transform` finds it in every model: a function however the model holds it (by a name, an attribute, in a
     dictionary or a `functools.partial`), an op of `torch.ops`, a class of modules with its subclasses. A report notes what was
     not met. `Rules(registered={name: ...})` and overrides by place set its temperature; None restores its plain derivative.
-    Register in every process that uses, or unpickles, an explainer with it.
+    Register in every process that uses, or unpickles, an explainer with it. The gain is tried on a small tensor [2, 3], unless it
+    needs more than `z` and `tau`. A gate stays what it was registered as, since explainers that were made look it up by its name:
+    doing so again with the same gain and temperatures changes nothing, and with others it is refused.
 
     Args:
         target: the function, the op, or the `nn.Module` subclass. Its first argument is the pre-activation, the
@@ -48,8 +52,10 @@ def register_gate(
         `target` itself, or a stand-in for a function, so that this can be partially applied as a decorator.
 
     Raises:
-        TypeError: a target that is none of the three.
-        ValueError: a name that the table has already for another target, or a temperature that is not above 0.
+        TypeError: a target that is none of the three, or takes no argument; a gain that does not take `z` and `tau`, raises, or
+            returns no real tensor shaped like `z`; a name that is no string.
+        ValueError: a name that the table has already for another target; a target that is registered otherwise; a temperature
+            that is not a finite number above 0.
     """
     target = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     is_class = isinstance(target, type) and issubclass(target, nn.Module)
@@ -57,20 +63,31 @@ def register_gate(
     if not (is_class or is_op or isinstance(target, types.FunctionType | types.BuiltinFunctionType)):
         kind = type(target).__name__
         raise TypeError(f"register_gate takes a function, an op of torch.ops or a subclass of nn.Module, got a {kind}")
-    if not callable(gain):
-        raise TypeError(f"gain is a function of z and tau, got {gain!r}")
-    name = name or target.__name__
-    known = {**FUNCTIONS, **MODULES}
-    if name in TABLE and known.get(target) != name:
+    if not isinstance(name, str | None):
+        raise TypeError(f"name is what reports and rules call the gate, a string, got {name!r}")
+    name, known = name or target.__name__, {**FUNCTIONS, **MODULES}.get(target)
+    if known is not None:
+        if (known, gain, tau, frozen_at) != (name, *SETTINGS[known]):
+            raise ValueError(
+                f"{target.__name__} is registered already, as {known!r}, and explainers that were made would change with it: "
+                f"set its temperature by Rules(registered={{{known!r}: ...}}), or register another function"
+            )
+        return STAND_INS.get(target, target)
+    if name in TABLE:
         raise ValueError(f"the table has a row called {name!r} already: pass another name=")
-    if not tau > 0 or not frozen_at > 0:
-        raise ValueError(f"temperatures are above 0, got tau={tau!r}, frozen_at={frozen_at!r}")
+    for option, value in {"tau": tau, "frozen_at": frozen_at}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{option} is a temperature, a finite number above 0, got {value!r}")
+    if not takes(target.forward if is_class else target, *([None] if is_class else []), None):
+        raise TypeError(f"the first argument of {target.__name__} is to be the pre-activation, and it takes none")
+    tried(gain, {tau, frozen_at})
 
     def tempered(z: Tensor, tau: Any, **args: Any) -> Tensor:
         return gain(z, frozen_at if isinstance(tau, str) else tau, **args)
 
     row = gain_row(lambda z, **args: target(z, **args), tempered, tau)
     TABLE[name] = Row(row.forward, row.adjoint, tau, registered=True)
+    SETTINGS[name] = (gain, tau, frozen_at)
     if is_class:
         MODULES[target] = name
         return target
@@ -80,6 +97,45 @@ def register_gate(
     STAND_INS[target] = stand_in(target, name)
     FUNCTIONS[STAND_INS[target]] = name
     return STAND_INS[target]
+
+
+def takes(function: Callable, *arguments: Any) -> bool:
+    """Whether the first parameters of a function take these arguments; true of builtins that do not say what they take."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind_partial(*arguments)
+    except TypeError:
+        return False
+    return True
+
+
+def tried(gain: Any, temperatures: Iterable[float]) -> None:
+    """Raises TypeError where `gain(z, tau)`, tried on a tensor [2, 3], is seen to be no gain.
+
+    Nothing is said of one that needs more arguments, or is not for such a tensor: it may want pictures, or a GPU.
+    """
+    expected = "expected a function of z and tau that returns a real tensor shaped like z"
+    z = torch.linspace(-2, 2, 6).view(2, 3)
+    if not callable(gain) or not takes(gain, z, 1.0):
+        raise TypeError(f"got the gain {gain!r}; {expected}")
+    for tau in temperatures:
+        try:
+            inspect.signature(gain).bind(z, tau)
+        except (TypeError, ValueError):  # it needs more, or is a builtin that does not say
+            return
+        try:
+            with torch.no_grad():
+                factor = gain(z, tau)
+        except (TypeError, AttributeError, NameError) as error:
+            raise TypeError(f"the gain raises {type(error).__name__} at a z [2, 3] and tau={tau}: {error}") from error
+        except (RuntimeError, ValueError, IndexError, AssertionError):
+            return
+        if not isinstance(factor, Tensor) or factor.shape != z.shape or factor.is_complex():
+            got = f"a {factor.dtype} tensor {list(factor.shape)}" if isinstance(factor, Tensor) else f"a {type(factor).__name__}"
+            raise TypeError(f"the gain returns {got} for a z [2, 3]; {expected}")
 
 
 def stand_in(function: Callable, name: str) -> Callable:

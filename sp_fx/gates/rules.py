@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
@@ -31,15 +33,20 @@ class Rules:
     a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
     `Explainer.calibrate` measures.
 
+    `registered` has the temperatures of the gates that `register_gate` knows, by their names: `Rules(registered={"snake": 0.5})`.
+
     `overrides` maps patterns of places (`fnmatch`: `"layer4.*"`, as `report()` prints them), names of modules (`"layer4"`, with
     all that is in it) or ends that one place has to a temperature, or to a mapping from kinds to temperatures. A number passes
-    over normalisations and products. The last pattern that fits wins; one that fits no gate is an error.
+    over normalisations and products, and a mapping over the kinds that it does not name. Of several that fit a gate the last one
+    in the order of the mapping wins, whichever is the more specific, so write the general one first: by
+    `{"layer4": 0.3, "layer4.1.relu": None}` all gates in `layer4` are at 0.3 but that one. One that fits no gate is an error.
 
     Defaults: one deviation of the sample for the gates that a scale applies to, by `bench/temperatures.py`: on the zoo's CNN and
     on SqueezeNet better than the published 0.6 and 0.3, absolute, in fidelity and stability. For the others arXiv:2507.22832,
     and for kinds that it does not list those of the nearest kind it does.
 
     Raises:
+        TypeError: a keyword that is no kind; overrides, scales or registered gates that are no mapping from strings.
         ValueError: a temperature that is not a finite number above 0, `"frozen"` or `None`; an unknown kind; an unknown scale.
     """
 
@@ -73,6 +80,10 @@ class Rules:
     def __post_init__(self) -> None:
         for kind in KINDS:
             _check(f"Rules({kind}=...)", kind, getattr(self, kind))
+        _check_keys("registered", self.registered, "names of registered gates", "registered={'snake': 0.5}")
+        _check_keys("overrides", self.overrides, "places or patterns of them", "overrides={'layer4.*': 0.5}")
+        if isinstance(self.scale, Mapping):
+            _check_keys("scale", self.scale, "places", "scale={'layer4.1.relu': 0.8}")
         for name, tau in self.registered.items():
             if name not in registered_kinds():
                 kinds = ", ".join(registered_kinds()) or "none"
@@ -88,12 +99,10 @@ class Rules:
             object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
         elif self.scale not in ("absolute", "sample"):
             raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
-        if not isinstance(self.overrides, Mapping):
-            raise TypeError(f"overrides is a mapping from patterns of places to temperatures, got {self.overrides!r}")
         for pattern, override in self.overrides.items():
             for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
                 if kind not in KINDS and kind not in registered_kinds():
-                    raise ValueError(f"override {pattern!r} names the kind {kind!r}; the kinds are {', '.join(KINDS)}")
+                    raise ValueError(f"override {pattern!r}: {_unknown(kind, (*KINDS, *registered_kinds()))}")
                 _check(f"override {pattern!r}", kind, tau)
         copied = {pattern: dict(tau) if isinstance(tau, Mapping) else tau for pattern, tau in self.overrides.items()}
         object.__setattr__(self, "overrides", MappingProxyType(copied))
@@ -111,12 +120,12 @@ class Rules:
 
     @classmethod
     def frozen(cls) -> Rules:
-        """Every gate as the forward pass set it: the network is the affine map of its input that it acts as, `W(x) x + b(x)`.
+        """Rules that hold every gate as the forward pass set it: a network of affine layers and gates is then the affine map
+        `W(x) x + b(x)` that it is at its input.
 
-        That holds of networks of affine layers and of gates that have a rule. Not frozen are smooth functions that are no gates
-        (tanh, exp, a sigmoid alone), products and quotients of two signals in which neither is made by a gate, softmaxes that
-        multiply no values, recurrent cells, and calls that are NOT REWRITTEN: they keep their derivative, and the report counts
-        them. A B-cos network is made of such products, `out * |out| / norm`: its map under these rules is the plain gradient.
+        What is no gate keeps its derivative, and the report counts it: smooth functions (tanh, exp), products and quotients of
+        two signals of which neither is a gate, softmaxes that weigh no values, recurrent cells, calls that are NOT REWRITTEN. A
+        B-cos network is made of such products, `out * |out| / norm`, so its map under these rules is the plain gradient.
         """
         return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
 
@@ -146,21 +155,25 @@ class Rules:
         of one place (`"attn.softmax"`). `gates` are the sites of a report.
 
         Raises:
-            ValueError: an end that several places have.
+            ValueError: an end that several places have; two overrides that name the same places.
         """
         known = sorted({site.place for site in gates if site.kind})
         overrides: dict[str, Any] = {}
+        written: dict[str, str] = {}  # how the caller wrote each of them
         for pattern, override in self.overrides.items():
-            ends = [place for place in known if place.endswith(f".{pattern}")]
+            ends, full = [place for place in known if place.endswith(f".{pattern}")], pattern
             if any(fnmatchcase(place, pattern) for place in known):
-                overrides[pattern] = override
+                pass
             elif any(place.startswith(f"{pattern}.") for place in known):
-                overrides[f"{pattern}.*"] = override
+                full = f"{pattern}.*"
             elif len(ends) > 1:
                 several = f"{len(ends)} places: {', '.join(ends[:5])}{', ...' if len(ends) > 5 else ''}"
                 raise ValueError(f"the override {pattern!r} is the end of {several}; say which, or '*.{pattern}'")
-            else:
-                overrides[ends[0] if ends else pattern] = override
+            elif ends:
+                full = ends[0]
+            if full in overrides:
+                raise ValueError(f"the overrides {written[full]!r} and {pattern!r} are both for {full!r}: make them one")
+            overrides[full], written[full] = override, pattern
         return self if overrides == dict(self.overrides) else replace(self, overrides=overrides)
 
     def check_places(self, gates: Iterable[Any]) -> None:
@@ -172,7 +185,12 @@ class Rules:
         for pattern in self.overrides:
             if not any(fnmatchcase(place, pattern) for place in known):
                 places = ", ".join(known) or "none"
-                raise ValueError(f"the override {pattern!r} fits no gate of this model; its gates are at: {places}")
+                kind = ""
+                if pattern in (*KINDS, *registered_kinds()):
+                    tau = self.overrides[pattern]
+                    setting = f"{pattern}={tau!r}" if pattern in KINDS else f"registered={{{pattern!r}: {tau!r}}}"
+                    kind = f"{pattern!r} is a kind of gate, and Rules({setting}) sets it at every place; "
+                raise ValueError(f"the override {pattern!r} fits no gate of this model; {kind}its gates are at: {places}")
 
     def check_scales(self, gates: Iterable[Any]) -> None:
         """Raise ValueError if the scales are measured ones, and that of one of the `gates` is not among them."""
@@ -204,6 +222,42 @@ KINDS = tuple(f.name for f in fields(Rules) if f.name not in ("scale", "override
 def registered_kinds() -> tuple[str, ...]:
     """The names of the gates that users have registered."""
     return tuple(name for name, row in TABLE.items() if row.registered)
+
+
+def _checking_names(init: Callable[..., None]) -> Callable[..., None]:
+    """The `__init__` of `Rules`, with an error of our own for keywords that it does not have."""
+
+    @functools.wraps(init)
+    def checking(self: Rules, *args: Any, **values: Any) -> None:
+        if args:
+            raise TypeError(f"Rules takes its temperatures by keyword, such as Rules(relu=0.5), got {args[0]!r}")
+        names = [f.name for f in fields(Rules)]
+        for name in values:
+            if name not in names:
+                raise TypeError(f"Rules({name}=...): {_unknown(name, names)}")
+        init(self, **values)
+
+    return checking
+
+
+Rules.__init__ = _checking_names(Rules.__init__)  # type: ignore[method-assign]
+
+
+def _unknown(kind: Any, choices: Sequence[str]) -> str:
+    """What an error says of a kind that there is not among the `choices`."""
+    near = difflib.get_close_matches(str(kind), choices, 3, 0.7)
+    those = f"the nearest are {', '.join(near)}" if near else f"the kinds are {', '.join(choices)}"
+    hint = f"registered={{{kind!r}: ...}} sets a gate that register_gate has given this name"
+    return f"there is no kind {kind!r}; {those}. {hint}"
+
+
+def _check_keys(option: str, value: Any, keys: str, example: str) -> None:
+    """Raise TypeError unless `value` is a mapping from strings."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{option} is a mapping from {keys} to temperatures, such as {example}, got {value!r}")
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        kind = ", and a kind has a keyword of its own: Rules(relu=0.5)" if option == "overrides" else ""
+        raise TypeError(f"the keys of {option} are {keys}, which are strings, as in {example}{kind}; got {wrong[0]!r}")
 
 
 def _restore(values: dict) -> Rules:

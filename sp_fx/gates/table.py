@@ -12,13 +12,19 @@ from .adjoints import affine, attention, norms, pooling, products, relu, smooth
 from .adjoints.row import FROZEN, Row, Tau
 
 
-def written(z: Tensor, y: Tensor, row: str, args: tuple = ()) -> Tensor:
-    """What the model computed itself, `y`, as gate `row` of `z`: `x * sigmoid(x)` is `written(x, x * sigmoid(x), "silu")`."""
+def written(z: Tensor, y: Tensor, row: str, args: tuple = (), times: float = 1.0, through: float = 0.0) -> Tensor:
+    """What the model computed itself, `y`, as `times` gate `row` of `z`, plus `through z`: `x * sigmoid(x)` is
+    `written(x, x * sigmoid(x), "silu")`."""
     return y.view_as(y)
 
 
-def written_adjoint(v: Tensor, z: Tensor, y: Tensor, tau: Tau, row: str, args: tuple = ()) -> Tensor | None:
-    return TABLE[row].adjoint(v, z, tau=tau, **dict(args))
+def written_adjoint(
+    v: Tensor, z: Tensor, y: Tensor, tau: Tau, row: str, args: tuple = (), times: float = 1.0, through: float = 0.0
+) -> Tensor | None:
+    if (times, through) == (1.0, 0.0):
+        return TABLE[row].adjoint(v, z, tau=tau, **dict(args))
+    cotangent = TABLE[row].adjoint(times * v, z, tau=tau, **dict(args))
+    return cotangent if cotangent is None or not through else cotangent + (through * v).to(cotangent.dtype)
 
 
 def surrogate(y: Tensor, soft: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from ..analysis.calls import name_of
 from ..analysis.ops import SAME_VALUES
 from ..capture.arguments import ByName
 from ..capture.passed import lets_through
-from ..containers import tensors_of
+from ..containers import tensors_of, type_of
 from ..gates.adjoints.row import wide
 from ..gates.dual_path import dual_path
 from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.report import Report, Site
-from .requests import are_named
+from .requests import are_named, naming_inputs
 
 STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
 
@@ -93,7 +93,7 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
             by_name = isinstance(batch, Mapping) and are_named(module.forward, batch)
             inputs = () if by_name else batch if isinstance(batch, tuple) else (batch,)
             if isinstance(batch, list) or not all(map(tensors_of, inputs)):
-                got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type(batch).__name__
+                got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type_of(batch)
                 expected = "a tensor, or a tuple or a mapping of the model's inputs"
                 raise TypeError(f"batch {i} of the calibration set is {got}; expected {expected}")
             if len(inputs) > takes:
@@ -101,7 +101,8 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
             tensors = tensors_of(batch)
             try:
                 named = {**kwargs, **batch} if by_name else kwargs
-                gauge.run_by_name(inspect.signature(module.forward).bind(*inputs, **named).arguments)
+                with naming_inputs(module.forward, inputs, named):
+                    gauge.run_by_name(inspect.signature(module.forward).bind(*inputs, **named).arguments)
             except (RuntimeError, ValueError, TypeError) as error:
                 tried = f"batch {i} of the calibration set, of shape {', '.join(str(list(x.shape)) for x in tensors)}"
                 raise ValueError(f"the model cannot take {tried}: {str(error).splitlines()[0]}") from error

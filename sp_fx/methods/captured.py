@@ -15,15 +15,15 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import call_of
+from ..capture.arguments import ByName, call_of
 from ..capture.clones.clone import EvalClone
 from ..capture.clones.untouched import CHANGES
-from ..containers import items, tensors_of
-from ..measured.sample_axis import sample_axes
+from ..containers import cloned, items, tensors_of
+from ..measured.sample_axis import in_its_own_thread, sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
 from ..rewrite.report import Report
 from .pickled import graph_of, rows
-from .requests import spread
+from .requests import naming_inputs, spread
 from .subgraphs import ending_at, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
@@ -86,8 +86,11 @@ class CapturedModule(fx.GraphModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and not isinstance(args[0], Tensor):
             args, kwargs = spread(self, args[0])
-        module = self.for_call(*args, **kwargs)
-        return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with naming_inputs(self.forward, args, kwargs):
+            module = self.for_call(*args, **kwargs)
+            return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
 
     def for_call(self, *args: Any, **kwargs: Any) -> Self:
         """The module that runs calls with such arguments, most often this one; the first of each form is measured.
@@ -102,7 +105,7 @@ class CapturedModule(fx.GraphModule):
         obstacle = "" if compared else obstacle_to_comparing((args, kwargs))
         if compared or (obstacle and form in self._forms):
             return module
-        with self._measuring:
+        with self._measuring, naming_inputs(self.forward, args, kwargs):
             if form not in self._forms or not (obstacle or self._forms[form][1]):
                 self._measure(form, args, kwargs, obstacle)
             return self._forms.get(form, (self, False))[0]
@@ -135,6 +138,8 @@ class CapturedModule(fx.GraphModule):
                 becomes = first and verified.replaces
                 module = self._become(*verified.instead) if becomes else declared_class(self)(*verified.instead)
         graph, report, reason = module._placed(arguments)
+        if reason and self._compare is None and not obstacle:  # raises what the model does not take, before anything is settled
+            in_its_own_thread(lambda: ByName(EvalClone()(module)).run_by_name(cloned(dict(arguments))), True)
         if module is not self or first:
             module._settle(graph, noted(report, notes))
             unknown(report, reason)

@@ -19,9 +19,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
 from ..capture.arguments import ByName, checked
-from ..containers import rebuilt, tensors_of
+from ..containers import primary, rebuilt, tensors_of
 from ..measured.shapes import on_shapes_alone
-from ..targets import primary
 from .requests import Call, Key
 
 MOST = 6  # arguments to tell apart, by 64 ways to cut some of them
@@ -99,7 +98,7 @@ def run(module: fx.GraphModule, call: Call) -> Shapes:
     try:
         arguments = whole.apply(inspect.signature(module.forward).bind, whole.explained).arguments
         output = WithoutHooks(module).run_by_name(arguments)
-    except Exception as error:  # whatever a model raises for shapes that it does not take
+    except Exception as error:  # whatever a model's own code raises for shapes that it does not take, AssertionError say
         return Shapes([], None, f"it does not run, {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
     tensors, explained = tensors_of(output), None
     if not callable(call.target):

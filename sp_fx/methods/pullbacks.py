@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, fx
 
 from ..capture.arguments import ByName
-from ..containers import rebuilt
+from ..containers import is_array, rebuilt
 from ..targets import Target, only_output, resolve, seed
 from .ascent import Ascent
 from .captured import CapturedModule
 from .keyword_tensors import has_one_each, measured
-from .requests import Call, Inputs, Key, Request
+from .requests import Call, Inputs, Key, Request, naming_inputs
 from .subgraphs import find
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
@@ -69,7 +69,8 @@ def ascend(module: CapturedModule, request: Request, ascent: Ascent, return_path
                 steps[number] = x
         return path
 
-    request = replace(request, bounds=tuple(ascent.bounds or ()))
+    bounds: tuple[Any, ...] = ascent.bounds or ()
+    request = replace(request, bounds=tuple(torch.as_tensor(b) if is_array(b) else b for b in bounds))
     if not return_path:
         return explain(module, request, change)
     path = explain(module, request, whole_path, batch_axis=1)
@@ -141,7 +142,8 @@ def at_places(module: CapturedModule, request: Request, names: Sequence[str], ch
         def maps_of(piece: Call) -> list[Tensor]:
             leaves = [x.detach().requires_grad_() for x in piece.explained]
             run = Tapped(module, places)
-            output = run.run_by_name(piece.apply(inspect.signature(module.forward).bind, leaves).arguments)
+            with naming_inputs(module.forward, *request.arguments(module.forward)):
+                output = run.run_by_name(piece.apply(inspect.signature(module.forward).bind, leaves).arguments)
             return pulled_back(module, piece, output, [run.values[name] for name in names], chunk)
 
         maps = joined(map(maps_of, call.pieces(request.batch_size)), call.batch, 0)

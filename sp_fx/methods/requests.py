@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from ..capture.arguments import checked
-from ..containers import Slot, filled, rebuilt, tensors_of
+from ..containers import Slot, filled, is_array, leaves_by_path, rebuilt, tensors_of, type_of
+from ..measured.runs import first_line
 from ..targets import Direction, Target, as_target
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
@@ -36,6 +38,18 @@ class Request:
     bounds: tuple[Any, ...] = ()
     samplewise: frozenset[Key] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.forward_kwargs, Mapping | None):
+            raise TypeError(f"forward_kwargs is a mapping of keyword arguments, got a {type(self.forward_kwargs).__name__}")
+
+    def arguments(self, forward: Callable[..., Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """All arguments, positional and by keyword, of a call of a module with that forward."""
+        positional, keyword = arguments_of(forward, self.inputs)
+        others = self.forward_kwargs or {}
+        if twice := ", ".join(map(str, keyword.keys() & others.keys())):
+            raise InputError(f"{twice} is among the inputs and in forward_kwargs too: pass it once")
+        return (*positional, *self.extra), {**keyword, **others}
+
     def call(self, forward: Callable[..., Any]) -> Call:
         """The call that the request stands for, of a module with that forward.
 
@@ -51,10 +65,14 @@ class Request:
             leaves.append(usable(leaf))
             return Slot(len(leaves) - 1)
 
-        for value in positional:
+        if not (positional or keyword):
+            raise ValueError(f"expected at least one input, got an empty {type(self.inputs).__name__}")
+        if reason := misfit(forward, *self.arguments(forward)):
+            raise InputError(reason)
+        for value in positional or [keyword]:
             if not tensors_of(value):
                 expected = "a tensor, a container of tensors, a tuple of such, or a mapping of them, as inputs"
-                raise TypeError(f"expected {expected}; got {type(value).__name__}")
+                raise InputError(f"expected {expected}; got {type_of(value)}")
         skeleton = rebuilt((positional, keyword), slot)
         kwargs = {name: outside_inference(value) for name, value in dict(self.forward_kwargs or {}).items()}
         values = [*leaves, *map(outside_inference, self.extra)]
@@ -114,6 +132,60 @@ def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
     return takes_any or all(name in parameters for name in inputs)
 
 
+class InputError(TypeError):
+    """A forward cannot take its arguments; the message says which, what they are, and what is expected of them."""
+
+
+@contextmanager
+def naming_inputs(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """While it lasts an error that a forward raises for what it is called with is an `InputError`, where that can be seen.
+
+    Asked only once there is an error: what a forward does not read, such as the names in a batch, may be of any kind.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (TypeError, AttributeError, KeyError, RuntimeError) as error:
+        if reason := fault(forward, args, kwargs, error):
+            raise InputError(reason) from error
+        raise
+
+
+def fault(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], error: Exception) -> str:
+    """Says what is wrong with the arguments of a call that raised `error`: they do not fit the forward, one is an array of NumPy,
+    a mapping lacks a key; "" where nothing is."""
+    if reason := misfit(forward, args, kwargs):
+        return reason
+    arguments = inspect.signature(forward).bind(*args, **kwargs).arguments
+    leaves = {path: leaf for name, value in arguments.items() for path, leaf in leaves_by_path(value, name).items()}
+    arrays = [path for path, leaf in leaves.items() if is_array(leaf) and leaf.ndim]
+    if arrays and (isinstance(error, TypeError | AttributeError) or "numpy" in str(error)):
+        return f"the argument {arrays[0]} is a numpy.ndarray, expected a tensor: torch.from_numpy makes one ({first_line(error)})"
+    key = f"[{error.args[0]!r}]" if isinstance(error, KeyError) and error.args else ""
+    if key and any(isinstance(value, Mapping) for value in arguments.values()) and not any(key in path for path in leaves):
+        inside = ", ".join(path for path in leaves if "[" in path) or "none"
+        return f"the forward reads the key {key[1:-1]}, which is not among the inputs; these are {inside}"
+    return ""
+
+
+def misfit(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Says how arguments do not fit the parameters of a forward; "" where they do."""
+    signature = inspect.signature(forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        got = [f"{name} by name" for name in kwargs]
+        if len(args) == 1 and isinstance(args[0], Mapping):
+            others = [str(key) for key in args[0] if key not in signature.parameters]
+            kind = f"a {type(args[0]).__name__} with the keys {', '.join(map(str, args[0])) or 'none'}"
+            got.insert(0, f"{kind}, where no parameter is called {' or '.join(others)}" if others else kind)
+        elif args:
+            got.insert(0, f"{len(args)} by position")
+        return f"the inputs do not fit the model's forward{signature}: {error}; got {', '.join(got) or 'none'}"
+    return ""
+
+
 def usable(x: Tensor) -> Tensor:
     """The input as autograd can use it."""
     if x.is_complex():
@@ -147,8 +219,6 @@ class Call:
     samplewise: frozenset[Key] = frozenset()  # arguments beside the inputs that go with the samples
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise ValueError("expected at least one input, got an empty tuple")
         batches = {x.shape[0] for x in self.explained}
         if len(batches) > 1:
             raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")

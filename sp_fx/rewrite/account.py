@@ -6,17 +6,18 @@ A decision writes a line here, and passes on its edit, which is applied before t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
-from ..analysis.attention import Shapes
+from ..analysis.attention.uses import Use
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
 from ..gates.adjoints.row import Temperature
 from ..gates.rules import Rules
-from .edits import Edit, Rewriting
+from .edits.rewriting import Edit, Rewriting
 from .report import Site, Status
 
 
@@ -26,12 +27,12 @@ class Account:
     Attributes:
         sites: the lines of the report.
         nodes: the call of each line.
-        shapes: what nodes are, as fake tensors; None where that is not known.
+        softmaxes: what each softmax is used for.
         rewriting: the graph, and what the edits so far have put in place of what.
     """
 
-    def __init__(self, facts: Facts, rules: Rules, shapes: Shapes | None = None) -> None:
-        self.facts, self.rules, self.shapes = facts, rules, shapes
+    def __init__(self, facts: Facts, rules: Rules, softmaxes: Mapping[fx.Node, Use | str]) -> None:
+        self.facts, self.rules, self.softmaxes = facts, rules, softmaxes
         self.sites: list[Site] = []
         self.nodes: list[fx.Node] = []
         self.rewriting = Rewriting(facts)

@@ -6,13 +6,13 @@ from typing import Any
 
 from torch import fx
 
-from ..analysis.attention import is_softmax, mixing, verdict, weights_of
+from ..analysis.attention.uses import mixing
 from ..analysis.calls import keywords, op_of
 from ..analysis.facts import Facts
+from ..analysis.ops import LISTED
 from ..analysis.readers import SOFTMAX
-from ..analysis.written.softmax import Softmax
 from .account import Account
-from .edits import FreezeSoftmax
+from .edits.softmax import FreezeSoftmax
 from .report import WRITTEN_OUT
 
 ALONE = "a softmax that multiplies no values"  # but by what it is summed up to
@@ -21,45 +21,23 @@ ELSEWHERE = "a softmax whose products are not summed up along its axis"
 
 def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A softmax, by torch's own call or written out."""
-    softmax, refusal = softmax_of(node, facts)
-    if softmax is None:
-        if refusal:
-            account.note(node, "NOT REWRITTEN", refusal)
-        return bool(refusal)
+    use = account.softmaxes.get(node)
+    if use is None:
+        return False
+    if isinstance(use, str):
+        account.note(node, "NOT REWRITTEN", use)
+        return True
     written = node in facts.patterns
-    weights = weights_of(node, facts)
-    found = verdict(node, softmax.dim, weights, facts, account.shapes)
-    if found != "attention":
-        account.note(node, "kept", ALONE if found == "alone" else ELSEWHERE)
+    if use.verdict != "attention":
+        account.note(node, "kept", ALONE if use.verdict == "alone" else ELSEWHERE)
     elif (tau := account.gate(node, "attention")) is not None:
-        rows = {p: mixing(p, weights.passing, facts) for p in weights.products}
-        plain = {p: form for p, form in rows.items() if form is not None and form[0] not in weights.gated}
+        rows = {p: mixing(p, use.weights.passing, facts) for p in use.weights.products}
+        plain = {p: form for p, form in rows.items() if form is not None and form[0] not in use.weights.gated}
         dtype = None if written else dtype_of(node)
-        account.apply(FreezeSoftmax(node, softmax, written, dtype, weights, plain, tau))
-    if written and len(softmax.inside) > 1:
+        account.apply(FreezeSoftmax(node, use.softmax, written, dtype, use.weights, plain, tau))
+    if written and facts.op(node) not in LISTED:
         account.amend(op=f"{facts.op(node)}{WRITTEN_OUT}")
     return True
-
-
-def has_softmax(facts: Facts) -> bool:
-    """Whether any node of a graph is a softmax."""
-    return any(is_softmax(node, facts) for node in facts.graph.nodes)
-
-
-def softmax_of(node: fx.Node, facts: Facts) -> tuple[Softmax | None, str]:
-    """Returns the softmax that a node closes; or, of one with arguments that cannot be read, why."""
-    if isinstance(pattern := facts.patterns.get(node), Softmax):
-        return pattern, ""
-    reader = SOFTMAX.get(op_of(node))
-    if reader is None:
-        return None, ""
-    try:
-        scores, dim, *_ = reader(*node.args, **keywords(node))
-    except TypeError as error:
-        return None, f"its arguments are not constants of the graph: {error}"
-    if dim is None:
-        return None, "softmax without a dim"
-    return Softmax(scores, dim, (node,)), ""
 
 
 def dtype_of(node: fx.Node) -> Any:

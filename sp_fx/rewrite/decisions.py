@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
-from ..analysis.facts import Facts
+from ..analysis.facts import Facts, gates_among
 from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
 from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
-from ..analysis.written.norms import Statistic
+from ..analysis.written.norms import Statistic, centred_over
+from ..analysis.written.products import Product
 from ..capture.kept_functions import applied
-from ..gates.adjoints.row import FROZEN
+from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
-from .edits import CloseWritten, Compete, Freeze, OpenLeaf, ReplaceCall, Surrogate
+from .edits.calls import Compete, Freeze, OpenLeaf, ReplaceCall, Surrogate
+from .edits.written import CloseWritten, Regroup
 from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
@@ -54,14 +57,48 @@ def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         account.note(node, "kept", f"{gate.kind}, {SMOOTH_FUNCTION}")
         account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
         return True
+    tau = written_line(node, gate, account)
+    if tau is not None:
+        account.apply(CloseWritten(node, account.rewriting.unshared.get(node, gate), tau, account.scale))
+    return True
+
+
+def written_line(node: fx.Node, gate: Written, account: Account) -> Temperature | None:
+    """Write a line on a gate that is written out; returns its temperature."""
     tau = account.gate(node, rule_of(gate.kind))
     if not TABLE[gate.kind].registered:
         account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
+    reasons = [account.sites[-1].reason]
+    if (gate.times, gate.through) != (1.0, 0.0):
+        reasons.append(f"{gate.times:g} times it" + (f", and {gate.through:g} times its argument" if gate.through else ""))
     if gate.weights:
-        reason = f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again"
-        account.amend(reason="; ".join(filter(None, (account.sites[-1].reason, reason))))
-    if tau is not None:
-        account.apply(CloseWritten(node, account.rewriting.unshared.get(node, gate), tau, account.scale))
+        reasons.append(f"with {', '.join(gate.weights)} as it was at transform: after an update, transform again")
+    account.amend(reason="; ".join(filter(None, reasons)))
+    return tau
+
+
+def regrouped(node: fx.Node, facts: Facts, account: Account) -> bool:
+    """A product in which the factors of a gate stand apart."""
+    product = facts.patterns.get(node)
+    if not isinstance(product, Product):
+        return False
+    gate, constant = product.gate, None
+    if gate.smooth:
+        account.note(node, "kept", f"product rule; {gate.kind}, {SMOOTH_FUNCTION}")
+        return True
+    tau = written_line(product.products[-1], gate, account)
+    scale = account.scale
+    others = [factor.value for factor in product.others if facts.is_signal(factor.value)]
+    if others:
+        makers: dict[Any, str] = {n: facts.maker(n) for n in others}
+        gates = gates_among({**makers, "gate": "" if gate.through else gate.kind})
+        if len(gates) != 1:
+            account.note(node, "kept", "product rule")
+        elif account.gate(node, "product") is None:
+            account.amend(reason="product rule")
+        else:
+            (constant,) = gates
+    account.apply(Regroup(node, product, tau, scale, constant))
     return True
 
 
@@ -89,8 +126,8 @@ def written_norm(node: fx.Node, facts: Facts, account: Account) -> bool:
     if not isinstance(norm, Statistic):
         return False
     if account.gate(node, norm.kind) is not None:
-        for call, at in norm.constants:
-            account.apply(Freeze(call, call.args[at]))  # type: ignore[arg-type]
+        for call, statistic in norm.constants:
+            account.apply(Freeze(call, statistic))
     account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
     return True
 
@@ -124,6 +161,10 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     elif call.kind == "cosine_similarity":
         if account.gate(node, "normalize") is not None:
             account.apply(Surrogate(node, call))
+    elif call.kind == "rms_norm" and (signal := centred_over(facts.view, call.tensors[0], call.args["normalized_shape"])):
+        if (tau := account.gate(node, "layer_norm")) is not None:
+            account.apply(ReplaceCall(node, call, tau, account.scale))
+            account.apply(Freeze(signal.centring, signal.taken_off))  # type: ignore[arg-type]
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
         if tau is None and call.kind == "glu":
@@ -210,7 +251,7 @@ def constant_elsewhere(node: fx.Node, facts: Facts) -> list[str]:
     own = {facts.view.carried(n) for n in facts.signal_inputs(node)}
     for closing, norm in facts.patterns.items():
         if isinstance(norm, Statistic):
-            statistics = {facts.view.carried(n) for n in norm.statistics}
+            statistics = {facts.view.carried(n) for _, n in norm.constants}
             if own & statistics and "place" in closing.meta:
                 return [f"by a statistic that is a constant at {closing.meta['place']}, and keeps its derivative here"]
     return []

@@ -12,7 +12,10 @@ from dataclasses import dataclass
 
 from torch import fx, nn
 
-from ..analysis.attention import Shapes
+from ..analysis.attention import divided_later
+from ..analysis.attention.probe import Shapes
+from ..analysis.attention.uses import uses
+from ..analysis.attention.weights import has_softmax
 from ..analysis.facts import Facts
 from ..analysis.written.gates import Written
 from ..capture.capture import Capture
@@ -22,8 +25,9 @@ from ..capture.tracing.regions import close_regions
 from ..gates.rules import Rules, registered_kinds
 from . import attention, decisions
 from .account import Account
-from .edits import Unshare
-from .out_of_place import normalise
+from .edits.written import Unshare
+from .prepared.computed_twice import merge
+from .prepared.out_of_place import normalise
 from .report import Report
 from .signal_path import mark_steering
 
@@ -32,6 +36,7 @@ ORDER: tuple[Decision, ...] = (  # the first that answers settles a node
     decisions.affine_leaf,
     decisions.constant,
     decisions.written_gate,
+    decisions.regrouped,
     decisions.leaf,
     decisions.written_norm,
     attention.softmax,
@@ -65,9 +70,12 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     """
     graph = capture.graph
     notes = normalise(capture.modules, graph)
+    merge(capture.modules, graph)
     facts = Facts(capture, take_markers(graph))
-    shapes = measure(capture.modules, graph) if measure is not None and attention.has_softmax(facts) else None
-    account = Account(facts, rules, shapes)
+    asks = has_softmax(facts) or divided_later.may_be_in(facts)
+    shapes = measure(capture.modules, graph) if measure is not None and asks else None
+    divided_later.find(facts, shapes)
+    account = Account(facts, rules, uses(facts, shapes))
     nodes = list(graph.nodes)
     for node, pattern in facts.patterns.items():
         if isinstance(pattern, Written) and len(facts.view.private(pattern.inside, node)) < len(pattern.inside):

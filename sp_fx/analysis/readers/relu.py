@@ -21,6 +21,8 @@ def relu(input, inplace=False):
 
 @reads(F.leaky_relu, F.leaky_relu_, aten.leaky_relu, aten.leaky_relu_)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
+    if negative_slope == 0:  # by any name
+        return relu(input)
     return Gate("leaky_relu", (input,), {"negative_slope": negative_slope})
 
 
@@ -28,7 +30,7 @@ def leaky_relu(input, negative_slope=0.01, inplace=False):
 def rrelu(input, lower=1 / 8, upper=1 / 3, training=False, inplace=False):
     if training:
         return Unread("rrelu draws random slopes: training=True in the call")
-    return Gate("leaky_relu", (input,), {"negative_slope": (lower + upper) / 2})
+    return leaky_relu(input, (lower + upper) / 2)
 
 
 @reads(F.prelu, torch.prelu, "prelu", aten.prelu)
@@ -43,7 +45,7 @@ def relu6(input, inplace=False):
 
 @reads(F.hardtanh, F.hardtanh_, aten.hardtanh, aten.hardtanh_)
 def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
-    if min_val == 0 and max_val in (None, math.inf):  # by any name
+    if min_val == 0 and max_val in (None, math.inf):
         return relu(input)
     if max_val == 0 and min_val in (None, -math.inf):
         return Gate("negative_relu", (input,))
@@ -119,11 +121,13 @@ def absolute(input):
 
 @reads(F.elu, F.elu_)
 def elu(input, alpha=1.0, inplace=False):
-    return Gate("elu", (input,), {"alpha": alpha, "output_scale": 1.0, "input_scale": 1.0})
+    return aten_elu(input, alpha)
 
 
 @reads(aten.elu, aten.elu_)
 def aten_elu(input, alpha=1.0, scale=1.0, input_scale=1.0):
+    if alpha == 0 and scale == 1:
+        return relu(input)
     return Gate("elu", (input,), {"alpha": alpha, "output_scale": scale, "input_scale": input_scale})
 
 

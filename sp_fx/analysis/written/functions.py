@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 # 1e-5: constants are written with eight digits or so, and casts to float32 may be inside; the two GELUs differ by 5e-4.
 TOLERANCE = 1e-5
 FAR = 200.0  # where exp(-z) is finite still
+SATURATED = {"gelu", "silu", "quick_gelu", "hardswish", "mish"}
 FARTHER = 1e6  # where bounds and slopes are read off, unless the form is infinite there
 
 Form = tuple[str, dict[str, Any], Callable[[Tensor], Tensor]]  # the kind, its arguments, the function
@@ -32,28 +34,52 @@ def points(numbers: Iterable[float] = ()) -> Tensor:
     return torch.cat([grid, random, torch.tensor([sign * n for n in far for sign in (1, -1)] + [0.0], dtype=torch.float64)])
 
 
-def gate_of(z: Tensor, y: Tensor, numbers: Iterable[float] = ()) -> tuple[str, dict[str, Any]] | None:
-    """Returns the row, and its arguments, of the gate whose values at the points `z` are `y`; None where no gate has them."""
-    return match(z, y, gates(z, y, numbers))
+@dataclass(frozen=True)
+class Fit:
+    """A function of a number: `times` the gate, or smooth function, `kind`, plus `through` times the number."""
+
+    kind: str
+    args: dict[str, Any]
+    times: float = 1.0
+    through: float = 0.0
 
 
-def smooth_of(z: Tensor, y: Tensor) -> str | None:
-    """Returns the name of the smooth function, which is no gate, whose values at the points `z` are `y`."""
-    found = match(z, y, [(name, {}, function) for name, function in SMOOTH.items()])
-    return None if found is None else found[0]
+def gate_of(z: Tensor, y: Tensor) -> Fit | None:
+    """Returns the gate whose values at the points `z` are `y`; None where no gate has them."""
+    return match(z, y, gates(z, y))
 
 
-def match(z: Tensor, y: Tensor, forms: Iterable[Form]) -> tuple[str, dict[str, Any]] | None:
+def multiple_of(z: Tensor, y: Tensor) -> Fit | None:
+    """Returns the gate of which `y` is a multiple, or a multiple plus one of `z`: of `z (1 + sigmoid(z))` SiLU, once, plus `z`.
+
+    Far out a gate is 0 on one side, and `z` on the other: the slopes of `y` there are `through`, and `through + times`.
+    """
+    low, high = (float(y[z == end][0]) / end for end in (-FAR, FAR))
+    if not (math.isfinite(low) and math.isfinite(high)) or abs(high - low) < 1e-6:
+        return None
+    slopes = {"abs"} if abs(low + high) < 1e-6 else {"relu", "leaky_relu"}
+    for through, times, kinds in ((0.0, high, slopes), (0.0, low, {"negative_relu"}), (low, high - low, SATURATED)):
+        if abs(times) > 1e-6 and (found := gate_of(z, (y - through * z) / times)) is not None and found.kind in kinds:
+            return Fit(found.kind, found.args, round(times, 9), round(through, 9))
+    return None
+
+
+def smooth_of(z: Tensor, y: Tensor) -> Fit | None:
+    """Returns the smooth function, which is no gate, whose values at the points `z` are `y`."""
+    return match(z, y, [(name, {}, function) for name, function in SMOOTH.items()])
+
+
+def match(z: Tensor, y: Tensor, forms: Iterable[Form]) -> Fit | None:
     y = y.double()
     for kind, args, function in forms:
         expected = function(z)
         close = (y - expected).abs() <= TOLERANCE * (1 + expected.abs())
         if bool((close | (~y.isfinite() & (z.abs() > FAR))).all()):  # a form by exp overflows far out
-            return kind, args
+            return Fit(kind, args)
     return None
 
 
-def gates(z: Tensor, y: Tensor, numbers: Iterable[float]) -> Iterable[Form]:
+def gates(z: Tensor, y: Tensor) -> Iterable[Form]:
     """The gates that a function with the values `y` may be: those with parameters have the parameters that its values say."""
 
     def at(point: float) -> float:

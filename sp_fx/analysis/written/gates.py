@@ -8,7 +8,7 @@ they are written, and the values compared with those of the gates in the table. 
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from ..calls import op_of
 from ..ops import ACTIVATIONS, BOUNDS, CARRIES, JOINS, MULTIPLES, PIECEWISE, POINTWISE, REDUCES, SMOOTH
 from ..readers import READERS
-from .functions import gate_of, points, smooth_of
+from .functions import Fit, gate_of, multiple_of, points, smooth_of
 from .graph import Graph
 
 LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
@@ -26,9 +26,9 @@ LIMIT = 16  # calls; the longest form known, GELU by tanh, has 9
 
 @dataclass(frozen=True)
 class Written:
-    """A function of `source` that the calls `inside` compute, the last of which closes it.
+    """A function of `source` that the calls `inside` compute, the last of which closes it: `times` the gate `kind`, a row of the
+    table, with its arguments, plus `through` times the source; or a smooth function of that name, which is no gate.
 
-    `kind` is its row of the table, `args` the row's arguments; or, of a smooth function that is no gate, its name.
     `weights` names the model's weights that the arguments were read from: "rate" of `x * sigmoid(self.rate * x)`.
     """
 
@@ -38,6 +38,14 @@ class Written:
     inside: tuple[fx.Node, ...]
     weights: tuple[str, ...] = ()
     smooth: bool = False
+    times: float = 1.0
+    through: float = 0.0
+
+
+def written_as(fit: Fit, graph: Graph, source: fx.Node, inside: Sequence[fx.Node], smooth: bool = False) -> Written:
+    """Returns the function of `source` that fits what the calls `inside` compute."""
+    weights = graph.weights_of(inside)
+    return Written(fit.kind, fit.args, source, tuple(inside), weights, smooth, fit.times, fit.through)
 
 
 def written_gates(graph: Graph, nodes: Collection[fx.Node], taken: Collection[fx.Node]) -> dict[fx.Node, Written]:
@@ -66,23 +74,24 @@ def written_gate(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], clai
             continue
         if is_chain(graph, inside) and not (names <= BOUNDS | ACTIVATIONS and len(calls) == 2):
             continue
-        numbers = numbers_in(graph, inside)
-        z = points(numbers)
+        z = points(numbers_in(graph, inside))
         try:
             y = graph.computed(inside, {source: z.clone()})
         except Exception:  # a form that does not run on numbers is none of these gates
             continue
-        if not (isinstance(y, Tensor) and y.shape == z.shape and not y.is_complex()):
+        if not (isinstance(y, Tensor) and y.shape == z.shape and y.is_floating_point()):
             continue
         if adds_nothing(graph, inside, z, y):
             continue
-        gate = gate_of(z, y, numbers)
-        if is_chain(graph, inside) and (gate is None or gate[0] != "hardtanh"):
+        gate = gate_of(z, y)
+        if is_chain(graph, inside) and (gate is None or gate.kind != "hardtanh"):
             continue
+        if gate is None and named(graph, inside) is None:
+            gate = multiple_of(z, y)
         if gate is not None:
-            widest = Written(*gate, source, tuple(inside), graph.weights_of(inside))
+            widest = written_as(gate, graph, source, inside)
         elif (not names <= SMOOTH | MULTIPLES or names & PIECEWISE) and (smooth := smooth_of(z, y)) is not None:
-            widest = Written(smooth, {}, source, tuple(inside), graph.weights_of(inside), smooth=True)
+            widest = written_as(smooth, graph, source, inside, smooth=True)
     return widest
 
 
@@ -99,10 +108,16 @@ def is_chain(graph: Graph, inside: Collection[fx.Node]) -> bool:
 
 def adds_nothing(graph: Graph, inside: Collection[fx.Node], z: Tensor, y: Tensor) -> bool:
     """Whether all that the calls compute is one gate by name, and multiples that change nothing, as `relu(x) * 1`."""
+    gate = named(graph, inside)
+    return gate is not None and torch.equal(graph.computed([gate], {graph.inputs(gate)[0]: z.clone()}), y)
+
+
+def named(graph: Graph, inside: Collection[fx.Node]) -> fx.Node | None:
+    """Returns the gate by name of which the calls compute a multiple and what is affine beside it: the call `silu` of
+    `2 * F.silu(x) + x`. None where they call something else, too."""
     others = [n for n in inside if graph.called(n) not in {"", *CARRIES, *MULTIPLES}]
-    if len(others) != 1 or op_of(others[0]) not in READERS or len(graph.inputs(others[0])) != 1:
-        return False
-    return torch.equal(graph.computed(others, {graph.inputs(others[0])[0]: z.clone()}), y)
+    alone = len(others) == 1 and op_of(others[0]) in READERS and len(graph.inputs(others[0])) == 1
+    return others[0] if alone else None
 
 
 def is_pointwise(graph: Graph, node: fx.Node) -> bool:

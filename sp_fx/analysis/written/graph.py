@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,9 @@ def is_literal(node: fx.Node) -> bool:
 
 def is_new_axis(node: fx.Node) -> bool:
     """Whether a call indexes by whole slices and new axes alone: `x[:, None]`."""
+    if called(node) == "slice":  # ATen's, of one axis
+        given = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
+        return given[0] in (None, 0) and given[1] in (None, sys.maxsize) and given[2] in (None, 1)
     index = node.args[1] if node.target is operator.getitem else ()
     parts = index if isinstance(index, tuple) else (index,)
     return bool(parts) and all(part is None or part is Ellipsis or part == slice(None) for part in parts)

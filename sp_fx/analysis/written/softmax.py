@@ -19,17 +19,28 @@ from .graph import Graph
 
 LIMIT = 12  # calls
 SIZES = (3, 4, 5, 6)
+Axes = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """The softmax of `scores`, or of their negative, over `dim`, which the calls `inside` compute, the last of which closes
-    it."""
+    """The softmax of `scores`, or of their negative, over the axes `dim`, which the calls `inside` compute, the last of which
+    closes it.
+
+    Where the exponentials of the scores are divided by their sum later, as in `e * mask / (e * mask).sum(-1, True)`, the last
+    call is the exponential; `late` are the quotients of what these have weighed by their sum, as in `(e @ v) / e.sum(-1)`.
+    """
 
     scores: fx.Node
-    dim: int
+    dim: int | Axes
     inside: tuple[fx.Node, ...]
+    late: tuple[fx.Node, ...] = ()
     kind: str = "softmax"
+
+    @property
+    def dims(self) -> Axes:
+        """The axes, as a tuple."""
+        return self.dim if isinstance(self.dim, tuple) else (self.dim,)
 
 
 def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Softmax | None:
@@ -41,7 +52,9 @@ def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -
         names = {graph.called(n) for n in inside}
         if not names & EXPONENTIALS or names - {""} <= POINTWISE:
             continue
-        for dim in sorted({dim for n in inside for dim in axes_of(n)}):
+        axes: set[int | Axes] = {dim for n in inside for dim in axes_of(n)}
+        axes |= {dims for n in inside for dims in pairs_of(n)}
+        for dim in sorted(axes, key=repr):
             if all(is_softmax(graph, scores, inside, dim, rank) is not False for rank in (2, 3, 4)) and any(
                 is_softmax(graph, scores, inside, dim, rank) for rank in (2, 3, 4)
             ):
@@ -49,13 +62,13 @@ def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -
     return widest
 
 
-def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int, rank: int) -> bool | None:
+def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int | Axes, rank: int) -> bool | None:
     """Whether the calls give the softmax over `dim` of scores of that `rank`, or of their negative; None where they do not run
     on such."""
     z = torch.randn(SIZES[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
         y = graph.computed(inside, {scores: z.clone()})
-        expected = z.softmax(dim), (-z).softmax(dim)
+        expected = [e / e.sum(dim, keepdim=True) for e in (z.exp(), (-z).exp())]
     except Exception:  # of another rank
         return None
     same_shape = isinstance(y, Tensor) and y.shape == z.shape
@@ -64,11 +77,22 @@ def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: 
 
 def axes_of(node: fx.Node) -> Iterator[int]:
     """The axes that a call names."""
-    arguments: list[Any] = [*node.args[1:], *(node.kwargs.get(key) for key in ("dim", "axis"))]
-    for value in arguments:
+    for value in named_in(node):
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, int) and not isinstance(item, bool) and -4 <= item < 4:
                 yield item
+
+
+def pairs_of(node: fx.Node) -> Iterator[Axes]:
+    """The axes that a call names together: (1, 2) of `x.sum((1, 2))`."""
+    for value in named_in(node):
+        if isinstance(value, tuple | list) and len(value) > 1 and all(type(item) is int for item in value):
+            yield tuple(value)
+
+
+def named_in(node: fx.Node) -> list[Any]:
+    """Returns the arguments of a call that may name axes."""
+    return [*node.args[1:], *(node.kwargs.get(key) for key in ("dim", "axis"))]
 
 
 def regions(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Iterator[tuple[fx.Node, list[fx.Node]]]:

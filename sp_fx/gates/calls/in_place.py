@@ -1,6 +1,6 @@
 """What a rewritten graph calls where the model works in place: copies to write over, the writes, and what they leave.
 
-`rewrite/out_of_place.py` says where.
+`rewrite/prepared/out_of_place.py` says where.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..analysis.aliasing import (
+from ...analysis.aliasing import (
     Aliasing,
     Member,
     first,
@@ -30,10 +30,10 @@ from ..analysis.aliasing import (
     reads_form,
     returns_target,
 )
-from ..analysis.calls import name_of, out_of_place, written
-from ..analysis.ops import CHOICES, FACTORS, FRESH, PRODUCT, QUOTIENT, having
-from ..analysis.readers import READERS
-from ..gates.calls.in_place import after, copied, in_form_of, overwrite_, setitem_
+from ...analysis.calls import name_of, out_of_place, written
+from ...analysis.ops import CHOICES, FACTORS, FRESH, PRODUCT, QUOTIENT, having
+from ...analysis.readers import READERS
+from ...gates.calls.in_place import after, copied, in_form_of, overwrite_, setitem_
 
 SAME_FORM = having("same_form")
 

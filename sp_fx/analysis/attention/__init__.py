@@ -1,0 +1,1 @@
+"""What softmaxes are used for: where their weights go, and whether they weigh values."""

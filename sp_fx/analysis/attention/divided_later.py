@@ -1,0 +1,186 @@
+"""Softmaxes whose exponentials are divided by their sum when they have met something else: a mask, as in
+`e * mask / (e * mask).sum(-1, True)`, or the values, as in `(e @ v) / e.sum(-1, True)`.
+
+Such an exponential is a softmax without its division. It is known by runs: on random numbers in its place, what it is divided
+into sums up to 1, or weighs values that are all 1 to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..calls import operands_of
+from ..facts import Facts
+from ..ops import CHOICES, EXPONENTIALS, PASSED, POWERS, PRODUCT, QUOTIENT
+from ..written.norms import Statistic
+from ..written.softmax import SIZES, Axes, Softmax
+from .probe import Probe, Shapes
+from .weights import Weights, inputs_of, is_linear, weights_of
+
+TOLERANCE = 1e-4  # small numbers keep sums from 0
+
+
+def may_be_in(facts: Facts) -> bool:
+    """Whether a graph has an exponential that may be such a softmax."""
+    return any(scores_of(node, facts) is not None for node in facts.graph.nodes)
+
+
+def find(facts: Facts, shapes: Shapes | None) -> None:
+    """Add the softmaxes of a graph whose exponentials are divided later to its patterns, by these exponentials."""
+    for node in facts.graph.nodes:
+        if (scores := scores_of(node, facts)) is not None:
+            find_at(node, scores, facts, shapes or {})
+
+
+def scores_of(node: fx.Node, facts: Facts) -> fx.Node | None:
+    """Returns what an exponential is of, which no other pattern has a part in: `s` of `s.exp()` and of `2 ** s`."""
+    if not node.op.startswith("call") or node not in facts.signals or node in facts.parts or node in facts.patterns:
+        return None
+    if facts.op(node) in POWERS:
+        base, *exponent = node.args
+        fits = len(exponent) == 1 and facts.view.number(base) is not None
+        return exponent[0] if fits and isinstance(exponent[0], fx.Node) else None
+    inputs = inputs_of(node, facts)
+    return inputs[0] if facts.op(node) in EXPONENTIALS and len(inputs) == 1 else None
+
+
+def find_at(node: fx.Node, scores: fx.Node, facts: Facts, shapes: Shapes) -> None:
+    weights, own = weights_of(node, facts), made_of(node, facts)
+    early = [n for n in weights.passing & own if n is not node and facts.op(n) in QUOTIENT | PRODUCT | PASSED]
+    weighed = weighed_by(weights, facts)
+    late = [n for n in facts.graph.nodes if n.op.startswith("call") and is_divided(n, weighed, own, facts)]
+    divided: dict[fx.Node, Axes] = {}
+    for closing in early + late:
+        axes = axes_of_sum(closing, node, closing in late, weights.passing | weighed | own, weights, facts, shapes)
+        if axes is not None:
+            divided[closing] = axes
+    if not divided:
+        return
+    closings = tuple(n for n in late if n in divided)
+    facts.patterns[node] = Softmax(scores, next(iter(divided.values())), (node,), closings)
+    for part in between(divided, own):
+        if isinstance(facts.patterns.get(part), Statistic):  # a sum of positive numbers is a norm, too
+            del facts.patterns[part]
+        facts.parts[part] = node
+
+
+def made_of(node: fx.Node, facts: Facts) -> set[fx.Node]:
+    """Returns the node, and what is made of it alone."""
+    own = {node}
+    for n in facts.graph.nodes:
+        read = inputs_of(n, facts) if n.op.startswith("call") else []
+        if read and all(r in own for r in read):
+            own.add(n)
+    return own
+
+
+def weighed_by(weights: Weights, facts: Facts) -> set[fx.Node]:
+    """Returns the products of weights with values, and what is made of these by sums, views and multiples."""
+    found = set(weights.products) | weights.mixed
+    for node in facts.graph.nodes:
+        read = inputs_of(node, facts) if node.op.startswith("call") else []
+        if read and all(n in found for n in read) and is_linear(node, facts.op(node), facts):
+            found.add(node)
+    return found
+
+
+def is_divided(node: fx.Node, weighed: set[fx.Node], own: set[fx.Node], facts: Facts) -> bool:
+    """Whether a call divides what the weights have weighed by what is made of them alone, or multiplies by its inverse."""
+    operands = operands_of(node)[:2]
+    if facts.op(node) not in QUOTIENT | PRODUCT:
+        return False
+    return any(n in weighed for n in operands) and any(n in own for n in operands if isinstance(n, fx.Node))
+
+
+def between(closings: Mapping[fx.Node, Any], own: set[fx.Node]) -> set[fx.Node]:
+    """Returns the nodes `closings`, and what is made of the exponential alone to divide it."""
+    found, queue = set[fx.Node](), list(closings)
+    while queue:
+        at = queue.pop()
+        if at not in found:
+            found.add(at)
+            queue += [n for n in at.all_input_nodes if n in own]
+    return {n for n in found if n in closings or not own.isdisjoint(n.all_input_nodes)}
+
+
+def axes_of_sum(
+    closing: fx.Node, exponential: fx.Node, late: bool, made: set[fx.Node], weights: Weights, facts: Facts, shapes: Shapes
+) -> Axes | None:
+    """Returns the axes over which the exponential is a softmax, divided at `closing`: those along which a factor of its own makes
+    a difference to the result; None where it is none. `made` are the nodes that it has a part in."""
+    found, refused = dict[int, Axes](), False
+    known = shapes.get(exponential)
+    for shape in [known.shape] if isinstance(known, Tensor) else [SIZES[:rank] for rank in (2, 3, 4)]:
+        z = torch.rand([int(n) for n in shape], generator=generator(0)) + 0.5
+        rank = z.dim()
+        factors = [torch.rand([n if i == axis else 1 for i, n in enumerate(z.shape)], generator=generator(1)) + 0.5
+                   for axis in range(rank)]  # fmt: skip
+        try:
+            run = Run(exponential, closing, made, weights, facts, shapes)
+            result = run.of(z)
+            alike = [torch.allclose(run.of(z * factor), result, rtol=TOLERANCE) for factor in factors]
+            axes = tuple(axis for axis in range(rank) if not alike[axis])
+            weighed = run.of(z, ones=True) if late else result.sum(axes, keepdim=True)
+        except Exception:  # of another rank, or by sizes of the model's tensors
+            continue
+        if axes and (late or result.shape == z.shape) and torch.allclose(weighed, torch.ones(()), rtol=TOLERANCE):
+            found[rank] = axes
+        else:
+            refused = True
+    if not isinstance(known, Tensor) and (refused or not found):
+        facts.undecided.add(exponential)
+    from_end = {tuple(axis - rank for axis in axes) for rank, axes in found.items()}
+    from_start = set(found.values())
+    return next((axes.pop() for axes in (from_end, from_start) if len(axes) == 1), None)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+class Run(Probe):
+    """Runs the calls from an exponential to a division of what is made of it, on numbers in the place of the exponential. Values
+    that these weigh are random, or 1."""
+
+    def __init__(
+        self, exponential: fx.Node, closing: fx.Node, made: set[fx.Node], weights: Weights, facts: Facts, shapes: Shapes
+    ) -> None:
+        super().__init__(exponential, (), weights, facts, shapes)
+        self.closing, self.made, self.ones = closing, made | {closing}, False
+
+    def of(self, z: Tensor, ones: bool = False) -> Tensor:
+        self.ones = ones
+        values: dict[fx.Node, Any] = {self.softmax: z}
+        for node in self.needed():
+            values[node] = self.value(node, values)
+        return values[self.closing]
+
+    def needed(self) -> Iterator[fx.Node]:
+        """The calls that `closing` is made by from the exponential on, in the graph's order."""
+        wanted, queue = set[fx.Node](), [self.closing]
+        while queue:
+            at = queue.pop()
+            if at not in wanted and at is not self.softmax and at in self.made:
+                wanted.add(at)
+                queue += at.all_input_nodes
+        return (node for node in self.facts.graph.nodes if node in wanted)
+
+    def value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        known = [n for n in inputs_of(node, self.facts) if n in values]
+        if self.facts.is_identity(node) or self.facts.op(node) in CHOICES:  # masks let everything through
+            return values[known[0]]
+        return self.called(node, values[known[0]], values)
+
+    def operand(self, n: fx.Node, node: fx.Node, first: Any, values: Mapping[fx.Node, Any]) -> Any:
+        value = super().operand(n, node, first, values)
+        number = None if n in values else self.facts.view.number(n)
+        return value if number is None or not isinstance(value, Tensor) else torch.full_like(value, number)
+
+    def filled(self, shape: Any, number: float) -> Tensor:
+        if self.ones or number == 0:
+            return super().filled(shape, number)
+        return torch.rand(list(shape), generator=generator(2)) + 0.5

@@ -1,0 +1,108 @@
+"""Gates whose two factors stand apart in a longer product, as those of SiLU in `(x * g) * torch.sigmoid(x)`: a product means the
+same in any order, and so it is read as one of the gate and of what is left."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..calls import op_of
+from ..ops import FACTORS, QUOTIENT
+from ..readers import READERS
+from .functions import gate_of, multiple_of, points, smooth_of
+from .gates import Written, is_pointwise, numbers_in, written_as
+from .graph import Graph
+
+
+@dataclass(frozen=True)
+class Factor:
+    """What a product multiplies by, or where it `divides`, divides by: a node, or a number."""
+
+    value: Any
+    divides: bool = False
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of a gate and of the factors `others`. The gate is its source times `second`; `products` are the products inside
+    this one that multiply them with the rest."""
+
+    gate: Written
+    second: Factor
+    others: tuple[Factor, ...]
+    products: tuple[fx.Node, ...]
+
+    @property
+    def kind(self) -> str:
+        """The row of its gate."""
+        return self.gate.kind
+
+
+def regrouped(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], claimed: Collection[fx.Node]) -> Product | None:
+    """Returns the product whose last call is `node` as one of a gate and of others, where no two neighbours in it are one."""
+    products: list[fx.Node] = []
+    factors = list(factors_of(graph, node, claimed, products))
+    if len(products) < 2:
+        return None
+    for first in factors:
+        if first.divides or first.value not in graph.signals:
+            continue
+        for second in factors:
+            if second is not first and (gate := gate_by(graph, first.value, second, order)) is not None:
+                others = tuple(factor for factor in factors if factor is not first and factor is not second)
+                return Product(gate, second, others, tuple(products[1:]))
+    return None
+
+
+def factors_of(graph: Graph, node: fx.Node, claimed: Collection[fx.Node], products: list[fx.Node]) -> Iterator[Factor]:
+    """The factors of a product and of the products in it that nothing else reads, which go into `products`, the last first."""
+    products.append(node)
+    for i, value in enumerate(node.args[:2]):
+        divides = i == 1 and graph.called(node) in QUOTIENT
+        inner = isinstance(value, fx.Node) and value not in claimed and len(value.users) == 1 and is_product(graph, value)
+        if inner and not divides:
+            yield from factors_of(graph, value, claimed, products)  # type: ignore[arg-type]
+        else:
+            yield Factor(value, divides)
+
+
+def is_product(graph: Graph, node: fx.Node) -> bool:
+    return graph.called(node) in FACTORS | QUOTIENT and len(node.args) == 2 and not node.kwargs and node in graph.signals
+
+
+def gate_by(graph: Graph, source: fx.Node, factor: Factor, order: Mapping[fx.Node, int]) -> Written | None:
+    """Returns the gate that is `source` times the factor, if the factor is a function of the source and that is one."""
+    inside = between(graph, source, factor.value, order)
+    if inside is None:
+        return None
+    z = points(numbers_in(graph, inside))
+    try:
+        y = graph.computed(inside, {source: z.clone()})
+    except Exception:  # a form that does not run on numbers is none of these gates
+        return None
+    if not isinstance(y, Tensor) or y.shape != z.shape or y.is_complex():
+        return None
+    y = z / y if factor.divides else z * y
+    if (gate := gate_of(z, y) or multiple_of(z, y)) is not None:
+        return written_as(gate, graph, source, inside)
+    if any(op_of(n) in READERS for n in inside) and (smooth := smooth_of(z, y)) is not None:
+        return written_as(smooth, graph, source, inside, smooth=True)
+    return None
+
+
+def between(graph: Graph, source: fx.Node, node: Any, order: Mapping[fx.Node, int]) -> list[fx.Node] | None:
+    """Returns the pointwise calls that make `node` of `source` alone; None where something else has a part in it."""
+    inside: dict[fx.Node, None] = {}
+    queue = [node]
+    while queue:
+        at = queue.pop()
+        if at is source or at in inside:
+            continue
+        if not (isinstance(at, fx.Node) and at in order and (is_pointwise(graph, at) or graph.passes(at))):
+            return None
+        inside[at] = None
+        queue += graph.inputs(at)
+    return sorted(inside, key=order.__getitem__) or None

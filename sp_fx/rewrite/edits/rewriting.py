@@ -1,0 +1,69 @@
+"""A graph while edits are applied to it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import fx
+
+from ...analysis.facts import Facts
+from ...analysis.readers import Gate
+from ...analysis.written.gates import Written
+from ...gates.adjoints.row import FROZEN, Temperature
+from ...gates.dual_path import dual_path
+
+
+class Rewriting:
+    """A graph while edits are applied to it.
+
+    Attributes:
+        instead: for a node that was replaced, what its users read now.
+        passing: for a call of the captured graph, the node through which its signal passes now.
+        copies: the calls that were made again, with tempered weights.
+        unshared: the gates that are written out with calls of their own, by their last call.
+        opened: the paths of leaves whose calls are written out, and which are marks once all edits are applied.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.graph, self.modules = facts, facts.graph, facts.modules
+        self.instead: dict[fx.Node, fx.Node] = {}
+        self.passing: dict[fx.Node, fx.Node] = {}
+        self.copies: set[fx.Node] = set()
+        self.unshared: dict[fx.Node, Written] = {}
+        self.opened: list[str] = []
+
+    def dual_path(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
+        """Returns a dual-path call in place of `node`."""
+        if isinstance(scale, float) and not isinstance(tau, str):
+            tau = tau * scale
+        fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
+        soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {**fit, **gate.args})
+        soft.meta.update(node.meta)
+        return soft
+
+    def surrogate(self, node: fx.Node, soft: fx.Node) -> fx.Node:
+        """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it."""
+        users = [user for user in node.users if user is not soft]
+        with self.graph.inserting_before(soft.next):
+            exact = self.graph.call_function(dual_path, ("surrogate", node, soft), {"tau": FROZEN})
+        exact.meta.update(node.meta)
+        node.meta.pop("place", None)
+        for user in users:
+            user.replace_input_with(node, exact)
+        self.instead[node] = exact
+        return exact
+
+    def supersede(self, node: fx.Node, by: fx.Node) -> None:
+        """Let everything read `by` in place of `node`, which goes."""
+        node.replace_all_uses_with(by)
+        self.instead[node] = by
+        self.graph.erase_node(node)
+
+
+class Edit(ABC):
+    """What is to be done at one call of a captured graph."""
+
+    node: fx.Node
+
+    @abstractmethod
+    def apply(self, to: Rewriting) -> None: ...

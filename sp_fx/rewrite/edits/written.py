@@ -1,0 +1,107 @@
+"""Edits of gates that a model writes out itself."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from ...analysis.readers import Gate
+from ...analysis.written.gates import Written
+from ...analysis.written.products import Factor, Product
+from ...gates.adjoints.row import Temperature
+from ...gates.dual_path import frozen
+from .again import replayed
+from .rewriting import Edit, Rewriting
+
+
+@dataclass
+class Unshare(Edit):
+    """Those of the calls inside `gate`, which `node` closes, that something else reads as well are made a second time for the
+    gate alone. Applied before any decision."""
+
+    node: fx.Node
+    gate: Written
+
+    def apply(self, to: Rewriting) -> None:
+        own = to.facts.view.private(self.gate.inside, self.node)
+        copies: dict[fx.Node, fx.Node] = {}
+        for n in self.gate.inside:
+            if n in own:
+                for shared, copy in copies.items():
+                    n.replace_input_with(shared, copy)
+            else:
+                with to.graph.inserting_before(n.next):
+                    replayed(to, n, {n}, copies)
+        to.unshared[self.node] = replace(self.gate, inside=tuple(copies.get(n, n) for n in self.gate.inside))
+
+
+@dataclass
+class CloseWritten(Edit):
+    """The calls inside `gate`, which `node` closes, stay, cut off from its source; what they compute passes through a dual-path
+    call that differentiates it. They are its own (`Unshare`)."""
+
+    node: fx.Node
+    gate: Written
+    tau: Temperature
+    scale: str | float
+
+    def apply(self, to: Rewriting) -> None:
+        node, gate, graph = self.node, self.gate, to.graph
+        source = to.instead.get(gate.source, gate.source)
+        with graph.inserting_before(gate.inside[0]):
+            constant = graph.call_function(frozen, (source,))
+        for n in gate.inside:
+            n.replace_input_with(source, constant)
+        users = list(node.users)
+        with graph.inserting_before(node.next):
+            soft = to.dual_path(node, Gate("written", (source, node), written_arguments(gate)), self.tau, self.scale)
+        for user in users:
+            user.replace_input_with(node, soft)
+        node.meta.pop("place", None)
+        to.instead[node] = soft
+
+
+@dataclass
+class Regroup(Edit):
+    """The product `node` stays, and its cotangent goes back through one of its gate, at temperature `tau`, and of its other
+    factors. `constant` is the factor that a product with a gate holds constant: "gate", or one of the others."""
+
+    node: fx.Node
+    product: Product
+    tau: Temperature | None
+    scale: str | float
+    constant: object
+
+    def apply(self, to: Rewriting) -> None:
+        graph, product = to.graph, self.product
+
+        def now(n: Any) -> Any:
+            return to.instead.get(n, n) if isinstance(n, fx.Node) else n
+
+        def times(soft: Any, factor: Factor, value: Any) -> fx.Node:
+            return graph.call_function(operator.truediv if factor.divides else operator.mul, (soft, value))
+
+        source, second = now(product.gate.source), now(product.second.value)
+        with graph.inserting_before(self.node.next):
+            if self.tau is None:
+                soft = times(source, product.second, second)
+            else:
+                constants = [graph.call_function(frozen, (n,)) for n in (source, second)]
+                y = times(constants[0], product.second, constants[1])
+                gate = Gate("written", (source, y), written_arguments(product.gate))
+                soft = to.dual_path(product.products[-1], gate, self.tau, self.scale)
+            if self.constant == "gate":
+                soft = graph.call_function(frozen, (soft,))
+            for factor in product.others:
+                value = now(factor.value)
+                soft = times(soft, factor, graph.call_function(frozen, (value,)) if factor.value is self.constant else value)
+        to.passing[self.node] = to.surrogate(self.node, soft)
+
+
+def written_arguments(gate: Written) -> dict[str, Any]:
+    """Returns the arguments of the row `written` for a gate."""
+    multiple = {} if (gate.times, gate.through) == (1.0, 0.0) else {"times": gate.times, "through": gate.through}
+    return {"row": gate.kind, "args": tuple(gate.args.items()), **multiple}
