@@ -64,6 +64,10 @@ def each_of(weights, values):
     return sum(weights.narrow(-1, i, 1) * value for i, value in enumerate(values))
 
 
+def rstd(c):
+    return (c.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+
 def centred(h):
     return h - h.mean(-1, keepdim=True)
 
@@ -78,7 +82,8 @@ POINTWISE = {
         lambda h: (h + h.abs()) / 2, lambda h: h.masked_fill(h < 0, 0.0), lambda h: F.hardtanh(h, 0.0, float("inf")),
         lambda h: torch.stack([h, torch.zeros_like(h)], -1).amax(-1), lambda h: h * torch.heaviside(h, zeros(h)),
         lambda h: torch.stack([h, torch.zeros_like(h)], -1).max(-1).values, lambda h: torch.max(torch.stack([h, 0 * h]), 0)[0],
-        lambda h: h - h.clamp(max=0), lambda h: 0.5 * torch.add(h, torch.absolute(h)),
+        lambda h: h - h.clamp(max=0), lambda h: 0.5 * torch.add(h, torch.absolute(h)), lambda h: F.elu(h, 0.0),
+        lambda h: F.leaky_relu(h, 0.0),
     ],
     "the other side of a relu": [
         lambda h: -F.relu(-h), lambda h: h.clamp(max=0), lambda h: torch.minimum(h, torch.zeros_like(h)),
@@ -123,6 +128,16 @@ POINTWISE = {
                    lambda h: torch.sigmoid(h * 1.702) * h, lambda h: 0.5 * h * (1 + torch.tanh(0.851 * h))],
     "swish of another rate": [lambda h: h * torch.sigmoid(2.5 * h), lambda h: h / (1 + torch.exp(h * -2.5)),
                               lambda h: F.silu(2.5 * h) / 2.5],
+    "swish of a shifted argument": [lambda h: F.silu(h - 1), lambda h: (h - 1) * torch.sigmoid(h - 1),
+                                    lambda h: (h - 1) / (1 + torch.exp(-(h - 1))), lambda h: (h - 1) * (h - 1).sigmoid()],
+    "thrice swish": [lambda h: 3 * F.silu(h), lambda h: 3 * h * torch.sigmoid(h), lambda h: h * (3 * h.sigmoid()),
+                     lambda h: 3 * h / (1 + torch.exp(-h)), lambda h: h * h.sigmoid() * 3],
+    "twice gelu": [lambda h: 2 * F.gelu(h), lambda h: h * (1 + torch.erf(h / ROOT2)), lambda h: 2 * h * torch.special.ndtr(h)],
+    "swish and its argument": [lambda h: h + F.silu(h), lambda h: h * (1 + torch.sigmoid(h)), lambda h: h + h * h.sigmoid()],
+    "swish of the negative": [lambda h: F.silu(-h), lambda h: -h * torch.sigmoid(-h), lambda h: h * torch.sigmoid(h) - h],
+    "twice a leaky relu": [lambda h: 2 * F.leaky_relu(h, 0.1), lambda h: torch.where(h > 0, 2 * h, 0.2 * h),
+                           lambda h: 2 * h.clamp(min=0) + 0.2 * h.clamp(max=0)],
+    "minus the magnitude": [lambda h: -h.abs(), lambda h: torch.where(h > 0, -h, h), lambda h: torch.minimum(h, -h)],
     "hardswish": [
         F.hardswish, lambda h: h * F.relu6(h + 3) / 6, lambda h: h * F.hardsigmoid(h), lambda h: h * (h / 6 + 0.5).clamp(0, 1),
         lambda h: h * ((h + 3).clamp(0, 6) / 6), lambda h: torch.divide(h * (F.relu(h + 3) - F.relu(h - 3)), 6),
@@ -176,6 +191,16 @@ NORMS = {
         lambda h: (lambda r: h * r - h.mean(-1, keepdim=True) * r)((h.var(-1, False, keepdim=True) + 1e-5).rsqrt()),
         lambda h: F.group_norm(h.flatten(0, 1), 1).view(h.shape), lambda h: F.instance_norm(h),
         lambda h: aten.layer_norm(h, (N,), None, None, 1e-5),
+        lambda h: -(h.mean(-1, keepdim=True) - h) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
+        lambda h: (-h.mean(-1, keepdim=True) + h) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
+        lambda h: (lambda r, mean: h * r + (-mean * r))((h.var(-1, False, keepdim=True) + 1e-5).rsqrt(), h.mean(-1, True)),
+        lambda h: torch.addcdiv(0 * h, centred(h), (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()),
+        lambda h: torch.einsum("bni,bn->bni", centred(h), (h.var(-1, unbiased=False) + 1e-5).rsqrt()),
+        lambda h: F.rms_norm(centred(h), (N,), eps=1e-5), lambda h: F.rms_norm(h - h.sum(-1, keepdim=True) / N, (N,), eps=1e-5),
+    ],
+    "layer norm beside what it is of": [
+        lambda h: F.layer_norm(h, (N,)) + 2 * centred(h), lambda h: (lambda c: c * rstd(c) + 2 * c)(centred(h)),
+        lambda h: (lambda c: 2 * c + F.rms_norm(c, (N,), eps=1e-5))(centred(h)),
     ],
     "rms norm": [
         lambda h: F.rms_norm(h, (N,), eps=1e-6), lambda h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6),
@@ -183,6 +208,8 @@ NORMS = {
         lambda h: h * (torch.einsum("...i,...i->...", h, h).unsqueeze(-1) / N + 1e-6) ** -0.5,
         lambda h: h / torch.sqrt(torch.linalg.vecdot(h, h)[..., None] / N + 1e-6),
         lambda h: torch.div(h, torch.sqrt(torch.mean(h * h, axis=-1, keepdims=True) + 1e-6)),
+        lambda h: torch.einsum("bni,bn->bni", h, (h.pow(2).mean(-1) + 1e-6).rsqrt()),
+        lambda h: torch.addcdiv(0 * h, h, (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()),
     ],
     "normalisation by length": [
         lambda h: F.normalize(h, dim=-1), lambda h: h / h.norm(dim=-1, keepdim=True),
@@ -218,6 +245,27 @@ NORMS = {
         lambda h: F.cosine_similarity(h, h.flip(-1) + 1, dim=-1),
         lambda h: (F.normalize(h, dim=-1) * F.normalize(h.flip(-1) + 1, dim=-1)).sum(-1),
         lambda h: (h / h.norm(dim=-1, keepdim=True) * F.normalize(h.flip(-1) + 1, dim=-1)).sum(-1),
+        lambda h: (lambda g: (h * g).sum(-1) / (h.norm(dim=-1) * g.norm(dim=-1)))(h.flip(-1) + 1),
+        lambda h: (h * (h.flip(-1) + 1)).sum(-1) / (h.norm(dim=-1) * (h.flip(-1) + 1).norm(dim=-1)).clamp_min(1e-8),
+        lambda h: (lambda g: torch.einsum("bni,bni->bn", h, g) / h.norm(dim=-1) / g.norm(dim=-1))(h.flip(-1) + 1),
+        lambda h: (lambda g: (h * g).sum(-1) * ((h * h).sum(-1) * (g * g).sum(-1)).rsqrt())(h.flip(-1) + 1),
+        lambda h: (lambda g: torch.linalg.vecdot(h, g) / ((h * h).sum(-1) * (g * g).sum(-1)).sqrt())(h.flip(-1) + 1),
+    ],
+    "cosines of all pairs": [
+        lambda h: F.normalize(h, dim=-1) @ F.normalize(h.flip(-1) + 1, dim=-1).mT,
+        lambda h: (lambda g: h @ g.mT / (h.norm(dim=-1, keepdim=True) * g.norm(dim=-1)[:, None]))(h.flip(-1) + 1),
+        lambda h: (lambda g: h @ g.mT / (h.norm(dim=-1, keepdim=True) @ g.norm(dim=-1, keepdim=True).mT))(h.flip(-1) + 1),
+        lambda h: (lambda g: torch.einsum("bni,bmi->bnm", h, g) / h.norm(dim=-1)[..., None] / g.norm(dim=-1)[:, None])(
+            h.flip(-1) + 1
+        ),
+    ],
+    "a normalised signal times another": [
+        lambda h: F.normalize(h, dim=-1) * h.roll(1, -1), lambda h: h * h.roll(1, -1) / h.norm(dim=-1, keepdim=True),
+        lambda h: h.roll(1, -1) * (h / h.norm(dim=-1, keepdim=True)),
+    ],
+    "normalised after a mean over samples": [
+        lambda h: F.normalize(h - h.mean(0), dim=-1),
+        lambda h: (h - h.mean(0)) / (h - h.mean(0)).norm(dim=-1, keepdim=True),
     ],
     "group norm": [
         lambda h: F.group_norm(h.mT, 2).mT,
@@ -285,6 +333,16 @@ ATTENTION = {
         lambda m, h: (lambda s: (s - s.logsumexp(-1, keepdim=True)).exp() @ m.v(h))(scores(m, h)),
         lambda m, h: aten._softmax(scores(m, h), -1, False) @ m.v(h),
         lambda m, h: torch.linalg.matmul(scores(m, h).softmax(-1), m.v(h)),
+        lambda m, h: (lambda e: e @ m.v(h) / e.sum(-1, keepdim=True))(scores(m, h).exp()),
+        lambda m, h: (lambda e: e @ m.v(h) / (e.sum(-1, keepdim=True) + 1e-12))((scores(m, h) - 1).exp()),
+        lambda m, h: (lambda e: e @ m.v(h) * e.sum(-1, keepdim=True).clamp(min=1e-9).reciprocal())(scores(m, h).exp()),
+        lambda m, h: (lambda e: torch.einsum("bij,bjd->bid", e, m.v(h)) / torch.einsum("bij->bi", e)[..., None])(
+            scores(m, h).exp()
+        ),
+        lambda m, h: (lambda e: e @ m.v(h) / (e @ torch.ones(5, 1, dtype=h.dtype)))(scores(m, h).exp()),
+        lambda m, h: (lambda e: e / e.sum(-1, keepdim=True) @ m.v(h))(torch.exp2(scores(m, h) / math.log(2))),
+        lambda m, h: (lambda e: e / e.sum(-1, keepdim=True) @ m.v(h))(torch.pow(math.e, scores(m, h))),
+        lambda m, h: F.normalize(scores(m, h).exp(), p=1, dim=-1) @ m.v(h),
     ],
     "values behind a gate": [
         lambda m, h: F.scaled_dot_product_attention(m.q(h), F.relu(h), F.relu(h)),
@@ -300,6 +358,7 @@ ATTENTION = {
         lambda m, h: torch.einsum("bij,ij,bjd->bid", scores(m, h).softmax(-1), m.mask, m.v(h)),
         lambda m, h: (scores(m, h).softmax(-1) * (m.mask > 0)) @ m.v(h),
         lambda m, h: (written_softmax(scores(m, h)) * m.mask[None]) @ m.v(h),
+        lambda m, h: (lambda e: (e * m.mask / e.sum(-1, keepdim=True)) @ m.v(h))(scores(m, h).exp()),
     ],
     "masked scores": [
         lambda m, h: F.scaled_dot_product_attention(m.q(h), m.k(h), m.v(h), is_causal=True),
@@ -307,6 +366,10 @@ ATTENTION = {
         lambda m, h: (scores(m, h) + torch.full((5, 5), -torch.inf).triu(1)).softmax(-1) @ m.v(h),
         lambda m, h: F.scaled_dot_product_attention(m.q(h), m.k(h), m.v(h), attn_mask=torch.ones(5, 5).tril() > 0),
         lambda m, h: torch.where(torch.ones(5, 5).tril() > 0, scores(m, h), -1e300).softmax(-1) @ m.v(h),
+        lambda m, h: (lambda e: (e / e.sum(-1, keepdim=True)) @ m.v(h))(scores(m, h).exp() * m.mask),
+        lambda m, h: (lambda e: (e / (e.sum(-1, True) + 1e-13)) @ m.v(h))(torch.where(m.mask > 0, scores(m, h).exp(), 0.0)),
+        lambda m, h: (lambda e: e @ m.v(h) / e.sum(-1, keepdim=True))(scores(m, h).exp().masked_fill(m.mask == 0, 0.0)),
+        lambda m, h: (lambda w: (w / w.sum(-1, keepdim=True)) @ m.v(h))(scores(m, h).softmax(-1) * m.mask),
     ],
     "a sink": [
         lambda m, h: torch.cat([scores(m, h), m.s(h)], -1).softmax(-1)[..., :-1] @ m.v(h),
@@ -345,6 +408,41 @@ ATTENTION = {
         lambda m, h: (m.s(h).softmax(-2) * m.v(h)).mean(1) * 5, lambda m, h: (F.softmin(-m.s(h), 1) * m.v(h)).sum(1),
         lambda m, h: loop_over(m.s(h).squeeze(-1).softmax(-1), m.v(h), 5),
         lambda m, h: (m.s(h).log_softmax(1).exp() * m.v(h)).sum(dim=1), lambda m, h: (m.v(h).mT @ m.s(h).softmax(1)).squeeze(-1),
+        lambda m, h: (lambda e: (e * m.v(h)).sum(1) / e.sum(1))(m.s(h).exp()),
+        lambda m, h: (lambda e: (e.mT @ m.v(h)).squeeze(1) / e.sum(1))(m.s(h).exp()),
+        lambda m, h: (lambda e: (e * m.v(h)).mean(1) / e.mean(1))(m.s(h).exp()),
+    ],
+    "attention pooling over two axes": [
+        lambda m, h: (m.q(h).flatten(1).softmax(-1).view(2, 5, 8) * m.v(h)).sum((1, 2)),
+        lambda m, h: (lambda e: (e / e.sum((1, 2), keepdim=True) * m.v(h)).sum((1, 2)))(m.q(h).exp()),
+        lambda m, h: (lambda s: ((s - s.logsumexp((1, 2), keepdim=True)).exp() * m.v(h)).sum((1, 2)))(m.q(h)),
+        lambda m, h: (lambda e: (e * m.v(h)).sum((1, 2)) / e.sum((1, 2)))(m.q(h).exp()),
+    ],
+    "weights of weights": [
+        lambda m, h: scores(m, h).softmax(-1) @ (scores(m, h.flip(1)).softmax(-1) @ m.v(h)),
+        lambda m, h: (scores(m, h).softmax(-1) @ scores(m, h.flip(1)).softmax(-1)) @ m.v(h),
+        lambda m, h: torch.einsum("bij,bjk->bik", scores(m, h).softmax(-1), scores(m, h.flip(1)).softmax(-1)) @ m.v(h),
+    ],
+    "weights twice": [
+        lambda m, h: (lambda w: w @ (w @ m.v(h)))(scores(m, h).softmax(-1)),
+        lambda m, h: (lambda w: (w @ w) @ m.v(h))(scores(m, h).softmax(-1)),
+    ],
+    "a mixture of softmaxes": [
+        lambda m, h: torch.einsum("bne,bnec->bnc", m.e(h).softmax(-1), experts(m, h).softmax(-1)),
+        lambda m, h: (m.e(h).softmax(-1)[..., None] * experts(m, h).softmax(-1)).sum(-2),
+        lambda m, h: loop_over(m.e(h).softmax(-1), experts(m, h).softmax(-1), 4),
+        lambda m, h: (m.e(h).softmax(-1)[..., None, :] @ experts(m, h).softmax(-1)).squeeze(-2),
+    ],
+    "how alike two softmaxes are": [
+        lambda m, h: m.q(h).softmax(-1) @ m.v(h).softmax(-1).mT,
+        lambda m, h: torch.einsum("bic,bjc->bij", m.q(h).softmax(-1), m.v(h).softmax(-1)),
+        lambda m, h: (m.q(h).softmax(-1)[:, :, None] * m.v(h).softmax(-1)[:, None]).sum(-1),
+    ],
+    "entropy": [
+        lambda m, h: (lambda p: -(p * p.log()).sum(-1))(m.q(h).softmax(-1)),
+        lambda m, h: -(m.q(h).log_softmax(-1).exp() * m.q(h).log_softmax(-1)).sum(-1),
+        lambda m, h: torch.special.entr(m.q(h).softmax(-1)).sum(-1),
+        lambda m, h: -torch.einsum("bnc,bnc->bn", m.q(h).softmax(-1), m.q(h).log_softmax(-1)),
     ],
     "mixture of experts": [
         lambda m, h: (m.e(h).softmax(-1).unsqueeze(-1) * experts(m, h)).sum(-2),
@@ -380,11 +478,24 @@ ATTENTION = {
                        lambda m, h: torch.addmm(m.q.bias, h.flatten(0, 1), m.q.weight.T).view(2, 5, 8),
                        lambda m, h: F.conv1d(h.mT, m.q.weight[..., None], m.q.bias).mT],
     "swiglu": [lambda m, h: F.silu(m.q(h)) * m.v(h), lambda m, h: (lambda q: q * torch.sigmoid(q) * m.v(h))(m.q(h)),
-               lambda m, h: torch.mul(m.v(h), (lambda q: q / (1 + (-q).exp()))(m.q(h)))],
+               lambda m, h: torch.mul(m.v(h), (lambda q: q / (1 + (-q).exp()))(m.q(h))),
+               lambda m, h: (lambda q: q * (q.sigmoid() * m.v(h)))(m.q(h)),
+               lambda m, h: (lambda q: q * m.v(h) * q.sigmoid())(m.q(h)),
+               lambda m, h: (lambda q: m.v(h) * q / (1 + (-q).exp()))(m.q(h))],
     "geglu": [lambda m, h: F.gelu(m.q(h)) * m.v(h), lambda m, h: (lambda q: q * torch.special.ndtr(q) * m.v(h))(m.q(h)),
-              lambda m, h: m.v(h).mul((lambda q: 0.5 * q * (1 + torch.erf(q / ROOT2)))(m.q(h)))],
+              lambda m, h: m.v(h).mul((lambda q: 0.5 * q * (1 + torch.erf(q / ROOT2)))(m.q(h))),
+              lambda m, h: (lambda q: 0.5 * q * m.v(h) * (1 + torch.erf(q / ROOT2)))(m.q(h))],
     "reglu": [lambda m, h: F.relu(m.q(h)) * m.v(h), lambda m, h: m.v(h) * m.q(h).clamp(min=0),
-              lambda m, h: (lambda q: m.v(h) * torch.where(q > 0, q, 0.0))(m.q(h))],
+              lambda m, h: (lambda q: m.v(h) * torch.where(q > 0, q, 0.0))(m.q(h)),
+              lambda m, h: (lambda q: q * m.v(h) * (q > 0))(m.q(h)), lambda m, h: (lambda q: m.v(h) * (q > 0) * q)(m.q(h))],
+    "swish with a weight a channel": [
+        lambda m, h: m.q.bias * F.silu(h), lambda m, h: m.q.bias * h * h.sigmoid(), lambda m, h: h * m.q.bias / (1 + (-h).exp()),
+    ],
+    "swish, times two others": [
+        lambda m, h: F.silu(h) * m.q(h) * m.v(h), lambda m, h: h * m.q(h) * m.v(h) * h.sigmoid(),
+        lambda m, h: (h * m.q(h)) * h.sigmoid() * m.v(h),
+    ],
+    "softsign, times another": [lambda m, h: F.softsign(h) * m.q(h), lambda m, h: h * m.q(h) / (1 + h.abs())],
     "a squeezed gate": [
         lambda m, h: m.v(h) * torch.sigmoid(m.q(h.mean(1, keepdim=True))),
         lambda m, h: torch.mul(torch.special.expit(m.q(h.mean(1, keepdim=True))), m.v(h)),

@@ -10,6 +10,8 @@ TRAITS = {
     # what it computes
     "product": "multiplies operands that may both vary with the input, and keeps the product rule: `matmul`",
     "quotient": "divides operands that may both vary with the input, and keeps the quotient rule: `div`",
+    "addend": "adds something to the product or quotient: `addmm`",
+    "between": "goes from its first operand some way to its second: `lerp`",
     "factor": "is the elementwise product of two tensors, one of which may be the gate of the other: `mul`",
     "scales": "gives a multiple of its only varying operand: `div` in `x / 2`",
     "shifts": "gives its only varying operand plus a constant, up to sign: `rsub` in `2 - x`",
@@ -72,10 +74,11 @@ TABLE = """
 mul imul multiply:      product factor scales affine pointwise
 matmul imatmul linalg_matmul bmm mm:    product mixes
 einsum:                 product
-addbmm baddbmm addmm bilinear mv dot vdot inner outer ger addmv addr tensordot kron linalg_vecdot
-    linalg_multi_dot chain_matmul cross linalg_cross:   product
-addcmul lerp:           product pointwise
-addcdiv:                quotient pointwise
+mv dot vdot inner outer ger tensordot kron linalg_vecdot linalg_multi_dot chain_matmul cross linalg_cross:   product
+addbmm baddbmm addmm addmv addr bilinear:   product addend
+addcmul:                product addend pointwise
+lerp:                   product between pointwise
+addcdiv:                quotient addend pointwise
 
 # -- quotients
 truediv itruediv div divide true_divide:    quotient scales affine pointwise

@@ -25,8 +25,8 @@ from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
-from .edits.calls import Compete, Freeze, OpenLeaf, ReplaceCall, Surrogate
-from .edits.written import CloseWritten, Regroup
+from .edits.calls import Compete, OpenLeaf, ReplaceCall, Surrogate
+from .edits.written import CloseWritten, Freeze, Regroup
 from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
@@ -127,7 +127,7 @@ def written_norm(node: fx.Node, facts: Facts, account: Account) -> bool:
         return False
     if account.gate(node, norm.kind) is not None:
         for call, statistic in norm.constants:
-            account.apply(Freeze(call, statistic))
+            account.apply(Freeze(call, statistic, node))
     account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
     return True
 
@@ -164,7 +164,7 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     elif call.kind == "rms_norm" and (signal := centred_over(facts.view, call.tensors[0], call.args["normalized_shape"])):
         if (tau := account.gate(node, "layer_norm")) is not None:
             account.apply(ReplaceCall(node, call, tau, account.scale))
-            account.apply(Freeze(signal.centring, signal.taken_off))  # type: ignore[arg-type]
+            account.apply(Freeze(signal.centring, signal.taken_off, account.rewriting.instead[node]))  # type: ignore[arg-type]
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
         if tau is None and call.kind == "glu":

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..calls import operands_of
 from ..facts import Facts
-from ..ops import CHOICES, EXPONENTIALS, PASSED, POWERS, PRODUCT, QUOTIENT
+from ..ops import CHOICES, EXPONENTIALS, FACTORS, PASSED, POWERS, PRODUCT, QUOTIENT
 from ..written.norms import Statistic
 from ..written.softmax import SIZES, Axes, Softmax
 from .probe import Probe, Shapes
@@ -178,6 +178,8 @@ class Run(Probe):
     def operand(self, n: fx.Node, node: fx.Node, first: Any, values: Mapping[fx.Node, Any]) -> Any:
         value = super().operand(n, node, first, values)
         number = None if n in values else self.facts.view.number(n)
+        if number is None and n not in values and not self.facts.varies(n) and self.facts.op(node) in FACTORS:
+            number = 1.0  # a mask
         return value if number is None or not isinstance(value, Tensor) else torch.full_like(value, number)
 
     def filled(self, shape: Any, number: float) -> Tensor:

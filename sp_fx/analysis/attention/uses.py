@@ -59,7 +59,8 @@ def verdict(node: fx.Node, softmax: Softmax, weights: Weights, facts: Facts, sha
     dims = softmax.dims
     if shapes is not None and isinstance(shapes.get(node), Tensor):
         try:
-            if all(facts.op(p) in MIXES and is_left_of(p, node, dims, facts, shapes) for p in weights.products):
+            matrices = all(facts.op(p) in MIXES and is_left_of(p, node, dims, facts, shapes) for p in weights.products)
+            if matrices and not weights.alike:
                 return "attention"
             return best(probes(node, dims, weights, facts, shapes))
         except Exception:  # values that have no shape, calls that do not run on numbers alone
@@ -75,12 +76,13 @@ def verdict(node: fx.Node, softmax: Softmax, weights: Weights, facts: Facts, sha
 
 
 def shapes_of(dims: Axes) -> Iterator[list[int]]:
-    """Shapes to try, of several ranks; of a softmax over several axes also those in which one of them has size 1."""
+    """Shapes to try, of several ranks; also those in which the axis has size 2, since weights may be of two things, and of a
+    softmax over several axes those in which one has size 1."""
     for rank in (2, 3, 4):
         yield list(SIZES[:rank])
-        for dim in dims if len(dims) > 1 else ():
+        for dim in dims:
             if -rank <= dim < rank:
-                yield [1 if i == dim % rank else n for i, n in enumerate(SIZES[:rank])]
+                yield [(2 if len(dims) == 1 else 1) if i == dim % rank else n for i, n in enumerate(SIZES[:rank])]
 
 
 def probes(softmax: fx.Node, dims: Axes, weights: Weights, facts: Facts, shapes: Shapes) -> Iterator[Verdict]:

@@ -103,7 +103,7 @@ class Made:
     def _degree(self, node: fx.Node) -> Degree | None:
         graph, name, inputs = self.graph, self.graph.called(node), self.graph.inputs(node)
         item = graph.passes(node) or name in ops.CARRIES or is_new_axis(node) or node.target in (operator.getitem, getattr)
-        if not inputs or not (item or name in KNOWN) or len(self.calls) > LIMIT:
+        if not inputs or not (item or name in KNOWN) or name in ops.MIXTURES or len(self.calls) > LIMIT:
             return None
         operands = [self.degree(n) for n in inputs]
         if any(degree is None for degree in operands):

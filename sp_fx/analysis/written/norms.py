@@ -54,9 +54,10 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
     name = graph.called(node)
     if name in ops.SHIFTS:
         return folded_norm(graph, node)
-    if name not in ops.PRODUCT | ops.QUOTIENT:
+    if name not in ops.PRODUCT | ops.QUOTIENT or name in ops.MIXTURES - ops.ADDENDS:
         return None
-    varying = [a for a in operands_of(node) if isinstance(a, fx.Node) and graph.varies(a)]
+    operands = operands_of(node)[-2:] if name in ops.ADDENDS else operands_of(node)
+    varying = [a for a in operands if isinstance(a, fx.Node) and graph.varies(a)]
     if len(varying) != 2:
         return None
     divides = name in ops.QUOTIENT
@@ -88,9 +89,11 @@ def factors_of(graph: Graph, node: fx.Node) -> Iterator[tuple[list[fx.Node], lis
 def linear_in(graph: Graph, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The signals of which a call is the product, the sum or a multiple; and what divides it."""
     name, inputs = graph.called(node), graph.inputs(node)
+    if name in ops.MIXTURES:
+        return [], []
     if name in ops.QUOTIENT and len(inputs) == len(node.args) == 2:
         return inputs[:1], inputs[1:]
-    product = name in ops.PRODUCT and name not in ops.SHIFTS and 1 <= len(inputs) <= 2
+    product = name in ops.PRODUCT and 1 <= len(inputs) <= 2
     alone = len(inputs) == 1 and (name in ops.CENTRES & ops.AFFINE or (is_matrix(graph, node) and inputs[0] is node.args[0]))
     return (inputs if (product and list(operands_of(node)).count(inputs[0]) == 1) or alone else []), []
 

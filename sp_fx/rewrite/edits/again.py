@@ -48,11 +48,12 @@ def temper_behind(to: Rewriting, node: Any, within: set[fx.Node], copies: dict[f
                     at.replace_input_with(n, replayed(to, n, within, copies))
 
 
-def made_with(node: fx.Node) -> set[fx.Node]:
-    """Returns the node, and what it has a part in."""
+def made_with(node: fx.Node, until: fx.Node | None = None) -> set[fx.Node]:
+    """Returns the node, and what it has a part in; `until` where it has a part in it, and not what that is in."""
     found, queue = {node}, [node]
     while queue:
-        new = [user for user in queue.pop().users if user not in found]
+        at = queue.pop()
+        new = [user for user in at.users if user not in found and at is not until]
         found.update(new)
         queue += new
     return found

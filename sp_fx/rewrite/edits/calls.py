@@ -14,7 +14,7 @@ from ...analysis.calls import AFFINE_ROWS
 from ...analysis.readers import Gate
 from ...gates.adjoints.norms import frozen_cosine
 from ...gates.adjoints.row import FROZEN, Temperature
-from ...gates.dual_path import dual_path, frozen
+from ...gates.dual_path import dual_path
 from ...gates.multihead import multihead_attention
 from .rewriting import Edit, Rewriting
 
@@ -91,19 +91,6 @@ class Surrogate(Edit):
         with to.graph.inserting_before(self.node.next):
             soft = to.graph.call_function(frozen_cosine, self.gate.tensors, self.gate.args)
         to.passing[self.node] = to.surrogate(self.node, soft)
-
-
-@dataclass
-class Freeze(Edit):
-    """The `operand` of the call `node` becomes a constant."""
-
-    node: fx.Node
-    operand: fx.Node
-
-    def apply(self, to: Rewriting) -> None:
-        with to.graph.inserting_before(self.node):
-            constant = to.graph.call_function(frozen, (self.operand,))
-        self.node.replace_input_with(self.operand, constant)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from ...analysis.written.gates import Written
 from ...analysis.written.products import Factor, Product
 from ...gates.adjoints.row import Temperature
 from ...gates.dual_path import frozen
-from .again import replayed
+from .again import made_with, replayed
 from .rewriting import Edit, Rewriting
 
 
@@ -62,6 +62,30 @@ class CloseWritten(Edit):
             user.replace_input_with(node, soft)
         node.meta.pop("place", None)
         to.instead[node] = soft
+
+
+@dataclass
+class Freeze(Edit):
+    """The `operand` of the call `node` becomes a constant, for what the call `closing` reads alone: where something else reads
+    what `node` makes, the calls between the two are made again."""
+
+    node: fx.Node
+    operand: fx.Node
+    closing: fx.Node | None = None
+
+    def apply(self, to: Rewriting) -> None:
+        with to.graph.inserting_before(self.node):
+            constant = to.graph.call_function(frozen, (self.operand,))
+        between = made_with(self.node, until=self.closing)
+        if self.closing in (None, self.node) or not any(n.op == "output" for n in between):
+            self.node.replace_input_with(self.operand, constant)
+            return
+        last: Any = self.closing
+        copies = {self.operand: constant}
+        for n in last.all_input_nodes:
+            if n in between and n.target is not frozen:
+                with to.graph.inserting_before(last):
+                    last.replace_input_with(n, replayed(to, n, between - {last}, copies))
 
 
 @dataclass
