@@ -56,11 +56,20 @@ NORMS_ALIKE = dict.fromkeys(
 )
 
 
-@pytest.mark.parametrize("function", ["attention", "masked weights", "talking heads", "attention pooling", "mixture of experts"])
-def test_spellings_at_a_temperature(function):
-    """Attention at another temperature than the forward's: the tempered weights go the way of the forward's."""
+OTHER_RULES = {
+    "attention=0.5": ("attention", "masked weights", "masked scores", "talking heads", "attention pooling", "mixture of experts",
+                      "attention pooling over two axes", "weights of weights", "weights twice", "the difference of two"),
+    "product='frozen'": ("swiglu", "geglu", "reglu", "swish, times two others"),
+    "silu=None, gelu=None": ("swiglu", "geglu", "thrice swish", "twice gelu", "swish, times two others"),
+    "silu=0.3, relu=0.4, leaky_relu='frozen'": ("swiglu", "reglu", "swish and its argument", "twice a leaky relu"),
+    "layer_norm=None, normalize=None, rms_norm=None": ("rms norm", "cosine of two", "cosines of all pairs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rules", "function"), [(rules, f) for rules, functions in OTHER_RULES.items() for f in functions])
+def test_spellings_under_other_rules(rules, function):
     model = fill(Function(SPELLINGS[function])).double()
-    explainer, plain = transformed(model, "fx", attention=0.5), transformed(model, "fx")
+    explainer, plain = transformed(model, "fx", **eval(f"dict({rules})")), transformed(model, "fx")
     u = torch.randn(model(X)[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     targets = [lambda out, i=i: (out[i].reshape(u.shape) * u).sum() for i in range(len(model.forms))]
     maps = [explainer.pullback(X, target) for target in targets]

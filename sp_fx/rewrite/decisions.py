@@ -88,9 +88,11 @@ def regrouped(node: fx.Node, facts: Facts, account: Account) -> bool:
         return True
     tau = written_line(product.products[-1], gate, account)
     scale = account.scale
-    others = [factor.value for factor in product.others if facts.is_signal(factor.value)]
-    if others:
-        makers: dict[Any, str] = {n: facts.maker(n) for n in others}
+    others = [factor for factor in product.others if facts.is_signal(factor.value)]
+    makers: dict[Any, str] = {factor.value: facts.maker(factor.value) for factor in others if not factor.divides}
+    if others and not makers:
+        account.note(node, "kept", "quotient rule")
+    elif makers:
         gates = gates_among({**makers, "gate": "" if gate.through else gate.kind})
         if len(gates) != 1:
             account.note(node, "kept", "product rule")
