@@ -418,6 +418,11 @@ ATTENTION = {
         lambda m, h: (lambda s: ((s - s.logsumexp((1, 2), keepdim=True)).exp() * m.v(h)).sum((1, 2)))(m.q(h)),
         lambda m, h: (lambda e: (e * m.v(h)).sum((1, 2)) / e.sum((1, 2)))(m.q(h).exp()),
     ],
+    "attention beside the mean of its exponentials": [
+        lambda m, h: scores(m, h).softmax(-1) @ m.v(h) + scores(m, h).exp().mean(-1, keepdim=True),
+        lambda m, h: (lambda e: (e / e.sum(-1, keepdim=True)) @ m.v(h) + e.mean(-1, keepdim=True))(scores(m, h).exp()),
+        lambda m, h: (lambda e, s: (e / s) @ m.v(h) + s / 5)(scores(m, h).exp(), scores(m, h).exp().sum(-1, keepdim=True)),
+    ],
     "weights of weights": [
         lambda m, h: scores(m, h).softmax(-1) @ (scores(m, h.flip(1)).softmax(-1) @ m.v(h)),
         lambda m, h: (scores(m, h).softmax(-1) @ scores(m, h.flip(1)).softmax(-1)) @ m.v(h),

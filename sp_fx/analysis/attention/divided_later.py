@@ -31,8 +31,9 @@ def may_be_in(facts: Facts) -> bool:
 
 def find(facts: Facts, shapes: Shapes | None) -> None:
     """Add the softmaxes of a graph whose exponentials are divided later to its patterns, by these exponentials."""
+    divided_at_once = {n for p in facts.patterns.values() if isinstance(p, Softmax) for n in p.inside}
     for node in facts.graph.nodes:
-        if (scores := scores_of(node, facts)) is not None:
+        if node not in divided_at_once and (scores := scores_of(node, facts)) is not None:
             find_at(node, scores, facts, shapes or {})
 
 
@@ -58,7 +59,7 @@ def find_at(node: fx.Node, scores: fx.Node, facts: Facts, shapes: Shapes) -> Non
         axes = axes_of_sum(closing, node, closing in late, weights.passing | weighed | own, weights, facts, shapes)
         if axes is not None:
             divided[closing] = axes
-    if not divided:
+    if not divided or is_read_elsewhere(node, divided):
         return
     closings = tuple(n for n in late if n in divided)
     facts.patterns[node] = Softmax(scores, next(iter(divided.values())), (node,), closings)
@@ -66,6 +67,18 @@ def find_at(node: fx.Node, scores: fx.Node, facts: Facts, shapes: Shapes) -> Non
         if isinstance(facts.patterns.get(part), Statistic):  # a sum of positive numbers is a norm, too
             del facts.patterns[part]
         facts.parts[part] = node
+
+
+def is_read_elsewhere(node: fx.Node, closings: Mapping[fx.Node, Any]) -> bool:
+    """Whether something reads what is made of a node before one of the `closings`: it would lose its derivative."""
+    seen, queue = {node}, [node]
+    while queue:
+        new = [user for user in queue.pop().users if user not in seen and user not in closings]
+        if any(user.op == "output" for user in new):
+            return True
+        seen.update(new)
+        queue += new
+    return False
 
 
 def made_of(node: fx.Node, facts: Facts) -> set[fx.Node]:
