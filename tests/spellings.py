@@ -421,7 +421,7 @@ ATTENTION = {
     "attention beside the mean of its exponentials": [
         lambda m, h: scores(m, h).softmax(-1) @ m.v(h) + scores(m, h).exp().mean(-1, keepdim=True),
         lambda m, h: (lambda e: (e / e.sum(-1, keepdim=True)) @ m.v(h) + e.mean(-1, keepdim=True))(scores(m, h).exp()),
-        lambda m, h: (lambda e, s: (e / s) @ m.v(h) + s / 5)(scores(m, h).exp(), scores(m, h).exp().sum(-1, keepdim=True)),
+        lambda m, h: (lambda e: (lambda s: (e / s) @ m.v(h) + s / 5)(e.sum(-1, keepdim=True)))(scores(m, h).exp()),
     ],
     "weights of weights": [
         lambda m, h: scores(m, h).softmax(-1) @ (scores(m, h.flip(1)).softmax(-1) @ m.v(h)),
