@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from ...analysis.aliasing import Aliasing
 from ...analysis.calls import written
-from ...analysis.ops import AFFINE, CARRIES, LISTED, NORMS, POWERS, PRODUCT, QUOTIENT, REDUCES, SIZES, SMOOTH, VIEW
+from ...analysis.ops import AFFINE, CARRIES, ITSELF, LISTED, NORMS, POWERS, PRODUCT, QUOTIENT, REDUCES, SIZES, SMOOTH, VIEW
 from ...analysis.signals import called
 
-# Neither gates, each of which has its line in a report, nor what draws numbers.
-ARITHMETIC = (AFFINE | POWERS | PRODUCT | QUOTIENT | SMOOTH | REDUCES | NORMS | CARRIES | VIEW | SIZES) - LISTED.keys()
+# Neither gates, each of which has its line in a report, nor dropout, which may draw numbers.
+ARITHMETIC = (AFFINE | POWERS | PRODUCT | QUOTIENT | SMOOTH | REDUCES | NORMS | CARRIES | VIEW | SIZES) - LISTED.keys() - ITSELF
 
 
 def merge(modules: nn.Module, graph: fx.Graph) -> None:
