@@ -240,7 +240,7 @@ def test_no_method_keeps_the_callers_graph(vgg):
 
 
 def test_bad_batch_size(vgg):
-    with pytest.raises(ValueError, match="batch_size is at least 1"):
+    with pytest.raises(ValueError, match="batch_size is a whole number of at least 1"):
         vgg[0].pullback(vgg[1], 1, batch_size=0)
 
 

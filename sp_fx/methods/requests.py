@@ -265,8 +265,8 @@ class Call:
 
     def pieces(self, batch_size: int | None) -> Iterator[Call]:
         """The call cut along the batch, into calls of at most `batch_size` samples."""
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is at least 1, or None, got {batch_size!r}")
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size is a whole number of at least 1, or None, got {batch_size!r}")
         if batch_size is None or batch_size >= self.batch:
             yield self
             return

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..containers import filled
+from ..containers import filled, type_of
 from ..methods.ascent import Ascent
 from ..targets import as_target, primary
 
@@ -154,7 +154,7 @@ def positional(inputs: Any) -> list[Tensor]:
     tensors = list(inputs) if isinstance(inputs, tuple) else [inputs]
     for x in tensors:
         if not isinstance(x, Tensor):
-            raise TypeError(f"expected a tensor, or a tuple of tensors, as inputs; got {type(x).__name__}")
+            raise TypeError(f"expected a tensor, or a tuple of tensors, as inputs; got {type_of(x)}")
     return tensors
 
 
