@@ -78,6 +78,25 @@ def test_spellings_under_other_rules(rules, function):
     assert (maps[0] - plain.pullback(X, targets[0])).norm() > 1e-3 * maps[0].norm()
 
 
+class Rows(nn.Module):
+    """A function's outputs as one, [B, N]."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return torch.cat([y.reshape(x.shape[0], -1) for y in self.function(x)], 1)
+
+
+@pytest.mark.parametrize("function", [name for name in SPELLINGS if "over samples" not in name])
+def test_checks_of_spellings(function):
+    """The frozen network is affine, hard gates have the gradient, and coverage counts what is written out."""
+    model = fill(Rows(Function(SPELLINGS[function]))).double()
+    found = sp_fx.check(transformed(model, "fx"), X, model=model)
+    assert found, found
+
+
 EXPORTS_QUANTILE = not torch.__version__.startswith("2.11")
 NEAR_MISSES = {
     "a gate by another tensor": lambda m, h: h * torch.sigmoid(h.flip(-1)),

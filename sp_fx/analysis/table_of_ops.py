@@ -64,7 +64,7 @@ TRAITS = {
     # coverage: families of gates, counted below a model's Python code and in its report
     "family=": "the family that it counts for in both: `relu6`, family=clamp, as PyTorch dispatches hardtanh for it",
     "dispatched=": "the family, where PyTorch dispatches this name and reports have another: `native_layer_norm`",
-    "listed=": "the family, where reports have this name and PyTorch dispatches another: `normalize`; clamp*2 of two of it,"
+    "listed=": "the family, where reports have this name and PyTorch dispatches another: `normalize`; clamp*2 of one or two,"
     " sign+abs of several",
 }
 

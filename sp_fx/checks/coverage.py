@@ -93,11 +93,13 @@ def dispatched(model: Callable[..., Any], args: tuple, kwargs: Mapping[str, Any]
     return +mode.counts
 
 
-def listed(report: Report) -> Counter[str]:
-    """The families of the calls that a report lists, rewritten or not, and how often."""
+def listed(report: Report) -> tuple[Counter[str], Counter[str]]:
+    """The families of the calls that a report lists, rewritten or not, and how often at least and at most: a cosine similarity
+    clamps each length that is computed from the input, one of which may be of a constant."""
     ops = [site.op.removesuffix(WRITTEN_OUT) for site in report.sites]
-    families: Counter[str] = Counter()
+    fewest, most = Counter[str](), Counter[str]()
     for family in (family for op in ops if op in LISTED for family in LISTED[op].split("+")):
         name, _, times = family.partition("*")
-        families[name] += int(times or 1)
-    return families
+        fewest[name] += 1
+        most[name] += int(times or 1)
+    return fewest, most

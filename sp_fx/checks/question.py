@@ -19,7 +19,7 @@ from ..capture.passed import lets_through
 from ..capture.tracing.draws import DRAWS
 from ..containers import cloned, rebuilt, tensors_of
 from ..explainer import Explainer
-from ..gates.adjoints.norms import frozen_cosine
+from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..measured.runs import Coarsest, distance, one_seed, perturbed
@@ -109,12 +109,13 @@ class Question:
         for node in list(own.graph.nodes):
             if node.target not in (dual_path, multihead_attention):
                 continue
-            node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
             if node.args[0] == "mix":
                 node.args = (*node.args[:2], None, *node.args[3:])
-            elif node.args[0] == "surrogate" and node.args[2].target is not frozen_cosine:
+            elif node.args[0] == "surrogate" and node.kwargs["tau"] != FROZEN:
                 node.replace_all_uses_with(node.args[1])
                 own.graph.erase_node(node)
+                continue
+            node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
         own.graph.eliminate_dead_code()
         own.edited(own.report(), compare=False)
         return replace(self, explainer=own)
@@ -126,9 +127,8 @@ class Question:
         with torch.no_grad(), one_seed(self.draws):
             run.run_by_name(cloned(dict(self.arguments)))
         own = self.at_temperature(1e-9)
-        for node, (name, spread) in zip(
-            own.explainer.graph.find_nodes(op="call_function", target=dual_path), run.found, strict=True
-        ):
+        gates = own.explainer.graph.find_nodes(op="call_function", target=dual_path)
+        for node, (name, spread) in zip((n for n in gates if n.args[0] != "surrogate"), run.found, strict=True):
             assert node.args[0] == name
             node.kwargs = {**node.kwargs, "tau": 1e-9 * spread}
         own.explainer.edited(own.explainer.report(), compare=False)

@@ -215,7 +215,10 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         self._graph.on_generate_code(lambda _: unshadowed)
-        return super().recompile()
+        code = super().recompile()
+        if "__call__" in vars(type(self)):  # it prints a page of generated code at every error of a caller
+            del type(self).__call__
+        return code
 
     def __reduce__(self) -> tuple:
         modules, plain = nn.Module(), fx.GraphModule(self, self.graph)  # which has what the graph uses alone

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
 from ..analysis.facts import Facts, gates_among
-from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, LISTED, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
 from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic, centred_over
@@ -138,7 +138,7 @@ def part(node: fx.Node, facts: Facts, account: Account) -> bool:
     """A call inside a gate or norm that is written out."""
     if node not in facts.parts:
         return False
-    if op_of(node) in READERS:
+    if op_of(node) in READERS or name_of(node) in LISTED:
         account.note(node, "kept", f"{PART}{facts.patterns[facts.parts[node]].kind} written out here")
     return True
 

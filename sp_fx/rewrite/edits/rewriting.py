@@ -41,11 +41,12 @@ class Rewriting:
         soft.meta.update(node.meta)
         return soft
 
-    def surrogate(self, node: fx.Node, soft: fx.Node) -> fx.Node:
-        """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it."""
+    def surrogate(self, node: fx.Node, soft: fx.Node, tau: Temperature = FROZEN) -> fx.Node:
+        """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it: at the temperature
+        `tau` of the attention that it is a part of."""
         users = [user for user in node.users if user is not soft]
         with self.graph.inserting_before(soft.next):
-            exact = self.graph.call_function(dual_path, ("surrogate", node, soft), {"tau": FROZEN})
+            exact = self.graph.call_function(dual_path, ("surrogate", node, soft), {"tau": tau})
         exact.meta.update(node.meta)
         node.meta.pop("place", None)
         for user in users:

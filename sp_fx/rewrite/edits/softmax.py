@@ -65,7 +65,7 @@ class FreezeSoftmax(Edit):
                 to.passing[product] = mixed
                 passing |= {mixed} if product in passing else set()
             elif soft is not None:
-                to.passing[product] = to.surrogate(product, replayed_after(to, product, passing, copies))
+                to.passing[product] = to.surrogate(product, replayed_after(to, product, passing, copies), self.tau)
         to.passing[node] = to.passing.get(last, to.instead.get(last, last))
 
     def tempered(self, to: Rewriting, hard: fx.Node) -> fx.Node:
