@@ -68,6 +68,10 @@ def rstd(c):
     return (c.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt()
 
 
+def entropy(w):
+    return -(w * w.log()).sum(-1, keepdim=True)
+
+
 def centred(h):
     return h - h.mean(-1, keepdim=True)
 
@@ -263,6 +267,15 @@ NORMS = {
         lambda h: F.normalize(h, dim=-1) * h.roll(1, -1), lambda h: h * h.roll(1, -1) / h.norm(dim=-1, keepdim=True),
         lambda h: h.roll(1, -1) * (h / h.norm(dim=-1, keepdim=True)),
     ],
+    "length 1 after a mean": [
+        lambda h: F.normalize(centred(h), dim=-1), lambda h: centred(h) / centred(h).norm(dim=-1, keepdim=True),
+        lambda h: (lambda c: c / (c * c).sum(-1, keepdim=True).sqrt())(centred(h)),
+    ],
+    "correlation": [
+        lambda h: F.cosine_similarity(centred(h), centred(h.roll(1, 1)), dim=-1),
+        lambda h: (lambda a, b: (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1)))(centred(h), centred(h.roll(1, 1))),
+        lambda h: (F.normalize(centred(h), dim=-1) * F.normalize(centred(h.roll(1, 1)), dim=-1)).sum(-1),
+    ],
     "normalised after a mean over samples": [
         lambda h: F.normalize(h - h.mean(0), dim=-1),
         lambda h: (h - h.mean(0)) / (h - h.mean(0)).norm(dim=-1, keepdim=True),
@@ -359,6 +372,7 @@ ATTENTION = {
         lambda m, h: (scores(m, h).softmax(-1) * (m.mask > 0)) @ m.v(h),
         lambda m, h: (written_softmax(scores(m, h)) * m.mask[None]) @ m.v(h),
         lambda m, h: (lambda e: (e * m.mask / e.sum(-1, keepdim=True)) @ m.v(h))(scores(m, h).exp()),
+        lambda m, h: (lambda e: (e * m.mask) @ m.v(h) / e.sum(-1, keepdim=True))(scores(m, h).exp()),
     ],
     "masked scores": [
         lambda m, h: F.scaled_dot_product_attention(m.q(h), m.k(h), m.v(h), is_causal=True),
@@ -418,6 +432,16 @@ ATTENTION = {
         lambda m, h: (lambda s: ((s - s.logsumexp((1, 2), keepdim=True)).exp() * m.v(h)).sum((1, 2)))(m.q(h)),
         lambda m, h: (lambda e: (e * m.v(h)).sum((1, 2)) / e.sum((1, 2)))(m.q(h).exp()),
     ],
+    "attention, and the entropy of its weights": [
+        lambda m, h: scores(m, h).softmax(-1) @ m.v(h) + entropy(scores(m, h).softmax(-1)),
+        lambda m, h: (lambda w: w @ m.v(h) + entropy(w))(scores(m, h).softmax(-1)),
+        lambda m, h: (lambda w: w @ m.v(h) + entropy(w))(written_softmax(scores(m, h))),
+    ],
+    "attention beside its weights": [
+        lambda m, h: torch.cat([scores(m, h).softmax(-1) @ m.v(h), scores(m, h).softmax(-1)], -1),
+        lambda m, h: (lambda w: torch.cat([w @ m.v(h), w], -1))(scores(m, h).softmax(-1)),
+        lambda m, h: (lambda w: torch.cat([w @ m.v(h), w * 1], -1))(scores(m, h).softmax(-1)),
+    ],
     "attention beside the mean of its exponentials": [
         lambda m, h: scores(m, h).softmax(-1) @ m.v(h) + scores(m, h).exp().mean(-1, keepdim=True),
         lambda m, h: (lambda e: (e / e.sum(-1, keepdim=True)) @ m.v(h) + e.mean(-1, keepdim=True))(scores(m, h).exp()),
@@ -447,6 +471,8 @@ ATTENTION = {
         lambda m, h: (lambda p: -(p * p.log()).sum(-1))(m.q(h).softmax(-1)),
         lambda m, h: -(m.q(h).log_softmax(-1).exp() * m.q(h).log_softmax(-1)).sum(-1),
         lambda m, h: torch.special.entr(m.q(h).softmax(-1)).sum(-1),
+        lambda m, h: (lambda s: -(s.softmax(-1) * (s - s.logsumexp(-1, keepdim=True))).sum(-1))(m.q(h)),
+        lambda m, h: (lambda s: -(s.softmax(-1) * (s - s.exp().sum(-1, keepdim=True).log())).sum(-1))(m.q(h)),
         lambda m, h: -torch.einsum("bnc,bnc->bn", m.q(h).softmax(-1), m.q(h).log_softmax(-1)),
     ],
     "mixture of experts": [
@@ -495,6 +521,19 @@ ATTENTION = {
               lambda m, h: (lambda q: q * m.v(h) * (q > 0))(m.q(h)), lambda m, h: (lambda q: m.v(h) * (q > 0) * q)(m.q(h))],
     "swish with a weight a channel": [
         lambda m, h: m.q.bias * F.silu(h), lambda m, h: m.q.bias * h * h.sigmoid(), lambda m, h: h * m.q.bias / (1 + (-h).exp()),
+    ],
+    "two swishes": [
+        lambda m, h: F.silu(h) * F.silu(m.q(h)), lambda m, h: (lambda q: h * q * h.sigmoid() * q.sigmoid())(m.q(h)),
+        lambda m, h: (lambda q: q * (h * (q.sigmoid() * h.sigmoid())))(m.q(h)),
+    ],
+    "the square of a gated product": [
+        lambda m, h: (F.silu(h) * m.q(h)) ** 2, lambda m, h: (lambda p: p * p)(h * m.q(h) * h.sigmoid()),
+        lambda m, h: (h * m.q(h) * h.sigmoid()).square(),
+    ],
+    "rms norm with a gain of its own": [
+        lambda m, h: h * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + m.q(h.mean(1, keepdim=True))),
+        lambda m, h: h * ((1 + m.q(h.mean(1, keepdim=True))) * (h.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()),
+        lambda m, h: h * ((1 + m.q(h.mean(1, keepdim=True))) / (h.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()),
     ],
     "swish, times two others": [
         lambda m, h: F.silu(h) * m.q(h) * m.v(h), lambda m, h: h * m.q(h) * m.v(h) * h.sigmoid(),

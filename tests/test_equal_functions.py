@@ -9,7 +9,7 @@ from torch import nn
 
 import sp_fx
 from helpers import fill
-from spellings import SPELLINGS, Function
+from spellings import SPELLINGS, Function, scores, written_softmax
 
 X = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 1.5
 
@@ -57,8 +57,12 @@ NORMS_ALIKE = dict.fromkeys(
 
 
 OTHER_RULES = {
-    "attention=0.5": ("attention", "masked weights", "masked scores", "talking heads", "attention pooling", "mixture of experts",
-                      "attention pooling over two axes", "weights of weights", "weights twice", "the difference of two"),
+    "attention='frozen', product='frozen'": ("values behind a gate", "a mixture of softmaxes"),
+    "attention=0.5": (
+        "attention", "attention, and the entropy of its weights", "attention beside its weights", "masked weights", "masked scores",
+        "talking heads", "attention pooling", "mixture of experts", "attention pooling over two axes", "weights of weights",
+        "weights twice", "the difference of two",
+    ),
     "product='frozen'": ("swiglu", "geglu", "reglu", "swish, times two others"),
     "silu=None, gelu=None": ("swiglu", "geglu", "thrice swish", "twice gelu", "swish, times two others"),
     "silu=0.3, relu=0.4, leaky_relu='frozen'": ("swiglu", "reglu", "swish and its argument", "twice a leaky relu"),
@@ -75,7 +79,32 @@ def test_spellings_under_other_rules(rules, function):
     maps = [explainer.pullback(X, target) for target in targets]
     for i, v in enumerate(maps):
         assert (v - maps[0]).norm() <= 1e-6 * maps[0].norm(), (function, i)
-    assert (maps[0] - plain.pullback(X, targets[0])).norm() > 1e-3 * maps[0].norm()
+    if rules != "attention='frozen', product='frozen'":  # which is what the defaults are there
+        assert (maps[0] - plain.pullback(X, targets[0])).norm() > 1e-3 * maps[0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_scores_do_not_overflow_at_a_temperature(dtype):
+    forms = [
+        lambda m, h: (20 * scores(m, h)).softmax(-1) @ m.v(h),
+        lambda m, h: written_softmax(20 * scores(m, h)) @ m.v(h),
+        lambda m, h: (lambda e: e @ m.v(h) / e.sum(-1, keepdim=True))(
+            (scores(m, h) * (4 if dtype == torch.float32 else 1)).exp()
+        ),
+    ]
+    model = fill(Function(forms)).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explainer = sp_fx.transform(model, rules=sp_fx.Rules(attention=0.1))
+    for i in range(len(forms)):
+        found = explainer.pullback(X.to(dtype), lambda out, i=i: out[i].float().sum())
+        assert found.isfinite().all() and found.any()
+
+
+def test_attention_over_nothing():
+    model = fill(Function([lambda m, h: h.sum(1) + (m.s(h[:, :0]).softmax(1) * m.v(h[:, :0])).sum(1)])).double()
+    found = transformed(model, "fx", attention=0.5).pullback(X, lambda out: out[0].sum())
+    assert found.isfinite().all() and found.any()
 
 
 class Rows(nn.Module):
@@ -118,6 +147,13 @@ NEAR_MISSES = {
     "one product over another": lambda m, h: (lambda e: (e @ m.v(h)) / (99 + e @ m.q(h)))((m.q(h) @ m.k(h).mT / 9).exp()),
     "exponentials over their largest": lambda m, h: (lambda e: (e @ m.v(h)) / e.amax(-1, True).detach())(m.q(h).mT.exp()),
     "exponentials that are not divided": lambda m, h: (m.q(h) @ m.k(h).mT / 9).exp() @ m.v(h),
+    "over the sum of some": lambda m, h: (lambda e: (e / (e * m.mask).sum(-1, True)) @ m.v(h))((m.q(h) @ m.k(h).mT / 9).exp()),
+    "over the sum of some, late": lambda m, h: (lambda e: e @ m.v(h) / e.masked_fill(m.mask == 0, 0.0).sum(-1, True))(
+        (m.q(h) @ m.k(h).mT / 9).exp()
+    ),
+    "a cross-entropy": lambda m, h: (lambda k: -(m.q(h).softmax(-1) * (k - k.logsumexp(-1, True))).sum(-1))(m.k(h)),
+    "likeness by a matrix": lambda m, h: ((m.q(h).softmax(-1) @ m.heads.weight[0, 0].expand(8, 8)) * m.k(h).softmax(-1)).sum(-1),
+    "a power near a half": lambda m, h: h / h.pow(2).mean(-1, keepdim=True) ** 0.503,
     "over the sum of other exponentials": lambda m, h: (lambda s: s.exp() * m.v(h) / (2 * s).exp().sum(-1, True))(m.q(h) / 9),
     "a gate and one of another": lambda m, h: h * m.q(h) * torch.sigmoid(m.v(h) + h),
     "a gate of twice the signal": lambda m, h: h * m.q(h) * torch.tanh(h),

@@ -25,7 +25,7 @@ from .written.gates import Written, written_gates
 from .written.graph import Graph
 from .written.norms import Statistic, written_norm
 from .written.products import Product, is_product, regrouped
-from .written.softmax import Softmax, written_softmax
+from .written.softmax import Axes, Softmax, written_log_softmax, written_softmax
 
 Pattern = Written | Product | Statistic | Softmax
 
@@ -39,6 +39,7 @@ class Facts:
             model computed; `complex` those that are complex numbers, `whole` those that are known to be whole numbers or masks.
         patterns: the functions that the model writes out itself or has registered, by the node that closes them.
         parts: the nodes inside such a pattern, and the node that closes it.
+        logarithms: the logarithms of softmaxes that it writes out itself, and the axes of these.
         aliasing: whose storage a node may share.
         undecided: the softmaxes that may be attention, for all that is known without shapes.
         view: the graph as the readers of written functions see it.
@@ -53,6 +54,7 @@ class Facts:
         self.view = Graph(self.modules, self.is_identity, self.varying, self.signals, self.complex)
         self.patterns: dict[fx.Node, Pattern] = {}
         self.parts: dict[fx.Node, fx.Node] = {}
+        self.logarithms: dict[fx.Node, Axes] = {}
         self.undecided: set[fx.Node] = set()
         self._find_registered(registered)
         self._find_written()
@@ -76,6 +78,8 @@ class Facts:
             if (softmax := written_softmax(self.view, node, order)) is not None:
                 self.patterns[node] = softmax
                 self.parts |= {n: node for n in self.view.private(softmax.inside, node) if n is not node}
+            elif (softmax := written_log_softmax(self.view, node, order)) is not None:
+                self.logarithms[node] = softmax.dims
         gates = written_gates(self.view, nodes, {*self.parts, *self.patterns})
         self.patterns |= gates
         for node, gate in gates.items():
@@ -94,7 +98,8 @@ class Facts:
         product = regrouped(self.view, node, order, {*self.parts, *self.patterns})
         if product is not None:
             self.patterns[node] = product
-            inside = sorted((*product.products, *product.gate.inside), key=order.__getitem__)
+            made_by = {n for gate, _ in product.gates for n in gate.inside}
+            inside = sorted({*product.products, *made_by}, key=order.__getitem__)
             self.parts |= {n: node for n in self.view.private(inside, node) if n is not node}
 
     # -- what a node calls
@@ -162,6 +167,8 @@ class Facts:
         while node.target is not dual_path:
             if isinstance(written := self.patterns.get(node), Written) and not written.through:
                 return written.kind
+            if isinstance(written, Softmax):
+                return "softmax"
             inputs = self.varying_inputs(node)
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):

@@ -28,6 +28,7 @@ class Account:
         sites: the lines of the report.
         nodes: the call of each line.
         softmaxes: what each softmax is used for.
+        weighed: the products of values with weights that are constants.
         rewriting: the graph, and what the edits so far have put in place of what.
     """
 
@@ -36,6 +37,7 @@ class Account:
         self.sites: list[Site] = []
         self.nodes: list[fx.Node] = []
         self.rewriting = Rewriting(facts)
+        self.weighed: set[fx.Node] = set()
         self._calls: Counter[str] = Counter()
 
     def apply(self, edit: Edit) -> None:

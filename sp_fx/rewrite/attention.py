@@ -34,6 +34,7 @@ def softmax(node: fx.Node, facts: Facts, account: Account) -> bool:
         rows = {p: mixing(p, use.weights.passing, facts) for p in use.weights.products}
         plain = {p: form for p, form in rows.items() if form is not None and form[0] not in use.weights.gated}
         dtype = None if written else dtype_of(node)
+        account.weighed.update(use.weights.products)
         account.apply(FreezeSoftmax(node, use.softmax, written, dtype, use.weights, plain, tau))
     if written and facts.op(node) not in LISTED:
         account.amend(op=f"{facts.op(node)}{WRITTEN_OUT}")

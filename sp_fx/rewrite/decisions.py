@@ -26,7 +26,7 @@ from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
 from .edits.calls import Compete, OpenLeaf, ReplaceCall, Surrogate
-from .edits.written import CloseWritten, Freeze, Regroup
+from .edits.written import CloseWritten, Freeze, Regroup, Softened
 from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
@@ -78,29 +78,32 @@ def written_line(node: fx.Node, gate: Written, account: Account) -> Temperature 
 
 
 def regrouped(node: fx.Node, facts: Facts, account: Account) -> bool:
-    """A product in which the factors of a gate stand apart."""
+    """A product in which the factors of gates stand apart."""
     product = facts.patterns.get(node)
     if not isinstance(product, Product):
         return False
-    gate, constant = product.gate, None
-    if gate.smooth:
-        account.note(node, "kept", f"product rule; {gate.kind}, {SMOOTH_FUNCTION}")
-        return True
-    tau = written_line(product.products[-1], gate, account)
-    scale = account.scale
+    softened: list[Softened] = []
+    for at, (gate, _) in zip(reversed(product.products), product.gates):
+        if gate.smooth:
+            account.note(at, "kept", f"{gate.kind}, {SMOOTH_FUNCTION}")
+            softened.append((None, "absolute"))
+        else:
+            softened.append((written_line(at, gate, account), account.scale))
     others = [factor for factor in product.others if facts.is_signal(factor.value)]
     makers: dict[Any, str] = {factor.value: facts.maker(factor.value) for factor in others if not factor.divides}
-    if others and not makers:
-        account.note(node, "kept", "quotient rule")
-    elif makers:
-        gates = gates_among({**makers, "gate": "" if gate.through else gate.kind})
+    makers |= {i: "" if gate.through else gate.kind for i, (gate, _) in enumerate(product.gates)}
+    constant = None
+    if len(makers) > 1:
+        gates = gates_among(makers)
         if len(gates) != 1:
             account.note(node, "kept", "product rule")
         elif account.gate(node, "product") is None:
             account.amend(reason="product rule")
         else:
             (constant,) = gates
-    account.apply(Regroup(node, product, tau, scale, constant))
+    elif others:
+        account.note(node, "kept", "quotient rule")
+    account.apply(Regroup(node, product, softened, constant))
     return True
 
 
@@ -236,7 +239,7 @@ def product(node: fx.Node, facts: Facts, account: Account) -> bool:
     inverts = len(signals) == 1 and name in QUOTIENT and node.args[0] is not signals[0]
     if name not in PRODUCT | QUOTIENT or not (len(signals) > 1 or squares or inverts):
         return False
-    factors = facts.gating_factors(node)
+    factors = [] if node in account.weighed else facts.gating_factors(node)  # weights gate their values already
     if len(factors) != 1 or name not in FACTORS:
         rule = "product rule" if name in PRODUCT else "quotient rule"
         account.note(node, "kept", "; ".join([rule, *constant_elsewhere(node, facts)]))

@@ -7,6 +7,7 @@ into sums up to 1, or weighs values that are all 1 to 1.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -62,7 +63,9 @@ def find_at(node: fx.Node, scores: fx.Node, facts: Facts, shapes: Shapes) -> Non
     if not divided or is_read_elsewhere(node, divided):
         return
     closings = tuple(n for n in late if n in divided)
-    facts.patterns[node] = Softmax(scores, next(iter(divided.values())), (node,), closings)
+    base = facts.view.number(node.args[0]) if facts.op(node) in POWERS else None
+    sign = -1 if base is not None and base < 1 else 1
+    facts.patterns[node] = Softmax(scores, next(iter(divided.values())), (node,), closings, sign, later=True)
     for part in between(divided, own):
         if isinstance(facts.patterns.get(part), Statistic):  # a sum of positive numbers is a norm, too
             del facts.patterns[part]
@@ -127,23 +130,16 @@ def axes_of_sum(
     a difference to the result; None where it is none. `made` are the nodes that it has a part in."""
     found, refused = dict[int, Axes](), False
     known = shapes.get(exponential)
+    divisor = divisor_of(closing, made, late, weights, facts)
     for shape in [known.shape] if isinstance(known, Tensor) else [SIZES[:rank] for rank in (2, 3, 4)]:
         z = torch.rand([int(n) for n in shape], generator=generator(0)) + 0.5
-        rank = z.dim()
-        factors = [torch.rand([n if i == axis else 1 for i, n in enumerate(z.shape)], generator=generator(1)) + 0.5
-                   for axis in range(rank)]  # fmt: skip
+        runs = [Run(exponential, closing, made, weights, facts, shapes, masked) for masked in (None, divisor) if masked != set()]
         try:
-            run = Run(exponential, closing, made, weights, facts, shapes)
-            result = run.of(z)
-            alike = [torch.allclose(run.of(z * factor), result, rtol=TOLERANCE) for factor in factors]
-            axes = tuple(axis for axis in range(rank) if not alike[axis])
-            weighed = run.of(z, ones=True) if late else result.sum(axes, keepdim=True)
+            axes = next((axes for axes in (normalised_over(run, z, late) for run in runs) if axes), ())
         except Exception:  # of another rank, or by sizes of the model's tensors
             continue
-        if axes and (late or result.shape == z.shape) and torch.allclose(weighed, torch.ones(()), rtol=TOLERANCE):
-            found[rank] = axes
-        else:
-            refused = True
+        found |= {z.dim(): axes} if axes else {}
+        refused |= not axes
     if not isinstance(known, Tensor) and (refused or not found):
         facts.undecided.add(exponential)
     from_end = {tuple(axis - rank for axis in axes) for rank, axes in found.items()}
@@ -151,19 +147,63 @@ def axes_of_sum(
     return next((axes.pop() for axes in (from_end, from_start) if len(axes) == 1), None)
 
 
+def normalised_over(run: Run, z: Tensor, late: bool) -> Axes:
+    """Returns the axes along which `z` is divided by its sum, none where it is not: a factor along the others changes nothing."""
+    result, axes = run.of(z), []
+    for axis, size in enumerate(z.shape):
+        factor = torch.rand([size if i == axis else 1 for i in range(z.dim())], generator=generator(1)) + 0.5
+        if not torch.allclose(run.of(z * factor), result, rtol=TOLERANCE):
+            axes.append(axis)
+    if not late and result.shape != z.shape:
+        return ()
+    total = run.of(z, ones=True) if late else result.sum(axes, keepdim=True) if axes else result
+    same = torch.allclose(total, total.flatten()[0].expand_as(total), rtol=TOLERANCE)  # 1, or what the values are multiplied by
+    return tuple(axes) if same and bool((total > 0).all()) else ()
+
+
+def divisor_of(closing: fx.Node, made: set[fx.Node], late: bool, weights: Weights, facts: Facts) -> set[fx.Node]:
+    """Returns the calls that make what divides at `closing`, where these are others than those that make what is divided."""
+    own = [n for n in operands_of(closing)[:2] if isinstance(n, fx.Node) and n in made]
+    if facts.op(closing) in QUOTIENT:
+        own = own[-1:]
+    elif late:
+        own = [n for n in own if n not in weights.products and n not in weights.mixed]
+    found, queue = set[fx.Node](), own[-1:]
+    while queue:
+        at = queue.pop()
+        if at not in found and at in made:
+            found.add(at)
+            queue += at.all_input_nodes
+    return found
+
+
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def single(value: Any) -> Any:
+    """Returns a tensor in the dtype of the runs, if it floats."""
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 class Run(Probe):
     """Runs the calls from an exponential to a division of what is made of it, on numbers in the place of the exponential. Values
-    that these weigh are random, or 1."""
+    that these weigh are random, or 1. Masks are what they are, or random where that is not known; beside the nodes `masked`, if
+    these are given, they let everything through, since a mask on weights is no part of the softmax.
+    """
 
     def __init__(
-        self, exponential: fx.Node, closing: fx.Node, made: set[fx.Node], weights: Weights, facts: Facts, shapes: Shapes
+        self,
+        exponential: fx.Node,
+        closing: fx.Node,
+        made: set[fx.Node],
+        weights: Weights,
+        facts: Facts,
+        shapes: Shapes,
+        masked: set[fx.Node] | None,
     ) -> None:
         super().__init__(exponential, (), weights, facts, shapes)
-        self.closing, self.made, self.ones = closing, made | {closing}, False
+        self.closing, self.made, self.masked, self.ones = closing, made | {closing}, masked, False
 
     def of(self, z: Tensor, ones: bool = False) -> Tensor:
         self.ones = ones
@@ -183,17 +223,24 @@ class Run(Probe):
         return (node for node in self.facts.graph.nodes if node in wanted)
 
     def value(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        known = [n for n in inputs_of(node, self.facts) if n in values]
-        if self.facts.is_identity(node) or self.facts.op(node) in CHOICES:  # masks let everything through
-            return values[known[0]]
-        return self.called(node, values[known[0]], values)
+        (first, *_) = (values[n] for n in inputs_of(node, self.facts) if n in values)
+        passes = self.facts.op(node) in CHOICES and self.masked is not None and node not in self.masked
+        return first if passes or self.facts.is_identity(node) else self.called(node, first, values)
 
     def operand(self, n: fx.Node, node: fx.Node, first: Any, values: Mapping[fx.Node, Any]) -> Any:
-        value = super().operand(n, node, first, values)
-        number = None if n in values else self.facts.view.number(n)
-        if number is None and n not in values and not self.facts.varies(n) and self.facts.op(node) in FACTORS:
-            number = 1.0  # a mask
-        return value if number is None or not isinstance(value, Tensor) else torch.full_like(value, number)
+        if n in values or self.facts.is_signal(n):
+            return super().operand(n, node, first, values)
+        chooses = self.facts.op(node) in CHOICES
+        if not chooses and self.facts.op(node) not in FACTORS:
+            return single(self.constant(n))
+        if (number := self.facts.view.number(n)) is not None:
+            return torch.tensor(number)
+        if not chooses and self.masked is not None and node not in self.masked:
+            return torch.ones(())
+        if self.shapes and not self.facts.varies(n):
+            return single(self.constant(n))
+        drawn = torch.rand(first.shape, generator=generator(zlib.crc32(n.name.encode()))) + 0.5
+        return drawn > 0.8 if chooses else drawn
 
     def filled(self, shape: Any, number: float) -> Tensor:
         if self.ones or number == 0:

@@ -35,6 +35,7 @@ class Probe:
 
     def __init__(self, softmax: fx.Node, dims: Axes, weights: Weights, facts: Facts, shapes: Shapes) -> None:
         self.weights, self.facts, self.shapes, self.dims, self.softmax = weights, facts, shapes, dims, softmax
+        self.likenesses: set[fx.Node] = set()  # products that say how alike softmaxes are
 
     def verdict(self) -> Verdict:
         if self.length < 2:
@@ -43,10 +44,12 @@ class Probe:
         for node, before, results in self.run():
             if not any(map(is_alive, before)):
                 continue
-            if node in self.weights.products:
+            if node in self.weights.products and there == "alone":
                 there = "elsewhere"
-            if node in self.weights.mixed and there == "elsewhere" and not is_alive(results) and not self.is_likeness(node):
-                return "attention"
+            if node in self.weights.mixed and there != "alone" and not is_alive(results):
+                likenesses = self.likenesses_at(node)
+                self.likenesses |= likenesses
+                there = there if likenesses else "attention"
         return there
 
     @property
@@ -67,17 +70,16 @@ class Probe:
                 yield node, [values[n] for n in node.all_input_nodes if n in values], results
                 values[node] = results
 
-    def is_likeness(self, node: fx.Node) -> bool:
-        """Whether what two softmaxes give is summed up at `node` along the axes of both: this says how alike they are, as the sum
-        of `p * q.log()` does, where `gates * q`, summed up over the gates, weighs q."""
+    def likenesses_at(self, node: fx.Node) -> set[fx.Node]:
+        """Returns the products whose sum at `node` says how alike softmaxes are, since it runs along the axes of both, as that of
+        `p * q.log()` does; none where it weighs values, as that of `gates * q` over the gates weighs q."""
+        found = {product for product, others in self.weights.alike.items() if not others and product is node}
         for product, others in self.weights.alike.items():
-            if not others and product is node:
-                return True
             for other in others:
                 for n, before, results in self.of_other(other).run():
                     if n is node and any(map(is_alive, before)) and not is_alive(results):
-                        return True
-        return False
+                        found.add(product)
+        return found
 
     def of_other(self, other: fx.Node) -> Probe:
         """Returns the same for the softmax that alone `other` is made of: from `other` on, or from the views that it is of."""
@@ -91,6 +93,8 @@ class Probe:
 
     def dims_of(self, node: fx.Node) -> Axes | None:
         """Returns the axes of a softmax, or of its logarithm; None of other nodes."""
+        if node in self.facts.logarithms:
+            return self.facts.logarithms[node]
         if self.facts.op(node) in LOGARITHMS:
             dim = argument(node, "dim")
             return (dim if isinstance(dim, int) else -1,)
@@ -150,12 +154,26 @@ class Probe:
             return like
         if name in FACTORS | SHIFTS:
             return self.filled(first.shape, neutral) if isinstance(first, Tensor) else neutral
+        if not self.facts.varies(n):
+            return self.filled(self.constant(n).shape, neutral)
         if name in MIXES and isinstance(first, Tensor):
             left = node.args[0] in values
             return self.filled((*first.shape[:-2], *((first.shape[-1], 3) if left else (3, first.shape[-2]))), 1.0)
         if name == "einsum":
             return self.fitting(n, node, first)
         raise ValueError("known by shapes alone")
+
+    def constant(self, n: fx.Node) -> Any:
+        """Returns the value of a node that does not vary.
+
+        Raises:
+            Exception: whatever its calls raise on their own.
+        """
+        if n.op == "get_attr":
+            return self.facts.view.attribute(n).detach().cpu()
+        options = {key: value for key, value in n.kwargs.items() if not isinstance(value, fx.Node)}  # the others are dtypes
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return made(n, fx.map_arg((n.args, options), self.constant))
 
     def fitting(self, n: fx.Node, node: fx.Node, first: Tensor) -> Tensor:
         """Returns ones that an einsum takes for its operand `n`."""

@@ -40,7 +40,10 @@ def uses(facts: Facts, shapes: Shapes | None) -> dict[fx.Node, Use | str]:
         softmax = softmax_of(node, facts) if node in facts.varying else None
         if isinstance(softmax, Softmax):
             weights = weights_of(node, facts)
-            found[node] = Use(softmax, weights, verdict(node, softmax, weights, facts, shapes))
+            answer = verdict(node, softmax, weights, facts, shapes)
+            if answer == "attention":
+                weights.products[:] = [p for p in weights.products if p not in weights.likenesses]
+            found[node] = Use(softmax, weights, answer if weights.products else "elsewhere" if weights.likenesses else "alone")
         elif softmax is not None:
             found[node] = softmax
     return found
@@ -87,7 +90,9 @@ def shapes_of(dims: Axes) -> Iterator[list[int]]:
 
 def probes(softmax: fx.Node, dims: Axes, weights: Weights, facts: Facts, shapes: Shapes) -> Iterator[Verdict]:
     """What runs say of the softmax, and of weights that are divided by their own sum along another axis."""
-    yield Probe(softmax, dims, weights, facts, shapes).verdict()
+    probe = Probe(softmax, dims, weights, facts, shapes)
+    yield probe.verdict()
+    weights.likenesses.update(probe.likenesses)
     for node in weights.passing:
         for axis in divided_along(node, weights, facts):
             yield Probe(node, (axis,), weights, facts, {**shapes, node: shapes[softmax]}).verdict()

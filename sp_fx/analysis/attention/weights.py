@@ -45,6 +45,7 @@ class Weights:
         products: their products with something else that varies.
         mixed: what is made of these products by sums.
         alike: of products with what softmaxes alone have made, and may say how alike these are, these; none of weights by itself.
+        likenesses: those of them that do.
     """
 
     passing: set[fx.Node] = field(default_factory=set)
@@ -52,11 +53,12 @@ class Weights:
     products: list[fx.Node] = field(default_factory=list)
     mixed: set[fx.Node] = field(default_factory=set)
     alike: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    likenesses: set[fx.Node] = field(default_factory=set)
 
 
 def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
     """Returns where the weights go that the node `softmax` makes."""
-    of_softmaxes = weights_of_any(facts)
+    of_softmaxes, of_layers = weights_of_any(facts), weights_of_any(facts, layers=True)
     weights = Weights({softmax})
     passing, products, gated, mixed = weights.passing, weights.products, weights.gated, weights.mixed
     for node in facts.graph.nodes:
@@ -69,7 +71,7 @@ def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
         twice = name in PRODUCT and sum(isinstance(a, fx.Node) and a in passing for a in operands_of(node)) > 1
         if twice and name in FACTORS:
             continue  # no multiple of the weights
-        if name in PRODUCT and (others or twice) and weighing and of_softmaxes.issuperset(others):
+        if name in PRODUCT and (others or twice) and weighing and of_layers.issuperset(others):
             weights.alike[node] = others
         if weighing and (others or twice) and name in PRODUCT | AFFINE_LAYERS:
             products.append(node)
@@ -77,7 +79,7 @@ def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
             if name in FACTORS:
                 passing.add(node)
                 gated.add(node)
-            elif node in weights.alike:  # the product of two matrices of weights is one
+            elif of_softmaxes.issuperset(others):  # the product of two matrices of weights is one
                 passing.add(node)
         elif weighing and (not others or (name in QUOTIENT and node.args[0] in passing)):
             alike = facts.aliasing.is_view(node) or name in CARRIES | CHOICES
@@ -92,17 +94,18 @@ def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
     return weights
 
 
-def weights_of_any(facts: Facts) -> set[fx.Node]:
+def weights_of_any(facts: Facts, layers: bool = False) -> set[fx.Node]:
     """Returns the softmaxes of a graph and their logarithms, and what is made of them alone: place by place, as the difference of
-    two, or by products of two."""
+    two, or by products of two; and with `layers`, by products with constants."""
     found: set[fx.Node] = set()
     for node in facts.graph.nodes:
         read = inputs_of(node, facts) if node.op.startswith("call") else []
         if not read:
             continue
         placewise = facts.op(node) in AFFINE - AFFINE_LAYERS | POINTWISE or facts.aliasing.is_view(node)
-        alike = placewise or (facts.op(node) in PRODUCT and len(read) > 1)
-        logarithm = facts.op(node) in LOGARITHMS
+        alike = placewise or (facts.op(node) in PRODUCT and (layers or len(read) > 1))
+        alike = alike or (layers and (facts.op(node) in AFFINE_LAYERS or isinstance(facts.leaf(node), AFFINE_LEAVES)))
+        logarithm = facts.op(node) in LOGARITHMS or node in facts.logarithms
         if logarithm or is_softmax(node, facts) or (alike and all(n in found for n in read)):
             found.add(node)
     return found

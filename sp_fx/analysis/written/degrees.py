@@ -118,7 +118,8 @@ class Made:
             return None if upper is None or lower is None else upper.times(lower, -1)
         if name in ops.POWERS:
             number = graph.number(node.args[1]) if node.args[:1] == (inputs[0],) and len(node.args) > 1 else None
-            return None if number is None else first.to(Fraction(number).limit_denominator(64))
+            exponent = Fraction(0 if number is None else number).limit_denominator(64)
+            return None if number is None or abs(exponent - Fraction(number)) > 1e-9 else first.to(exponent)
         if name in ops.SHIFTS | ops.CHOICES | ops.BOUNDS:
             return self._sum(node, name, operands)  # type: ignore[arg-type]
         if name in ops.DEGREES:

@@ -7,11 +7,12 @@ same for the negative of the signal, as that of squares or magnitudes is, so tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .. import ops
 from ..calls import operands_of
@@ -21,6 +22,7 @@ from .softmax import SIZES
 
 Calls = tuple[fx.Node, ...]
 Constants = tuple[tuple[fx.Node, fx.Node], ...]  # calls, and what they read
+LIMIT = 40  # calls of a norm that is run on numbers
 FACTORS = 6  # signals of which a product is, the calls between them and it counted
 
 
@@ -62,11 +64,23 @@ def written_norm(graph: Graph, node: fx.Node) -> Statistic | None:
         return None
     divides = name in ops.QUOTIENT
     for numerator, operand in [varying] if divides else [varying, varying[::-1]]:
-        for signals, divisors in factors_of(graph, numerator):
-            if (found := normalised(graph, signals, divisors, operand, divides)) is not None:
-                kind, constants, inside = found
-                return Statistic(kind, ((node, operand), *constants), inside)
+        for call, statistic, by in [(node, operand, divides), *([] if divides else statistics_in(graph, operand))]:
+            for signals, divisors in factors_of(graph, numerator):
+                if (found := normalised(graph, signals, divisors, statistic, by)) is not None:
+                    kind, constants, inside = found
+                    return Statistic(kind, ((call, statistic), *constants), inside)
     return None
+
+
+def statistics_in(graph: Graph, node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, bool]]:
+    """What a factor may be multiplied or divided by, as that of `x * (g * r)` is by r: the call, r, and whether it divides."""
+    at = graph.carried(node)
+    if len(at.args) == 2 and len(graph.inputs(at)) == 2 and not at.kwargs:
+        first, second = at.args
+        if graph.called(at) in ops.FACTORS:
+            yield from ((at, n, False) for n in (second, first))  # type: ignore[misc]
+        elif graph.called(at) in ops.QUOTIENT:
+            yield at, second, True  # type: ignore[misc]
 
 
 def factors_of(graph: Graph, node: fx.Node) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
@@ -134,44 +148,94 @@ def normalised(
     if any((by := Made(graph, *(s.forms for s in normed)).degree(n)) is not None and by.powers for n in rest):
         return None
     own, *others = normed
-    if not others and own.centring is not None and own.taken_off is not None and over_equal_axes(graph, own, inside):
-        return "layer_norm", ((own.centring, own.taken_off),), inside + own.mean
+    if not others and own.base is not None and standardises(graph, own.base, own.forms, statistic, divides):
+        return "layer_norm", ((own.centring, own.taken_off),), inside + own.mean  # type: ignore[return-value]
     if window:
         return "local_response_norm", (), inside
     return "rms_norm" if len(signals) == 1 and "mean" in names and not names & ops.NORMS else "normalize", (), inside
 
 
-def over_equal_axes(graph: Graph, signal: Signal, statistic: Calls) -> bool:
-    """Whether the mean that centres a signal is over the axes of its statistic, as that of a layer norm, and not over the samples
-    of a batch: both have one number along these. True where neither runs on numbers."""
+def standardises(graph: Graph, base: fx.Node, forms: Collection[fx.Node], statistic: fx.Node | None, divides: bool) -> bool:
+    """Whether one of the `forms` of a centred signal has variance 1 once a statistic, if there is one, divides or multiplies it,
+    so that it is a layer norm; `(x - x.mean()) / x.norm()` has not. True where that does not run on numbers."""
+
+    def answer(form: fx.Node) -> bool | None:
+        of = calls_between(graph, base, form)
+        by = () if statistic is None else calls_between(graph, base, statistic)
+        if not of or by is None:
+            return None
+
+        def computed(z: Tensor) -> Tensor:
+            scale = graph.computed(by, {base: z}) if by else 1.0
+            return graph.computed(of, {base: z}) / scale if divides else graph.computed(of, {base: z}) * scale
+
+        return is_standard(computed, {*of, *by})
+
+    found = [answer(form) for form in forms]
+    return any(found) or all(known is None for known in found)
+
+
+def is_standard(function: Callable[[Tensor], Tensor], calls: Collection[fx.Node]) -> bool | None:
+    """Whether a function of a signal has mean 0 and variance 1, with N or N - 1 in its denominator, over the same axes
+    everywhere, whatever is added to the signal. None where it does not run on numbers of any shape, with sizes that its calls
+    name."""
+    sizes = sorted({a for n in calls for a in n.args if type(a) is int and 2 < a <= 4096})
+    runs = False
     for rank in (2, 3, 4, 1):
-        axes = [constant_axes(graph, calls, signal, rank) for calls in (signal.mean, statistic)]
-        if None not in axes:
-            return axes[0] == axes[1]
-    return True
+        shapes = [SIZES[:rank]] + [(*SIZES[:i], size, *SIZES[i + 1 : rank]) for size in sizes for i in range(rank)]
+        for shape in shapes:
+            z = 30 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+            try:
+                y, shifted = function(z), function(z + 1)
+            except Exception:  # of another rank, or by sizes of the model's tensors
+                continue
+            runs = True
+            if y.shape == z.shape and torch.allclose(y, shifted, atol=1e-6) and any(is_unit(y, axes) for axes in subsets(rank)):
+                return True
+    return False if runs else None
+
+
+def is_unit(y: Tensor, axes: tuple[int, ...]) -> bool:
+    """Whether `y` has mean 0 and one variance of 1, or somewhat less, over the axes."""
+    variances = y.square().mean(axes)
+    alike = bool((variances.max() - variances.min()) < 1e-3) and 0.6 < float(variances.min()) < 1.001
+    return alike and bool(y.mean(axes).abs().max() < 1e-6)
+
+
+def subsets(rank: int) -> Iterator[tuple[int, ...]]:
+    """The sets of axes, those of few first."""
+    for number in range(1, rank + 1):
+        yield from itertools.combinations(range(rank), number)
+
+
+def calls_between(graph: Graph, base: fx.Node, node: fx.Node) -> Calls | None:
+    """Returns the calls that make `node` of the node `base` alone, in the graph's order; None where something else has a part."""
+    found, queue = set[fx.Node](), [node]
+    while queue:
+        at = queue.pop()
+        if at is base or at in found:
+            continue
+        if not graph.inputs(at) or (at.op == "call_module" and not graph.passes(at)) or len(found) > LIMIT:
+            return None
+        found.add(at)
+        queue += graph.inputs(at)
+    return tuple(n for n in node.graph.nodes if n in found)
 
 
 def centred_over(graph: Graph, node: fx.Node, shape: Sequence[int]) -> Signal | None:
-    """Returns the signal `node`, if a mean over as many last axes as `shape` has was taken off it: its RMS norm is a layer
+    """Returns the signal `node`, if the mean over as many last axes as `shape` has was taken off it: its RMS norm is a layer
     norm."""
     signal = signal_of(graph, node)
-    if signal.centring is None:
+    calls = None if signal.base is None else calls_between(graph, signal.base, graph.carried(node))
+    if not calls:
         return None
-    for rank in (4, 3, 2):
-        if (axes := constant_axes(graph, signal.mean, signal, rank)) is not None:
-            return signal if axes == {rank - 1 - i for i in range(len(shape))} else None
-    return None
 
+    def normed(z: Tensor) -> Tensor:
+        c = graph.computed(calls, {signal.base: z})  # type: ignore[dict-item]
+        axes = tuple(range(c.dim() - len(shape), c.dim()))
+        return c / c.square().mean(axes, keepdim=True).sqrt()
 
-def constant_axes(graph: Graph, calls: Calls, signal: Signal, rank: int) -> set[int] | None:
-    """Returns the axes along which what the `calls` make of a signal of that rank is one number; None where they do not run on
-    such."""
-    z = torch.randn(SIZES[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    try:
-        made = graph.computed(calls, {signal.base or next(iter(signal.forms)): z, **dict.fromkeys(signal.forms, z)}).expand_as(z)
-    except Exception:  # of another rank, or by sizes of the model's tensors
-        return None
-    return {i for i in range(rank) if bool((made == made.narrow(i, 0, 1)).all())}
+    return signal if is_standard(normed, calls) else None
 
 
 def folded_norm(graph: Graph, node: fx.Node) -> Statistic | None:
@@ -187,7 +251,9 @@ def folded_norm(graph: Graph, node: fx.Node) -> Statistic | None:
         base = graph.carried(next(n for n in graph.inputs(call) if n is not statistic))
         made = Made(graph, signal_of(graph, base).forms)
         degree = made.degree(shift)
-        if degree is not None and not degree.powers and is_centre(graph, node, made, degree):
+        if degree is None or degree.powers or not is_centre(graph, node, made, degree):
+            continue
+        if standardises(graph, base, [node], None, divides=True):
             inside = tuple(dict.fromkeys((*norm.inside, *made.calls, call)))
             return Statistic("layer_norm", (*norm.constants, (node, shift)), inside)  # type: ignore[arg-type]
     return None

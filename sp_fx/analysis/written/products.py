@@ -27,33 +27,39 @@ class Factor:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of a gate and of the factors `others`. The gate is its source times `second`; `products` are the products inside
-    this one that multiply them with the rest."""
+    """A product of gates and of the factors `others`. Each of the gates is its source times a factor; `products` are the products
+    inside this one that multiply them with the rest."""
 
-    gate: Written
-    second: Factor
+    gates: tuple[tuple[Written, Factor], ...]
     others: tuple[Factor, ...]
     products: tuple[fx.Node, ...]
 
     @property
     def kind(self) -> str:
-        """The row of its gate."""
-        return self.gate.kind
+        """The rows of its gates."""
+        return " and ".join(gate.kind for gate, _ in self.gates)
 
 
 def regrouped(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], claimed: Collection[fx.Node]) -> Product | None:
-    """Returns the product whose last call is `node` as one of a gate and of others, where no two neighbours in it are one."""
+    """Returns the product whose last call is `node` as one of gates and of others, where these are no neighbours in it."""
     products: list[fx.Node] = []
     factors = list(factors_of(graph, node, claimed, products))
-    if len(products) < 2:
-        return None
+    gates: list[tuple[Written, Factor]] = []
+    while len(products) > 1 and (found := gate_among(graph, factors, order)) is not None:
+        first, second, gate = found
+        gates.append((gate, second))
+        factors = [factor for factor in factors if factor is not first and factor is not second]
+    return Product(tuple(gates), tuple(factors), tuple(products[1:])) if gates else None
+
+
+def gate_among(graph: Graph, factors: list[Factor], order: Mapping[fx.Node, int]) -> tuple[Factor, Factor, Written] | None:
+    """Returns two factors, and the gate that is their product, if there are such."""
     for first in factors:
         if first.divides or first.value not in graph.signals:
             continue
         for second in factors:
             if second is not first and (gate := gate_by(graph, first.value, second, order)) is not None:
-                others = tuple(factor for factor in factors if factor is not first and factor is not second)
-                return Product(gate, second, others, tuple(products[1:]))
+                return first, second, gate
     return None
 
 
@@ -62,8 +68,8 @@ def factors_of(graph: Graph, node: fx.Node, claimed: Collection[fx.Node], produc
     products.append(node)
     for i, value in enumerate(node.args[:2]):
         divides = i == 1 and graph.called(node) in QUOTIENT
-        inner = isinstance(value, fx.Node) and value not in claimed and len(value.users) == 1 and is_product(graph, value)
-        if inner and not divides:
+        alone = isinstance(value, fx.Node) and len(value.users) == 1 and node.args.count(value) == 1
+        if alone and not divides and value not in claimed and is_product(graph, value):  # type: ignore[arg-type]
             yield from factors_of(graph, value, claimed, products)  # type: ignore[arg-type]
         else:
             yield Factor(value, divides)

@@ -7,14 +7,14 @@ compared with `torch.softmax` of these.
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..ops import CARRIES, CENTRES, EXPONENTIALS, FACTORS, POINTWISE, QUOTIENT, REDUCES, SMOOTH
+from ..ops import CARRIES, CENTRES, EXPONENTIALS, FACTORS, POINTWISE, QUOTIENT, REDUCES, SHIFTS, SMOOTH
 from .graph import Graph
 
 LIMIT = 12  # calls
@@ -27,7 +27,7 @@ class Softmax:
     """The softmax of `scores`, or of their negative, over the axes `dim`, which the calls `inside` compute, the last of which
     closes it.
 
-    Where the exponentials of the scores are divided by their sum later, as in `e * mask / (e * mask).sum(-1, True)`, the last
+    Where the exponentials of the scores are divided by their sum `later`, as in `e * mask / (e * mask).sum(-1, True)`, the last
     call is the exponential; `late` are the quotients of what these have weighed by their sum, as in `(e @ v) / e.sum(-1)`.
     """
 
@@ -35,6 +35,8 @@ class Softmax:
     dim: int | Axes
     inside: tuple[fx.Node, ...]
     late: tuple[fx.Node, ...] = ()
+    sign: int = 1  # -1 of the negative
+    later: bool = False
     kind: str = "softmax"
 
     @property
@@ -47,32 +49,52 @@ def written_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -
     """Returns the widest softmax whose last call is `node`, if there is one."""
     if graph.called(node) not in QUOTIENT | FACTORS | EXPONENTIALS:
         return None
-    widest = None
+    return widest(graph, node, order, lambda y: y, EXPONENTIALS)
+
+
+def written_log_softmax(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int]) -> Softmax | None:
+    """Returns the widest softmax of whose values `node` is the logarithm, as `x - x.logsumexp(-1, True)` is, if there is one."""
+    if graph.called(node) not in SHIFTS or len(graph.inputs(node)) != 2:
+        return None
+    return widest(graph, node, order, torch.exp, None)
+
+
+def widest(
+    graph: Graph,
+    node: fx.Node,
+    order: Mapping[fx.Node, int],
+    back: Callable[[Tensor], Tensor],
+    among: Collection[str] | None,
+) -> Softmax | None:
+    """Returns the widest softmax that `back` gives of what `node` is, by calls `among` which there are those."""
+    found = None
     for scores, inside in regions(graph, node, order):
-        names = {graph.called(n) for n in inside}
-        if not names & EXPONENTIALS or names - {""} <= POINTWISE:
+        names = {graph.called(n) for n in inside} - {""}
+        if names <= POINTWISE or (among is not None and names.isdisjoint(among)):
             continue
         axes: set[int | Axes] = {dim for n in inside for dim in axes_of(n)}
         axes |= {dims for n in inside for dims in pairs_of(n)}
         for dim in sorted(axes, key=repr):
-            if all(is_softmax(graph, scores, inside, dim, rank) is not False for rank in (2, 3, 4)) and any(
-                is_softmax(graph, scores, inside, dim, rank) for rank in (2, 3, 4)
-            ):
-                widest = Softmax(scores, dim, tuple(inside))
-    return widest
+            signs = {sign_of(graph, scores, inside, dim, rank, back) for rank in (2, 3, 4)} - {None}
+            if signs in ({1}, {-1}):
+                found = Softmax(scores, dim, tuple(inside), sign=signs.pop())  # type: ignore[arg-type]
+    return found
 
 
-def is_softmax(graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int | Axes, rank: int) -> bool | None:
-    """Whether the calls give the softmax over `dim` of scores of that `rank`, or of their negative; None where they do not run
-    on such."""
+def sign_of(
+    graph: Graph, scores: fx.Node, inside: Collection[fx.Node], dim: int | Axes, rank: int, back: Callable[[Tensor], Tensor]
+) -> int | None:
+    """Returns 1 where `back` gives of the calls the softmax over `dim` of scores of that `rank`, -1 where of their negative, and
+    0 where neither; None where they do not run on such."""
     z = torch.randn(SIZES[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
-        y = graph.computed(inside, {scores: z.clone()})
-        expected = [e / e.sum(dim, keepdim=True) for e in (z.exp(), (-z).exp())]
+        y = back(graph.computed(inside, {scores: z.clone()}))
+        expected = {sign: e / e.sum(dim, keepdim=True) for sign, e in ((1, z.exp()), (-1, (-z).exp()))}
     except Exception:  # of another rank
         return None
-    same_shape = isinstance(y, Tensor) and y.shape == z.shape
-    return same_shape and any(torch.allclose(y.double(), softmax, rtol=1e-5, atol=1e-7) for softmax in expected)
+    if y.shape != z.shape:
+        return 0
+    return next((sign for sign, of in expected.items() if torch.allclose(y.double(), of, rtol=1e-5, atol=1e-7)), 0)
 
 
 def axes_of(node: fx.Node) -> Iterator[int]:

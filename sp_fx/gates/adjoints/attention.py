@@ -48,9 +48,9 @@ def tempered_softmax(scores: Tensor, tau: Tau, dim: int = -1, dtype: torch.dtype
     return torch.softmax(tempered(scores, tau), dim) * alive(scores, dim)
 
 
-def alive(scores: Tensor, dim: int) -> Tensor:
+def alive(scores: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     """Whether a slice over `dim` is not masked throughout, by -inf; `dim` stays with size 1."""
-    return wide(scores).amax(dim, keepdim=True) > -math.inf
+    return (wide(scores) > -math.inf).any(dim, keepdim=True)
 
 
 def tempered(scores: Tensor, tau: Tau) -> Tensor:
@@ -58,6 +58,15 @@ def tempered(scores: Tensor, tau: Tau) -> Tensor:
     scores = wide(scores)
     lowest = torch.finfo(scores.dtype).min
     return cooled(scores, tau).clamp(lowest, -lowest)
+
+
+def tempered_below(scores: Tensor, tau: Tau, dim: int | tuple[int, ...], sign: int) -> Tensor:
+    """`scores / tau` less its largest over `dim`, or its smallest where the softmax is of the negative, `sign` -1: the softmax is
+    the same, and no exponential overflows."""
+    cool = tempered(scores, tau)
+    if not cool.numel():
+        return cool
+    return cool - (cool.amax(dim, keepdim=True) if sign > 0 else cool.amin(dim, keepdim=True))
 
 
 def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:

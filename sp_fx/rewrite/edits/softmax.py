@@ -10,7 +10,7 @@ from torch import fx
 
 from ...analysis.attention.weights import Weights
 from ...analysis.written.softmax import Softmax
-from ...gates.adjoints.attention import alive, is_tempered, tempered, tempered_softmax
+from ...gates.adjoints.attention import alive, is_tempered, tempered_below, tempered_softmax
 from ...gates.adjoints.row import Temperature
 from ...gates.dual_path import dual_path, frozen
 from .again import made_with, replayed, replayed_after, temper_behind
@@ -36,6 +36,8 @@ class FreezeSoftmax(Edit):
 
     def apply(self, to: Rewriting) -> None:
         graph, node, last = to.graph, self.node, self.weights.products[-1]
+        if not self.softmax.later:  # whose exponentials nothing else reads
+            self.give_others_their_own(to)
         with graph.inserting_after(node):
             hard = graph.call_function(frozen, (node,))
         hard.meta.update(node.meta)
@@ -68,6 +70,22 @@ class FreezeSoftmax(Edit):
                 to.passing[product] = to.surrogate(product, replayed_after(to, product, passing, copies), self.tau)
         to.passing[node] = to.passing.get(last, to.instead.get(last, last))
 
+    def give_others_their_own(self, to: Rewriting) -> None:
+        """Let what reads the weights beside these products, as the output may, read weights of its own, which keep their
+        derivative."""
+        passing, products = self.weights.passing, {*self.weights.products, *to.copies}
+        within, queue = set[fx.Node](), list(self.weights.products)
+        while queue:
+            new = [n for n in queue.pop().all_input_nodes if n in passing and n not in within]
+            within.update(new)
+            queue += new
+        copies: dict[fx.Node, fx.Node] = {}
+        for n in [n for n in to.graph.nodes if n in within]:
+            for user in list(n.users):
+                if user not in within and user not in products and n in values_of(user, to):
+                    with to.graph.inserting_before(n.next):
+                        user.replace_input_with(n, replayed(to, n, within, copies))
+
     def tempered(self, to: Rewriting, hard: fx.Node) -> fx.Node:
         """Returns the weights at the temperature, in the dtype of the forward's."""
         graph, scores = to.graph, to.instead.get(self.softmax.scores, self.softmax.scores)
@@ -77,8 +95,14 @@ class FreezeSoftmax(Edit):
                 options = {"tau": self.tau, "dim": self.softmax.dim, "dtype": self.dtype}
                 soft = graph.call_function(tempered_softmax, (cut,), options)
             else:
-                copies = {scores: graph.call_function(tempered, (cut, self.tau))}
+                below = (cut, self.tau, self.softmax.dim, self.softmax.sign)
+                copies = {scores: graph.call_function(tempered_below, below)}
                 soft = replayed(to, self.node, set(self.softmax.inside), copies)
                 unmasked = graph.call_function(alive, (cut, self.softmax.dim))
                 soft = graph.call_function(operator.mul, (soft, unmasked))
             return graph.call_method("type_as", (soft, hard))
+
+
+def values_of(user: fx.Node, to: Rewriting) -> list[fx.Node]:
+    """Returns the nodes whose values a call, or the output, takes a derivative of."""
+    return user.all_input_nodes if user.op == "output" else to.facts.signal_inputs(user)

@@ -88,41 +88,48 @@ class Freeze(Edit):
                     last.replace_input_with(n, replayed(to, n, between - {last}, copies))
 
 
+Softened = tuple[Temperature | None, str | float]  # a temperature, None where the gate keeps its derivative, and its scale
+
+
 @dataclass
 class Regroup(Edit):
-    """The product `node` stays, and its cotangent goes back through one of its gate, at temperature `tau`, and of its other
-    factors. `constant` is the factor that a product with a gate holds constant: "gate", or one of the others."""
+    """The product `node` stays, and its cotangent goes back through one of its gates, each at a temperature, and of its other
+    factors. `constant` is the factor that a product with a gate holds constant: the number of a gate, or one of the others."""
 
     node: fx.Node
     product: Product
-    tau: Temperature | None
-    scale: str | float
+    softened: list[Softened]
     constant: object
 
     def apply(self, to: Rewriting) -> None:
-        graph, product = to.graph, self.product
-
-        def now(n: Any) -> Any:
-            return to.instead.get(n, n) if isinstance(n, fx.Node) else n
-
-        def times(soft: Any, factor: Factor, value: Any) -> fx.Node:
-            return graph.call_function(operator.truediv if factor.divides else operator.mul, (soft, value))
-
-        source, second = now(product.gate.source), now(product.second.value)
-        with graph.inserting_before(self.node.next):
-            if self.tau is None:
-                soft = times(source, product.second, second)
-            else:
-                constants = [graph.call_function(frozen, (n,)) for n in (source, second)]
-                y = times(constants[0], product.second, constants[1])
-                gate = Gate("written", (source, y), written_arguments(product.gate))
-                soft = to.dual_path(product.products[-1], gate, self.tau, self.scale)
-            if self.constant == "gate":
-                soft = graph.call_function(frozen, (soft,))
-            for factor in product.others:
-                value = now(factor.value)
-                soft = times(soft, factor, graph.call_function(frozen, (value,)) if factor.value is self.constant else value)
+        with to.graph.inserting_before(self.node.next):
+            factors: list[tuple[bool, Any]] = []
+            for i, ((gate, second), (tau, scale)) in enumerate(zip(self.product.gates, self.softened)):
+                soft = self.softly(to, self.product.products[-1 - i], gate, second, tau, scale)
+                factors.append((False, to.graph.call_function(frozen, (soft,)) if i == self.constant else soft))
+            for factor in self.product.others:
+                value = self.now(to, factor.value)
+                held = isinstance(value, fx.Node) and factor.value is self.constant
+                factors.append((factor.divides, to.graph.call_function(frozen, (value,)) if held else value))
+            soft = factors[0][1]
+            for divides, value in factors[1:]:
+                soft = to.graph.call_function(operator.truediv if divides else operator.mul, (soft, value))
         to.passing[self.node] = to.surrogate(self.node, soft)
+
+    def softly(
+        self, to: Rewriting, at: fx.Node, gate: Written, second: Factor, tau: Temperature | None, scale: str | float
+    ) -> fx.Node:
+        """Returns a gate of the product, made of its two factors; its line in the report is that of the product `at`."""
+        factors = [self.now(to, n) for n in (gate.source, second.value)]
+        times = operator.truediv if second.divides else operator.mul
+        if tau is None:
+            return to.graph.call_function(times, tuple(factors))
+        y = to.graph.call_function(times, tuple(to.graph.call_function(frozen, (n,)) for n in factors))
+        written = Gate("written", (factors[0], y), written_arguments(gate))
+        return to.dual_path(at, written, tau, scale)
+
+    def now(self, to: Rewriting, n: Any) -> Any:
+        return to.instead.get(n, n) if isinstance(n, fx.Node) else n
 
 
 def written_arguments(gate: Written) -> dict[str, Any]:

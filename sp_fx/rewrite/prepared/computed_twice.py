@@ -49,14 +49,14 @@ def key_of(node: fx.Node) -> Hashable | None:
 
 
 def hashed(value: Any) -> Any:
-    """Returns an argument, containers and slices as tuples; 1, 1.0 and True are three."""
+    """Returns an argument, containers and slices as tuples; 1, 1.0 and True are three, and 0.0 and -0.0 two."""
     if isinstance(value, tuple | list):
         return type(value).__name__, *map(hashed, value)
     if isinstance(value, dict):
         return "dict", *((name, hashed(item)) for name, item in value.items())
     if isinstance(value, slice):
         return "slice", *map(hashed, (value.start, value.stop, value.step))
-    return type(value), value
+    return type(value), repr(value) if isinstance(value, float) else value
 
 
 def written_over(modules: nn.Module, graph: fx.Graph) -> set[fx.Node]:
