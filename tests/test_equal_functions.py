@@ -59,9 +59,9 @@ NORMS_ALIKE = dict.fromkeys(
 OTHER_RULES = {
     "attention='frozen', product='frozen'": ("values behind a gate", "a mixture of softmaxes"),
     "attention=0.5": (
-        "attention", "attention, and the entropy of its weights", "attention beside its weights", "masked weights", "masked scores",
-        "talking heads", "attention pooling", "mixture of experts", "attention pooling over two axes", "weights of weights",
-        "weights twice", "the difference of two",
+        *("attention", "attention, and the entropy of its weights", "attention beside its weights", "masked weights"),
+        *("masked scores", "talking heads", "attention pooling", "mixture of experts", "attention pooling over two axes"),
+        *("weights of weights", "weights twice", "the difference of two"),
     ),
     "product='frozen'": ("swiglu", "geglu", "reglu", "swish, times two others"),
     "silu=None, gelu=None": ("swiglu", "geglu", "thrice swish", "twice gelu", "swish, times two others"),

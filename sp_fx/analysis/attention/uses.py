@@ -21,7 +21,7 @@ from ..facts import Facts
 from ..ops import CARRIES, CHOICES, ITSELF, MIXES, PASSED, POINTWISE, QUOTIENT, REDUCES
 from ..written.softmax import SIZES, Axes, Softmax, axes_of
 from .probe import Probe, Shapes, Verdict, by_name
-from .weights import Weights, inputs_of, softmax_of, weights_of
+from .weights import Weights, inputs_of, softmax_of, weights_of, weights_of_any
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,11 @@ class Use:
 def uses(facts: Facts, shapes: Shapes | None) -> dict[fx.Node, Use | str]:
     """Returns what each softmax is used for, by the node that closes it; or, of one whose arguments cannot be read, why."""
     found: dict[fx.Node, Use | str] = {}
+    of_any = weights_of_any(facts), weights_of_any(facts, layers=True)
     for node in facts.graph.nodes:
         softmax = softmax_of(node, facts) if node in facts.varying else None
         if isinstance(softmax, Softmax):
-            weights = weights_of(node, facts)
+            weights = weights_of(node, facts, of_any)
             answer = verdict(node, softmax, weights, facts, shapes)
             if answer == "attention":
                 weights.products[:] = [p for p in weights.products if p not in weights.likenesses]

@@ -56,9 +56,9 @@ class Weights:
     likenesses: set[fx.Node] = field(default_factory=set)
 
 
-def weights_of(softmax: fx.Node, facts: Facts) -> Weights:
-    """Returns where the weights go that the node `softmax` makes."""
-    of_softmaxes, of_layers = weights_of_any(facts), weights_of_any(facts, layers=True)
+def weights_of(softmax: fx.Node, facts: Facts, of_any: tuple[set[fx.Node], set[fx.Node]] | None = None) -> Weights:
+    """Returns where the weights go that the node `softmax` makes; `of_any` are those of any softmax, without and with layers."""
+    of_softmaxes, of_layers = of_any or (weights_of_any(facts), weights_of_any(facts, layers=True))
     weights = Weights({softmax})
     passing, products, gated, mixed = weights.passing, weights.products, weights.gated, weights.mixed
     for node in facts.graph.nodes:
