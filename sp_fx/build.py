@@ -106,8 +106,8 @@ def transform(
             warnings.warn("; ".join(unrun[:3]) + ("; ..." if len(unrun) > 3 else ""), stacklevel=2)
         left = report.of("NOT REWRITTEN")
         if left and strict:
-            heading = f"{len(left)} calls that gate, or may, have no rule; sp_fx.register_gate gives one to your own:"
-            raise NotRewrittenError("\n".join([heading, *map(str, left), *report.notes]))
+            heading = f"{len(left)} of the calls that gate, or may, have no rule; sp_fx.register_gate gives one to your own:"
+            raise NotRewrittenError("\n".join([heading, *(site.sentence for site in left), *report.notes]))
         if left:
             listed = "; ".join(f"{site.op} at {site.place} ({site.reason})" for site in left[:3])
             notes = "".join(f". {note}" for note in report.notes)

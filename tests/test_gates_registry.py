@@ -5,6 +5,7 @@ import math
 import pickle
 import sys
 import threading
+import warnings
 
 import pytest
 import torch
@@ -202,7 +203,7 @@ def test_strict_mode_names_the_remedy():
 def test_what_cannot_be_registered():
     with pytest.raises(TypeError, match="takes a function, an op"):
         sp_fx.register_gate(nn.ReLU(), hard_gain)
-    with pytest.raises(ValueError, match="'relu' already"):
+    with pytest.raises(ValueError, match="'relu' is a gate that the library knows"):
         sp_fx.register_gate(lambda z: z, hard_gain, name="relu")
     with pytest.raises(TypeError, match="a string, got 3"):
         sp_fx.register_gate(lambda z: z, hard_gain, name=3)
@@ -242,14 +243,29 @@ def test_gains_that_cannot_be_tried_are_taken():
         del TABLE["other"]
 
 
-def test_what_is_registered_stays_as_it_is():
-    explainer, total = sp_fx.transform(ByName()), lambda y: y.sum()
-    before = explainer.pullback(X, total)
-    assert sp_fx.register_gate(sharp, sharp_gain, tau=0.7) is registry.STAND_INS[sharp]
-    for changes in ({"gain": hard_gain}, {"tau": 0.6}, {"frozen_at": 0.5}, {"name": "sharper"}):
-        with pytest.raises(ValueError, match=r"sharp is registered already, as 'sharp', .*registered=\{'sharp': \.\.\.\}"):
-            sp_fx.register_gate(sharp, **{"gain": sharp_gain, "tau": 0.7, **changes})
-    assert torch.equal(explainer.pullback(X, total), before) and "sharper" not in TABLE
+def test_registering_again():
+    """As a notebook does whose cell runs twice: the same changes nothing, another gain replaces the first, with a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert sp_fx.register_gate(sharp, sharp_gain, tau=0.7) is registry.STAND_INS[sharp]
+    before = sp_fx.transform(ByName()).pullback(X, lambda y: y.sum())
+    try:
+        for again in (sharp, registry.STAND_INS[sharp]):
+            with pytest.warns(UserWarning, match="'sharp' is registered anew"):
+                sp_fx.register_gate(again, lambda z, tau: 0 * z, tau=0.7)
+        assert not torch.equal(sp_fx.transform(ByName()).pullback(X, lambda y: y.sum()), before)
+    finally:
+        with pytest.warns(UserWarning, match="anew"):
+            sp_fx.register_gate(sharp, sharp_gain, tau=0.7)
+    assert torch.equal(sp_fx.transform(ByName()).pullback(X, lambda y: y.sum()), before)
+    with pytest.raises(ValueError, match="sharp is registered already, as 'sharp'"):
+        sp_fx.register_gate(sharp, sharp_gain, name="sharper")
+    assert "sharper" not in TABLE
+
+
+def test_a_gain_of_numbers_is_refused():
+    with pytest.raises(TypeError, match="the gain raises"):
+        sp_fx.register_gate(lambda z: z * 2, lambda z, tau: math.exp(z) * z, name="by_numbers")
 
 
 # -- however a model holds a function

@@ -115,7 +115,7 @@ def checked(value: Any, name: str, expected: tuple[str, Any]) -> Any:
     if has_torch_function((value,)):
         return handle_torch_function(checked, (value,), value, name, expected)
     kind, content = expected
-    remedy = "the graph was captured by torch.export for its example_inputs: transform the model with some of this kind"
+    remedy = "the graph was captured by torch.export for its example_inputs: transform the model with example_inputs like these"
     if kind == "tensor":
         wanted = f"a tensor [{', '.join('*' if n is None else str(n) for n in content)}]"
         if not isinstance(value, Tensor):

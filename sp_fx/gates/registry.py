@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import types
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,8 +35,8 @@ def register_gate(
     dictionary or a `functools.partial`), an op of `torch.ops`, a class of modules with its subclasses. A report notes what was
     not met. `Rules(registered={name: ...})` and overrides by place set its temperature; None restores its plain derivative.
     Register in every process that uses, or unpickles, an explainer with it. The gain is tried on a small tensor [2, 3], unless it
-    needs more than `z` and `tau`. A gate stays what it was registered as, since explainers that were made look it up by its name:
-    doing so again with the same gain and temperatures changes nothing, and with others it is refused.
+    needs more than `z` and `tau`. Registering a name again, as a notebook does whose cell runs twice, replaces what it was, with
+    a warning: explainers that were made look it up by its name.
 
     Args:
         target: the function, the op, or the `nn.Module` subclass. Its first argument is the pre-activation, the
@@ -58,6 +59,7 @@ def register_gate(
             that is not a finite number above 0.
     """
     target = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    target = next((function for function, stand_in in STAND_INS.items() if stand_in is target), target)
     is_class = isinstance(target, type) and issubclass(target, nn.Module)
     is_op = isinstance(target, torch._ops.OpOverloadPacket)
     if not (is_class or is_op or isinstance(target, types.FunctionType | types.BuiltinFunctionType)):
@@ -66,21 +68,21 @@ def register_gate(
     if not isinstance(name, str | None):
         raise TypeError(f"name is what reports and rules call the gate, a string, got {name!r}")
     name, known = name or target.__name__, {**FUNCTIONS, **MODULES}.get(target)
-    if known is not None:
-        if (known, gain, tau, frozen_at) != (name, *SETTINGS[known]):
-            raise ValueError(
-                f"{target.__name__} is registered already, as {known!r}, and explainers that were made would change with it: "
-                f"set its temperature by Rules(registered={{{known!r}: ...}}), or register another function"
-            )
+    if known == name and (gain, tau, frozen_at) == SETTINGS[name]:
         return STAND_INS.get(target, target)
-    if name in TABLE:
-        raise ValueError(f"the table has a row called {name!r} already: pass another name=")
+    if known not in (None, name):
+        raise ValueError(f"{target.__name__} is registered already, as {known!r}: pass name={known!r} to register it anew")
+    if name in TABLE and not TABLE[name].registered:
+        raise ValueError(f"{name!r} is a gate that the library knows already: pass another name=")
     for option, value in {"tau": tau, "frozen_at": frozen_at}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{option} is a temperature, a finite number above 0, got {value!r}")
     if not takes(target.forward if is_class else target, *([None] if is_class else []), None):
         raise TypeError(f"the first argument of {target.__name__} is to be the pre-activation, and it takes none")
     tried(gain, {tau, frozen_at})
+    if name in TABLE:
+        warnings.warn(f"{name!r} is registered anew: explainers with it that were made before are to be made again", stacklevel=2)
+        forget(name)
 
     def tempered(z: Tensor, tau: Any, **args: Any) -> Tensor:
         return gain(z, frozen_at if isinstance(tau, str) else tau, **args)
@@ -97,6 +99,15 @@ def register_gate(
     STAND_INS[target] = stand_in(target, name)
     FUNCTIONS[STAND_INS[target]] = name
     return STAND_INS[target]
+
+
+def forget(name: str) -> None:
+    """Take a registered gate out of the tables."""
+    for table in (FUNCTIONS, MODULES):
+        for target in [target for target, known in table.items() if known == name]:
+            del table[target]
+            STAND_INS.pop(target, None)
+    del TABLE[name], SETTINGS[name]
 
 
 def takes(function: Callable, *arguments: Any) -> bool:
@@ -129,9 +140,10 @@ def tried(gain: Any, temperatures: Iterable[float]) -> None:
         try:
             with torch.no_grad():
                 factor = gain(z, tau)
-        except (TypeError, AttributeError, NameError) as error:
-            raise TypeError(f"the gain raises {type(error).__name__} at a z [2, 3] and tau={tau}: {error}") from error
-        except (RuntimeError, ValueError, IndexError, AssertionError):
+        except (TypeError, AttributeError, NameError, RuntimeError, ValueError, IndexError, AssertionError) as error:
+            wants_numbers = "converted to Python scalars" in str(error) or "converted to Scalar" in str(error)
+            if wants_numbers or isinstance(error, TypeError | AttributeError | NameError):
+                raise TypeError(f"the gain raises {type(error).__name__} at a z [2, 3] and tau={tau}: {error}") from error
             return
         if not isinstance(factor, Tensor) or factor.shape != z.shape or factor.is_complex():
             got = f"a {factor.dtype} tensor {list(factor.shape)}" if isinstance(factor, Tensor) else f"a {type(factor).__name__}"

@@ -245,8 +245,9 @@ Rules.__init__ = _checking_names(Rules.__init__)  # type: ignore[method-assign]
 
 def _unknown(kind: Any, choices: Sequence[str]) -> str:
     """What an error says of a kind that there is not among the `choices`."""
-    near = difflib.get_close_matches(str(kind), choices, 3, 0.7)
-    those = f"the nearest are {', '.join(near)}" if near else f"the kinds are {', '.join(choices)}"
+    near = difflib.get_close_matches(str(kind).lower(), choices, 3, 0.7)
+    kinds = [choice for choice in choices if choice not in ("registered", "scale", "overrides")]
+    those = f"the nearest are {', '.join(near)}" if near else f"the kinds are {', '.join(kinds)}"
     hint = f"registered={{{kind!r}: ...}} sets a gate that register_gate has given this name"
     return f"there is no kind {kind!r}; {those}. {hint}"
 

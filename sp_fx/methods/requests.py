@@ -148,7 +148,7 @@ def naming_inputs(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapp
         raise
     except (TypeError, AttributeError, KeyError, RuntimeError) as error:
         if reason := fault(forward, args, kwargs, error):
-            raise InputError(reason) from error
+            raise InputError(reason) from None  # what the forward's op says of an array fills a page
         raise
 
 

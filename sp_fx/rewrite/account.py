@@ -78,7 +78,7 @@ class Account:
         if node.op == "call_module":
             place = str(node.target)
         elif module is not None and module.__module__.startswith("torch.nn.") and not issubclass(module, nn.Sequential):
-            place = path
+            place = path or name_of(node)  # of a model that is a module of torch.nn itself
         else:
             place = f"{path}.{name_of(node)}".lstrip(".")
         self._calls[place] += 1

@@ -73,7 +73,10 @@ class Site:
         if self.opaque:
             return "pass example_inputs, so that torch.export sees into it, or give it a rule by register_gate"
         if self.status == "NOT REWRITTEN":
-            return "put it into a function of its own and give that a rule by register_gate, or leave its derivative as it is"
+            return (
+                "put it into a function of its own and give that a rule by register_gate, if it works element by element; or "
+                "leave its derivative as it is"
+            )
         if self.idle or not self.kind:
             return ""
         choices = "'frozen', or None for its plain derivative" if self.kind in UNTEMPERED else "a number, 'frozen' or None"
