@@ -95,7 +95,7 @@ class Facts:
                 self.parts |= {n: node for n in norm.inside if n not in self.patterns and n not in self.parts}
 
     def _find_product(self, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
-        product = regrouped(self.view, node, order, {*self.parts, *self.patterns})
+        product = regrouped(self.view, node, {*self.parts, *self.patterns})
         if product is not None:
             self.patterns[node] = product
             made_by = {n for gate, _ in product.gates for n in gate.inside}

@@ -17,6 +17,8 @@ from ...capture.passed import operands
 from ..ops import CARRIES, FORM, FRESH, JOINS, POINTWISE, REDUCES, SHAPES, SIZES, VIEW
 from ..signals import called
 
+LIMIT = 40  # calls of a function that is run on numbers, from the node it is of
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -68,6 +70,20 @@ class Graph:
             if all(user in own for user in node.users if node in operands(user, self.passes)):
                 own.add(node)
         return own
+
+    def between(self, source: fx.Node, node: object, may_be: Callable[[fx.Node], bool]) -> tuple[fx.Node, ...] | None:
+        """Returns the calls that make `node` of `source` alone, in the graph's order; None where something else has a part in it,
+        or a call that may not be one of them, or they are more than `LIMIT`."""
+        found, queue = dict[fx.Node, None](), [node]
+        while queue:
+            at = queue.pop()
+            if at is source or at in found:
+                continue
+            if not isinstance(at, fx.Node) or not self.inputs(at) or not may_be(at) or len(found) > LIMIT:
+                return None
+            found[at] = None
+            queue += self.inputs(at)
+        return tuple(n for n in source.graph.nodes if n in found)
 
     # -- values
 

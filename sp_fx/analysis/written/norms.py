@@ -22,7 +22,6 @@ from .softmax import SIZES
 
 Calls = tuple[fx.Node, ...]
 Constants = tuple[tuple[fx.Node, fx.Node], ...]  # calls, and what they read
-LIMIT = 40  # calls of a norm that is run on numbers
 FACTORS = 6  # signals of which a product is, the calls between them and it counted
 
 
@@ -209,17 +208,8 @@ def subsets(rank: int) -> Iterator[tuple[int, ...]]:
 
 
 def calls_between(graph: Graph, base: fx.Node, node: fx.Node) -> Calls | None:
-    """Returns the calls that make `node` of the node `base` alone, in the graph's order; None where something else has a part."""
-    found, queue = set[fx.Node](), [node]
-    while queue:
-        at = queue.pop()
-        if at is base or at in found:
-            continue
-        if not graph.inputs(at) or (at.op == "call_module" and not graph.passes(at)) or len(found) > LIMIT:
-            return None
-        found.add(at)
-        queue += graph.inputs(at)
-    return tuple(n for n in node.graph.nodes if n in found)
+    """Returns the calls that make `node` of the node `base` alone, if they can be run on numbers."""
+    return graph.between(base, node, lambda n: n.op != "call_module" or graph.passes(n))
 
 
 def centred_over(graph: Graph, node: fx.Node, shape: Sequence[int]) -> Signal | None:

@@ -3,7 +3,7 @@ same in any order, and so it is read as one of the gate and of what is left."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,25 +40,25 @@ class Product:
         return " and ".join(gate.kind for gate, _ in self.gates)
 
 
-def regrouped(graph: Graph, node: fx.Node, order: Mapping[fx.Node, int], claimed: Collection[fx.Node]) -> Product | None:
+def regrouped(graph: Graph, node: fx.Node, claimed: Collection[fx.Node]) -> Product | None:
     """Returns the product whose last call is `node` as one of gates and of others, where these are no neighbours in it."""
     products: list[fx.Node] = []
     factors = list(factors_of(graph, node, claimed, products))
     gates: list[tuple[Written, Factor]] = []
-    while len(products) > 1 and (found := gate_among(graph, factors, order)) is not None:
+    while len(products) > 1 and (found := gate_among(graph, factors)) is not None:
         first, second, gate = found
         gates.append((gate, second))
         factors = [factor for factor in factors if factor is not first and factor is not second]
     return Product(tuple(gates), tuple(factors), tuple(products[1:])) if gates else None
 
 
-def gate_among(graph: Graph, factors: list[Factor], order: Mapping[fx.Node, int]) -> tuple[Factor, Factor, Written] | None:
+def gate_among(graph: Graph, factors: list[Factor]) -> tuple[Factor, Factor, Written] | None:
     """Returns two factors, and the gate that is their product, if there are such."""
     for first in factors:
         if first.divides or first.value not in graph.signals:
             continue
         for second in factors:
-            if second is not first and (gate := gate_by(graph, first.value, second, order)) is not None:
+            if second is not first and (gate := gate_by(graph, first.value, second)) is not None:
                 return first, second, gate
     return None
 
@@ -79,10 +79,10 @@ def is_product(graph: Graph, node: fx.Node) -> bool:
     return graph.called(node) in FACTORS | QUOTIENT and len(node.args) == 2 and not node.kwargs and node in graph.signals
 
 
-def gate_by(graph: Graph, source: fx.Node, factor: Factor, order: Mapping[fx.Node, int]) -> Written | None:
+def gate_by(graph: Graph, source: fx.Node, factor: Factor) -> Written | None:
     """Returns the gate that is `source` times the factor, if the factor is a function of the source and that is one."""
-    inside = between(graph, source, factor.value, order)
-    if inside is None:
+    inside = graph.between(source, factor.value, lambda n: is_pointwise(graph, n) or graph.passes(n))
+    if not inside:
         return None
     z = points(numbers_in(graph, inside))
     try:
@@ -97,18 +97,3 @@ def gate_by(graph: Graph, source: fx.Node, factor: Factor, order: Mapping[fx.Nod
     if any(op_of(n) in READERS for n in inside) and (smooth := smooth_of(z, y)) is not None:
         return written_as(smooth, graph, source, inside, smooth=True)
     return None
-
-
-def between(graph: Graph, source: fx.Node, node: Any, order: Mapping[fx.Node, int]) -> list[fx.Node] | None:
-    """Returns the pointwise calls that make `node` of `source` alone; None where something else has a part in it."""
-    inside: dict[fx.Node, None] = {}
-    queue = [node]
-    while queue:
-        at = queue.pop()
-        if at is source or at in inside:
-            continue
-        if not (isinstance(at, fx.Node) and at in order and (is_pointwise(graph, at) or graph.passes(at))):
-            return None
-        inside[at] = None
-        queue += graph.inputs(at)
-    return sorted(inside, key=order.__getitem__) or None
