@@ -20,7 +20,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from provenance import provenance
 from torch import Tensor
 
 import sp_fx
+from sp_fx.figures.records import rules_record
 
 LEAST = 10  # samples for an interval
 # The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.
@@ -182,8 +183,7 @@ def other_class(case: Case) -> Tensor:
 
 def rules_facts(rules: sp_fx.Rules) -> dict[str, Any]:
     """Returns the rules in full, the defaults too: those change."""
-    values = {field.name: getattr(rules, field.name) for field in fields(rules)}
-    return {name: value for name, value in values.items() if value != {}}
+    return {name: value for name, value in rules_record(rules).items() if value != {}}
 
 
 def run(name: str, args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from photographs import photographs
 from torch import Tensor, nn
 
 from sp_fx import zoo
-from sp_fx.figures.models import load_model, weights_hash
+from sp_fx.models.named import load_model, weights_hash
 
 SEED = 2_025  # of the scenes; the zoo was trained on others, but the defaults of Rules were chosen on these
 
@@ -86,9 +86,12 @@ class Case:
 
 
 def load_case(name: str, data: Path, samples: int | None = None, seed: int = SEED) -> Case:
-    """Returns the case of `squeezenet1_0`, on the photographs in `data`, or of a network of the zoo, on scenes."""
+    """Returns the case of `squeezenet1_0`, on the photographs in `data` and those of packages; of a network of the zoo, scenes;
+    of another of `sp_fx.models`, on the photographs of packages alone, on which no default was chosen."""
     if name == "squeezenet1_0":
         return photographed(data)
+    if not name.startswith("zoo/") and name not in zoo.NAMES:
+        return proved(name, data)
     return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples, seed)
 
 
@@ -124,6 +127,31 @@ def photographed(data: Path) -> Case:
                     dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     return Case("squeezenet1_0", named.model, pixels, predicted(named.model, pixels), None, None,
                 ("model.classifier.0", "model.classifier.0"), f"{len(files)} photographs", counts, fresh=chosen_on)  # fmt: skip
+
+
+def proved(name: str, data: Path) -> Case:
+    """The case of a network of `sp_fx.models` on the photographs that no default was chosen on, with mosaics of them."""
+    named = load_model(name)
+    files, chosen_on = photographs(data)
+    pixels = torch.stack([named.preprocessing(path).pixels for path in files[chosen_on:]])
+    target = predicted(named.model, pixels)
+    counts = Counts(batch=4, removals=48, cells=7, curves=0, sensitivity=len(pixels), draws=2, logit=len(pixels), mosaics=0,
+                    randomised=len(pixels), dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
+    return Case(name, named.model, pixels, target, None, of_two(pixels, target), None,
+                f"{len(pixels)} photographs that no default was chosen on", counts)  # fmt: skip
+
+
+def of_two(pixels: Tensor, target: Tensor, seed: int = SEED) -> tuple[Tensor, Tensor, Tensor]:
+    """Mosaics of photographs [N, 3, h, w], one for each: it and its mirror image, and two others of other classes."""
+    order = torch.Generator().manual_seed(seed)
+    tiles, shown = [], []
+    for i in range(len(pixels)):
+        others = [j for j in torch.randperm(len(pixels), generator=order).tolist() if target[j] != target[i]][:2]
+        four = torch.stack([pixels[i], pixels[i].flip(2), *pixels[others]])
+        shuffled = torch.randperm(4, generator=order)
+        tiles.append(four[shuffled])
+        shown.append(shuffled < 2)
+    return mosaic(torch.stack(tiles)), target, torch.stack(shown)
 
 
 def predicted(model: nn.Module, x: Tensor) -> Tensor:

@@ -20,9 +20,9 @@ from torch import nn
 import sp_fx
 from sp_fx import zoo
 from sp_fx.figures.demo import class_gradient
-from sp_fx.figures.models import weights_hash
 from sp_fx.figures.records import rules_record
 from sp_fx.methods.ascent import Ascent
+from sp_fx.models.named import weights_hash
 
 STEPS = 10
 

@@ -1,7 +1,7 @@
 """Semantic pullbacks: turn a pretrained PyTorch model into a fast explainer. Start at `transform`.
 
-Public is what `__all__` lists: the names below, and the modules `targets`, `plot`, `bridges`, `offline` and `zoo`. The folders
-are the machinery, in the order in which a model goes through them: gates, capture, analysis, rewrite, methods, program.
+Public is what `__all__` lists: the names below, and the modules `targets`, `plot`, `bridges`, `models`, `offline` and `zoo`. The
+folders are the machinery, in the order in which a model goes through them: gates, capture, analysis, rewrite, methods, program.
 """
 
 from importlib import import_module as _import_module
@@ -11,9 +11,10 @@ from .build import NotRewrittenError, transform
 from .capture.capture import CaptureError
 from .checks.check import Checks, check
 from .explainer import Explainer
-from .figures.pixel_space import pixel_space
+from .gates.adjoints.row import Soft
 from .gates.registry import register_gate
 from .gates.rules import Rules
+from .models.pixel_space import pixel_space
 from .packages.errors import PackageError
 from .packages.package import load
 from .rewrite.report import Report, Site
@@ -28,10 +29,12 @@ __all__ = [
     "Report",
     "Rules",
     "Site",
+    "Soft",
     "__version__",
     "bridges",
     "check",
     "load",
+    "models",
     "offline",
     "pixel_space",
     "plot",
@@ -40,7 +43,7 @@ __all__ = [
     "transform",
     "zoo",
 ]
-_MODULES = ("bridges", "offline", "plot", "targets", "zoo")
+_MODULES = ("bridges", "models", "offline", "plot", "targets", "zoo")
 
 
 def __getattr__(name: str) -> _Any:

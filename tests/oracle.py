@@ -3,13 +3,14 @@
 A network is a list of `Op`s. Each knows
     forward(x)          what the layer computes,
     frozen(x, t)        the affine map A(x) t + b(x) that the layer acts as at x, applied to t: frozen(x, x) == forward(x),
-    back(x, v, rules)   the adjoint of the cotangent v at x; `rules` maps a kind to a temperature or to "frozen", and "scale" to
-                        "absolute" or to "sample": the temperatures of HOMOGENEOUS kinds times the sample's own deviation.
+    back(x, v, rules)   the adjoint of the cotangent v at x; `rules` maps a kind to a temperature, a `Soft` or "frozen", and
+                        "scale" to what the temperatures of HOMOGENEOUS kinds are in units of: "absolute", "sample", "channel".
 
 Soft gates: Satkiewicz, Corizzo, Pietron, "Pulling Back the Curtain on Deep Networks", arXiv:2507.22832. Kinds that the paper
 does not list follow its principle: the Gaussian average of a hard gate, or the gain of the forward pass at a temperature.
 """
 
+import collections
 import itertools
 import math
 
@@ -18,12 +19,15 @@ import torch
 import torch.nn.functional as F
 
 FROZEN = "frozen"
+Soft = collections.namedtuple("Soft", "tau margin scale", defaults=(0.0, None))  # noise round -margin tau; its own scale
 DEFAULTS = {
-    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": 0.6, "elu": 0.6, "gelu": 1.0, "silu": 1.6, "hardswish": 1.6,
+    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "channel"), "elu": 0.6, "gelu": 1.0,
+    "silu": 1.6, "hardswish": 1.6,
     "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "quick_gelu": 1.0, "abs": 1.0, "hardshrink": 0.6, "softshrink": 0.6,
+    "stride": "smooth",
 }  # fmt: skip
-HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "abs", "max_pool")  # hard gates that do not see the scale of their input
-HARD = {kind: FROZEN for kind in DEFAULTS}
+HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "hardtanh", "abs", "max_pool")  # hard gates that do not see a scale
+HARD = {kind: None if kind == "stride" else FROZEN for kind in DEFAULTS}
 SELU_ALPHA, SELU_SCALE = 1.6732632423543772848170429916717, 1.0507009873554804934193349852946  # arXiv:1706.02515
 
 
@@ -54,15 +58,22 @@ def exp_tail(z, tau, s):
     return torch.where(z > 0, far, near)
 
 
-def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.0, rate=1.0, approximate=None):
-    if kind in ("relu", "gelu"):
+def away(kind, z, low=None, high=None, **_):
+    """The distance of z from the kink that opens the gate: of min(z, high) it opens below, of the others above."""
+    if kind == "relu":  # max(z, low) or min(z, high)
+        return z - (low or 0.0) if high is None else high - z
+    return z - low if kind == "hardtanh" else z
+
+
+def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.0, rate=1.0, approximate=None, margin=0.0):
+    if kind == "gelu":
         return phi(z / tau)
+    if kind == "relu":
+        return phi(away(kind, z, low, high) / tau - margin)
     if kind in ("leaky_relu", "prelu"):
-        return slope + (1 - slope) * phi(z / tau)
+        return slope + (1 - slope) * phi(z / tau - margin)
     if kind == "hardtanh":
-        below = torch.ones_like(z) if low is None else phi((z - low) / tau)
-        above = torch.zeros_like(z) if high is None else phi((z - high) / tau)
-        return below - above
+        return phi((z - low) / tau - margin) - phi((z - high) / tau - margin)
     if kind == "elu":  # z > 0: z; z < 0: alpha (exp(rate z) - 1); all times scale
         return scale * (phi(z / tau) + alpha * rate * exp_tail(z, tau, rate))
     if kind in ("silu", "quick_gelu"):  # the sigmoid of the forward, rate * z in it, at a temperature
@@ -82,11 +93,11 @@ def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.
 def frozen_gain(kind, z, low=None, high=None, slope=None, alpha=1.0, scale=1.0, rate=1.0, approximate=None):
     """The gate of the forward pass: hard where the gate is hard, the mean of both sides at a kink."""
     if kind == "relu":
-        return step(z)
+        return step(away(kind, z, low, high))
     if kind in ("leaky_relu", "prelu"):
         return slope + (1 - slope) * step(z)
     if kind == "hardtanh":
-        return (1 if low is None else step(z - low)) - (0 if high is None else step(z - high))
+        return step(z - low) - step(z - high)
     if kind == "elu":
         return scale * (step(z) + (1 - step(z)) * alpha * rate * torch.exp(rate * z.clamp(max=0)))
     if kind == "abs":
@@ -103,11 +114,11 @@ def frozen_gain(kind, z, low=None, high=None, slope=None, alpha=1.0, scale=1.0, 
 def hard_derivative(kind, t, low=None, high=None, slope=None, alpha=1.0, scale=1.0, rate=1.0):
     """The derivative of the gate itself away from its kinks, for quadrature."""
     if kind == "relu":
-        return (t > 0) * 1.0
+        return (t > (low or 0.0) if high is None else t < high) * 1.0
     if kind in ("leaky_relu", "prelu"):
         return np.where(t > 0, 1.0, slope)
     if kind == "hardtanh":
-        return ((t > (-np.inf if low is None else low)) & (t < (np.inf if high is None else high))) * 1.0
+        return ((t > low) & (t < high)) * 1.0
     if kind == "abs":
         return np.sign(t)
     if kind in ("hardshrink", "softshrink"):
@@ -132,17 +143,41 @@ def gaussian_average(derivative, z, tau, kinks, width=12.0, panels=48, nodes=20)
     return total
 
 
-def temperature(rules, kind, x):
-    """The temperature of a gate at x, [B, 1, ...] with one number a sample; or "frozen"."""
-    tau = rules[kind]
-    if tau == FROZEN:
+def soft(rules, kind):
+    """The rule of a kind as a `Soft` whose scale is said, or "frozen"."""
+    value = rules[kind]
+    if value == FROZEN:
         return FROZEN
-    one = [-1] + [1] * (x.dim() - 1)
-    if rules.get("scale") != "sample" or kind not in HOMOGENEOUS:
-        return torch.full((x.shape[0],), tau, dtype=x.dtype).reshape(one)
-    rows = x.flatten(1)
-    deviation = torch.sqrt(((rows - rows.mean(1, keepdim=True)) ** 2).mean(1))
-    return (tau * deviation).reshape(one)
+    value = value if isinstance(value, Soft) else Soft(value)
+    scale = (value.scale or rules.get("scale", "absolute")) if kind in HOMOGENEOUS else "absolute"
+    return value._replace(scale=scale)
+
+
+def temperature(rules, kind, x, **args):
+    """The temperature of a gate at x, [B, 1, ...] with one number a sample, or [B, C, 1, ...]; or "frozen"."""
+    value = soft(rules, kind)
+    return FROZEN if value == FROZEN else value.tau * unit(away(kind, x, **args), value.scale)
+
+
+def unit(distance, scale):
+    """What a temperature is in units of, sample by sample: 1; the deviation of the distance; or the root of (S + C) / 2, of the
+    mean squares of the distance over the sample and over the places of each channel."""
+    places = [1] * (distance.dim() - 2)
+    per_sample, per_channel = [], []
+    for sample in distance:
+        mean = sample.sum() / sample.numel()
+        square = (sample**2).sum() / sample.numel()
+        per_sample.append(
+            torch.sqrt(((sample - mean) ** 2).sum() / sample.numel()) if scale == "sample" else torch.ones_like(mean)
+        )
+        if scale == "channel" and places:
+            channels = [(channel**2).sum() / channel.numel() for channel in sample]
+            per_channel.append(torch.stack([torch.sqrt((square + channel) / 2) for channel in channels]))
+        elif scale == "channel":  # without places the channels are the numbers themselves
+            per_sample[-1] = torch.sqrt(square)
+    if per_channel:
+        return torch.stack(per_channel).reshape(*distance.shape[:2], *places)
+    return torch.stack(per_sample).reshape([-1] + [1] * (distance.dim() - 1))
 
 
 # -- pooling: the matrix [out, in] of one channel, by loops -------------------------------------------------------------------
@@ -266,7 +301,29 @@ class Conv(Op):
     def back(self, x, v, rules):
         shape = zip(x.shape[2:], v.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
         lost = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in shape]
-        return self.transposed(v, self.weight, None, self.stride, self.padding, lost, self.groups, self.dilation)
+        exact = self.transposed(v, self.weight, None, self.stride, self.padding, lost, self.groups, self.dilation)
+        few = self.weight.shape[1] <= 4  # channels that a kernel sees
+        return over_grids(exact, self.weight.shape[2:], self.stride) if few and rules.get("stride", "smooth") else exact
+
+
+def over_grids(g, kernel, stride):
+    """The mean over the grids of a stride, on every axis on which kernels overlap: two means of `stride` neighbours, the first
+    of those from stride // 2 before each place on, the second from (stride - 1) // 2, over what there is."""
+    for axis, (k, s) in enumerate(zip(kernel, stride, strict=True), start=2):
+        if k > s:
+            n = g.shape[axis]
+            first = means(n + 1 - s % 2, n, s, s // 2)
+            g = torch.tensordot(g, means(n, n + 1 - s % 2, s, (s - 1) // 2) @ first, ([axis], [1])).movedim(-1, axis)
+    return g
+
+
+def means(rows, columns, size, before):
+    """The matrix of means of `size` neighbours, from `before` places before each row's number on."""
+    matrix = torch.zeros(rows, columns).double()
+    for row in range(rows):
+        inside = [column for column in range(row - before, row - before + size) if 0 <= column < columns]
+        matrix[row, inside] = 1 / len(inside)
+    return matrix
 
 
 class ConvTranspose(Op):
@@ -358,7 +415,7 @@ class Gate(Op):
 
     def constant(self, z):
         args = self.args
-        if self.kind == "hardtanh":
+        if self.kind in ("relu", "hardtanh"):
             low, high = args.get("low"), args.get("high")
             below = 0 if low is None else low * (z < low).to(z)
             return torch.zeros_like(z) + below + (0 if high is None else high * (z > high).to(z))
@@ -377,8 +434,11 @@ class Gate(Op):
         return frozen_gain(self.kind, x, **self.at(x)) * t + self.constant(x)
 
     def back(self, x, v, rules):
-        tau, args = temperature(rules, self.kind, x), self.at(x)
-        return v * (frozen_gain(self.kind, x, **args) if isinstance(tau, str) else soft_gain(self.kind, x, tau, **args))
+        tau, args = temperature(rules, self.kind, x, **self.args), self.at(x)
+        if isinstance(tau, str):
+            return v * frozen_gain(self.kind, x, **args)
+        margin = soft(rules, self.kind).margin
+        return v * soft_gain(self.kind, x, tau, **args, **({"margin": margin} if margin else {}))
 
     def at(self, x):
         slope = self.args.get("slope")
@@ -414,6 +474,13 @@ class SoftmaxHead(Op):
         return p * (v - (p * v).sum(-1, keepdim=True))
 
 
+def each_channel(tau, x):
+    """The temperature of each channel of each sample."""
+    if isinstance(tau, str):
+        return [FROZEN] * (x.shape[0] * x.shape[1])
+    return tau.flatten(1).expand(x.shape[:2]).flatten().tolist()
+
+
 class MaxPool(Op):
     def __init__(self, kernel, stride=None, padding=0, dilation=1, ceil_mode=False):
         self.kernel, self.ceil_mode = kernel, ceil_mode
@@ -424,8 +491,8 @@ class MaxPool(Op):
     def matrices(self, x, tau):
         """The matrices of all channels of all samples, [B * C] of [out, in]."""
         out, members = windows(x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode)
-        taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
-        return out, [pool_matrix(channel, members, t) for sample, t in zip(x.flatten(2), taus, strict=True) for channel in sample]
+        taus = each_channel(tau, x)
+        return out, [pool_matrix(channel, members, t) for channel, t in zip(x.flatten(2).flatten(0, 1), taus, strict=True)]
 
     def forward(self, x):
         return self.frozen(x, x)
@@ -452,8 +519,8 @@ class AdaptiveMaxPool(MaxPool):
         for position in itertools.product(*map(range, self.size)):
             spans = [range(i * n // m, -(-(i + 1) * n // m)) for i, n, m in zip(position, x.shape[2:], self.size, strict=True)]
             members.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
-        taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
-        return self.size, [pool_matrix(c, members, t) for sample, t in zip(x.flatten(2), taus, strict=True) for c in sample]
+        taus = each_channel(tau, x)
+        return self.size, [pool_matrix(c, members, t) for c, t in zip(x.flatten(2).flatten(0, 1), taus, strict=True)]
 
 
 class FractionalMaxPool(MaxPool):
@@ -466,7 +533,7 @@ class FractionalMaxPool(MaxPool):
 
     def matrices(self, x, tau):
         matrices, axes = [], len(self.kernel)
-        taus = [FROZEN] * len(x) if isinstance(tau, str) else tau.flatten().tolist()
+        taus = each_channel(tau, x)
         for b, c in itertools.product(range(x.shape[0]), range(x.shape[1])):
             drawn = self.samples[b, c].tolist()
             starts = []
@@ -477,7 +544,7 @@ class FractionalMaxPool(MaxPool):
             for begin in itertools.product(*starts):
                 spans = [range(i, i + k) for i, k in zip(begin, self.kernel, strict=True)]
                 members.append([int(np.ravel_multi_index(at, x.shape[2:])) for at in itertools.product(*spans)])
-            matrices.append(pool_matrix(x[b, c].flatten(), members, taus[b]))
+            matrices.append(pool_matrix(x[b, c].flatten(), members, taus[b * x.shape[1] + c]))
         return self.size, matrices
 
 
@@ -494,7 +561,8 @@ class Amax(Op):
         if isinstance(tau, str):
             share = (rows == best).to(x)
         else:
-            share = torch.exp((rows - best) / tau.reshape(-1, *[1] * (rows.dim() - 1)))
+            taus = tau.expand(x.shape).movedim(self.dims, [*range(-len(self.dims), 0)]).flatten(-len(self.dims))
+            share = torch.exp((rows - best) / taus)
         share = (share / share.sum(-1, keepdim=True)).reshape(moved.shape)
         return share.movedim([*range(-len(self.dims), 0)], self.dims)
 

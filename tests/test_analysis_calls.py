@@ -16,15 +16,16 @@ import oracle
 import sp_fx
 from oracle import FROZEN
 from sp_fx import Rules
-from test_explainer_oracle import Calls, check, fill, randn, transform
+from test_explainer_oracle import Calls, as_rules, check, fill, randn, transform
 
 aten = torch.ops.aten
 UNEVEN = {"relu": 0.35, "leaky_relu": 0.9, "hardtanh": 0.8, "elu": 1.4, "gelu": 0.6, "silu": 0.7, "hardswish": 0.4, "mish": 2.5,
           "max_pool": 0.8, "attention": 0.7, "quick_gelu": 0.5, "abs": 0.9, "hardshrink": 1.1, "softshrink": 0.4,
           "scale": "absolute"}  # fmt: skip
 RULES = {
-    "absolute": {**oracle.DEFAULTS, "scale": "absolute"},
+    "absolute": {**oracle.DEFAULTS, "hardtanh": oracle.Soft(1.7, 0.4, "absolute"), "scale": "absolute"},
     "sample": {**oracle.DEFAULTS, "scale": "sample"},
+    "channel": {**oracle.DEFAULTS, "scale": "channel", "relu": oracle.Soft(0.8, 0.5), "leaky_relu": oracle.Soft(1.1, -0.3)},
     "uneven": UNEVEN,
     "frozen": {**oracle.HARD, "product": FROZEN},
 }
@@ -72,12 +73,12 @@ POINTWISE = {
     "relu by a cast mask": (lambda z: z * (z > 0).to(z.dtype), gate("relu")),
     "leaky by where": (lambda z: torch.where(z > 0, z, 0.2 * z), gate("leaky_relu", slope=0.2)),
     "elu by where": (lambda z: torch.where(z > 0, z, 1.3 * (z.exp() - 1)), gate("elu", alpha=1.3)),
-    "maximum": (lambda z: torch.maximum(z, torch.tensor(0.3, dtype=z.dtype)), gate("hardtanh", low=0.3)),
-    "maximum, reversed": (lambda z: torch.max(torch.tensor(0.3, dtype=torch.float64), z), gate("hardtanh", low=0.3)),
-    "minimum": (lambda z: torch.min(z, torch.tensor(0.4, dtype=torch.float64)), gate("hardtanh", high=0.4)),
+    "maximum": (lambda z: torch.maximum(z, torch.tensor(0.3, dtype=z.dtype)), gate("relu", low=0.3)),
+    "maximum, reversed": (lambda z: torch.max(torch.tensor(0.3, dtype=torch.float64), z), gate("relu", low=0.3)),
+    "minimum": (lambda z: torch.min(z, torch.tensor(0.4, dtype=torch.float64)), gate("relu", high=0.4)),
     "clamp between tensors": (lambda z: z.clamp(at(-0.2), at(0.3)), gate("hardtanh", low=-0.2, high=0.3)),
-    "clamp from a tensor": (lambda z: torch.clamp(z, min=at(-0.2)), gate("hardtanh", low=-0.2)),
-    "clamp in place to a tensor": (lambda z: (z * 1).clamp_(max=at(0.3)), gate("hardtanh", high=0.3)),
+    "clamp from a tensor": (lambda z: torch.clamp(z, min=at(-0.2)), gate("relu", low=-0.2)),
+    "clamp in place to a tensor": (lambda z: (z * 1).clamp_(max=at(0.3)), gate("relu", high=0.3)),
     "threshold at 0": (nn.Threshold(0.0, 0.0), gate("relu")),
     "abs": (torch.abs, gate("abs")),
     "abs method": (lambda z: z.abs(), gate("abs")),
@@ -145,7 +146,7 @@ def test_a_soft_gate_is_the_gaussian_average_of_the_hard_one(kind, args, kinks, 
 
 def test_a_threshold_with_a_jump():
     z = torch.tensor([[-1.0, 0.1, 0.4, 2.0]]).double()
-    explainer = transform(nn.Threshold(0.2, -7.0), scale="absolute", hardtanh=0.5)
+    explainer = transform(nn.Threshold(0.2, -7.0), scale="absolute", relu=0.5)
     assert torch.equal(explainer(z), torch.tensor([[-7.0, -7.0, 0.4, 2.0]]).double())
     check(explainer.pullback(z, torch.ones_like(z)), oracle.phi((z - 0.2) / 0.5), 1e-10)
 
@@ -431,7 +432,7 @@ def test_products_with_a_gate(form, how):
     net, ops = chain(linear(6, 8), (function, oracle.Product([half(0)], [half(1), *gating])), linear(4, 4))
     for product in (None, FROZEN):
         rules = {**RULES[how], "product": product}
-        explainer = sp_fx.transform(net, rules=Rules(**rules)) if form != "glu" and "hand" not in form else quiet(net, rules)
+        explainer = sp_fx.transform(net, rules=as_rules(rules)) if form != "glu" and "hand" not in form else quiet(net, rules)
         x, u = randn(3, 6, seed=1), randn(3, 4, seed=2)
         assert torch.equal(explainer(x), net(x))
         check(explainer.pullback(x, u), oracle.pull(ops, x, u, rules), 1e-10)
@@ -445,7 +446,7 @@ def quiet(net, rules):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return sp_fx.transform(net, rules=Rules(**rules))
+        return sp_fx.transform(net, rules=as_rules(rules))
 
 
 def test_a_product_frozen_at_one_place():

@@ -22,7 +22,20 @@ ROOT = Path(sp_fx.__file__).parent
 
 ORDER = (  # lowest first: a file imports from its own folder and from those before it
     *("containers", "version", "targets", "zoo", "gates", "capture", "analysis", "rewrite", "measured", "methods", "program"),
-    *("explainer", "build", "checks", "figures", "bridges", "packages", "serving", "plot", "offline", "cli", "__main__"),
+    *(
+        "explainer",
+        "build",
+        "checks",
+        "models",
+        "figures",
+        "bridges",
+        "packages",
+        "serving",
+        "plot",
+        "offline",
+        "cli",
+        "__main__",
+    ),
 )
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 

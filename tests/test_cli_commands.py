@@ -172,7 +172,7 @@ def test_the_command_refuses_what_is_no_package(tmp_path, capsys):
 def test_report(capsys):
     assert main(["report", "--model", "resnet18"]) == 0
     said = capsys.readouterr().out
-    assert "18 rewritten, 0 kept, 0 NOT REWRITTEN" in said and "model.layer4.1.relu#2" in said
+    assert "19 rewritten, 0 kept, 0 NOT REWRITTEN" in said and "model.layer4.1.relu#2" in said
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the photographs are not part of the project")

@@ -77,7 +77,12 @@ def check(got, expected, bar):
 def transform(model, **rules):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # nothing in this file is without a rule
-        return sp_fx.transform(model, rules=Rules(**rules))
+        return sp_fx.transform(model, rules=as_rules(rules))
+
+
+def as_rules(rules):
+    """The library's rules of the oracle's."""
+    return Rules(**{kind: sp_fx.Soft(*value) if isinstance(value, oracle.Soft) else value for kind, value in rules.items()})
 
 
 # -- the networks, each layer beside its op -------------------------------------------------------------------------------------
@@ -173,9 +178,9 @@ POINTWISE = {
     "hardtanh": (nn.Hardtanh(), gate("hardtanh", low=-1.0, high=1.0)),
     "hardtanh narrow": (nn.Hardtanh(-0.2, 0.3), gate("hardtanh", low=-0.2, high=0.3)),
     "clamp": (Calls(lambda z: z.clamp(-0.5, 1.5)), gate("hardtanh", low=-0.5, high=1.5)),
-    "clamp min": (Calls(lambda z: torch.clamp(z, min=-0.5)), gate("hardtanh", low=-0.5)),
-    "clamp max": (Calls(lambda z: torch.clip(z, max=0.7)), gate("hardtanh", high=0.7)),
-    "clamp_min method": (Calls(lambda z: z.clamp_min(0.25)), gate("hardtanh", low=0.25)),
+    "clamp min": (Calls(lambda z: torch.clamp(z, min=-0.5)), gate("relu", low=-0.5)),
+    "clamp max": (Calls(lambda z: torch.clip(z, max=0.7)), gate("relu", high=0.7)),
+    "clamp_min method": (Calls(lambda z: z.clamp_min(0.25)), gate("relu", low=0.25)),
     "elu": (nn.ELU(), gate("elu")),
     "elu alpha": (nn.ELU(1.7), gate("elu", alpha=1.7)),
     "selu": (nn.SELU(), gate("elu", alpha=oracle.SELU_ALPHA, scale=oracle.SELU_SCALE)),
@@ -480,14 +485,18 @@ UNEVEN = {  # every temperature other than the default
     "relu": 0.35, "leaky_relu": 0.9, "prelu": 1.3, "hardtanh": 0.8, "elu": 1.4, "gelu": 0.6, "silu": 0.7, "hardswish": 0.4,
     "mish": 2.5, "max_pool": 0.8, "attention": 0.7, "scale": "absolute",
 }  # fmt: skip
-ABSOLUTE = {**oracle.DEFAULTS, "scale": "absolute"}
+ABSOLUTE = {**oracle.DEFAULTS, "hardtanh": oracle.Soft(1.7, 0.4, "absolute"), "scale": "absolute"}
 AFFINE = [name for name, (_, _, affine) in CASES.items() if affine]  # the others keep a derivative, or the product rule
 RULES = {
     "absolute": ABSOLUTE,
     "frozen": {**oracle.HARD, "product": FROZEN},
     "uneven": UNEVEN,
     "sample": {**oracle.DEFAULTS, "scale": "sample"},
-}
+    "channel": {**oracle.DEFAULTS, "scale": "channel"},
+    "margins": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.5, "channel"), "leaky_relu": oracle.Soft(1.2, 0.3),
+                "prelu": oracle.Soft(0.8, -0.6, "absolute"), "hardtanh": oracle.Soft(0.9, -0.2, "sample"),
+                "stride": None, "scale": "sample"},
+}  # fmt: skip
 
 
 @pytest.fixture(params=CASES)
@@ -530,8 +539,14 @@ def test_the_oracle_pulls_back_by_the_transpose_of_its_frozen_view(name):
 
 
 def test_the_default_temperatures_are_the_method_s():
-    assert {kind: getattr(Rules(), kind) for kind in oracle.DEFAULTS} == oracle.DEFAULTS
-    assert all(getattr(Rules.frozen(), kind) == FROZEN for kind in (*oracle.DEFAULTS, *NORMS))
+    assert (
+        Rules() == as_rules(oracle.DEFAULTS) and Rules().scale == "sample" and Rules().hardtanh == sp_fx.Soft(1.7, 0.4, "channel")
+    )
+    assert {kind: getattr(Rules(), kind) for kind in oracle.DEFAULTS if kind != "hardtanh"} == {
+        kind: value for kind, value in oracle.DEFAULTS.items() if kind != "hardtanh"
+    }
+    assert {kind: getattr(Rules.frozen(), kind) for kind in oracle.DEFAULTS} == oracle.HARD
+    assert all(getattr(Rules.frozen(), kind) == FROZEN for kind in NORMS)
 
 
 def test_the_pullback_in_float64(name, rules):
@@ -582,8 +597,8 @@ HARD_GATES = {
     "prelu": (nn.PReLU(init=-0.5), "prelu", {"slope": -0.5}, [0.0]),
     "relu6": (nn.ReLU6(), "hardtanh", {"low": 0.0, "high": 6.0}, [0.0, 6.0]),
     "hardtanh": (nn.Hardtanh(-0.5, 2.0), "hardtanh", {"low": -0.5, "high": 2.0}, [-0.5, 2.0]),
-    "clamp min": (Calls(lambda z: z.clamp(min=-1.0)), "hardtanh", {"low": -1.0}, [-1.0]),
-    "clamp max": (Calls(lambda z: z.clamp(max=1.0)), "hardtanh", {"high": 1.0}, [1.0]),
+    "clamp min": (Calls(lambda z: z.clamp(min=-1.0)), "relu", {"low": -1.0}, [-1.0]),
+    "clamp max": (Calls(lambda z: z.clamp(max=1.0)), "relu", {"high": 1.0}, [1.0]),
     "elu": (nn.ELU(1.5), "elu", {"alpha": 1.5}, [0.0]),
     "selu": (nn.SELU(), "elu", {"alpha": oracle.SELU_ALPHA, "scale": oracle.SELU_SCALE}, [0.0]),
     "celu": (nn.CELU(0.7), "elu", {"alpha": 0.7, "rate": 1 / 0.7}, [0.0]),
@@ -698,8 +713,10 @@ def test_the_pullback_is_the_transposed_product_of_matrices_convolutional(rules)
             z.append(layer(z[-1]))
 
     def gain(kind, at, **args):
-        tau = oracle.temperature(rules, kind, at)
-        return oracle.frozen_gain(kind, at, **args) if isinstance(tau, str) else oracle.soft_gain(kind, at, tau, **args)
+        if rules[kind] == FROZEN:
+            return oracle.frozen_gain(kind, at, **args)
+        margin = oracle.soft(rules, kind).margin
+        return oracle.soft_gain(kind, at, oracle.temperature(rules, kind, at, **args), margin=margin, **args).expand(at.shape)
 
     pooling = oracle.MaxPool((3, 3), (2, 2), (1, 1)).matrices(z[3], oracle.temperature(rules, "max_pool", z[3]))[1]
     product = torch.linalg.multi_dot([
@@ -770,7 +787,7 @@ def test_without_temperature_hard_gates_give_the_gradient(name, tau, scale):
     y = model(leaf)
     u = randn(*y.shape, seed=74)
     (expected,) = torch.autograd.grad(y, leaf, u)
-    got = transform(model, **dict.fromkeys(oracle.DEFAULTS, tau), scale=scale).pullback(x, u)
+    got = transform(model, **{**dict.fromkeys(oracle.DEFAULTS, tau), "stride": None}, scale=scale).pullback(x, u)
     check(got, expected, 1e-9)  # seeded pre-activations lie further than 1e-7 from a kink
 
 

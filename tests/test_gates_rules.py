@@ -2,9 +2,11 @@ import inspect
 import pickle
 
 import pytest
+import torch
 from torch import nn
 
 import sp_fx
+from sp_fx import Rules, Soft
 from sp_fx.gates.rules import KINDS, NORMS
 from sp_fx.gates.table import KINKED, TABLE, THRESHOLDLESS, rule_of
 from sp_fx.rewrite.report import Site
@@ -12,7 +14,7 @@ from sp_fx.rewrite.report import Site
 
 def test_every_kind_of_the_table_has_a_rule_with_its_default():
     inner = {"mix", "linear", "conv", "affine_norm", "written", "surrogate"}  # parts of gates, and affine maps
-    assert set(KINDS) == {rule_of(row) for row in set(TABLE) - inner}
+    assert set(KINDS) == {rule_of(row) for row in set(TABLE) - inner} | {"stride"}  # a rule for some rows "conv"
     rules = {row: getattr(sp_fx.Rules(), rule_of(row)) for row in set(TABLE) - inner}
     assert rules == {row: TABLE[row].default for row in rules}
 
@@ -21,7 +23,7 @@ def test_the_kinds_of_the_families():
     norms = ("layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm", "local_response_norm", "normalize")
     assert norms == NORMS and all(getattr(sp_fx.Rules(), kind) == "frozen" for kind in NORMS)
     assert set("relu leaky_relu prelu hardtanh elu hardshrink softshrink abs max_pool".split()) == KINKED
-    assert {"gelu", "silu", "quick_gelu", "hardswish", "mish", "attention", *norms} == THRESHOLDLESS
+    assert {"gelu", "silu", "quick_gelu", "hardswish", "mish", "attention", "stride", *norms} == THRESHOLDLESS
     assert KINKED | THRESHOLDLESS | {"product"} == set(KINDS)
 
 
@@ -36,7 +38,7 @@ def test_the_papers_rules():
         "absolute",
     )
     assert rules.layer_norm == rules.group_norm == rules.rms_norm == rules.instance_norm == "frozen"
-    assert rules.elu is None and rules.hardswish is None
+    assert rules.elu is None and rules.hardswish is None and rules.hardtanh is None and rules.stride is None
 
 
 @pytest.mark.parametrize("tau", [0, -1, 0.0, float("inf"), float("nan"), True, "hard", "soft", [1]])
@@ -48,7 +50,9 @@ def test_bad_temperatures(tau):
 def test_bad_rules():
     with pytest.raises(ValueError, match="no temperature"):
         sp_fx.Rules(layer_norm=0.5)
-    with pytest.raises(ValueError, match="'absolute', 'sample' or a mapping from places to numbers above 0, got 'batch'"):
+    with pytest.raises(
+        ValueError, match="'absolute', 'sample', 'channel' or a mapping from places to numbers above 0, got 'batch'"
+    ):
         sp_fx.Rules(scale="batch")
     with pytest.raises(ValueError, match=r"override 'layer1\.\*': there is no kind 'rellu'; the nearest are relu"):
         sp_fx.Rules(overrides={"layer1.*": {"rellu": 1.0}})
@@ -106,3 +110,104 @@ def test_the_last_pattern_wins_and_numbers_pass_over_norms():
     assert rules.temperature("relu", "b") == 3.0
     assert rules.temperature("gelu", "b") == 2.0
     assert rules.temperature("layer_norm", "a") == "frozen"
+
+
+# -- Soft: a temperature with a margin and a scale
+
+OPENING = ("relu", "leaky_relu", "prelu", "hardtanh")
+
+
+def test_a_soft_stands_where_a_number_stood():
+    assert repr(Soft(1.7, margin=0.4, scale="channel")) == "Soft(tau=1.7, margin=0.4, scale='channel')"
+    assert Soft(0.5) == Soft(0.5, 0.0, None) and Rules().hardtanh == Soft(1.7, 0.4, "channel")
+    rules = Rules(relu=Soft(0.5, 0.2), overrides={"a": Soft(0.7, scale="absolute"), "b": {"relu": Soft(0.9, -1.0, "channel")}})
+    assert [rules.temperature("relu", place) for place in "abc"] == [0.7, 0.9, 0.5]
+    assert [rules.margin("relu", place) for place in "abc"] == [0.0, -1.0, 0.2]
+    assert [rules.scale_of("relu", place, 0.5) for place in "abc"] == ["absolute", "channel", "sample"]
+    assert pickle.loads(pickle.dumps(rules)) == rules
+    assert str(Rules(relu=Soft(0.5, 0.2))) == "Rules(relu=Soft(tau=0.5, margin=0.2, scale=None))"
+
+
+@pytest.mark.parametrize("scale", ["absolute", "sample", "channel"])
+def test_the_scale_of_a_soft_beats_that_of_the_rules_and_a_measured_number_both(scale):
+    rules = Rules(relu=Soft(0.5, scale="channel"), leaky_relu=Soft(0.5), hardtanh=0.5, scale=scale)
+    assert [rules.scale_of(kind, "a", 0.5) for kind in OPENING] == ["channel", scale, scale, scale]
+    assert rules.scale_of("elu", "a", 0.6) == "absolute"  # never follows one
+    measured = Rules(relu=Soft(0.5, scale=scale), scale={"a": 2.5, "c": "channel"})
+    assert [measured.scale_of("relu", place, 0.5) for place in "abc"] == [2.5, scale, "channel"]
+    assert Rules(relu=Soft(0.5), scale={"a": 2.5}).scale_of("relu", "b", 0.5) == "missing"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        *(({"relu": Soft(tau)}, "relu.*temperature.*got") for tau in (0, -1, True, float("nan"), float("inf"), None)),
+        ({"relu": Soft("frozen")}, "the temperature of a Soft is a finite number above 0, got 'frozen'"),
+        ({"relu": Soft(Soft(1.0))}, "temperature"),
+        *(({"relu": Soft(1.0, margin)}, "a margin is a finite number")
+          for margin in (True, "wide", None, float("inf"), float("nan"))),
+        *(({kind: Soft(1.0, 0.4)}, f"kind {kind} has no margin, got 0.4; kinds that have one are {', '.join(OPENING)}")
+          for kind in ("abs", "elu", "gelu", "silu", "max_pool", "attention", "softshrink")),
+        *(({"relu": Soft(1.0, scale=scale)}, "the scale of a Soft is 'absolute', 'sample', 'channel' or None, got")
+          for scale in ("batch", "", 2.0)),
+        *(({kind: Soft(1.0, scale="channel")}, f"the gate of kind {kind} is not the same at every scale")
+          for kind in ("elu", "gelu")),
+        ({"layer_norm": Soft(1.0)}, "no temperature"),
+        ({"stride": Soft(1.0)}, "a stride is 'smooth' or None"),
+        *(({"stride": value}, "a stride is 'smooth' or None") for value in ("frozen", 1.0, True)),
+        ({"relu": "smooth"}, "finite temperature above 0"),
+        ({"overrides": {"a": {"stride": "frozen"}}}, "override 'a': a stride is 'smooth' or None"),
+        ({"overrides": {"a": Soft(0.0)}}, "override 'a'"),
+        ({"overrides": {"a": {"gelu": Soft(1.0, 0.4)}}}, "override 'a': a gate of kind gelu has no margin"),
+        ({"scale": {"a": "batch"}}, "scale of 'a' is a finite number above 0, 'sample', 'channel' or 'absolute', got 'batch'"),
+    ],
+)  # fmt: skip
+def test_a_soft_that_a_kind_cannot_have(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Rules(**arguments)
+
+
+def test_overrides_by_soft_reach_the_map_and_the_report():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 5), nn.LeakyReLU(0.1), nn.Linear(5, 3)).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    by_place, by_kind = Rules(overrides={"1": Soft(0.7, 0.5, "channel")}), Rules(relu=Soft(0.7, 0.5, "channel"))
+    first, second = (sp_fx.transform(net, rules=rules) for rules in (by_place, by_kind))
+    assert torch.equal(first.pullback(x, 1), second.pullback(x, 1))
+    assert not torch.allclose(first.pullback(x, 1), sp_fx.transform(net).pullback(x, 1))
+    site = first.report().sites[0]
+    assert (site.temperature, site.margin, site.scale) == (0.7, 0.5, "channel")
+    assert "0.7 x scale by channel, margin 0.5" in str(first.report())
+    everywhere = sp_fx.transform(net, rules=Rules(overrides={"*": Soft(0.7, 0.5)})).report()
+    assert [(s.kind, s.temperature, s.margin) for s in everywhere.sites] == [
+        ("relu", 0.7, 0.5),
+        ("layer_norm", "frozen", 0.0),
+        ("leaky_relu", 0.7, 0.5),
+    ]
+
+
+def test_an_override_for_all_kinds_gives_no_margin_to_those_without_one():
+    """A pattern of places fits gates of every kind: of those without a margin its Soft is the temperature alone."""
+    net = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    soft, plain = (sp_fx.transform(net, rules=Rules(overrides={"*": value})) for value in (Soft(0.7, 0.5, "channel"), 0.7))
+    assert torch.equal(soft.pullback(x, 1), plain.pullback(x, 1))
+    assert [(s.margin, s.scale) for s in soft.report().sites] == [(0.0, "absolute")]
+
+
+@pytest.mark.parametrize("frozen", ["frozen", 1e-9])
+def test_a_soft_that_is_all_but_hard_is_the_frozen_gate(frozen):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU6(), nn.Linear(6, 3)).double()
+    x = torch.randn(2, 4, dtype=torch.float64)
+    value = Soft(frozen, 0.4, "channel") if frozen != "frozen" else frozen
+    got = sp_fx.transform(net, rules=Rules(hardtanh=value)).pullback(x, 1)
+    leaf = x.clone().requires_grad_()
+    assert torch.allclose(got, torch.autograd.grad(net(leaf)[:, 1].sum(), leaf)[0], rtol=1e-6, atol=1e-9)
+
+
+def test_a_measured_scale_keeps_the_margin():
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU6(), nn.Linear(6, 3)).double()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    rules = Rules(scale={"1": 2.0}), Rules(hardtanh=Soft(3.4, 0.4, "absolute"))
+    measured, absolute = (sp_fx.transform(net, rules=r) for r in rules)
+    assert torch.allclose(measured.pullback(x, 1), absolute.pullback(x, 1), rtol=1e-12, atol=0)
+    assert pickle.loads(pickle.dumps(measured.report().rules)) == measured.report().rules

@@ -1,11 +1,17 @@
 """The deviation of a sample, which temperatures follow, against NumPy's in float64: by each of its formulas."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from sp_fx.gates.scale import deviation
+import sp_fx
+from sp_fx.gates.dual_path import dual_path
+from sp_fx.gates.scale import deviation, distance_by_channel
 from sp_fx.program.inductor import suited
 
 FORMULAS = {
@@ -109,3 +115,154 @@ def test_as_programs_compile_it(shape):
     for kind, z in inputs.items():
         with torch.no_grad():
             assert compiled(z).flatten().numpy() == pytest.approx(exact(z), rel=1e-5, abs=0), kind
+
+
+# -- margins, and the scale of a channel, in gates
+
+
+def phi(z):
+    return torch.special.ndtr(z)
+
+
+FLOOR, CEILING, SLOPES = (
+    torch.tensor(v, dtype=torch.float64)[:, None, None] for v in ([-0.3, 0.0, 0.4], [0.5, 2, 1], [0.1, -0.4, 2])
+)
+GATES = {  # tensors beside z, arguments, the kinks with the height of their steps, what there is below, 1 or -1 where it opens
+    "relu": ((), {}, [(0, 1)], 0, 1),
+    "floor": ((), {"low": -0.4}, [(-0.4, 1)], 0, 1),
+    "ceiling": ((), {"high": 0.7}, [(0.7, 1)], 0, -1),
+    "threshold": ((), {"threshold": 0.2, "value": -7.0}, [(0.2, 1)], 0, 1),
+    "maximum": ((FLOOR,), {}, [(FLOOR, 1)], 0, 1),
+    "minimum": ((CEILING,), {}, [(CEILING, 1)], 0, -1),
+    "negative_relu": ((), {}, [(0, 1)], 0, -1),
+    "leaky_relu": ((), {"negative_slope": 0.2}, [(0, 0.8)], 0.2, 1),
+    "prelu": ((SLOPES.flatten(),), {}, [(0, 1 - SLOPES)], SLOPES, 1),
+    "hardtanh": ((), {"low": -0.5, "high": 1.5}, [(-0.5, 1), (1.5, -1)], 0, 1),
+    "hardsigmoid": ((), {}, [(-3, 1 / 6), (3, -1 / 6)], 0, 1),
+    "between": ((FLOOR, CEILING), {}, [(FLOOR, 1), (CEILING, -1)], 0, 1),
+}
+
+
+def unit_of(distance, scale):
+    """By NumPy, sample by sample: the deviation of the distance; of the channels, the root of (S + C) / 2."""
+    units = []
+    for sample in distance.double().numpy():
+        whole = np.mean(sample**2)
+        places = tuple(range(1, sample.ndim))
+        channels = np.mean(sample**2, axis=places, keepdims=True) if places else whole
+        units.append({"absolute": 1.0, "sample": np.std(sample), "channel": np.sqrt((whole + channels) / 2)}[scale])
+    return torch.from_numpy(np.stack(np.broadcast_arrays(*units)).reshape(len(units), *np.shape(units[0]))) if units else 1.0
+
+
+def expected_gain(kind, z, tau, scale, margin):
+    _, _, kinks, below, opens = GATES[kind]
+    unit = unit_of(opens * (z.double() - kinks[0][0]), scale)
+    width = (tau * unit).reshape(len(z), *(np.shape(unit)[1:] or [1] * (z.dim() - 1))).clamp_min(1e-30)
+    return below + sum(step * phi(opens * (z.double() - kink) / width - margin) for kink, step in kinks)
+
+
+def gain(kind, z, tau, scale, margin):
+    tensors, args, *_ = GATES[kind]
+    leaf = z.clone().requires_grad_()
+    made = dual_path(kind, leaf, *(t.to(z.dtype) for t in tensors), tau=tau, scale=scale, margin=margin, **args)
+    return torch.autograd.grad(made, leaf, torch.ones_like(made))[0]
+
+
+def pre_activation(*shape):
+    """Channels of different spreads, samples of different sizes."""
+    z = torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return (
+        (z + 0.3)
+        * torch.arange(1, 1 + shape[0]).view(-1, *[1] * (len(shape) - 1))
+        * torch.linspace(0.2, 3, shape[1]).view(1, -1, *[1] * (len(shape) - 2))
+    )
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.4, -0.7])
+@pytest.mark.parametrize("scale", ["absolute", "sample", "channel"])
+@pytest.mark.parametrize("kind", GATES)
+def test_a_gate_is_averaged_over_noise_at_its_margin_and_scale(kind, scale, margin):
+    z = pre_activation(2, 3, 5, 4)
+    expected = expected_gain(kind, z, 0.8, scale, margin)
+    assert torch.allclose(gain(kind, z, 0.8, scale, margin), expected, rtol=1e-10, atol=1e-12)
+    single = gain(kind, z.float(), 0.8, scale, margin)
+    assert single.dtype == torch.float32 and torch.allclose(single.double(), expected, rtol=0, atol=2e-6)
+    half = gain(kind, z.bfloat16(), 0.8, scale, margin)
+    expected = expected_gain(kind, z.bfloat16(), 0.8, scale, margin)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), expected, rtol=2**-7, atol=6e-3)
+
+
+@pytest.mark.parametrize("scale", ["sample", "channel"])
+@pytest.mark.parametrize("shape", [(3, 6), (3, 6, 1, 1), (1, 6, 1), (2, 1, 7), (2, 3, 4, 3, 2)], ids=str)
+def test_margins_in_other_shapes(shape, scale):
+    z = pre_activation(*shape)
+    for kind in ("relu", "ceiling", "leaky_relu", "hardtanh", "hardsigmoid"):
+        assert torch.allclose(gain(kind, z, 1.7, scale, 0.4), expected_gain(kind, z, 1.7, scale, 0.4), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["relu", "floor", "ceiling", "leaky_relu", "hardtanh", "hardsigmoid"])
+def test_of_numbers_without_axes_a_channel_scale_is_none(kind):
+    """A sample of one number, of a constant, and what is not finite: the gate is hard, or has the scale 1, and none raises."""
+    for shape in [(4,), (0, 3, 2), (2, 0), (2, 3, 0)]:
+        assert gain(kind, torch.linspace(-2, 2, math.prod(shape)).view(shape), 0.8, "channel", 0.4).isfinite().all()
+    opens, kink = GATES[kind][4], float(GATES[kind][2][0][0])
+    at_kink = gain(kind, torch.full((2, 3, 4), kink, dtype=torch.float64), 0.8, "channel", 0.4)
+    step, below = float(GATES[kind][2][0][1]), float(GATES[kind][3])
+    u = (at_kink - below) / step
+    assert torch.equal(u, u[0, 0, 0].expand(2, 3, 4))
+    # A margin of 1e-30 is lost beside a kink that is not at 0: the gate is then half open, as without one.
+    assert any(torch.allclose(u, phi(torch.tensor(m, dtype=u.dtype)), rtol=1e-6) for m in ([-0.4] if kink == 0 else [-0.4, 0.0]))
+    beside = gain(kind, torch.full((2, 3, 4), kink + opens * 0.1, dtype=torch.float64), 0.8, "channel", 0.4)
+    assert torch.allclose(beside, expected_gain(kind, torch.full((2, 3, 4), kink + opens * 0.1), 0.8, "channel", 0.4), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_a_channel_that_is_not_finite_spoils_no_other_sample(bad):
+    z = pre_activation(3, 4, 5)
+    z[1, 2, 3] = bad
+    assert distance_by_channel(z)[1].flatten().tolist() == [1, 1, 1, 1]
+    got, rest = gain("hardtanh", z, 1.7, "channel", 0.4), [0, 2]
+    assert torch.allclose(got[rest], gain("hardtanh", z[rest], 1.7, "channel", 0.4), rtol=1e-12)
+    assert got[1].isfinite().sum() >= 19
+
+
+def test_equal_channels_have_the_scale_of_the_sample_about_the_kink():
+    z = pre_activation(2, 1, 50).expand(2, 4, 50)
+    assert torch.allclose(distance_by_channel(z), z.square().mean((1, 2), keepdim=True).sqrt().expand(2, 4, 1), rtol=1e-12)
+    assert distance_by_channel(z.bfloat16()).dtype == torch.float32
+
+
+class Pixelwise(nn.Module):
+    """Two layers for every pixel with a ReLU6 between them, as images, and as what else models lay out."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, g = how, torch.Generator().manual_seed(2)
+        self.first = nn.Parameter(torch.randn(8, 3, generator=g, dtype=torch.float64) * torch.arange(1, 9)[:, None])
+        self.second = nn.Parameter(torch.randn(5, 8, generator=g, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(8, generator=g, dtype=torch.float64))
+
+    def forward(self, x):
+        if self.how == "images":
+            y = F.relu6(F.conv2d(x, self.first[:, :, None, None], self.bias))
+            return F.conv2d(y, self.second[:, :, None, None]).mean((2, 3))
+        tokens = {"channels last": (0, 2, 3, 1), "folded": (0, 2, 3, 1), "batch third": (2, 3, 0, 1)}[self.how]
+        y = x.permute(tokens)
+        y = F.relu6(F.linear(y.reshape(-1, 3) if self.how == "folded" else y, self.first, self.bias))
+        y = F.linear(y, self.second)
+        return (
+            y.view(x.shape[0], -1, 5).mean(1) if self.how == "folded" else y.mean((0, 1) if self.how == "batch third" else (1, 2))
+        )
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("how", ["channels last", "folded", "batch third"])
+def test_a_channel_is_one_wherever_its_axis_is(how, tracer):
+    x = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    images = sp_fx.transform(Pixelwise("images"))
+    explainer = sp_fx.transform(Pixelwise(how), tracer=tracer, example_inputs=x)
+    assert [site.scale for site in explainer.report().of("rewritten")] == ["channel"]
+    expected = images.pullback(x, 2)
+    assert (explainer.pullback(x, 2) - expected).norm() <= 1e-10 * expected.norm()
+    alone = torch.cat([explainer.pullback(x[i : i + 1], 2) for i in range(4)])
+    assert (alone - expected).norm() <= 1e-10 * expected.norm()

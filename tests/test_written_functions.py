@@ -62,9 +62,9 @@ REFERENCE = {  # each from its definition
     "relu_squared": lambda z: torch.where(z > 0, z * z, 0.0),
     "abs": lambda z: torch.where(z > 0, z, -z),
     "hardsigmoid": lambda z: ((z + 3) / 6).clamp(0, 1),
-    "hardtanh": lambda z, low, high: torch.where(
-        z < (-1e99 if low is None else low), low or 0.0, torch.where(z > (1e99 if high is None else high), high or 0.0, z)
-    ),
+    "hardtanh": lambda z, low, high: torch.where(z < low, low, torch.where(z > high, high, z)),
+    "floor": lambda z, low: torch.where(z < low, low, z),
+    "ceiling": lambda z, high: torch.where(z > high, high, z),
     "negative_relu": lambda z: torch.where(z < 0, z, 0.0),
     "softshrink": lambda z, width: torch.where(z > width, z - width, torch.where(z < -width, z + width, 0.0)),
     "sigmoid": lambda z: 1 / (1 + torch.exp(-z)),

@@ -210,7 +210,7 @@ def is_affine_row(leaf: Any) -> bool:
     """Whether a leaf computes, by its own tensors, what its row of the table does."""
     if type(leaf) not in AFFINE_ROWS or is_parametrized(leaf) or leaf._buffers.get("running_mean", 0) is None:
         return False
-    return AFFINE_ROWS[type(leaf)][0] != "conv" or (leaf.padding_mode == "zeros" and not isinstance(leaf.padding, str))
+    return AFFINE_ROWS[type(leaf)][0] != "conv" or (leaf.padding_mode == "zeros" and leaf.padding != "same")
 
 
 def is_multiplication(node: fx.Node) -> bool:

@@ -229,7 +229,7 @@ def check_affine_identity(name: str, question: Question) -> Line:
 def check_hard_limit(name: str, question: Question) -> Line:
     """The map at tau = 1e-9 against the gradient; only where every rewritten gate is of a `KINKED` kind."""
     signals = [site for site in question.explainer.report().of("rewritten") if "no signal passes" not in site.reason]
-    others = sorted({site.kind for site in signals} - KINKED)
+    others = sorted({site.kind for site in signals} - KINKED - {"stride"})
     if others:
         return Line(name, "not applicable", note=f"only of gates with a kink, as ReLU has; here there is {', '.join(others)}")
     near = question.nudged()

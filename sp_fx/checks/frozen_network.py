@@ -18,7 +18,7 @@ from ..capture.arguments import ByName
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
 from ..gates.calls.autocast import under
-from ..gates.dual_path import dual_path
+from ..gates.dual_path import OPTIONS, dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import KINKED, TABLE, rule_of
 
@@ -31,7 +31,7 @@ class FrozenTangents(ByName):
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is dual_path:
             kind, *operands = args
-            options = {k: v for k, v in kwargs.items() if k not in ("tau", "scale", "autocast")}
+            options = {k: v for k, v in kwargs.items() if k not in OPTIONS}
             signal = operands[TABLE[kind].receives]
             primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in operands]
             tangent = forward_ad.unpack_dual(signal).tangent

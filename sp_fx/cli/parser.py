@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     service.add_argument("--max-pixels", type=positive, default=32 << 20, metavar="N", help="of a picture (default: 2**25)")
 
     demo = commands.add_parser("demo", help="the shipped networks on drawn scenes, offline")
+    demo.add_argument("--real", action="store_true", help="EfficientNet-Lite0 on photographs, from the extra 'models'")
     demo.add_argument("--scenes", type=positive, default=3, metavar="N")
     demo.add_argument("--format", choices=FORMATS, default="png", help="of the picture (default: png)")
     demo.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="(default: out)")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..explainer import Explainer
+from ..gates.adjoints.row import Soft
 from ..gates.rules import Rules
+from ..models.images import Picture
+from ..models.named import class_index
 from .drawing import CHANGE, SLOPE, Cell, overlay, picture, signed_map, table
-from .images import Picture
-from .models import class_index
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +50,13 @@ def parse_targets(texts: Sequence[str], labels: Sequence[str] | None) -> list[Ta
 
 def rules_record(rules: Rules) -> dict[str, Any]:
     """Returns every temperature by name, also those that are this version's defaults, since defaults change."""
-    values = {f.name: getattr(rules, f.name) for f in fields(rules)}
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(v) for key, v in value.items()}
+        return asdict(value) if isinstance(value, Soft) else value
+
+    return {f.name: plain(getattr(rules, f.name)) for f in fields(rules)}
 
 
 def explain_pictures(

@@ -21,33 +21,41 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..containers import decoded, encoded
-from .adjoints.row import Temperature, at_once
+from .adjoints.row import Temperature, at_once, wide
 from .calls.autocast import Region, under
 from .kernels import by_kernel
-from .scale import deviation
+from .scale import deviation, distance_by_channel
 from .table import TABLE
 
-GateSpec = tuple[str, Temperature, str, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, arguments
+OPTIONS = ("tau", "scale", "margin", "autocast")  # of a call of `dual_path`; its other keywords are arguments of the row
+GateSpec = tuple[str, Temperature, str, float, tuple[tuple[str, Any], ...]]  # kind, temperature, scale, margin, arguments
 
 
 def dual_path(
-    kind: str, *tensors: Tensor | None, tau: Temperature, scale: str = "absolute", autocast: Region = (), **args: Any
+    kind: str,
+    *tensors: Tensor | None,
+    tau: Temperature,
+    scale: str = "absolute",
+    margin: float = 0.0,
+    autocast: Region = (),
+    **args: Any,
 ) -> Tensor:
     """The forward of gate `kind` on `tensors`, differentiated by its adjoint at temperature `tau`.
 
-    `kind` is a key of `table.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). With scale
-    "sample" the temperature is in units of each sample's standard deviation, measured on the way back. The forward is made
-    under the `autocast` of the model's own region, if it is in one.
+    `kind` is a key of `table.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). `scale` says what the
+    temperature is in units of: with "sample" each sample's standard deviation, with "channel" its and each channel's distance
+    from the kink, measured on the way back. `margin` is that of `Soft`. The forward is made under the `autocast` of the model's
+    own region, if it is in one.
     """
     if has_torch_function(tensors):
-        options = {**args, **({"autocast": autocast} if autocast else {})}
+        options = {**args, **({"autocast": autocast} if autocast else {}), **({"margin": margin} if margin else {})}
         return handle_torch_function(dual_path, tensors, kind, *tensors, tau=tau, scale=scale, **options)
     if autocast:
-        return under(autocast, dual_path, kind, *tensors, tau=tau, scale=scale, **args)
+        return under(autocast, dual_path, kind, *tensors, tau=tau, scale=scale, margin=margin, **args)
     modulus = tensors[0] is not None and tensors[0].is_complex()  # is no gate, and keeps its derivative
     if modulus or is_plain():
         return TABLE[kind].forward(*tensors, **args)
-    gate = (kind, tau, scale, tuple(args.items()))
+    gate = (kind, tau, scale, margin, tuple(args.items()))
     if torch.compiler._is_exporting_flag:  # is_exporting() itself is true of every compilation in torch 2.11's Dynamo
         padded = (*tensors, None, None, None, None)[:5]
         return torch.ops.sp_fx.dual_path(*padded, repr(encoded(gate)))
@@ -112,7 +120,7 @@ class DualPath(torch.autograd.Function):
 
 def exact(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
     """The model's own forward."""
-    kind, _, _, args = gate
+    kind, *_, args = gate
     output = TABLE[kind].forward(*tensors, **dict(args))
     if at_once() and output._is_view():  # also of a result of its own: what a `Function` returns so, nobody may write over
         return torch.ops.aten._unsafe_view(output, output.shape)
@@ -161,11 +169,33 @@ class Once(torch.autograd.Function):
 
 def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor | None:
     """The cotangent of the tensor that receives one, by a kernel where there is one, else by the table."""
-    kind, tau, scale, args = gate
-    # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
-    fitted = max(tau, 1e-7) * deviation(saved[0]) if scale == "sample" else tau  # type: ignore[operator, type-var, arg-type]
+    kind, tau, scale, margin, args = gate
+    options, dtype = dict(args), saved[0].dtype  # type: ignore[union-attr]
+    fitted: Any = tau
+    if scale != "absolute" and not isinstance(tau, str):
+        # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
+        fitted = max(tau, 1e-7) * unit(kind, scale, saved, options)
+    row = TABLE[options.get("row", kind)]
+    if margin and row.opens and not isinstance(tau, str):
+        saved = [wide(saved[0]) - row.opens * margin * fitted, *saved[1:]]  # type: ignore[arg-type]
     cotangent = by_kernel(kind, v, saved, fitted, dict(args))
-    return TABLE[kind].adjoint(v, *saved, tau=fitted, **dict(args)) if cotangent is None else cotangent
+    if cotangent is None:
+        cotangent = TABLE[kind].adjoint(v, *saved, tau=fitted, **options)
+    return cotangent if cotangent is None or not margin else cotangent.to(dtype)
+
+
+def unit(kind: str, scale: str, saved: Sequence[Tensor | None], args: dict[str, Any]) -> Tensor:
+    """What the temperature of a gate is in units of, by sample, or by sample and channel."""
+    away = distance(kind, saved, args)
+    return deviation(away) if scale == "sample" else distance_by_channel(away)
+
+
+def distance(kind: str, tensors: Sequence[Tensor | None], args: dict[str, Any]) -> Tensor:
+    """How far the pre-activation of a gate is from the kink that opens it, like the first of its `tensors`."""
+    if kind == "written":
+        kind, tensors, args = args["row"], tensors[:1], dict(args.get("args", ()))
+    row = TABLE[kind]
+    return row.distance(*tensors[: row.tensors], **args)
 
 
 # Five tensors by name, since an optional tensor in a list gets no gradient.

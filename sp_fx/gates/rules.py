@@ -12,11 +12,13 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from .adjoints import norms
-from .adjoints.row import FROZEN, Temperature
+from .adjoints.relu import CLAMP
+from .adjoints.row import FROZEN, SMOOTH, Soft, Temperature
 from .table import TABLE
 
 NORMS = tuple(norms.ROWS)
-UNTEMPERED = (*NORMS, "product")
+UNTEMPERED = (*NORMS, "product", "stride")
+SCALES = ("absolute", "sample", "channel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +52,10 @@ class Rules:
         ValueError: a temperature that is not a finite number above 0, `"frozen"` or `None`; an unknown kind; an unknown scale.
     """
 
-    relu: Temperature | None = 1.0
-    leaky_relu: Temperature | None = 1.0
-    prelu: Temperature | None = 1.0
-    hardtanh: Temperature | None = 0.6  # ReLU6, clamp, maximum with a constant and threshold are this kind
+    relu: Temperature | Soft | None = 1.0  # and clamp, maximum and minimum with one bound, threshold
+    leaky_relu: Temperature | Soft | None = 1.0
+    prelu: Temperature | Soft | None = 1.0
+    hardtanh: Temperature | Soft | None = CLAMP  # ReLU6, a clamp between two bounds, hardsigmoid
     hardshrink: Temperature | None = 0.6
     softshrink: Temperature | None = 0.6
     abs: Temperature | None = 1.0
@@ -72,10 +74,11 @@ class Rules:
     batch_norm: Temperature | None = FROZEN  # only where it has no running statistics; with them it is affine
     local_response_norm: Temperature | None = FROZEN
     normalize: Temperature | None = FROZEN  # division by a norm
+    stride: Literal["smooth"] | None = SMOOTH  # of a convolution that steps over places: the mean over the grids it might have
     product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
     registered: Mapping[str, Temperature | None] = field(default_factory=dict)  # temperatures of registered gates, by name
-    scale: Literal["absolute", "sample"] | Mapping[str, float | str] = "sample"
-    overrides: Mapping[str, Temperature | Mapping[str, Temperature | None] | None] = field(default_factory=dict)
+    scale: Literal["absolute", "sample", "channel"] | Mapping[str, float | str] = "sample"
+    overrides: Mapping[str, Temperature | Soft | Mapping[str, Temperature | Soft | None] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for kind in KINDS:
@@ -93,14 +96,16 @@ class Rules:
         if isinstance(self.scale, Mapping):
             for place, scale in self.scale.items():
                 number = isinstance(scale, int | float) and not isinstance(scale, bool) and 0 < scale < math.inf
-                if not number and scale not in ("absolute", "sample"):
-                    expected = f"the scale of {place!r} is a finite number above 0, 'sample' or 'absolute'"
+                if not number and scale not in SCALES:
+                    expected = f"the scale of {place!r} is a finite number above 0, 'sample', 'channel' or 'absolute'"
                     raise ValueError(f"{expected}, got {scale!r}")
             object.__setattr__(self, "scale", MappingProxyType(dict(self.scale)))
-        elif self.scale not in ("absolute", "sample"):
-            raise ValueError(f"scale is 'absolute', 'sample' or a mapping from places to numbers above 0, got {self.scale!r}")
+        elif self.scale not in SCALES:
+            choices = "'absolute', 'sample', 'channel' or a mapping from places to numbers above 0"
+            raise ValueError(f"scale is {choices}, got {self.scale!r}")
         for pattern, override in self.overrides.items():
-            for kind, tau in override.items() if isinstance(override, Mapping) else [("relu", override)]:
+            by_kind: Mapping[str, Any] = override if isinstance(override, Mapping) else {"relu": override}
+            for kind, tau in by_kind.items():
                 if kind not in KINDS and kind not in registered_kinds():
                     raise ValueError(f"override {pattern!r}: {_unknown(kind, (*KINDS, *registered_kinds()))}")
                 _check(f"override {pattern!r}", kind, tau)
@@ -115,7 +120,7 @@ class Rules:
     def paper(cls) -> Rules:
         """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
         beyond = ("leaky_relu", "prelu", "hardtanh", "hardshrink", "softshrink", "abs", "elu", "quick_gelu", "hardswish", "mish",
-                  "local_response_norm", "normalize")  # fmt: skip
+                  "local_response_norm", "normalize", "stride")  # fmt: skip
         return cls(scale="absolute", relu=0.6, max_pool=0.3, **dict.fromkeys(beyond))  # type: ignore[arg-type]
 
     @classmethod
@@ -127,28 +132,42 @@ class Rules:
         two signals of which neither is a gate, softmaxes that weigh no values, recurrent cells, calls that are NOT REWRITTEN. A
         B-cos network is made of such products, `out * |out| / norm`, so its map under these rules is the plain gradient.
         """
-        return cls(**dict.fromkeys(KINDS, FROZEN), registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
+        gates = dict.fromkeys((kind for kind in KINDS if kind != "stride"), FROZEN)
+        return cls(**gates, stride=None, registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
 
     def temperature(self, kind: str, place: str) -> Temperature | None:
         """The temperature of the gate of `kind` at `place`, None where it keeps its plain derivative."""
-        tau = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
-        for pattern, override in self.overrides.items():
-            if fnmatchcase(place, pattern):
-                if isinstance(override, Mapping):
-                    tau = override.get(kind, tau)
-                elif kind not in UNTEMPERED or override in (None, FROZEN):
-                    tau = override
-        return tau
+        value = self._value(kind, place)
+        return value.tau if isinstance(value, Soft) else value
+
+    def margin(self, kind: str, place: str) -> float:
+        """The margin of the gate of `kind` at `place`, in temperatures."""
+        value = self._value(kind, place)
+        return value.margin if isinstance(value, Soft) and kind in TABLE and TABLE[kind].opens else 0.0
 
     def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
         """The unit of `tau`, the temperature of the gate of `kind` at `place`; "missing" where the scales are measured ones and
         this gate's is not among them."""
         if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
             return "absolute"
-        if not isinstance(self.scale, Mapping):
-            return self.scale
-        scale = self.scale.get(place, "missing")
-        return scale if isinstance(scale, str) else float(scale)
+        value = self._value(kind, place)
+        own = value.scale if isinstance(value, Soft) else None
+        by_sample = self.scale == "channel" and not TABLE[kind].opens  # a gate without a kink has no distance from it
+        if isinstance(self.scale, Mapping):
+            scale = self.scale.get(place, own or "missing")
+            return scale if isinstance(scale, str) else float(scale)
+        return own or ("sample" if by_sample else self.scale)  # type: ignore[return-value]
+
+    def _value(self, kind: str, place: str) -> Temperature | Soft | None:
+        """What these rules say of the gate of `kind` at `place`."""
+        value = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(place, pattern):
+                if isinstance(override, Mapping):
+                    value = override.get(kind, value)
+                elif override is None or kind not in UNTEMPERED or (override == FROZEN and kind != "stride"):
+                    value = override
+        return value
 
     def resolved(self, gates: Iterable[Any]) -> Rules:
         """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it) or the end
@@ -266,7 +285,13 @@ def _restore(values: dict) -> Rules:
 
 
 def _check(where: str, kind: str, tau: object) -> None:
-    if tau is None or (isinstance(tau, str) and tau == FROZEN):
+    if tau is None or (isinstance(tau, str) and tau == (SMOOTH if kind == "stride" else FROZEN)):
+        return
+    if kind == "stride":
+        raise ValueError(f"{where}: a stride is 'smooth' or None (its exact adjoint), got {tau!r}")
+    if isinstance(tau, Soft):
+        _check(f"the temperature of {where}", kind, tau.tau)
+        _check_soft(where, kind, tau)
         return
     if kind in UNTEMPERED:
         family = "a product" if kind == "product" else "a normalisation"
@@ -274,3 +299,20 @@ def _check(where: str, kind: str, tau: object) -> None:
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
         choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
         raise ValueError(f"{where}: expected {choices}, got {tau!r}")
+
+
+def _check_soft(where: str, kind: str, soft: Soft) -> None:
+    """Raise unless a gate of `kind` may have this margin and this scale."""
+    if isinstance(soft.tau, str | Soft) or soft.tau is None:
+        raise ValueError(f"{where}: the temperature of a Soft is a finite number above 0, got {soft.tau!r}")
+    if isinstance(soft.margin, bool) or not isinstance(soft.margin, int | float) or not math.isfinite(soft.margin):
+        raise ValueError(f"{where}: a margin is a finite number, in temperatures, got {soft.margin!r}")
+    if soft.margin and not (kind in TABLE and TABLE[kind].opens):
+        margins = ", ".join(k for k in KINDS if k in TABLE and TABLE[k].opens)
+        raise ValueError(f"{where}: a gate of kind {kind} has no margin, got {soft.margin!r}; kinds that have one are {margins}")
+    if soft.scale not in (None, *SCALES):
+        raise ValueError(f"{where}: the scale of a Soft is 'absolute', 'sample', 'channel' or None, got {soft.scale!r}")
+    if soft.scale == "channel" and not (kind in TABLE and TABLE[kind].opens):
+        raise ValueError(f"{where}: the gate of kind {kind} has no one kink that opens it, got scale='channel'; 'sample' has")
+    if soft.scale not in (None, "absolute") and not (kind in TABLE and TABLE[kind].homogeneous):
+        raise ValueError(f"{where}: the gate of kind {kind} is not the same at every scale, got scale={soft.scale!r}")

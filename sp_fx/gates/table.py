@@ -49,4 +49,4 @@ def rule_of(row: str) -> str:
 
 # Kinds whose hard form is piecewise linear: the gradient is the limit of their soft adjoint as tau -> 0.
 KINKED = frozenset(rule_of(kind) for kind in (*relu.ROWS, *pooling.ROWS))
-THRESHOLDLESS = frozenset((*smooth.ROWS, *norms.ROWS, "attention"))  # rounding moves these little, frozen or not
+THRESHOLDLESS = frozenset((*smooth.ROWS, *norms.ROWS, "attention", "stride"))  # rounding moves these little, frozen or not

@@ -13,6 +13,8 @@ from typing import Any
 
 from torch import fx
 
+from ..analysis.calls import name_of
+from ..analysis.ops import POINTWISE
 from ..gates.calls.layout import laid_out
 from ..gates.dual_path import dual_path
 from ..gates.rules import KINDS, UNTEMPERED
@@ -23,6 +25,7 @@ from .sample_axis import Axis
 UNKNOWN = "absolute, since no axis is the sample's here: calibrate() measures a scale"
 
 
+MEASURED = ("sample", "channel")  # scales that are taken of each sample in the pass
 SCALED = frozenset(KINDS) - {*UNTEMPERED, "attention"}  # kinds whose pre-activation is one tensor, the first
 
 
@@ -43,7 +46,7 @@ def is_scaled(site: Site) -> bool:
 
 def follows_sample(report: Report) -> bool:
     """Whether any temperature is in units of the sample's own scale."""
-    return any(site.scale == "sample" for site in report.sites)
+    return any(site.scale in MEASURED for site in report.sites)
 
 
 def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tuple[fx.Graph, Report]:
@@ -55,12 +58,15 @@ def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tup
     whole = next(((copies[n], axis.index) for n, axis in axes.items() if axis.alone), None)
     sites = {site.place: site for site in report.sites}
     for site, node in scaled_sites(report, graph):
-        if node.kwargs.get("scale") != "sample":
+        if node.kwargs.get("scale") not in MEASURED:
             continue
         gate, axis = copies[node], axes.get(node.args[1])  # type: ignore[arg-type]
-        if axis is not None and axis.alone and axis.index == 0:
+        channel = None
+        if axis is not None and node.kwargs["scale"] == "channel":
+            channel = channel_axis(gate.args[1], axis.rank)
+        if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1):
             continue
-        turn = None if axis is None or whole is None else turn_of(gate, axis)
+        turn = None if axis is None or whole is None else turn_of(gate, axis, channel)
         if turn is None:
             gate.kwargs = {key: value for key, value in gate.kwargs.items() if key != "scale"}
             sites[site.place] = replace(site, scale="absolute", reason=UNKNOWN)
@@ -144,12 +150,32 @@ def named(axis: Axis) -> tuple[Any, ...]:
     return (*range(axis.index), *fold, *range(axis.index + axis.span, axis.rank))
 
 
-def turn_of(gate: fx.Node, axis: Axis) -> Turn | None:
-    """Returns the turn for a gate, None where it has none: it chooses among samples, or cannot be told other axes."""
+def channel_axis(node: Any, rank: int) -> int:
+    """Returns which of the `rank` axes of a pre-activation counts channels: what a convolution or a linear layer before it makes
+    one of, 1 where neither is found through calls that keep axes."""
+    while isinstance(node, fx.Node):
+        if node.target is dual_path and node.args[0] == "conv":
+            return rank - 1 - len(node.kwargs["stride"])  # type: ignore[arg-type]
+        if (node.args[0] if node.target is dual_path else name_of(node)) in ("linear", "matmul", "addmm"):
+            return rank - 1
+        if node.target is dual_path:
+            node = node.args[1]
+        elif node.op == "call_module" or name_of(node) in POINTWISE:
+            node = next(iter(node.all_input_nodes), None)
+        else:
+            break
+    return 1
+
+
+def turn_of(gate: fx.Node, axis: Axis, channel: int | None = None) -> Turn | None:
+    """Returns the turn for a gate, None where it has none: it chooses among samples, or cannot be told other axes. `channel` is
+    the axis that is to follow that of the sample, where the scale asks for it."""
     names = named(axis)
     rest = [name for name in names if name != "sample"]
     row, options = str(gate.kwargs.get("row", gate.args[0])), gate.kwargs
-    if row in ("relu", "negative_relu", "relu_squared", "leaky_relu", "abs"):
+    if channel in rest:
+        rest = [channel, *(name for name in rest if name != channel)]
+    if row in ALIKE:
         return Turn(axis, ("sample", *rest))
     if row == "prelu" and 1 in rest:
         return Turn(axis, ("sample", 1, *(name for name in rest if name != 1)))
@@ -167,6 +193,10 @@ def turn_of(gate: fx.Node, axis: Axis) -> Turn | None:
         gone = () if options.get("keepdim") else tuple(dims)
         return Turn(axis, order, kind="reduction", gone=gone, options={"dim": tuple(order.index(d) for d in dims)})
     return None
+
+
+# Rows that are the same function of every element.
+ALIKE = ("relu", "negative_relu", "relu_squared", "leaky_relu", "abs", "floor", "ceiling", "threshold", "hardtanh", "hardsigmoid")
 
 
 def unknown(report: Report, reason: str) -> None:

@@ -19,13 +19,13 @@ from ..capture.arguments import ByName
 from ..capture.passed import lets_through
 from ..containers import tensors_of, type_of
 from ..gates.adjoints.row import wide
-from ..gates.dual_path import dual_path
+from ..gates.dual_path import OPTIONS, distance, dual_path
 from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.report import Report, Site
 from .requests import are_named, naming_inputs
 
-STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open above 0
+STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open beyond a kink
 
 
 @dataclass
@@ -58,12 +58,12 @@ class Spread:
 
     @property
     def opened(self) -> bool:
-        """Whether any number was above 0."""
+        """Whether any number was beyond the kink."""
         return float(self.highest) > 0
 
 
 class Gauge(ByName):
-    """Runs a captured module's graph and measures the pre-activation of each gate."""
+    """Runs a captured module's graph and measures how far the pre-activation of each gate is from its kink."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -71,7 +71,9 @@ class Gauge(ByName):
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self.spreads:
-            self.spreads[n].see(self.fetch_args_kwargs_from_env(n)[0][1])
+            (kind, *tensors), options = self.fetch_args_kwargs_from_env(n)
+            args = {key: value for key, value in options.items() if key not in OPTIONS}
+            self.spreads[n].see(distance(kind, tensors, args))
         return super().run_node(n)
 
 

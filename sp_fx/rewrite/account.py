@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import fx, nn
 
 from ..analysis.attention.uses import Use
 from ..analysis.calls import name_of
 from ..analysis.facts import Facts
-from ..gates.adjoints.row import Temperature
+from ..gates.adjoints.row import FROZEN, SMOOTH, Soft, Temperature
 from ..gates.rules import Rules
-from .edits.rewriting import Edit, Rewriting
+from .edits.rewriting import Edit, Rewriting, Softness
 from .report import Site, Status
 
 
@@ -55,19 +55,40 @@ class Account:
         tau = self.rules.temperature(kind, place)
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
-        scale = self.rules.scale_of(kind, place, tau)
-        self.sites.append(Site(place, self.facts.op(node), kind, status, tau, reason, scale))
+        scale, margin = self.rules.scale_of(kind, place, tau), self.rules.margin(kind, place)
+        self.sites.append(Site(place, self.facts.op(node), kind, status, tau, reason, scale, margin))
         self.nodes.append(node)
         return tau
+
+    def stride(self, node: fx.Node) -> Literal["frozen", "smooth"]:
+        """Write a line on a convolution that steps over places, unless the rules want no smooth adjoint anywhere; returns the
+        adjoint."""
+        place = self._place(node)
+        if self.rules.temperature("stride", place) != SMOOTH:
+            if self.rules.stride == SMOOTH:  # an override names the place, which is to be in the report
+                self.sites.append(Site(place, self.facts.op(node), "stride", "kept", reason="exact adjoint, by the rules"))
+                self.nodes.append(node)
+            else:
+                self._calls[place] -= 1
+            return FROZEN
+        self.sites.append(Site(place, self.facts.op(node), "stride", "rewritten", SMOOTH))
+        self.nodes.append(node)
+        return SMOOTH
 
     def amend(self, **changes: Any) -> None:
         """Change the last line."""
         self.sites[-1] = replace(self.sites[-1], **changes)
 
     @property
-    def scale(self) -> str | float:
-        """What the temperature of the last line is in units of."""
-        return self.sites[-1].scale
+    def soft(self) -> Softness:
+        """The temperature of the last line, as an edit writes it into the graph: a measured scale is multiplied in."""
+        site = self.sites[-1]
+        assert site.temperature is not None
+        if isinstance(site.temperature, str):
+            return site.temperature
+        if isinstance(site.scale, float):
+            return Soft(site.temperature * site.scale, site.margin)
+        return Soft(site.temperature, site.margin, None if site.scale == "missing" else site.scale)  # type: ignore[arg-type]
 
     def _place(self, node: fx.Node) -> str:
         """Names the call for the report, and in the node's `meta["place"]`: the path of a module for its own call; for a function

@@ -21,12 +21,14 @@ from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic, centred_over
 from ..analysis.written.products import Product
 from ..capture.kept_functions import applied
+from ..gates.adjoints.affine import leaves_checkerboard
 from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
 from .edits.calls import Compete, OpenLeaf, ReplaceCall, Surrogate
-from .edits.written import CloseWritten, Freeze, Regroup, Softened
+from .edits.rewriting import Softness
+from .edits.written import CloseWritten, Freeze, Regroup
 from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
@@ -39,7 +41,9 @@ def affine_leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
     leaf = facts.leaf(node)
     if leaf is None or node in facts.patterns or not is_affine_row(leaf):
         return False
-    account.apply(OpenLeaf(node, leaf))
+    uneven = isinstance(leaf, nn.Conv1d | nn.Conv2d | nn.Conv3d) and leaves_checkerboard(leaf.weight.shape, leaf.stride)
+    signal = any(map(facts.is_signal, node.all_input_nodes))
+    account.apply(OpenLeaf(node, leaf, account.stride(node) if uneven and signal else FROZEN))
     return True
 
 
@@ -59,7 +63,7 @@ def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         return True
     tau = written_line(node, gate, account)
     if tau is not None:
-        account.apply(CloseWritten(node, account.rewriting.unshared.get(node, gate), tau, account.scale))
+        account.apply(CloseWritten(node, account.rewriting.unshared.get(node, gate), account.soft))
     return True
 
 
@@ -82,13 +86,13 @@ def regrouped(node: fx.Node, facts: Facts, account: Account) -> bool:
     product = facts.patterns.get(node)
     if not isinstance(product, Product):
         return False
-    softened: list[Softened] = []
+    softened: list[Softness | None] = []
     for at, (gate, _) in zip(reversed(product.products), product.gates):
         if gate.smooth:
             account.note(at, "kept", f"{gate.kind}, {SMOOTH_FUNCTION}")
-            softened.append((None, "absolute"))
+            softened.append(None)
         else:
-            softened.append((written_line(at, gate, account), account.scale))
+            softened.append(None if written_line(at, gate, account) is None else account.soft)
     others = [factor for factor in product.others if facts.is_signal(factor.value)]
     makers: dict[Any, str] = {factor.value: facts.maker(factor.value) for factor in others if not factor.divides}
     makers |= {i: "" if gate.through else gate.kind for i, (gate, _) in enumerate(product.gates)}
@@ -167,28 +171,42 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
         if account.gate(node, "normalize") is not None:
             account.apply(Surrogate(node, call))
     elif call.kind == "rms_norm" and (signal := centred_over(facts.view, call.tensors[0], call.args["normalized_shape"])):
-        if (tau := account.gate(node, "layer_norm")) is not None:
-            account.apply(ReplaceCall(node, call, tau, account.scale))
+        if account.gate(node, "layer_norm") is not None:
+            account.apply(ReplaceCall(node, call, account.soft))
             account.apply(Freeze(signal.centring, signal.taken_off, account.rewriting.instead[node]))  # type: ignore[arg-type]
     elif (rule := rule_of(call.kind)) in KINDS:
         tau = account.gate(node, rule)
         if tau is None and call.kind == "glu":
             account.amend(reason="product rule")
         elif tau is not None:
-            account.apply(ReplaceCall(node, call, tau, account.scale))
+            account.apply(ReplaceCall(node, call, account.soft))
     elif not any(map(facts.varies, call.tensors[1:])):
-        account.apply(ReplaceCall(node, call, FROZEN, "absolute"))  # affine
+        shape = weight_shape(call, facts) if call.kind == "conv" else None
+        uneven = shape is not None and leaves_checkerboard(shape, call.args["stride"])
+        account.apply(ReplaceCall(node, call, account.stride(node) if uneven else FROZEN))  # affine
     else:
         account.note(node, "kept", "product rule")  # its weights are computed from the input
     return True
+
+
+def weight_shape(conv: Gate, facts: Facts) -> tuple[int, ...] | None:
+    """Returns the shape of a convolution's weights, [out, in / groups, *kernel]: of those that are stored, which what computes
+    with them (weight standardisation, a parametrization) keeps; None where none are."""
+    seen = [conv.tensors[1]]
+    for node in seen:
+        shape = tuple(facts.view.attribute(node).shape) if node.op == "get_attr" else ()
+        if len(shape) == len(conv.args["stride"]) + 2:
+            return shape
+        seen += [n for n in node.all_input_nodes if n not in seen]
+    return None
 
 
 def competition(node: fx.Node, call: Gate, facts: Facts, account: Account) -> None:
     """The larger, or the smaller, of two signals: a max pooling of the two."""
     if call.kind not in ("maximum", "minimum") or facts.op(node).startswith("f"):  # fmax and fmin pass over NaN
         account.note(node, "NOT REWRITTEN", f"{facts.op(node)} of two things that both vary has no rule")
-    elif (tau := account.gate(node, "max_pool")) is not None:
-        account.apply(Compete(node, call.tensors, tau, account.scale, 1 if call.kind == "maximum" else -1))
+    elif account.gate(node, "max_pool") is not None:
+        account.apply(Compete(node, call.tensors, account.soft, 1 if call.kind == "maximum" else -1))
 
 
 def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: Facts) -> Gate | Unread | None:

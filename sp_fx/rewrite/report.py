@@ -21,7 +21,8 @@ HARD, OPEN = 0.05, 20.0  # where a Gaussian pre-activation's gain is on average 
 class Site:
     """One gating call: the op, its place (module path, `#2` for its second call there), and what became of it.
 
-    `scale` is what the temperature is in units of: "absolute" (1), each "sample"'s own deviation, or a calibrated number;
+    `scale` is what the temperature is in units of: "absolute" (1), each "sample"'s own deviation, its and each "channel"'s
+    distance from the kink, or a calibrated number; `margin` is that of `Soft`;
     `spread` the deviation of the pre-activation over the data that a report was made with.
     """
 
@@ -32,6 +33,7 @@ class Site:
     temperature: Temperature | None = None
     reason: str = ""
     scale: str | float = "absolute"
+    margin: float = 0.0
     spread: float | None = None
     opaque: bool = False  # the trace went round it
 
@@ -40,7 +42,7 @@ class Site:
         """The temperature in units of the deviation of the pre-activation, where that is known."""
         if not isinstance(self.temperature, int | float) or (self.scale == "absolute" and self.spread is None):
             return None
-        if self.spread is None or self.scale == "sample":
+        if self.spread is None or self.scale in ("sample", "channel"):
             return float(self.temperature)
         return self.temperature * (self.scale if isinstance(self.scale, float) else 1.0) / max(self.spread, 1e-30)
 
@@ -80,6 +82,7 @@ class Site:
         if self.idle or not self.kind:
             return ""
         choices = "'frozen', or None for its plain derivative" if self.kind in UNTEMPERED else "a number, 'frozen' or None"
+        choices = "None for its exact adjoint" if self.kind == "stride" else choices
         return f"Rules(overrides={{{self.place!r}: {choices}}}) changes it"
 
     @property
@@ -90,6 +93,8 @@ class Site:
             text = f"{what} keeps its plain derivative, and is NOT REWRITTEN: {self.reason}"
         elif self.status == "kept":
             text = f"{what} keeps its derivative: {self.reason}"
+        elif self.kind == "stride":
+            text = f"{what} steps over places, rewritten: on the way back it is the mean over the grids that it might have"
         elif self.kind in UNTEMPERED:
             held = "the gate of the product is" if self.kind == "product" else "its statistics are"
             text = f"{what} is a {self.kind}, rewritten: the forward is the model's, and on the way back {held} constant"
@@ -108,8 +113,11 @@ class Site:
 
     @property
     def temperature_text(self) -> str:
-        unit = f" x {self.scale:.4g}" if isinstance(self.scale, float) else " x scale" if self.scale == "sample" else ""
-        return "" if self.temperature is None else f"{self.temperature}{unit}"
+        if self.temperature is None:
+            return ""
+        words = {"sample": " x scale", "channel": " x scale by channel"}
+        unit = f" x {self.scale:.4g}" if isinstance(self.scale, float) else words.get(self.scale, "")
+        return f"{self.temperature}{unit}{f', margin {self.margin:g}' if self.margin else ''}"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from ..figures.images import to_rgb
+from ..models.images import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that allocate what the header says, and no more
 

@@ -16,6 +16,8 @@ def linear(input, weight, bias=None):
 
 def conv(axes: int) -> Callable[..., Gate | None]:
     def read(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        if padding == "valid":
+            padding = 0
         if isinstance(padding, str):
             return None
         sizes = {"stride": stride, "padding": padding, "dilation": dilation}

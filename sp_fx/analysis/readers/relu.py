@@ -49,6 +49,10 @@ def hardtanh(input, min_val=-1.0, max_val=1.0, inplace=False):
         return relu(input)
     if max_val == 0 and min_val in (None, -math.inf):
         return Gate("negative_relu", (input,))
+    if max_val in (None, math.inf) and min_val not in (None, -math.inf):
+        return Gate("floor", (input,), {"low": min_val})
+    if min_val in (None, -math.inf) and max_val not in (None, math.inf):
+        return Gate("ceiling", (input,), {"high": max_val})
     return Gate("hardtanh", (input,), {"low": min_val, "high": max_val})
 
 

@@ -106,8 +106,9 @@ def gates(z: Tensor, y: Tensor) -> Iterable[Form]:
     if abs(leak - 1) > 1e-6 and abs(slope - 1) < 1e-6:
         yield "leaky_relu", {"negative_slope": leak}, lambda z: torch.where(z > 0, z, leak * z)
     if low < high and (low > -far or high < far):
-        bounds = {"low": low if low > -far else None, "high": high if high < far else None}
-        yield "hardtanh", bounds, lambda z: z.clamp(bounds["low"], bounds["high"])
+        bounds = {**({"low": low} if low > -far else {}), **({"high": high} if high < far else {})}
+        kind = "hardtanh" if len(bounds) == 2 else "floor" if "low" in bounds else "ceiling"
+        yield kind, bounds, lambda z: z.clamp(bounds.get("low"), bounds.get("high"))
     if low < 0 and minus < 0 and -minus < -low:  # output_scale (z > 0 ? z : alpha (exp(input_scale z) - 1))
         rate = -math.log1p(-minus / low)
         args = {"alpha": -low / slope, "output_scale": slope, "input_scale": rate} if slope > 0 else {}

@@ -20,8 +20,31 @@ import torch
 from torch import Tensor
 
 FROZEN: Literal["frozen"] = "frozen"
-Temperature = float | Literal["frozen"]
-Tau = float | Tensor | Literal["frozen"]  # what a formula takes: a temperature, or one for each sample
+SMOOTH: Literal["smooth"] = "smooth"
+Temperature = float | Literal["frozen", "smooth"]
+Tau = float | Tensor | Literal["frozen", "smooth"]  # what a formula takes: one for all, or for each sample, or for its channels
+
+
+@dataclass(frozen=True)
+class Soft:
+    """A temperature that says more than a number does: `Rules(relu=Soft(1.7, margin=0.4, scale="channel"))`.
+
+    The gate is averaged over Gaussian noise of width `tau` round `-margin tau`, not round 0: of a ReLU it is
+    `Phi(z / tau - margin)`. Evidence that is only just there then counts for little, as where a part of it is taken away.
+
+    Attributes:
+        tau: the temperature, above 0.
+        margin: how far the noise lies below zero, in temperatures; 0 for the paper's gates.
+        scale: what the temperature is in units of, "absolute", "sample" or "channel"; None is the `scale` of the rules.
+    """
+
+    tau: float
+    margin: float = 0.0
+    scale: Literal["absolute", "sample", "channel"] | None = None
+
+
+def first_tensor(z: Tensor, *steering: Tensor | None, **args: Any) -> Tensor:
+    return z
 
 
 @dataclass(frozen=True)
@@ -35,17 +58,19 @@ class Row:
 
     forward: Callable[..., Tensor]
     adjoint: Callable[..., Tensor | None]
-    default: Temperature | None  # the temperature in `Rules()`, by a test; None is the op's plain derivative
+    default: Temperature | Soft | None  # the temperature in `Rules()`, by a test; None is the op's plain derivative
     receives: int = 0
     tensors: int = 1
     sees_output: bool = False  # the adjoint takes the forward's output too, after the tensors
-    homogeneous: bool = False  # positively: its hard gate ignores the scale of the input, so its temperature may follow it
+    homogeneous: bool = False  # its hard gate ignores the scale of `distance`, so its temperature may follow it
+    distance: Callable[..., Tensor] = first_tensor  # of the pre-activation from the kink that opens the gate
+    opens: int = 0  # 1 where it opens above that kink, -1 below: such a gate may have a margin
     forgets: bool = False  # the adjoint needs the shape of the first tensor, not its values
     rule: str = ""  # the kind in `Rules` that sets its temperature, where that has another name: "max_pool" for "amax"
     registered: bool = False  # by a user
 
 
-def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], default: Temperature, **facts: Any) -> Row:
+def gain_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], default: Temperature | Soft, **facts: Any) -> Row:
     """A gate that multiplies: `v -> v * gain(z)`. `gain` takes the first tensor (wide), the others, the temperature and the
     arguments; `facts` are further fields of the row."""
 

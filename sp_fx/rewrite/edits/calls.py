@@ -16,7 +16,7 @@ from ...gates.adjoints.norms import frozen_cosine
 from ...gates.adjoints.row import FROZEN, Temperature
 from ...gates.dual_path import dual_path
 from ...gates.multihead import multihead_attention
-from .rewriting import Edit, Rewriting
+from .rewriting import Edit, Rewriting, Softness
 
 
 @dataclass
@@ -25,8 +25,7 @@ class ReplaceCall(Edit):
 
     node: fx.Node
     gate: Gate
-    tau: Temperature
-    scale: str | float
+    at: Softness
 
     def apply(self, to: Rewriting) -> None:
         if self.gate.first:
@@ -36,13 +35,13 @@ class ReplaceCall(Edit):
 
     def replace_all(self, to: Rewriting) -> None:
         with to.graph.inserting_before(self.node):
-            soft = to.dual_path(self.node, self.gate, self.tau, self.scale)
+            soft = to.dual_path(self.node, self.gate, self.at)
         to.supersede(self.node, soft)
 
     def replace_first(self, to: Rewriting) -> None:
         node = self.node
         with to.graph.inserting_before(node):
-            soft = to.dual_path(node, self.gate, self.tau, self.scale)
+            soft = to.dual_path(node, self.gate, self.at)
         rest = []
         for user in list(node.users):
             index = user.args[1] if user.target in (operator.getitem, getattr) else None
@@ -66,15 +65,14 @@ class Compete(Edit):
 
     node: fx.Node
     tensors: tuple[fx.Node, fx.Node]
-    tau: Temperature
-    scale: str | float
+    at: Softness
     sign: int
 
     def apply(self, to: Rewriting) -> None:
         graph, node = to.graph, self.node
         with graph.inserting_before(node):
             both = graph.call_function(side_by_side, self.tensors, {} if self.sign > 0 else {"sign": self.sign})
-            soft = to.dual_path(node, Gate("amax", (both,), {"dim": (-1,), "keepdim": False}), self.tau, self.scale)
+            soft = to.dual_path(node, Gate("amax", (both,), {"dim": (-1,), "keepdim": False}), self.at)
             if self.sign < 0:
                 soft = graph.call_function(operator.neg, (soft,))
         to.supersede(node, soft)
@@ -118,7 +116,9 @@ class OpenLeaf(Edit):
         path = self.node.target
         tensors = [None if getattr(self.leaf, name) is None else to.graph.get_attr(f"{path}.{name}") for name in names]
         inputs = (*self.node.args, *self.node.kwargs.values())
-        options = {"tau": FROZEN, **{arg: getattr(self.leaf, arg) for arg in args}}
+        options = {"tau": self.tau, **{arg: getattr(self.leaf, arg) for arg in args}}
+        if options.get("padding") == "valid":
+            options["padding"] = (0,) * len(options["stride"])
         return to.graph.call_function(dual_path, (kind, *inputs, *tensors), options)
 
     def multihead(self, to: Rewriting) -> fx.Node:

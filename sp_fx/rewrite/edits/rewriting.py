@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 from torch import fx
 
 from ...analysis.facts import Facts
 from ...analysis.readers import Gate
 from ...analysis.written.gates import Written
-from ...gates.adjoints.row import FROZEN, Temperature
+from ...gates.adjoints.row import FROZEN, Soft, Temperature
 from ...gates.dual_path import dual_path
+
+Softness = Soft | Literal["frozen", "smooth"]  # of a call that is rewritten
 
 
 class Rewriting:
@@ -32,11 +35,12 @@ class Rewriting:
         self.unshared: dict[fx.Node, Written] = {}
         self.opened: list[str] = []
 
-    def dual_path(self, node: fx.Node, gate: Gate, tau: Temperature, scale: str | float) -> fx.Node:
+    def dual_path(self, node: fx.Node, gate: Gate, at: Softness) -> fx.Node:
         """Returns a dual-path call in place of `node`."""
-        if isinstance(scale, float) and not isinstance(tau, str):
-            tau = tau * scale
-        fit = {"tau": tau, **({"scale": scale} if scale == "sample" else {})}
+        fit: dict[str, Any] = {"tau": at if isinstance(at, str) else at.tau}
+        if isinstance(at, Soft):
+            fit |= {} if at.scale in (None, "absolute") else {"scale": at.scale}
+            fit |= {"margin": at.margin} if at.margin else {}
         soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {**fit, **gate.args})
         soft.meta.update(node.meta)
         return soft

@@ -11,10 +11,9 @@ from torch import fx
 from ...analysis.readers import Gate
 from ...analysis.written.gates import Written
 from ...analysis.written.products import Factor, Product
-from ...gates.adjoints.row import Temperature
 from ...gates.dual_path import frozen
 from .again import made_with, replayed
-from .rewriting import Edit, Rewriting
+from .rewriting import Edit, Rewriting, Softness
 
 
 @dataclass
@@ -45,8 +44,7 @@ class CloseWritten(Edit):
 
     node: fx.Node
     gate: Written
-    tau: Temperature
-    scale: str | float
+    at: Softness
 
     def apply(self, to: Rewriting) -> None:
         node, gate, graph = self.node, self.gate, to.graph
@@ -57,7 +55,7 @@ class CloseWritten(Edit):
             n.replace_input_with(source, constant)
         users = list(node.users)
         with graph.inserting_before(node.next):
-            soft = to.dual_path(node, Gate("written", (source, node), written_arguments(gate)), self.tau, self.scale)
+            soft = to.dual_path(node, Gate("written", (source, node), written_arguments(gate)), self.at)
         for user in users:
             user.replace_input_with(node, soft)
         node.meta.pop("place", None)
@@ -88,24 +86,22 @@ class Freeze(Edit):
                     last.replace_input_with(n, replayed(to, n, between - {last}, copies))
 
 
-Softened = tuple[Temperature | None, str | float]  # a temperature, None where the gate keeps its derivative, and its scale
-
-
 @dataclass
 class Regroup(Edit):
-    """The product `node` stays, and its cotangent goes back through one of its gates, each at a temperature, and of its other
-    factors. `constant` is the factor that a product with a gate holds constant: the number of a gate, or one of the others."""
+    """The product `node` stays, and its cotangent goes back through one of its gates, each `softened` (None: with its
+    derivative), and of its other factors. `constant` is the factor that a product with a gate holds constant: the number of a
+    gate, or one of the others."""
 
     node: fx.Node
     product: Product
-    softened: list[Softened]
+    softened: list[Softness | None]
     constant: object
 
     def apply(self, to: Rewriting) -> None:
         with to.graph.inserting_before(self.node.next):
             factors: list[tuple[bool, Any]] = []
-            for i, ((gate, second), (tau, scale)) in enumerate(zip(self.product.gates, self.softened)):
-                soft = self.softly(to, self.product.products[-1 - i], gate, second, tau, scale)
+            for i, ((gate, second), at) in enumerate(zip(self.product.gates, self.softened)):
+                soft = self.softly(to, self.product.products[-1 - i], gate, second, at)
                 factors.append((False, to.graph.call_function(frozen, (soft,)) if i == self.constant else soft))
             for factor in self.product.others:
                 value = self.now(to, factor.value)
@@ -116,17 +112,15 @@ class Regroup(Edit):
                 soft = to.graph.call_function(operator.truediv if divides else operator.mul, (soft, value))
         to.passing[self.node] = to.surrogate(self.node, soft)
 
-    def softly(
-        self, to: Rewriting, at: fx.Node, gate: Written, second: Factor, tau: Temperature | None, scale: str | float
-    ) -> fx.Node:
-        """Returns a gate of the product, made of its two factors; its line in the report is that of the product `at`."""
+    def softly(self, to: Rewriting, node: fx.Node, gate: Written, second: Factor, at: Softness | None) -> fx.Node:
+        """Returns a gate of the product, made of its two factors; its line in the report is that of the product `node`."""
         factors = [self.now(to, n) for n in (gate.source, second.value)]
         times = operator.truediv if second.divides else operator.mul
-        if tau is None:
+        if at is None:
             return to.graph.call_function(times, tuple(factors))
         y = to.graph.call_function(times, tuple(to.graph.call_function(frozen, (n,)) for n in factors))
         written = Gate("written", (factors[0], y), written_arguments(gate))
-        return to.dual_path(at, written, tau, scale)
+        return to.dual_path(node, written, at)
 
     def now(self, to: Rewriting, n: Any) -> Any:
         return to.instead.get(n, n) if isinstance(n, fx.Node) else n

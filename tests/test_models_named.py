@@ -5,7 +5,7 @@ import torch
 import torchvision
 
 from command import write_inputs
-from sp_fx.figures.models import class_index, load_model, untrained, weights_hash
+from sp_fx.models.named import class_index, load_model, untrained, weights_hash
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Models by name, such as `resnet50`, `timm/vit_tiny_patch16_224` or `zoo/residual_cnn`, with their preprocessing.
+"""Models by name, such as `resnet50`, `timm/vit_tiny_patch16_224`, `efficientnet_lite0` or `zoo/residual_cnn`, with their
+preprocessing.
 
-The zoo's need the extra `demo`, others `vision`.
+The zoo's need the extra `demo`, those of `carried.py` `models`, others `vision`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 
 from .. import zoo
+from . import carried
 from .images import Preprocessing
 from .pixel_space import pixel_space
 
@@ -43,7 +45,8 @@ Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]  # of normalise
 
 
 def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
-    """Returns a torchvision classification model, `timm/NAME` or `zoo/NAME` (one that ships with the package), in eval mode.
+    """Returns a torchvision classification model, `timm/NAME`, `zoo/NAME` (one that ships with the package) or one that another
+    package carries (`efficientnet_lite0`), in eval mode.
 
     Args:
         weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
@@ -93,7 +96,9 @@ def _of_pixels(net: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 
 def _loader(name: str) -> Callable[[str, bool], Loaded]:
-    return timm_model if name.startswith("timm/") else torchvision_model
+    if name in carried.TEXT:
+        raise ValueError(f"{name} is a network for text; of those for pictures, packages carry {', '.join(carried.LITE)}")
+    return timm_model if name.startswith("timm/") else carried.lite if name in carried.LITE else torchvision_model
 
 
 def torchvision_model(name: str, pretrained: bool) -> Loaded:
@@ -102,7 +107,7 @@ def torchvision_model(name: str, pretrained: bool) -> Loaded:
 
     known = models.list_models(module=models)
     if name not in known:
-        others = "timm's are timm/NAME, the shipped ones zoo/NAME"
+        others = f"timm's are timm/NAME, the shipped ones zoo/NAME, those in packages {', '.join(carried.LITE)}"
         raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. {others}")
     entry = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
     # GoogLeNet and Inception initialise by slow rejection sampling unless told not to.

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
-from sp_fx.figures.images import Preprocessing, read_rgb
+from sp_fx.models.images import Preprocessing, read_rgb
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (31, 40, 3), dtype=np.uint8)

