@@ -21,9 +21,10 @@ import torch.nn.functional as F
 FROZEN = "frozen"
 Soft = collections.namedtuple("Soft", "tau margin scale", defaults=(0.0, None))  # noise round -margin tau; its own scale
 DEFAULTS = {
-    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "channel"), "elu": 0.6, "gelu": 1.0,
+    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "channel"), "elu": 0.6,
     "silu": 1.6, "hardswish": 1.6,
-    "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "quick_gelu": 1.0, "abs": 1.0, "hardshrink": 0.6, "softshrink": 0.6,
+    "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "gelu": Soft(1.25, 0.5), "quick_gelu": Soft(1.25, 0.5), "abs": 1.0,
+    "hardshrink": 0.6, "softshrink": 0.6,
     "stride": "smooth",
 }  # fmt: skip
 HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "hardtanh", "abs", "max_pool")  # hard gates that do not see a scale

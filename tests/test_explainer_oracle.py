@@ -539,12 +539,10 @@ def test_the_oracle_pulls_back_by_the_transpose_of_its_frozen_view(name):
 
 
 def test_the_default_temperatures_are_the_method_s():
-    assert (
-        Rules() == as_rules(oracle.DEFAULTS) and Rules().scale == "sample" and Rules().hardtanh == sp_fx.Soft(1.7, 0.4, "channel")
-    )
-    assert {kind: getattr(Rules(), kind) for kind in oracle.DEFAULTS if kind != "hardtanh"} == {
-        kind: value for kind, value in oracle.DEFAULTS.items() if kind != "hardtanh"
-    }
+    assert Rules() == as_rules(oracle.DEFAULTS) and Rules().scale == "sample"
+    assert Rules().hardtanh == sp_fx.Soft(1.7, 0.4, "channel") and Rules().gelu == sp_fx.Soft(1.25, 0.5)
+    numbers = {kind: value for kind, value in oracle.DEFAULTS.items() if not isinstance(value, oracle.Soft)}
+    assert {kind: getattr(Rules(), kind) for kind in numbers} == numbers
     assert {kind: getattr(Rules.frozen(), kind) for kind in oracle.DEFAULTS} == oracle.HARD
     assert all(getattr(Rules.frozen(), kind) == FROZEN for kind in NORMS)
 

@@ -115,6 +115,7 @@ def test_the_last_pattern_wins_and_numbers_pass_over_norms():
 # -- Soft: a temperature with a margin and a scale
 
 OPENING = ("relu", "leaky_relu", "prelu", "hardtanh")
+MARGINS = (*OPENING, "gelu", "quick_gelu", "silu", "hardswish", "mish")
 
 
 def test_a_soft_stands_where_a_number_stood():
@@ -146,8 +147,8 @@ def test_the_scale_of_a_soft_beats_that_of_the_rules_and_a_measured_number_both(
         ({"relu": Soft(Soft(1.0))}, "temperature"),
         *(({"relu": Soft(1.0, margin)}, "a margin is a finite number")
           for margin in (True, "wide", None, float("inf"), float("nan"))),
-        *(({kind: Soft(1.0, 0.4)}, f"kind {kind} has no margin, got 0.4; kinds that have one are {', '.join(OPENING)}")
-          for kind in ("abs", "elu", "gelu", "silu", "max_pool", "attention", "softshrink")),
+        *(({kind: Soft(1.0, 0.4)}, f"kind {kind} has no margin, got 0.4; kinds that have one are {', '.join(MARGINS)}")
+          for kind in ("abs", "elu", "max_pool", "attention", "softshrink")),
         *(({"relu": Soft(1.0, scale=scale)}, "the scale of a Soft is 'absolute', 'sample', 'channel' or None, got")
           for scale in ("batch", "", 2.0)),
         *(({kind: Soft(1.0, scale="channel")}, f"the gate of kind {kind} is not the same at every scale")
@@ -158,7 +159,8 @@ def test_the_scale_of_a_soft_beats_that_of_the_rules_and_a_measured_number_both(
         ({"relu": "smooth"}, "finite temperature above 0"),
         ({"overrides": {"a": {"stride": "frozen"}}}, "override 'a': a stride is 'smooth' or None"),
         ({"overrides": {"a": Soft(0.0)}}, "override 'a'"),
-        ({"overrides": {"a": {"gelu": Soft(1.0, 0.4)}}}, "override 'a': a gate of kind gelu has no margin"),
+        ({"overrides": {"a": {"abs": Soft(1.0, 0.4)}}}, "override 'a': a gate of kind abs has no margin"),
+        *(({kind: Soft(1.0, scale="channel")}, f"the gate of kind {kind} has no one kink") for kind in ("abs", "max_pool")),
         ({"scale": {"a": "batch"}}, "scale of 'a' is a finite number above 0, 'sample', 'channel' or 'absolute', got 'batch'"),
     ],
 )  # fmt: skip
@@ -187,7 +189,7 @@ def test_overrides_by_soft_reach_the_map_and_the_report():
 
 def test_an_override_for_all_kinds_gives_no_margin_to_those_without_one():
     """A pattern of places fits gates of every kind: of those without a margin its Soft is the temperature alone."""
-    net = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 3)).double()
+    net = nn.Sequential(nn.Linear(4, 6), nn.ELU(), nn.Linear(6, 3)).double()
     x = torch.randn(2, 4, dtype=torch.float64)
     soft, plain = (sp_fx.transform(net, rules=Rules(overrides={"*": value})) for value in (Soft(0.7, 0.5, "channel"), 0.7))
     assert torch.equal(soft.pullback(x, 1), plain.pullback(x, 1))

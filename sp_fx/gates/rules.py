@@ -14,6 +14,7 @@ from typing import Any, Literal
 from .adjoints import norms
 from .adjoints.relu import CLAMP
 from .adjoints.row import FROZEN, SMOOTH, Soft, Temperature
+from .adjoints.smooth import GELU
 from .table import TABLE
 
 NORMS = tuple(norms.ROWS)
@@ -25,13 +26,16 @@ SCALES = ("absolute", "sample", "channel")
 class Rules:
     """The temperature of every kind of gate, and exceptions by place.
 
-    Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), `"frozen"` (the gate
-    of the forward pass itself, kept constant) or `None` (the op's plain derivative). Normalisations and products have no
-    temperature: `"frozen"` (their statistics, or the gate that multiplies, are constants) or `None`.
+    Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), a `Soft` (a temperature
+    with a margin, or with a scale of its own), `"frozen"` (the gate of the forward pass itself, kept constant) or `None` (the
+    op's plain derivative). Normalisations and products have no temperature: `"frozen"` (their statistics, or the gate that
+    multiplies, are constants) or `None`. `stride` is `"smooth"` (the mean over the grids that a convolution's stride might have, where its
+    exact adjoint leaves a checkerboard) or `None` (the exact adjoint).
 
     `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
     and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
     `"sample"` multiplies it by the standard deviation of each sample's pre-activation, taken in the pass over all its own axes;
+    `"channel"`, of gates that one kink opens, by how far that is from the kink in the sample and in each of its channels;
     a mapping from places to numbers above 0 (or to one of these words) multiplies it by that number, which is what
     `Explainer.calibrate` measures.
 
@@ -43,9 +47,10 @@ class Rules:
     in the order of the mapping wins, whichever is the more specific, so write the general one first: by
     `{"layer4": 0.3, "layer4.1.relu": None}` all gates in `layer4` are at 0.3 but that one. One that fits no gate is an error.
 
-    Defaults: one deviation of the sample for the gates that a scale applies to, by `bench/temperatures.py`: on the zoo's CNN and
-    on SqueezeNet better than the published 0.6 and 0.3, absolute, in fidelity and stability. For the others arXiv:2507.22832,
-    and for kinds that it does not list those of the nearest kind it does.
+    Defaults: one deviation of the sample for ReLUs and max pooling, by `bench/temperatures.py`: on the zoo's CNN and SqueezeNet
+    better than the published 0.6 and 0.3, absolute, in fidelity and stability. Clamps (ReLU6) and strides by EfficientNet-Lite0,
+    GELU by the zoo's transformer: there the forward's own gate is 1.0 without a margin. For the others arXiv:2507.22832, and for
+    kinds that it does not list those of the nearest kind it does.
 
     Raises:
         TypeError: a keyword that is no kind; overrides, scales or registered gates that are no mapping from strings.
@@ -60,11 +65,11 @@ class Rules:
     softshrink: Temperature | None = 0.6
     abs: Temperature | None = 1.0
     elu: Temperature | None = 0.6  # and SELU, CELU
-    gelu: Temperature | None = 1.0
-    quick_gelu: Temperature | None = 1.0
-    silu: Temperature | None = 1.6
-    hardswish: Temperature | None = 1.6
-    mish: Temperature | None = 1.6
+    gelu: Temperature | Soft | None = GELU
+    quick_gelu: Temperature | Soft | None = GELU
+    silu: Temperature | Soft | None = 1.6
+    hardswish: Temperature | Soft | None = 1.6
+    mish: Temperature | Soft | None = 1.6
     max_pool: Temperature | None = 1.0  # adaptive, fractional and global (amax) too
     attention: Temperature | None = 1.0
     layer_norm: Temperature | None = FROZEN
@@ -121,7 +126,7 @@ class Rules:
         """The published rules and nothing else: kinds that the paper does not list keep their plain derivative."""
         beyond = ("leaky_relu", "prelu", "hardtanh", "hardshrink", "softshrink", "abs", "elu", "quick_gelu", "hardswish", "mish",
                   "local_response_norm", "normalize", "stride")  # fmt: skip
-        return cls(scale="absolute", relu=0.6, max_pool=0.3, **dict.fromkeys(beyond))  # type: ignore[arg-type]
+        return cls(scale="absolute", relu=0.6, gelu=1.0, max_pool=0.3, **dict.fromkeys(beyond))  # type: ignore[arg-type]
 
     @classmethod
     def frozen(cls) -> Rules:
@@ -312,7 +317,7 @@ def _check_soft(where: str, kind: str, soft: Soft) -> None:
         raise ValueError(f"{where}: a gate of kind {kind} has no margin, got {soft.margin!r}; kinds that have one are {margins}")
     if soft.scale not in (None, *SCALES):
         raise ValueError(f"{where}: the scale of a Soft is 'absolute', 'sample', 'channel' or None, got {soft.scale!r}")
-    if soft.scale == "channel" and not (kind in TABLE and TABLE[kind].opens):
-        raise ValueError(f"{where}: the gate of kind {kind} has no one kink that opens it, got scale='channel'; 'sample' has")
     if soft.scale not in (None, "absolute") and not (kind in TABLE and TABLE[kind].homogeneous):
         raise ValueError(f"{where}: the gate of kind {kind} is not the same at every scale, got scale={soft.scale!r}")
+    if soft.scale == "channel" and not (kind in TABLE and TABLE[kind].opens):
+        raise ValueError(f"{where}: the gate of kind {kind} has no one kink that opens it, got scale='channel'; 'sample' has")

@@ -6,7 +6,7 @@
     hardswish   g(z) = min(max(z / 6 + 1/2, 0), 1)
     mish        g(z) = tanh(log(1 + e^z))
 
-Frozen is tau = 1, the gain of the forward pass.
+Frozen is tau = 1, the gain of the forward pass. With a margin m, `g((z - m tau) / tau)`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .relu import normal_cdf
-from .row import Row, Tau, cooled, gain_row
+from .row import Row, Soft, Tau, cooled, gain_row
+
+# Chosen on the transformer of the zoo, on two seeds of scenes: `bench/temperatures.py`. Against the gate of the forward, at 1.0,
+# infidelity falls by 1 to 14 %, in all four ways of asking, and the change under noise by a fifth.
+GELU = Soft(1.25, margin=0.5)
 
 
 def gelu_gain(z: Tensor, tau: Tau, approximate: str = "none") -> Tensor:
@@ -32,9 +36,9 @@ def silu_gain(z: Tensor, tau: Tau, rate: float = 1.0) -> Tensor:
 
 
 ROWS: dict[str, Row] = {
-    "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, 1.0),
-    "silu": gain_row(lambda z, rate=1.0: F.silu(z) if rate == 1 else z * torch.sigmoid(rate * z), silu_gain, 1.6),
-    "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, 1.0),
-    "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6),
-    "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6),
+    "gelu": gain_row(lambda z, approximate: F.gelu(z, approximate=approximate), gelu_gain, GELU, opens=1),
+    "silu": gain_row(lambda z, rate=1.0: F.silu(z) if rate == 1 else z * torch.sigmoid(rate * z), silu_gain, 1.6, opens=1),
+    "quick_gelu": gain_row(lambda z, rate: z * torch.sigmoid(rate * z), silu_gain, GELU, opens=1),
+    "hardswish": gain_row(F.hardswish, lambda z, tau: F.hardsigmoid(cooled(z, tau)), 1.6, opens=1),
+    "mish": gain_row(F.mish, lambda z, tau: torch.tanh(F.softplus(cooled(z, tau))), 1.6, opens=1),
 }
