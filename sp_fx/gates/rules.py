@@ -29,8 +29,8 @@ class Rules:
     Each kind takes a number > 0 (the soft adjoint at that temperature, in units of the pre-activation), a `Soft` (a temperature
     with a margin, or with a scale of its own), `"frozen"` (the gate of the forward pass itself, kept constant) or `None` (the
     op's plain derivative). Normalisations and products have no temperature: `"frozen"` (their statistics, or the gate that
-    multiplies, are constants) or `None`. `stride` is `"smooth"` (the mean over the grids that a convolution's stride might have, where its
-    exact adjoint leaves a checkerboard) or `None` (the exact adjoint).
+    multiplies, are constants) or `None`. `stride` is `"smooth"` (the mean over the grids that a convolution's stride might
+    have, where its exact adjoint leaves a checkerboard) or `None` (the exact adjoint).
 
     `scale` says what a temperature is measured in, for the gates whose hard form ignores the scale of their input (ReLU, leaky
     and parametric ReLU, max pooling): `"absolute"`, the paper's, supposes pre-activations of unit scale, as after a BatchNorm;
