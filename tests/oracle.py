@@ -68,7 +68,7 @@ def away(kind, z, low=None, high=None, **_):
 
 def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.0, rate=1.0, approximate=None, margin=0.0):
     if kind == "gelu":
-        return phi(z / tau)
+        return phi(z / tau - margin)
     if kind == "relu":
         return phi(away(kind, z, low, high) / tau - margin)
     if kind in ("leaky_relu", "prelu"):
@@ -78,7 +78,7 @@ def soft_gain(kind, z, tau, low=None, high=None, slope=None, alpha=1.0, scale=1.
     if kind == "elu":  # z > 0: z; z < 0: alpha (exp(rate z) - 1); all times scale
         return scale * (phi(z / tau) + alpha * rate * exp_tail(z, tau, rate))
     if kind in ("silu", "quick_gelu"):  # the sigmoid of the forward, rate * z in it, at a temperature
-        return 1 / (1 + torch.exp(-rate * z / tau))
+        return 1 / (1 + torch.exp(-rate * (z / tau - margin)))
     if kind == "abs":  # E[sign(z + tau e)]
         return 2 * phi(z / tau) - 1
     if kind in ("hardshrink", "softshrink"):  # P(|z + tau e| > width)
@@ -150,7 +150,9 @@ def soft(rules, kind):
     if value == FROZEN:
         return FROZEN
     value = value if isinstance(value, Soft) else Soft(value)
-    scale = (value.scale or rules.get("scale", "absolute")) if kind in HOMOGENEOUS else "absolute"
+    wide = rules.get("scale", "absolute")
+    wide = "sample" if wide == "channel" and kind in ("abs", "max_pool") else wide  # of gates that no one kink opens
+    scale = (value.scale or wide) if kind in HOMOGENEOUS else "absolute"
     return value._replace(scale=scale)
 
 

@@ -743,7 +743,7 @@ class Block(nn.Module):
 def test_the_pullback_is_the_transposed_product_of_matrices_transformer(rules):
     net, tokens = fill(Block(), seed=5).double(), 5
     x, u = randn(1, tokens, 4, seed=8), randn(1, 3, seed=9)
-    taus = {kind: 1.0 if rules[kind] == FROZEN else rules[kind] for kind in ("gelu", "attention")}
+    gelu, taus = oracle.soft(rules, "gelu"), {"attention": 1.0 if rules["attention"] == FROZEN else rules["attention"]}
     with torch.no_grad():
         z = net.norm1(x)
         q, k, v = (t.unflatten(-1, (2, 2)).transpose(1, 2) for t in net.qkv(z).chunk(3, -1))
@@ -762,8 +762,9 @@ def test_the_pullback_is_the_transposed_product_of_matrices_transformer(rules):
     first = torch.eye(n).double() + torch.linalg.multi_dot(
         [matrix(net.out, tokens, 4), attention.reshape(n, n), value, diagonal(rstd1 * net.norm1.weight.detach())]
     )
+    openness = oracle.phi(inner) if gelu == FROZEN else oracle.phi(inner / gelu.tau - gelu.margin)
     second = torch.eye(n).double() + torch.linalg.multi_dot(
-        [matrix(net.down, tokens, 8), diagonal(oracle.phi(inner / taus["gelu"])), matrix(net.up, tokens, 4),
+        [matrix(net.down, tokens, 8), diagonal(openness), matrix(net.up, tokens, 4),
          diagonal(rstd2 * net.norm2.weight.detach())])  # fmt: skip
     last = matrix(lambda t: net.head(t.mean(1)), tokens, 4)
     got = transform(net, **rules).pullback(x, u)
