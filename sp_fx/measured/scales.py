@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..analysis.calls import name_of
-from ..analysis.ops import POINTWISE
+from ..analysis.ops import POINTWISE, PRODUCT
 from ..gates.calls.layout import laid_out
 from ..gates.dual_path import dual_path
 from ..gates.rules import KINDS, UNTEMPERED
@@ -152,11 +152,12 @@ def named(axis: Axis) -> tuple[Any, ...]:
 
 def channel_axis(node: Any, rank: int) -> int:
     """Returns which of the `rank` axes of a pre-activation counts channels: what a convolution or a linear layer before it makes
-    one of, 1 where neither is found through calls that keep axes."""
+    one of, 1 where neither is found through calls that keep axes: of `linear(x.permute(0, 2, 3, 1))` the last one."""
     while isinstance(node, fx.Node):
         if node.target is dual_path and node.args[0] == "conv":
             return rank - 1 - len(node.kwargs["stride"])  # type: ignore[arg-type]
-        if (node.args[0] if node.target is dual_path else name_of(node)) in ("linear", "matmul", "addmm"):
+        name = node.args[0] if node.target is dual_path else name_of(node)
+        if name == "linear" or name in PRODUCT - POINTWISE:
             return rank - 1
         if node.target is dual_path:
             node = node.args[1]
