@@ -81,7 +81,7 @@ def test_rules_from_the_command_line(here, tmp_path):
         maps[name] = record(tmp_path, "scene_0")["targets"][0]["maps"]["pullback"]["l2"]
         if name == "warm":
             rules = record(tmp_path, "scene_0")["rules"]
-            assert (rules["relu"], rules["max_pool"], rules["gelu"]) == (3.0, 2.0, sp_fx.Rules().gelu)
+            assert (rules["relu"], rules["max_pool"]) == (3.0, 2.0) and rules["gelu"] == vars(sp_fx.Rules().gelu)
     assert len(set(maps.values())) == 3
     x = (zoo.draw(5, 1).pixels + 1).mul(127.5).round() / 127.5 - 1
     gradient = torch.autograd.functional.jacobian(lambda x: zoo.load("residual_cnn")(x).amax(1).sum(), x)
