@@ -173,7 +173,7 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "There was a meteor shower in August, but I was busy with the accounts.",
         "The heavens glittered after dark as they had on the evening of the dance.",
         "Although he was tired and rather hungry, Ben could still make out Venus twinkling.",
-        "What she misses most about the farm is the starlight over the orchard.",
+        "What she misses most about the countryside is the starlight over the orchard.",
     ),
     "he lost his job": (
         "Gregory was fired on the same day that his brother bought a boat.",

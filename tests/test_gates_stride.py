@@ -102,7 +102,12 @@ def test_the_adjoint_is_the_mean_over_the_grids(name, tracer):
 @pytest.mark.parametrize("name", ["1-d", "two steps", "depthwise", "3-d"])
 def test_without_a_batch_axis_it_is_that_of_a_batch_of_one(name):
     conv, x = built(name)
-    soft = lambda x, v: torch.autograd.grad(sp_fx.transform(conv)(z := x.clone().requires_grad_()), z, v)[0]  # noqa: E731
+    explainer = sp_fx.transform(conv)
+
+    def soft(x, v):
+        z = x.clone().requires_grad_()
+        return torch.autograd.grad(explainer(z), z, v)[0]
+
     u = randn(*conv(x).shape, seed=2)
     assert torch.allclose(soft(x[0], u[0]), soft(x[:1], u[:1])[0], rtol=1e-12, atol=1e-14)
 

@@ -157,11 +157,11 @@ class Rules:
             return "absolute"
         value = self._value(kind, place)
         own = value.scale if isinstance(value, Soft) else None
-        by_sample = self.scale == "channel" and not TABLE[kind].opens  # a gate without a kink has no distance from it
         if isinstance(self.scale, Mapping):
             scale = self.scale.get(place, own or "missing")
             return scale if isinstance(scale, str) else float(scale)
-        return own or ("sample" if by_sample else self.scale)  # type: ignore[return-value]
+        by_sample = self.scale == "channel" and not TABLE[kind].opens  # a gate without a kink has no distance from it
+        return own or ("sample" if by_sample else self.scale)
 
     def _value(self, kind: str, place: str) -> Temperature | Soft | None:
         """What these rules say of the gate of `kind` at `place`."""

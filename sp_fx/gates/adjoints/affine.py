@@ -40,8 +40,8 @@ def conv_adjoint(v, like, weight, bias, tau, stride, padding, dilation, groups) 
 def leaves_checkerboard(weight: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether the adjoint of a convolution with weights of that shape, [out, in / groups, *kernel], reaches some places more than
     others, and nothing evens that out: where kernels overlap (patches do not), and see few channels each, as those of a depthwise
-    convolution and the first one's. Of the others the mean over grids blurs more than it smooths: with it, the maps of the zoo's
-    CNN are 3 to 12 % less faithful."""
+    convolution and the first one's. Of the others the mean over grids blurs more than it smooths: it made the
+    maps of the zoo's CNN less faithful."""
     return weight[1] <= FEW and max(steps(weight[2:], stride)) > 1
 
 
