@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .row import Row, Soft, Tau, at_once, gain_row
+from .row import Row, Soft, Tau, at_once, first_tensor, gain_row
 
 
 def opening(z: Tensor, tau: Tau) -> Tensor:
@@ -83,16 +83,13 @@ def hardtanh_gain(z: Tensor, tau: Tau, low: float | None, high: float | None) ->
     return above_low if high in (None, math.inf) else above_low - opening(z - high, tau)
 
 
-def maximum_gain(z: Tensor, floor: Tensor, tau: Tau) -> Tensor:
-    return opening(z - floor.to(z.dtype), tau)
-
-
-def minimum_gain(z: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
-    return opening(ceiling.to(z.dtype) - z, tau)
+def above(z: Tensor, floor: Tensor) -> Tensor:
+    """How far `z` is above `floor`, in the dtype of `z`."""
+    return z - floor.to(z.dtype)
 
 
 def between_gain(z: Tensor, floor: Tensor, ceiling: Tensor, tau: Tau) -> Tensor:
-    return maximum_gain(z, floor, tau) - maximum_gain(z, ceiling, tau)
+    return opening(above(z, floor), tau) - opening(above(z, ceiling), tau)
 
 
 def hardsigmoid_gain(z: Tensor, tau: Tau) -> Tensor:
@@ -129,9 +126,13 @@ def exp_below(z: Tensor, tau: float | Tensor, s: float) -> Tensor:
     return torch.where(a < 0, below, above)
 
 
-def step_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], opens: int = 1, **facts: Any) -> Row:
-    """A gate with one kink, which is that of a ReLU wherever it lies."""
-    return gain_row(forward, gain, 1.0, homogeneous=True, opens=opens, rule="relu", **facts)
+def step_row(forward: Callable[..., Tensor], distance: Callable[..., Tensor], opens: int = 1, **facts: Any) -> Row:
+    """A gate with one kink, `v u(distance)`: that of a ReLU, wherever the kink lies."""
+
+    def gain(z: Tensor, *steering: Tensor, tau: Tau, **args: Any) -> Tensor:
+        return opening(distance(z, *steering, **args), tau)
+
+    return gain_row(forward, gain, 1.0, homogeneous=True, distance=distance, opens=opens, rule="relu", **facts)
 
 
 # Chosen on EfficientNet-Lite0 and twelve photographs; `bench/fidelity.py --networks efficientnet_lite0` judges it on others. The
@@ -145,22 +146,14 @@ def clamp_row(forward: Callable[..., Tensor], gain: Callable[..., Tensor], **fac
 
 
 ROWS: dict[str, Row] = {
-    "relu": step_row(F.relu, opening),
-    "floor": step_row(
-        lambda z, low: z.clamp(min=low), lambda z, tau, low: opening(z - low, tau), distance=lambda z, low: z - low
-    ),
-    "ceiling": step_row(
-        lambda z, high: z.clamp(max=high), lambda z, tau, high: opening(high - z, tau), -1, distance=lambda z, high: high - z
-    ),
-    "maximum": step_row(torch.maximum, maximum_gain, tensors=2, distance=lambda z, floor: z - floor),
-    "minimum": step_row(torch.minimum, minimum_gain, -1, tensors=2, distance=lambda z, ceiling: ceiling - z),
-    "threshold": step_row(
-        F.threshold,
-        lambda z, tau, threshold, value: opening(z - threshold, tau),
-        distance=lambda z, threshold, value: z - threshold,
-    ),
-    "negative_relu": step_row(lambda z: z.clamp(max=0), lambda z, tau: opening(-z, tau), -1, distance=lambda z: -z),
-    "relu_squared": step_row(lambda z: F.relu(z).square(), relu_squared_gain),
+    "relu": step_row(F.relu, first_tensor),
+    "floor": step_row(lambda z, low: z.clamp(min=low), lambda z, low: z - low),
+    "ceiling": step_row(lambda z, high: z.clamp(max=high), lambda z, high: high - z, -1),
+    "maximum": step_row(torch.maximum, above, tensors=2),
+    "minimum": step_row(torch.minimum, lambda z, ceiling: -above(z, ceiling), -1, tensors=2),
+    "threshold": step_row(F.threshold, lambda z, threshold, value: z - threshold),
+    "negative_relu": step_row(lambda z: z.clamp(max=0), torch.neg, -1),
+    "relu_squared": gain_row(lambda z: F.relu(z).square(), relu_squared_gain, 1.0, homogeneous=True, opens=1, rule="relu"),
     "leaky_relu": gain_row(
         F.leaky_relu, lambda z, tau, negative_slope: leaky(z, tau, negative_slope), 1.0, homogeneous=True, opens=1
     ),
@@ -170,7 +163,7 @@ ROWS: dict[str, Row] = {
         hardtanh_gain,
         distance=lambda z, low, high: z if low in (None, -math.inf) else z - low,
     ),
-    "between": clamp_row(torch.clamp, between_gain, tensors=3, distance=lambda z, floor, ceiling: z - floor),
+    "between": clamp_row(torch.clamp, between_gain, tensors=3, distance=lambda z, floor, ceiling: above(z, floor)),
     "hardsigmoid": clamp_row(F.hardsigmoid, hardsigmoid_gain, distance=lambda z: z + 3),
     "hardshrink": gain_row(lambda z, width: F.hardshrink(z, width), shrink_gain, 0.6),
     "softshrink": gain_row(lambda z, width: F.softshrink(z, width), shrink_gain, 0.6),
