@@ -131,7 +131,7 @@ GATES: dict[str, dict[str, float | None]] = {
     "hardswish": {},
     "mish": {},
 }
-HOMOGENEOUS = ("relu", "leaky_relu", "prelu")  # these take one temperature for each sample
+HOMOGENEOUS = ("relu", "leaky_relu", "prelu", "hardtanh")  # these take one temperature for each sample
 SMOOTH = ("gelu", "silu", "hardswish", "mish")  # their frozen gate is tau = 1
 
 
