@@ -12,6 +12,7 @@ from .capture.capture import CaptureError
 from .checks.check import Checks, check
 from .explainer import Explainer
 from .gates.adjoints.row import Soft
+from .gates.presets import PRESETS, Preset
 from .gates.registry import register_gate
 from .gates.rules import Rules
 from .models.pixel_space import pixel_space
@@ -21,11 +22,13 @@ from .rewrite.report import Report, Site
 from .version import __version__
 
 __all__ = [
+    "PRESETS",
     "CaptureError",
     "Checks",
     "Explainer",
     "NotRewrittenError",
     "PackageError",
+    "Preset",
     "Report",
     "Rules",
     "Site",

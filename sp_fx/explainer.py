@@ -97,6 +97,8 @@ class Explainer(CapturedModule):
         bounds: Bounds | None = None,
         radius: float | None = None,
         clip: Clip = "every",
+        norm: float | None = 2.0,
+        relative: bool = False,
         return_path: bool = False,
         forward_kwargs: Mapping[str, Any] | None = None,
         wrt: str | None = None,
@@ -108,13 +110,16 @@ class Explainer(CapturedModule):
 
         Args:
             steps: at least 1.
-            step_size: L2 length of a step over a whole sample; None is 20 * sqrt(numel / 150528), for inputs in [-1, 1].
+            step_size: the length of a step over a whole sample, in `norm`; None is the paper's for inputs in [-1, 1], scaled to
+                their size: 20 * sqrt(numel / 150528) in L2.
             bounds: (low, high), numbers or tensors that broadcast to an input: the box to stay in.
             radius: the radius of the L2 ball round the input to stay in.
-            clip: when `bounds` apply: after "every" step, after the "last", or "never".
+            clip: when `bounds` apply: after "every" step, after the "last", "never", or a number n, after each n-th and the last.
+            norm: p of the L^p norm that measures a step: 2, 1, `math.inf`, ...; None for `x + step_size * v` as it is.
+            relative: `step_size` is a part of the norm of the inputs as they are then.
             return_path: return (map, path), where path has all iterates, [steps + 1, B, ...], the input first.
         """
-        ascent = Ascent(steps, step_size, bounds, radius, clip)
+        ascent = Ascent(steps, step_size, bounds, radius, clip, norm, relative)
         return pullbacks.ascend(self, Request(inputs, target, forward_kwargs, wrt, batch_size), ascent, return_path)
 
     def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
@@ -152,7 +157,7 @@ class Explainer(CapturedModule):
             dynamic_batch: whether it takes any batch size, or the example's alone. Convolutional networks on a CPU are compiled
                 twice for it, since they run faster at a batch size that is known: that of the example, which should be the
                 usual one.
-            method_args: the method's own arguments (`step`; `steps`, `step_size`, `bounds`, `radius`, `clip`), and
+            method_args: the method's own arguments (`step`; those of `ascend` from `steps` to `relative`), and
                 `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class; or
                 "direction", for programs called with a tensor shaped like the output;
                 `unrolled`: an ascent as one graph of all its steps, instead of a loop round a graph of one step.

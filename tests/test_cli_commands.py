@@ -93,6 +93,15 @@ def test_equal_file_names_do_not_overwrite(here, tmp_path):
     assert sorted(p.stem for p in tmp_path.glob("*.json")) == ["colour", "colour_2", "colour_3"]
 
 
+def test_maps_times_the_input_are_one_more_column(here, tmp_path):
+    widths = []
+    for more in ((), ("--times-input",)):
+        assert explain(here, tmp_path / str(len(more)), "--method", "pullback,ascend", "--steps", "2", *more) == 0
+        with Image.open(next((tmp_path / str(len(more))).glob("*.png"))) as figure:
+            widths.append(figure.width)
+    assert widths[1] / widths[0] == pytest.approx(7 / 5, rel=0.02)
+
+
 def test_several_targets(here, tmp_path):
     assert explain(here, tmp_path, "--target", "top3") == 0
     found = record(tmp_path, "colour")
@@ -120,7 +129,7 @@ BAD = {
     "top0": (["--target", "top0"], "topN is the N likeliest classes, N at least 1, got 'top0'"),
     "a norm's temperature": (["--temperature", "layer_norm=1"], "a normalisation has no temperature"),
     "no temperature": (["--temperature", "relu=0"], "expected a finite temperature above 0"),
-    "no step": (["--method", "ascend", "--step-size", "0"], "step_size is a finite L2 length above 0"),
+    "no step": (["--method", "ascend", "--step-size", "0"], "step_size is a finite length above 0"),
 }
 
 

@@ -63,6 +63,17 @@ def test_maps_are_as_large_as_the_picture_beside_them_and_have_units():
     assert [bar.get_xlabel() for bar in bars] == [plot.SLOPE] * 2
 
 
+@pytest.mark.parametrize(
+    "unit, times", [(plot.SLOPE, "part of the score"), (plot.CHANGE, "change of pixel value, times pixel value")]
+)
+def test_maps_times_the_input(unit, times):
+    figure = plot.explanation(X[0], [MAPS[0]], ["first"], unit, times_input=True)
+    axes = drawn(figure)
+    assert [axis.get_title() for axis in axes] == ["", "first", "times the input", "overlay"]
+    assert np.allclose(axes[2].images[0].get_array(), (X[0] * MAPS[0]).sum(0).numpy(), atol=1e-5)
+    assert [child.get_xlabel() for axis in axes for child in axis.child_axes] == [unit, times]
+
+
 def test_ascent_shows_the_difference():
     figure = plot.ascent(X[:1], X[1:2], [("before", "after")])
     before, after, difference = drawn(figure)

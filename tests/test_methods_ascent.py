@@ -1,7 +1,9 @@
 """Ascents: what they keep, their paths, and inputs of one axis."""
 
+import math
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,9 +15,13 @@ from sp_fx.methods.ascent import Ascent, norms
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
+def net():
+    return fill(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3)))
+
+
 @pytest.fixture(scope="module")
 def explainer():
-    return sp_fx.transform(fill(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))))
+    return sp_fx.transform(net())
 
 
 def test_no_iterate_but_the_last_is_kept():
@@ -49,6 +55,92 @@ def test_the_input_stays_and_no_graph_is_kept(explainer):
     change, path = explainer.ascend(x, 1, steps=2, return_path=True)
     assert not (change.requires_grad or path.requires_grad or explainer.ascend(x, 1).requires_grad)
     assert torch.equal(x, X)
+
+
+# -- other steps, by hand
+
+
+def by_hand(model, x, steps, alpha, p=2.0, relative=False, clip=None, bounds=None):
+    """The iterates of `x + alpha v / ||v||_p`, a sample at a time in float64; `clip(k)` says whether step k is clamped."""
+    path = [x.double()]
+    for k in range(1, steps + 1):
+        rows = []
+        for row in path[-1]:
+            v = model.pullback(row[None], 1)[0]
+            if p is not None:
+                v = v / np.linalg.norm(v.numpy(), p)
+            if relative:
+                v = v * np.linalg.norm(row.numpy(), p)
+            moved = row + alpha * v
+            rows.append(moved.clamp(*bounds) if bounds and clip(k) else moved)
+        path.append(torch.stack(rows))
+    return torch.stack(path)
+
+
+@pytest.mark.parametrize("p", [1, 1.5, 2, 3, math.inf, None])
+@pytest.mark.parametrize("relative_step", [False, True])
+def test_steps_of_other_norms(p, relative_step):
+    if relative_step and p is None:
+        pytest.skip("a relative step has a norm")
+    model = sp_fx.transform(net().double())
+    got = model.ascend(X.double(), 1, steps=3, step_size=0.3, norm=p, relative=relative_step, return_path=True)[1]
+    assert relative(got, by_hand(model, X, 3, 0.3, p, relative_step)) <= 1e-12
+
+
+@pytest.mark.parametrize("clip, clamped", [(1, {1, 2, 3, 4, 5}), (2, {2, 4, 5}), (3, {3, 5}), (9, {5}), ("last", {5})])
+def test_every_nth_step_is_clipped(clip, clamped):
+    model, bounds = sp_fx.transform(net().double()), (-0.6, 0.7)
+    got = model.ascend(X.double(), 1, steps=5, step_size=0.4, bounds=bounds, clip=clip, return_path=True)[1]
+    expected = by_hand(model, X, 5, 0.4, clip=clamped.__contains__, bounds=bounds)
+    assert relative(got, expected) <= 1e-12
+    inside = [bool((x.abs() <= 0.7).all()) for x in got[1:]]
+    assert {k for k, is_inside in enumerate(inside, 1) if is_inside} >= clamped
+
+
+@pytest.mark.parametrize("p, per_number", [(1, 24), (2, 24**0.5), (4, 24**0.25), (math.inf, 1)])
+def test_the_default_length_moves_each_number_by_the_paper_s_root_mean_square(p, per_number):
+    x = torch.zeros(3, 4, 6)
+    assert Ascent(norm=p).length([x]) == pytest.approx(20 / math.sqrt(3 * 224 * 224) * per_number)
+    assert Ascent(norm=None).length([x]) == 1
+
+
+@pytest.mark.parametrize("unrolled, options", [
+    (False, {"norm": math.inf, "clip": 2}),
+    (False, {"relative": True, "step_size": 0.1, "clip": 3}),
+    (True, {"norm": None, "step_size": 0.5, "clip": 3}),
+], ids=str)  # fmt: skip
+def test_programs_and_packages_of_other_steps(unrolled, options, tmp_path):
+    explainer, options = sp_fx.transform(net()), {"steps": 4, "step_size": 0.4, "bounds": (-1.0, 1.0), **options}
+    program = explainer.compile("ascend", example_inputs=X, unrolled=unrolled, dynamic_batch=False, **options)
+    expected = explainer.ascend(X, 1, **options)
+    assert relative(program(X, 1)[1], expected) <= 1e-5
+    loaded = sp_fx.load(program.save(tmp_path / "ascent.pt2"))
+    assert relative(loaded(X, 1)[1], expected) <= 1e-5
+    assert loaded.signature.ascent == program.signature.ascent
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"clip": 0}, "each n-th step, got 0"),
+        ({"clip": True}, "got True"),
+        ({"norm": 0.5}, "norm is the p of an L.p norm, 1 or above .*, got 0.5"),
+        ({"norm": "max"}, "got 'max'"),
+        ({"relative": True}, "needs a norm, and a step_size"),
+        ({"relative": True, "step_size": 0.1, "norm": None}, "needs a norm"),
+    ],
+    ids=str,
+)
+def test_steps_that_are_none(explainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        explainer.ascend(X, 1, **options)
+
+
+def test_a_zero_pullback_is_a_zero_step():
+    model = sp_fx.transform(nn.Sequential(nn.Linear(6, 3)).requires_grad_(False))
+    nn.init.zeros_(model.get_submodule("0").weight)
+    for options in ({"norm": 1}, {"norm": math.inf}, {"norm": None}, {"relative": True, "step_size": 0.1}):
+        assert not model.ascend(X, 1, **options).any()
 
 
 # -- inputs of one axis: weights of edges, masks over steps

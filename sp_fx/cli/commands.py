@@ -121,7 +121,8 @@ def run_explain(args: argparse.Namespace) -> int:
                 progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
                 failed += 1
         pictures = [picture for _, picture in readable]
-        results = records.explain_pictures(explainer, pictures, named.labels, targets, methods, args.device) if pictures else []
+        given = (explainer, pictures, named.labels, targets, methods, args.device, args.times_input)
+        results = records.explain_pictures(*given) if pictures else []
         for (path, _), (record, figure) in zip(readable, results):
             name = free_name(path.stem, taken)
             out = args.out / f"{name}.{args.format}"

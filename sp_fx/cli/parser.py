@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     explain.add_argument("--steps", type=positive, default=5, help="of ascend (default: 5)")
     explain.add_argument("--step-size", type=float, help="of ascend: L2, pixels in [-1, 1] (default: 20 at 224)")
+    explain.add_argument("--times-input", action="store_true", help="show each map times the pixels too")
     explain.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (default: 8)")
     explain.add_argument("--device", type=device, default="cpu", help="cpu, cuda, cuda:1, mps, ... (default: cpu)")
     explain.add_argument("--format", choices=FORMATS, default="png", help="of the figures (default: png)")

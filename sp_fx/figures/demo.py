@@ -17,13 +17,12 @@ from ..gates.rules import Rules
 from ..models.carried import installed
 from ..models.named import load_model, weights_hash
 from ..version import __version__
-from .drawing import CHANGE, SLOPE, Cell, picture, save, signed_map, table
+from .drawing import CHANGE, SLOPE, Cell, picture, product, save, signed_map, table
 from .records import rules_record
 
 SEED = 7  # of the scenes; training drew others
 STEPS = 10  # of the counterfactual
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg")  # in the public domain
-PART = "part of the score"
 
 T = TypeVar("T")
 
@@ -73,9 +72,9 @@ def run_real(out: Path, format: str = "png") -> Path:
             [
                 picture(x[i], label),
                 signed_map(gradient[i], "plain gradient", SLOPE),
-                signed_map(gradient[i] * x[i], "plain gradient, times the input", PART),
+                product(x[i], gradient[i], title="plain gradient, times the input"),
                 signed_map(pullback[i], "soft pullback", SLOPE),
-                signed_map(pullback[i] * x[i], "soft pullback, times the input", PART),
+                product(x[i], pullback[i], title="soft pullback, times the input"),
                 signed_map(change[i], "pullback ascent, 5 steps", CHANGE),
             ]
         )

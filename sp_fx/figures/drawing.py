@@ -1,8 +1,8 @@
 """Pictures of maps. Needs matplotlib (extras `vision` and `demo`).
 
-A figure is a table of cells; a cell is a function that draws on the axes it is given. `picture`, `signed_map` and `overlay` make
-cells, `table` lays them out, and the figures below them are tables. Pictures and maps are tensors [C, H, W] with one or three
-channels, pictures in [-1, 1]; a map is shown as its sum over the channels, red above and blue below zero.
+A figure is a table of cells; a cell is a function that draws on the axes it is given. `picture`, `signed_map`, `product` and
+`overlay` make cells, `table` lays them out, and the figures below them are tables. Pictures and maps are tensors [C, H, W] with
+one or three channels, pictures in [-1, 1]; a map is shown as its sum over the channels, red above and blue below zero.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ Cell = Callable[["Axes"], None]
 DIVERGING = "RdBu_r"  # told apart under every common colour blindness; white is zero
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 SLOPE = "score per unit of pixel value"  # of pullbacks and gradients
+PART = "part of the score"  # of either, times the input
 CHANGE = "change of pixel value"  # of ascents
 ABOUT = {".png": "Comment", ".pdf": "Subject", ".svg": "Description"}  # the metadata field of each format for `about`
 CELL, MARGIN = 2.3, 0.7  # inches: the side of a picture, and what its title and colour bar take
@@ -102,6 +103,11 @@ def signed_map(map: Tensor, title: str = "", unit: str | None = SLOPE, limit: fl
     return draw
 
 
+def product(pixels: Tensor, map: Tensor, unit: str = SLOPE, title: str = "times the input") -> Cell:
+    """A cell that shows the map times the pixels: of a map in `SLOPE`, what each pixel adds to the score against mid-grey."""
+    return signed_map(map * pixels, title, PART if unit == SLOPE else f"{unit}, times pixel value")
+
+
 def overlay(pixels: Tensor, map: Tensor, title: str = "overlay", limit: float | None = None) -> Cell:
     """A cell that shows the map over the picture in pale grey, as opaque as it is strong."""
 
@@ -155,11 +161,23 @@ def save(figure: Figure, file: str | PathLike[str], about: Mapping[str, Any] | N
     figure.savefig(file, bbox_inches="tight", pad_inches=0.05, **options)
 
 
-def explanation(pixels: Tensor, maps: Sequence[Tensor], titles: Sequence[str], unit: str = SLOPE, caption: str = "") -> Figure:
-    """Picture, signed map and overlay, a row for each of `maps`; `titles` name them, `caption` the picture."""
-    return table(
-        [[picture(pixels, caption), signed_map(map, title, unit), overlay(pixels, map)] for map, title in zip(maps, titles)]
-    )
+def explanation(
+    pixels: Tensor,
+    maps: Sequence[Tensor],
+    titles: Sequence[str],
+    unit: str = SLOPE,
+    caption: str = "",
+    times_input: bool = False,
+) -> Figure:
+    """Picture, signed map and overlay, a row for each of `maps`; `titles` name them, `caption` the picture.
+
+    With `times_input` each row has the `product` of map and pixels too, often the clearest picture of the object.
+    """
+    rows = []
+    for map, title in zip(maps, titles):
+        cells = [signed_map(map, title, unit), *([product(pixels, map, unit)] if times_input else []), overlay(pixels, map)]
+        rows.append([picture(pixels, caption), *cells])
+    return table(rows)
 
 
 def ascent(before: Sequence[Tensor] | Tensor, after: Sequence[Tensor] | Tensor, titles: Sequence[tuple[str, str]]) -> Figure:

@@ -15,7 +15,7 @@ from ..gates.adjoints.row import Soft
 from ..gates.rules import Rules
 from ..models.images import Picture
 from ..models.named import class_index
-from .drawing import CHANGE, SLOPE, Cell, overlay, picture, signed_map, table
+from .drawing import CHANGE, SLOPE, Cell, overlay, picture, product, signed_map, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,10 +66,12 @@ def explain_pictures(
     targets: Sequence[TargetSpec],
     methods: Mapping[str, Mapping[str, Any]],
     device: torch.device | str = "cpu",
+    times_input: bool = False,
 ) -> list[tuple[dict[str, Any], Figure]]:
     """Explain each of `pictures` by each of `methods`, names with their keyword arguments, for each of `targets`.
 
-    Returns a record and a figure of each picture. `device` is the explainer's.
+    Returns a record and a figure of each picture. `device` is the explainer's. `times_input`: the figure shows each map times the
+    pixels too.
 
     Raises:
         IndexError: a target that the model does not have.
@@ -104,15 +106,16 @@ def explain_pictures(
             target["maps"] = {method: {"l2": batch[i, k].norm().item()} for method, batch in maps.items()}
             cells: list[Cell] = [picture(shown.pixels, "predicted: {label} ({probability:.2f})".format(**prediction[0]))]
             for method, batch in maps.items():
+                unit = CHANGE if method == "ascend" else SLOPE
                 title = f"{method}: {target['label']} ({target['probability']:.2f})"
+                cells.append(signed_map(batch[i, k], title, unit))
+                if times_input:
+                    cells.append(product(shown.pixels, batch[i, k], unit))
                 if after is None or method != "ascend":
-                    cells += [signed_map(batch[i, k], title, SLOPE), overlay(shown.pixels, batch[i, k])]
+                    cells.append(overlay(shown.pixels, batch[i, k]))
                 else:
                     then = target["maps"][method]["probability_after"] = round(after[i, k, index].item(), 6)
-                    cells += [
-                        signed_map(batch[i, k], title, CHANGE),
-                        picture(shown.pixels + batch[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"),
-                    ]
+                    cells.append(picture(shown.pixels + batch[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"))
             target_records.append(target)
             rows.append(cells)
         record = {

@@ -13,20 +13,27 @@ from torch import Tensor
 from ..gates.kernels import ascent_step
 
 Bounds = tuple[float | Tensor, float | Tensor]
-Clip = Literal["every", "last", "never"]
+Clip = Literal["every", "last", "never"] | int
 PAPER_STEP, PAPER_NUMEL = 20.0, 3 * 224 * 224
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """`x <- P(x + step_size * v / ||v||)`, `steps` times; `v` is the pullback at `x`, norms are L2 over a whole sample.
+    """`x <- P(x + step_size * v / ||v||)`, `steps` times; `v` is the pullback at `x`, norms are over a whole sample.
 
-    `P` first projects on the ball of `radius` round the start, then clamps to `bounds` (after "every" step, the "last", or
-    "never"). `step_size=None` is 20 * sqrt(numel of a sample / 150528): the paper's 20 at 3 x 224 x 224, for inputs in
-    [-1, 1]. Source: arXiv:2507.22832.
+    `P` first projects on the ball of `radius`, in L2, round the start, then clamps to `bounds`: after "every" step, the "last",
+    or "never", or after each `clip`-th step and the last. Source: arXiv:2507.22832, and for the other steps its published code.
+
+    Attributes:
+        step_size: the length of a step, in `norm`; None is the paper's 20 at 3 x 224 x 224 for inputs in [-1, 1], which is
+            0.0516 for each number, r: in L2 that is r * sqrt(numel of a sample), in L1 r * numel, in the maximum norm r.
+        norm: p of the L^p norm that measures a step, from 1 to `math.inf`; None for steps that are not normalised,
+            `x + step_size * v`, of step size 1 where there is none.
+        relative: `step_size` is a part of the norm of the iterate, `x + step_size * ||x|| * v / ||v||`.
 
     Raises:
-        ValueError: `steps` below 1; `step_size` or `radius` not above 0; a low bound not below its high bound; unknown `clip`.
+        ValueError: `steps` or `clip` below 1; `step_size` or `radius` not above 0; a low bound not below its high bound; unknown
+            `clip`; `norm` below 1; `relative` without a norm or a step size.
     """
 
     steps: int = 5
@@ -34,6 +41,8 @@ class Ascent:
     bounds: Bounds | None = None
     radius: float | None = None
     clip: Clip = "every"
+    norm: float | None = 2.0
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -42,9 +51,13 @@ class Ascent:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
-                raise ValueError(f"{name} is a finite L2 length above 0, or None, got {value!r}")
-        if self.clip not in ("every", "last", "never"):
-            raise ValueError(f"clip is 'every', 'last' or 'never', got {self.clip!r}")
+                raise ValueError(f"{name} is a finite length above 0, or None, got {value!r}")
+        if self.clip not in ("every", "last", "never") and not (type(self.clip) is int and self.clip >= 1):
+            raise ValueError(f"clip is 'every', 'last', 'never', or a whole number n for each n-th step, got {self.clip!r}")
+        if self.norm is not None and not (isinstance(self.norm, int | float) and self.norm >= 1):
+            raise ValueError(f"norm is the p of an L^p norm, 1 or above (math.inf for the largest), or None, got {self.norm!r}")
+        if self.relative and (self.norm is None or self.step_size is None):
+            raise ValueError("a relative step needs a norm, and a step_size, which is a part of the norm of the inputs: 0.1, say")
         if self.bounds is not None:
             if not isinstance(self.bounds, tuple | list) or len(self.bounds) != 2:
                 raise ValueError(f"bounds are (low, high), two numbers or tensors, got {self.bounds!r}")
@@ -53,9 +66,17 @@ class Ascent:
                 raise ValueError(f"bounds are (low, high) with low < high throughout, got {self.bounds!r}")
 
     def length(self, start: Sequence[Tensor]) -> float:
-        """Returns the length of a step in L2, for inputs shaped like `start`."""
+        """Returns the length of a step, in `norm`, for inputs shaped like `start`; of a relative one its part of their norm."""
+        if self.step_size is not None or self.norm is None:
+            return 1.0 if self.step_size is None else self.step_size
         numel = sum(x[:1].numel() for x in start) if start[0].shape[0] else 0
-        return PAPER_STEP * math.sqrt(numel / PAPER_NUMEL) if self.step_size is None else self.step_size
+        return PAPER_STEP / math.sqrt(PAPER_NUMEL) * numel ** (1 / self.norm)
+
+    def clamps(self, number: int) -> bool:
+        """Returns whether the bounds apply after step `number`, from 1 to `steps`."""
+        if isinstance(self.clip, int):
+            return number % self.clip == 0 or number == self.steps
+        return self.clip == "every" or (self.clip == "last" and number == self.steps)
 
     def check(self, start: Sequence[Tensor]) -> None:
         """Raises ValueError where a bound does not broadcast to inputs shaped like `start`."""
@@ -71,8 +92,7 @@ class Ascent:
         self.check(start)
         x = start
         for number in range(1, self.steps + 1):
-            clamp = self.clip == "every" or (self.clip == "last" and number == self.steps)
-            x = self.step(start, x, pull, clamp)
+            x = self.step(start, x, pull, self.clamps(number))
             yield x
 
     def step(
@@ -81,11 +101,15 @@ class Ascent:
         """Returns the iterate after `x`; `clamp` says whether the bounds apply to it."""
         length, pulled = self.length(start), pull(x)
         with torch.no_grad():
-            if len(x) == 1:
+            if len(x) == 1 and self.norm == 2 and not self.relative:
                 fused = ascent_step(x[0], pulled[0], start[0], length, self.radius, self.bounds if clamp else None)
                 if fused is not None:
                     return [fused]
-            return self.project(start, [a + length * v for a, v in zip(x, unit(pulled))], clamp)
+            if self.norm is not None:
+                pulled = unit(pulled, self.norm)
+            if self.relative:
+                pulled = [(norm * v).to(v.dtype) for norm, v in zip(norms(x, self.norm), pulled)]  # type: ignore[arg-type]
+            return self.project(start, [a + length * v for a, v in zip(x, pulled)], clamp)
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
         """Returns `x` projected on the ball round `start` and then, with `clamp`, on the bounds."""
@@ -99,19 +123,24 @@ class Ascent:
         if self.bounds is None:
             return x
         low, high = self.bounds
-        return [xi.clamp(torch.as_tensor(low).to(xi), torch.as_tensor(high).to(xi)) for xi in x]
+        low, high = (b if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float64) for b in (low, high))
+        return [xi.clamp(low.to(xi), high.to(xi)) for xi in x]
 
 
-def norms(parts: list[Tensor]) -> list[Tensor]:
-    """Returns the L2 norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it."""
+def norms(parts: list[Tensor], p: float = 2.0) -> list[Tensor]:
+    """Returns the L^p norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it."""
     wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     wide = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in wide]
     peak = torch.stack([torch.linalg.vector_norm(part, math.inf, dim=1) for part in wide]).amax(0)
-    peak = torch.where(peak > 0, peak, 1)  # pullbacks of 1e-25 are real, and their squares are 0 in float32
-    total = peak * torch.stack([(part / peak[:, None]).square().sum(1) for part in wide]).sum(0).sqrt()
+    total = peak
+    if p != math.inf:
+        scale = torch.where(peak > 0, peak, 1)  # pullbacks of 1e-25 are real, and their squares are 0 in float32
+        scaled = [part / scale[:, None] for part in wide]
+        powers = [(part.square() if p == 2 else part.abs().pow(p)).sum(1) for part in scaled]
+        total = scale * torch.stack(powers).sum(0).pow(1 / p)
     return [total.view(-1, *[1] * (part.dim() - 1)) for part in parts]
 
 
-def unit(parts: list[Tensor]) -> list[Tensor]:
-    """Returns each sample scaled to L2 norm 1 over all its `parts`; a zero sample stays zero."""
-    return [(part / torch.where(norm > 0, norm, 1)).to(part.dtype) for part, norm in zip(parts, norms(parts))]
+def unit(parts: list[Tensor], p: float = 2.0) -> list[Tensor]:
+    """Returns each sample scaled to L^p norm 1 over all its `parts`; a zero sample stays zero."""
+    return [(part / torch.where(norm > 0, norm, 1)).to(part.dtype) for part, norm in zip(parts, norms(parts, p))]

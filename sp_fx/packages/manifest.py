@@ -103,7 +103,7 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
 
 
 def encoded_ascent(ascent: Ascent) -> dict[str, Any]:
-    numbers = {name: getattr(ascent, name) for name in ("steps", "step_size", "radius", "clip")}
+    numbers = {name: getattr(ascent, name) for name in ("steps", "step_size", "radius", "clip", "norm", "relative")}
     return {**numbers, "bounds": ascent.bounds and [torch.as_tensor(b).tolist() for b in ascent.bounds]}
 
 

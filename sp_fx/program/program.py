@@ -93,16 +93,17 @@ class Program:
         assert ascent is not None
         starts = [points[i] for i in explained]
         outputs: list[Tensor] | None = None
-        for _ in range(ascent.steps):
+        for number in range(1, ascent.steps + 1):
             results = list(self.run(*points, *starts, aim))
             if outputs is None:
                 outputs = results[:count]
                 aim = self.signature.resolved(outputs, aim)
-            for i, value in zip(explained, results[count:]):
+            ends = results[count:]
+            if ascent.clip != "every" and ascent.clamps(number):  # what every step does is in its graph
+                ends = ascent.clamped(ends)
+            for i, value in zip(explained, ends):
                 points[i] = value
         ends = [points[i] for i in explained]
-        if ascent.clip == "last":
-            ends = ascent.clamped(ends)
         return [*(outputs or []), *(end - start for start, end in zip(starts, ends))]
 
     def save(
