@@ -93,25 +93,30 @@ def removal(score: Score, x: Tensor, target: Tensor, masks: Tensor) -> Removal:
 
 
 class Overwriting(NamedTuple):
-    """`blocks` [H, W] in 0 to K-1, overwritten in that order and not put back, by each of the pictures `noise` [R, C, H, W], and
-    how far the score had fallen after each, float64 [N, R, K]."""
+    """`blocks` [H, W] in 0 to K-1, overwritten in that order and not put back, by each of the pictures `instead` [R, C, H, W],
+    and how far the score had fallen after each, float64 [N, R, K]."""
 
     blocks: Tensor
-    noise: Tensor
+    instead: Tensor
     drops: Tensor
 
 
-def noise_pictures(shape: torch.Size, rounds: int = 5) -> Tensor:
-    """Returns `rounds` pictures of uniform noise in [-1, 1], the same at every call."""
-    return 2 * torch.rand(rounds, *shape, generator=torch.Generator().manual_seed(8)) - 1
+def grey_pictures(shape: torch.Size, blocks: Tensor, rounds: int = 5) -> Tensor:
+    """Returns `rounds` pictures [C, H, W] whose `blocks` [H, W] are each of one grey, uniform in [-1, 1], the same at every call.
+
+    One value a block, over its pixels and channels, since that is what "uniform" draws in Quantus 0.6, which the paper's
+    evaluation runs, when samples come in batches.
+    """
+    greys = 2 * torch.rand(rounds, int(blocks.max()) + 1, generator=torch.Generator().manual_seed(8)) - 1
+    return greys[:, blocks][:, None].expand(rounds, *shape)
 
 
-def overwritten(score: Score, x: Tensor, target: Tensor, blocks: Tensor, noise: Tensor) -> Tensor:
+def overwritten(score: Score, x: Tensor, target: Tensor, blocks: Tensor, instead: Tensor) -> Tensor:
     """Returns the `drops` of an `Overwriting`."""
     so_far = (blocks <= torch.arange(int(blocks.max()) + 1)[:, None, None])[None, :, None]  # [1, K, 1, H, W]
     drops = []
     for sample, its_class, its_score in zip(x, target, score(x, target)):
-        pictures = torch.where(so_far, noise[:, None], sample)  # [R, K, C, H, W]
+        pictures = torch.where(so_far, instead[:, None], sample)  # [R, K, C, H, W]
         after = score(pictures.flatten(0, 1), its_class.expand(pictures.shape[:2].numel()))
         drops.append((its_score - after).double().view(pictures.shape[:2]))
     return torch.stack(drops)
@@ -141,13 +146,13 @@ def misfit(sums: Tensor, drops: Tensor) -> Tensor:
 
 
 def infidelity_published(shares: Callable[[Tensor], Tensor], overwriting: Overwriting) -> Tensor:
-    """Infidelity as the paper's evaluation asks it, [N]: blocks of a quarter of the side are overwritten by uniform noise one
-    after the other, row by row, none put back (a subclass of Quantus's measure, with Captum's best scale).
+    """Infidelity as the paper's evaluation asks it, [N]: blocks of a quarter of the side become grey one after the other, row by
+    row, none put back (a subclass of Quantus's measure, with Captum's best scale).
 
     `shares(instead)` are those of `x` against a picture `instead` [C, H, W]. Their sum grows with what is overwritten, and so
-    does the drop: equal shares answer it nearly as well as a good map does, and a map of noise pays for its sums with the noise.
+    does the drop: equal shares answer it nearly as well as a good map does.
     """
-    sums = [in_cells(shares(instead), overwriting.blocks).cumsum(1) for instead in overwriting.noise]
+    sums = [in_cells(shares(instead), overwriting.blocks).cumsum(1) for instead in overwriting.instead]
     return misfit(torch.stack(sums, 1).flatten(1), overwriting.drops.flatten(1))
 
 

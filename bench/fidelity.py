@@ -1,10 +1,21 @@
 """How faithful, stable and class-specific are maps? `python bench/fidelity.py [--networks NAME ...] [--seed N] [--out DIR]`.
 
-Networks: both of the zoo on scenes they have not seen, with masks; `squeezenet1_0` on photographs where `--data` has its weights
-and pictures. The defaults of `Rules` were chosen on scenes of seed 2025 and on ten of the photographs: another `--seed`, and the
-comparisons on the fresh photographs alone, say whether they hold elsewhere. Every method explains the predicted class and is
-judged on the same questions (faithfulness.py), so that comparisons are paired: mean differences with bootstrap intervals,
-sign-flip tests, Holm's correction over a network's family.
+Without pictures of one's own: both networks of the zoo on scenes they have not seen, with masks; `squeezenet1_0` on photographs
+where `--data` has its weights and pictures; `efficientnet_lite0` on photographs that no default was chosen on. The defaults of
+`Rules` were chosen on scenes of seed 2025 and on ten of the photographs: another `--seed`, and the comparisons on the fresh
+photographs alone, say whether they hold elsewhere.
+
+On any network and pictures, or sentences:
+
+    python bench/fidelity.py --model resnet50 --weights r50.pth --images pictures/ --labels labels.txt --samples 50
+    python bench/fidelity.py --model my_networks:resnet --images pictures/ --methods pullback gradient "FusionGrad-25"
+    python bench/fidelity.py --model all_minilm_l6_v2                                 # its sentences; --texts FILE takes others
+    python bench/fidelity.py --paper --images imagenet/val --labels val.txt --samples 1000    # the paper's tables: paper.py
+
+Names are those of `sp_fx.models.load`. A line of `--labels` is a file's name in `--images` and its class, a number or a name;
+labelled pictures are explained for that class, others for the predicted one. Every method explains the same class and is judged
+on the same questions (faithfulness.py), so that comparisons are paired: mean differences with bootstrap intervals, sign-flip
+tests, Holm's correction over a network's family.
 
 Answers are kept in `--work`, one file each, under a key of everything they depend on: a run that was cut short goes on where it
 stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`, with
@@ -26,15 +37,18 @@ from typing import Any
 
 import faithfulness as ask
 import torch
-from fidelity_cases import SEED, Case, load_case
+from fidelity_cases import SEED, Case, load_case, of_pictures
 from fidelity_table import METRICS, compared, draw_plot, rows, table
 from measures import mass_inside, pointing
 from methods import Method, methods
+from paper import NETWORKS, ablations, paper_measured, paper_methods
 from provenance import provenance
+from text_fidelity import TextCase, measured_texts, text_case, text_methods
 from torch import Tensor
 
 import sp_fx
 from sp_fx.figures.records import rules_record
+from sp_fx.models import TextModel
 
 LEAST = 10  # samples for an interval
 # The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.
@@ -100,10 +114,6 @@ def curves(case: Case, shares: Tensor, cells: Tensor) -> Tensor:
     return torch.stack(ask.curves(case.probability, case.pixels[:n], case.target[:n], shares[:n], cells, case.counts.steps))
 
 
-def overwritten(case: Case, blocks: Tensor, noise: Tensor) -> Tensor:
-    return ask.overwritten(case.score, case.pixels, case.target, blocks, noise)
-
-
 def measured(
     case: Case, chosen: dict[str, Method], answers: Answers
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
@@ -114,8 +124,10 @@ def measured(
     masks = {**ask.removed_parts(cells, counts.removals), "cells": ask.single_cells(cells)}
     removals = {name: ask.Removal(m, answers(f"drops {name}", drops, case, m)) for name, m in masks.items()}
     changes = answers("redrawn", redrawn, case, coarse)
-    noise = ask.noise_pictures(x.shape[1:])
-    published = ask.Overwriting(blocks, noise, answers("drops published", overwritten, case, blocks, noise))
+    greys = ask.grey_pictures(x.shape[1:], blocks)
+    published = ask.Overwriting(
+        blocks, greys, answers("drops overwritten", ask.overwritten, case.score, x, target, blocks, greys)
+    )
 
     def measures_of_maps(method: Method, maps: Tensor) -> dict[str, Tensor]:
         """Returns the measures that need no other map than `maps`."""
@@ -163,7 +175,7 @@ def randomised(case: Case, maps: dict[str, Tensor], answers: Answers) -> dict[st
     """
     n, results = case.counts.randomised, {}
     for part in (0.25, 0.5, 1.0) if n else ():
-        chosen, _ = methods(case.with_random_top(part, draw(5)), layer=case.layer)
+        chosen, _ = methods(case.with_random_top(part, draw(5)), case.pixels, layer=case.layer)
         for name, method in chosen.items():
             if name in maps and method.passes <= case.counts.dear:
                 like = InBatches(method, case.counts.batch).like
@@ -190,44 +202,123 @@ def run(name: str, args: argparse.Namespace) -> None:
     """Judge the methods on one network and write its results.
 
     Raises:
-        ValueError: too few samples, or an unknown method.
+        ValueError: too few samples, an unknown method, or options that do not go together.
         TimeoutError: `args.deadline` has passed.
     """
-    case = load_case(name, args.data, args.samples, args.seed)
+    case = chosen_case(name, args)
+    if isinstance(case, TextCase):
+        return run_texts(case, args)
     if len(case.target) < LEAST:
         raise ValueError(f"{len(case.target)} samples of {name}: an interval needs at least {LEAST}")
-    chosen, left = methods(case.model, layer=case.layer)
-    unknown = set(args.methods or ()) - set(chosen)
-    if unknown:
-        raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(chosen)}")
-    chosen = {m: chosen[m] for m in args.methods or chosen if chosen[m].passes <= args.passes}
-    rules = {"default": rules_facts(sp_fx.Rules()), "paper": rules_facts(sp_fx.Rules.paper())}
-    facts = {"network": name, "weights_sha256": case.weights, "rules": rules, "seed": case.seed, "counts": asdict(case.counts),
-             "threads": torch.get_num_threads(), "torch": torch.__version__, "samples": case.samples}  # fmt: skip
-    answers = Answers(args.work, facts, args.deadline)
+    if args.paper:
+        return run_paper(case, args)
+    known, left = methods(case.model, case.pixels, layer=case.layer)
+    chosen = selected(known, {n: m.passes for n, m in known.items()}, case.name, args)
+    answers = Answers(args.work, facts_of(case), args.deadline)
     results, controls = measured(case, chosen, answers)
     maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
     for method, parts in randomised(case, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
-    ranked, unranked = rows(results, {n: m.passes for n, m in chosen.items()}), rows(controls, dict.fromkeys(controls, 0))
-    record = {**provenance(), "command": "python bench/fidelity.py", **facts, "radii": RADII, "methods": ranked,
-              "controls": unranked, "not applicable": left, "comparisons": compared(results), "measures": METRICS}  # fmt: skip
+    record = recorded(case, {"radii": RADII}, results, {n: m.passes for n, m in chosen.items()}, controls, left)
     if case.fresh:
-        fresh = {m: {measure: values[case.fresh :] for measure, values in measures.items()} for m, measures in results.items()}
+        fresh = {m: {measure: v[case.fresh :] for measure, v in values.items()} for m, values in {**results, **controls}.items()}
         record |= {"fresh": f"those from number {case.fresh} on, which no default was chosen on"}
         record |= {"comparisons_fresh": compared(fresh)}
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"fidelity_{name.removeprefix('zoo/')}" + (f"_seed{case.seed}" if case.seed != SEED else "")
-    (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw_plot(record, args.out / f"{stem}.png")
+    write(record, f"fidelity_{stem_of(case)}", args.out)
+
+
+def run_texts(case: TextCase, args: argparse.Namespace) -> None:
+    """As `run`, of a network for text."""
+    if len(case.ids) < LEAST:
+        raise ValueError(f"{len(case.ids)} sentences: an interval needs at least {LEAST}")
+    known = text_methods(case)
+    chosen = selected(known, {name: passes for name, (_, passes) in known.items()}, case.name, args)
+    results, controls = measured_texts(case, chosen, Answers(args.work, facts_of(case), args.deadline))
+    passes = {name: passes for name, (_, passes) in chosen.items()}
+    write(recorded(case, {}, results, {**passes, "random": 0}, controls, {}), f"fidelity_{stem_of(case)}", args.out)
+
+
+def run_paper(case: Case, args: argparse.Namespace) -> None:
+    """As `run`, of the paper's explainers and measures, or of its ablations."""
+    known, left = (ablations(case.model, case.pixels), {}) if args.ablations else paper_methods(case.model, case.pixels)
+    chosen = selected(known, {n: m.passes for n, m in known.items()}, case.name, args)
+    answers = Answers(args.work, facts_of(case), args.deadline)
+    results = paper_measured(case, chosen, lambda m: InBatches(m, case.counts.batch), other_class(case), answers)
+    kind = "ablations" if args.ablations else "paper"
+    record = recorded(case, {"evaluation": kind}, results, {n: m.passes for n, m in chosen.items()}, {}, left)
+    write(record, f"fidelity_{kind}_{stem_of(case)}", args.out)
+
+
+def chosen_case(name: str, args: argparse.Namespace) -> Case | TextCase:
+    """Returns the network `name` with the pictures or sentences that the options say."""
+    if args.images is None and (name.startswith("zoo/") or name in ("squeezenet1_0", *sp_fx.zoo.NAMES)):
+        if args.weights is not None and name != "squeezenet1_0":
+            raise ValueError("--weights goes with --images: the zoo's scenes are for its own networks")
+        return load_case(name, args.data, args.samples, args.seed, args.mosaics)
+    try:
+        net = sp_fx.models.load(name, args.weights)
+    except (TypeError, RuntimeError) as error:  # a function that returns no model; weights that cannot be downloaded
+        raise ValueError(str(error)) from error
+    if isinstance(net, TextModel):
+        return text_case(net, args.texts, args.samples)
+    if args.texts is not None:
+        raise ValueError(f"--texts is for networks for text; {name} takes pictures: --images")
+    return of_pictures(net, args.images, args.labels, args.data, args.samples, args.seed, args.mosaics)
+
+
+def selected(known: dict[str, Any], passes: dict[str, int], name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the methods of the network `name` that the options say."""
+    if unknown := set(args.methods or ()) - set(known):
+        raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(known)}")
+    return {name: known[name] for name in args.methods or known if passes[name] <= args.passes}
+
+
+def facts_of(case: Case | TextCase) -> dict[str, Any]:
+    """Returns all that answers depend on."""
+    rules = {"default": rules_facts(sp_fx.Rules()), "paper": rules_facts(sp_fx.Rules.paper())}
+    return {"network": case.name, "weights_sha256": case.weights, "rules": rules, "seed": case.seed, "samples": case.samples,
+            "counts": asdict(case.counts), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+
+def recorded(
+    case: Case | TextCase, more: dict[str, Any], results: dict[str, dict[str, Tensor]], passes: dict[str, int],
+    controls: dict[str, dict[str, Tensor]], left: dict[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the record that is written: where the numbers are from, a row a method, the comparisons."""
+    return {
+        **provenance(), "command": "python bench/fidelity.py", **facts_of(case), **more, "methods": rows(results, passes),
+        "controls": rows(controls, dict.fromkeys(controls, 0)), "not applicable": left,
+        "comparisons": compared({**results, **controls}), "measures": METRICS,
+    }  # fmt: skip
+
+
+def stem_of(case: Case | TextCase) -> str:
+    name = case.name.removeprefix("zoo/").replace("/", "_").replace(":", "_")
+    return name + (f"_seed{case.seed}" if case.name.startswith("zoo/") and case.seed != SEED else "")
+
+
+def write(record: dict[str, Any], stem: str, out: Path) -> None:
+    """Write the record as JSON, and its plot beside it; print the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw_plot(record, out / f"{stem}.png")
     print(table(record))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"])
-    parser.add_argument("--samples", type=int, help="scenes of a zoo network (default: the case's)")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of the scenes (default {SEED})")
+    parser.add_argument(
+        "--networks", "--model", nargs="+", help="(default: zoo/residual_cnn zoo/pyramid_transformer squeezenet1_0)"
+    )
+    parser.add_argument("--weights", type=Path, help="a state dict, .safetensors or .pth (default: the published one)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="pictures, in folders or not; N of them are spread over all")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="the class of each picture: lines of a name and a class")
+    parser.add_argument("--texts", type=Path, metavar="FILE", help="lines of a sentence, or of a query, a tab and a sentence")
+    parser.add_argument("--samples", type=int, help="scenes, pictures or sentences (default: 60 scenes, all there are of others)")
+    parser.add_argument("--mosaics", type=int, help="of four pictures each (default: 12 of scenes, one for each photograph)")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of the scenes and mosaics (default {SEED})")
+    parser.add_argument("--paper", action="store_true", help=f"the paper's evaluation, by default of {', '.join(NETWORKS)}")
+    parser.add_argument("--ablations", action="store_true", help="with --paper: its ablations of temperatures, steps and lengths")
     parser.add_argument("--passes", type=float, default=float("inf"), help="leave out methods that take more than this many")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="(default: all that apply)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="squeezenet1_0_imagenet.safetensors, photos/")
@@ -238,16 +329,21 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.deadline = time.monotonic() + 60 * args.minutes
+    networks = args.networks or (NETWORKS if args.paper else ("zoo/residual_cnn", "zoo/pyramid_transformer", "squeezenet1_0"))
+    if args.weights is not None and len(networks) > 1:
+        parser.error(f"--weights is of one network, got {', '.join(networks)}: name it with --model")
+    if args.ablations and not args.paper:
+        parser.error("--ablations are the paper's: add --paper")
     try:
-        for name in args.networks:
-            if name == "squeezenet1_0" and not args.data.exists() and len(args.networks) > 1:
+        for name in networks:
+            if name == "squeezenet1_0" and not args.data.exists() and len(networks) > 1:
                 print(f"{name}: left out, there is no {args.data}", file=sys.stderr)
                 continue
             run(name, args)
     except TimeoutError as stopped:
         print(f"fidelity: {stopped}", file=sys.stderr)
         return 3
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     return 0

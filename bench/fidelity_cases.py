@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from photographs import photographs
 from torch import Tensor, nn
 
 from sp_fx import zoo
-from sp_fx.models.named import load_model, weights_hash
+from sp_fx.models.named import NamedModel, class_index, load_model, weights_hash
 
 SEED = 2_025  # of the scenes; the zoo was trained on others, but the defaults of Rules were chosen on these
 
@@ -46,7 +47,7 @@ class Case:
     target: Tensor
     masks: Tensor | None
     mosaics: tuple[Tensor, Tensor, Tensor] | None  # [M, 3, h, w], the class asked for [M], its tiles [M, 4]
-    layer: tuple[str, str] | None
+    layer: str | None  # that of class activation maps, where it is not the last
     samples: str
     counts: Counts = field(default_factory=Counts)
     seed: int = SEED
@@ -76,7 +77,7 @@ class Case:
         model = copy.deepcopy(self.model)
         layers = [m for m in model.modules() if any(True for _ in m.parameters(recurse=False))]
         weighted = [i for i, m in enumerate(layers) if isinstance(m, nn.Conv2d | nn.Linear)]
-        first = weighted[len(weighted) - round(part * len(weighted))]
+        first = weighted[len(weighted) - max(1, round(part * len(weighted)))]
         with torch.no_grad():
             for parameter in (p for layer in layers[first:] for p in layer.parameters(recurse=False)):
                 if parameter.numel() > 1 and parameter.std() > 0:
@@ -85,20 +86,18 @@ class Case:
         return model
 
 
-def load_case(name: str, data: Path, samples: int | None = None, seed: int = SEED) -> Case:
-    """Returns the case of `squeezenet1_0`, on the photographs in `data` and those of packages; of a network of the zoo, scenes;
-    of another of `sp_fx.models`, on the photographs of packages alone, on which no default was chosen."""
+def load_case(name: str, data: Path, samples: int | None = None, seed: int = SEED, mosaics: int | None = None) -> Case:
+    """Returns the case of `squeezenet1_0`, on the photographs in `data` and those of packages, or of a network of the zoo, on
+    scenes."""
     if name == "squeezenet1_0":
         return photographed(data)
-    if not name.startswith("zoo/") and name not in zoo.NAMES:
-        return proved(name, data)
-    return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples, seed)
+    return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples, seed, mosaics)
 
 
-def scenes(name: str, count: int, seed: int) -> Case:
+def scenes(name: str, count: int, seed: int, mosaics: int | None = None) -> Case:
     model = zoo.load(name)
     drawn = zoo.draw(seed, count)
-    counts = Counts()
+    counts = Counts() if mosaics is None else replace(Counts(), mosaics=mosaics)
     # Two tiles show the kind asked for, two show others.
     order = torch.Generator().manual_seed(seed)
     tiles, classes, shown = [], [], []
@@ -114,8 +113,7 @@ def scenes(name: str, count: int, seed: int) -> Case:
         classes.append(kind)
     return Case(f"zoo/{name}", model, drawn.pixels, predicted(model, drawn.pixels), drawn.masks,
                 (mosaic(torch.stack(tiles)), torch.tensor(classes), torch.stack(shown)),
-                ("own_relu12", "blocks") if name == "residual_cnn" else None,
-                f"scenes 0 to {count - 1} of seed {seed}", counts, seed)  # fmt: skip
+                None, f"scenes 0 to {count - 1} of seed {seed}", counts, seed)  # fmt: skip
 
 
 def photographed(data: Path) -> Case:
@@ -126,32 +124,95 @@ def photographed(data: Path) -> Case:
     counts = Counts(batch=5, removals=24, cells=7, curves=0, sensitivity=12, draws=2, logit=10, mosaics=0, randomised=4,
                     dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     return Case("squeezenet1_0", named.model, pixels, predicted(named.model, pixels), None, None,
-                ("model.classifier.0", "model.classifier.0"), f"{len(files)} photographs", counts, fresh=chosen_on)  # fmt: skip
+                "model.classifier.0", f"{len(files)} photographs", counts, fresh=chosen_on)  # fmt: skip
 
 
-def proved(name: str, data: Path) -> Case:
-    """The case of a network of `sp_fx.models` on the photographs that no default was chosen on, with mosaics of them."""
-    named = load_model(name)
-    files, chosen_on = photographs(data)
-    pixels = torch.stack([named.preprocessing(path).pixels for path in files[chosen_on:]])
+def of_pictures(
+    named: NamedModel, images: Path | None, labels: Path | None, data: Path, samples: int | None = None, seed: int = SEED,
+    mosaics: int | None = None,
+) -> Case:  # fmt: skip
+    """Returns the case of a network on the pictures in the folder `images`, `samples` of them spread evenly over all, with
+    mosaics of them; without `images` on the photographs of packages, on which no default was chosen.
+
+    Raises:
+        ValueError: no picture, or labels that do not fit: a picture without one, or no such class.
+        FileNotFoundError: there is no such folder or file.
+    """
+    if images is None:
+        known, chosen_on = photographs(data)
+        files, where = known[chosen_on:], "photographs that no default was chosen on"
+    else:
+        if not images.is_dir():
+            raise FileNotFoundError(f"no folder of pictures at {images}")
+        files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS)
+        where = f"pictures of {images.name}"
+    classes = labelled(labels, named.labels) if labels else None
+    if classes is not None:
+        root = images or Path()
+        files = [path for path in files if {path.name, path.relative_to(root).as_posix()} & classes.keys()]
+    if not files:
+        raise ValueError(f"no picture ({', '.join(ENDINGS)}) in {images}" + (f" that {labels} has a class of" if labels else ""))
+    if samples is not None and samples < len(files):
+        files = [files[k * len(files) // samples] for k in range(samples)]
+    pixels = torch.stack([named.preprocessing(path).pixels for path in files])
     target = predicted(named.model, pixels)
-    counts = Counts(batch=4, removals=48, cells=7, curves=0, sensitivity=len(pixels), draws=2, logit=len(pixels), mosaics=0,
-                    randomised=len(pixels), dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
-    return Case(name, named.model, pixels, target, None, of_two(pixels, target), None,
-                f"{len(pixels)} photographs that no default was chosen on", counts)  # fmt: skip
+    if classes is not None:
+        right = target
+        target = torch.tensor(
+            [classes.get(path.relative_to(images or Path()).as_posix(), classes.get(path.name)) for path in files]
+        )
+        most = named.model(pixels[:1]).shape[1]
+        if int(target.max()) >= most:
+            raise ValueError(f"{labels} has class {int(target.max())}; {named.name} has {most}, numbered from 0")
+        where += f", labelled; {int((right == target).sum())} predicted right"
+    n = len(pixels)
+    few = min(n, 23)  # stability and randomised weights explain anew, several times
+    counts = Counts(batch=4, removals=48, cells=7, curves=n, sensitivity=few, draws=2, logit=n, randomised=few, dear=10,
+                    mosaics=n if mosaics is None else mosaics, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
+    several = of_two(pixels, target, seed, mosaics)
+    return Case(named.name, named.model, pixels, target, None, several, None, f"{n} {where}", counts, seed)
 
 
-def of_two(pixels: Tensor, target: Tensor, seed: int = SEED) -> tuple[Tensor, Tensor, Tensor]:
-    """Mosaics of photographs [N, 3, h, w], one for each: it and its mirror image, and two others of other classes."""
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+
+
+def labelled(path: Path, names: tuple[str, ...] | None) -> dict[str, int]:
+    """Returns the class of each picture by its name: a line is "n01/cat.jpg 281", or "n01/cat.jpg tabby", also with a comma or a
+    tab between.
+
+    Raises:
+        ValueError: a line of another form, or no such class.
+    """
+    classes = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        parts = re.split(r"\s*[\t,]\s*|\s+", line.strip(), maxsplit=1)
+        if len(parts) != 2:
+            raise ValueError(f"{path}, line {number}: expected the name of a picture and its class, got {line!r}")
+        try:
+            classes[parts[0]] = int(parts[1]) if parts[1].isdigit() else class_index(parts[1], names)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return classes
+
+
+def of_two(pixels: Tensor, target: Tensor, seed: int = SEED, count: int | None = None) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Mosaics of photographs [N, 3, h, w], `count` of them (default: one for each): one and its mirror image, and two others of
+    other classes; None where there are no two others, or `count` is 0."""
     order = torch.Generator().manual_seed(seed)
-    tiles, shown = [], []
-    for i in range(len(pixels)):
+    tiles, shown, chosen = [], [], []
+    for k in range(len(pixels) if count is None else count):
+        i = k % len(pixels)
         others = [j for j in torch.randperm(len(pixels), generator=order).tolist() if target[j] != target[i]][:2]
+        if len(others) < 2:
+            continue
         four = torch.stack([pixels[i], pixels[i].flip(2), *pixels[others]])
         shuffled = torch.randperm(4, generator=order)
         tiles.append(four[shuffled])
         shown.append(shuffled < 2)
-    return mosaic(torch.stack(tiles)), target, torch.stack(shown)
+        chosen.append(i)
+    return (mosaic(torch.stack(tiles)), target[chosen], torch.stack(shown)) if tiles else None
 
 
 def predicted(model: nn.Module, x: Tensor) -> Tensor:

@@ -41,20 +41,41 @@ METRICS = {
     "random top 0.25": "zero",
     "random top 0.5": "zero",
     "random top 1.0": "zero",
+    "deletion of a fifth": "high",  # from here on of texts
+    "deletion to a half": "high",
+    "infidelity, tokens": "low",
+    "correlation, tokens": "high",
+    "infidelity, paper": "low",  # from here on as the paper's evaluation has them
+    "faithfulness correlation, paper": "high",
+    "faithfulness estimate, paper": "high",
+    "monotonicity, paper": "high",
+    "max-sensitivity, paper": "low",
+    "random logit, paper": "zero",
+    "focus, paper": "high",
 }
-HEADLINE = tuple(METRICS)[:8]
-OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "guided-CAM pullback")
+OF_TEXT, OF_PAPER = tuple(METRICS)[18:22], tuple(METRICS)[22:]
+HEADLINE = (*tuple(METRICS)[:8], *OF_TEXT, *OF_PAPER)
+OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "FusionPullback-25", "guided-CAM pullback",
+        "soft pullback", "pullback ascent")  # fmt: skip
 PAIRS = [
-    *[(f"{ours}", other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
+    *[(ours, other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
-]
+    *[("pullback", other) for other in ("equal shares", "gradient x input", "gradient norm", "random")],
+    ("ascent", "gradient ascent"),
+    *[(f"{ours}{rules}", other)
+      for ours, other in (("soft pullback", "gradient"), ("soft pullback", "SmoothGrad"), ("pullback ascent", "gradient ascent"))
+      for rules in ("", ", default rules")],
+]  # fmt: skip
 SHORT = ("Infid. small ↓", "Infid. large ↓", "Infid. scattered ↓", "Infid. published ↓", "Faith. corr. ↑",
          "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
          "Rand. logit → 0", "Focus ↑", "Del. ↓", "Ins. ↑", "Point. ↑",
-         "¼ random → 0", "½ random → 0", "all random → 0")  # fmt: skip
+         "¼ random → 0", "½ random → 0", "all random → 0",
+         "Del. ⅕ ↑", "Del. to ½ ↑", "Infid. ↓", "Corr. ↑",
+         "Infid. ↓", "Faith. corr. ↑", "Faith. est. ↑", "Mono. corr. ↑", "Max-sens. ↓", "Rand. logit → 0", "Focus ↑")  # fmt: skip
 # What the short table has: these measures, and "best peer" is for each of them the best of all methods but ours and the gradient.
 IN_SHORT = ("infidelity, small", "infidelity, published", "faithfulness correlation", "max-sensitivity 0.02", "mask mass")
-NETWORKS = {"residual_cnn": "zoo CNN", "pyramid_transformer": "zoo transformer", "squeezenet1_0": "SqueezeNet 1.0"}
+NETWORKS = {"residual_cnn": "zoo CNN", "pyramid_transformer": "zoo transformer", "squeezenet1_0": "SqueezeNet 1.0",
+            "efficientnet_lite0": "EfficientNet-Lite0"}  # fmt: skip
 FEW = 10  # fewer values give a mean without an interval
 
 
@@ -69,7 +90,7 @@ def rows(results: dict[str, dict[str, Tensor]], passes: dict[str, int]) -> dict[
 def summary(values: Tensor) -> dict[str, float]:
     finite = values[values.isfinite()]
     outcome = {"mean": finite.mean().item()} if len(finite) < FEW else paired_interval(finite)
-    return {**rounded(outcome), "of": len(finite)}
+    return {**rounded({**outcome, "median": finite.median().item()}), "of": len(finite)}
 
 
 def rounded(row: dict[str, float]) -> dict[str, float]:
@@ -82,7 +103,7 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
     outcome = []
     for ours, other in PAIRS:
         for name in HEADLINE:
-            if name not in results.get(ours, {}) or name not in results.get(other, {}):
+            if METRICS[name] == "zero" or name not in results.get(ours, {}) or name not in results.get(other, {}):
                 continue
             a, b = results[ours][name], results[other][name]
             both = a.isfinite() & b.isfinite()
@@ -135,14 +156,19 @@ def left_out(record: dict[str, Any]) -> list[str]:
 
 
 def interval(outcome: dict[str, float]) -> str:
-    return f"[{outcome['low']:.2g}, {outcome['high']:.2g}]" if "low" in outcome else ""
+    """The median, in round brackets, and the 95 % interval of the mean, as far as there are any."""
+    median = f"({outcome['median']:.2g})" if "median" in outcome else ""
+    return f"{median} [{outcome['low']:.2g}, {outcome['high']:.2g}]".strip() if "low" in outcome else median
 
 
 def in_full(record: dict[str, Any]) -> str:
     """The headline measures, and the others folded away."""
-    others = tuple(METRICS)[len(HEADLINE) :]
-    return "\n".join([*markdown(record, HEADLINE, intervals=True), "", "<details><summary>The other measures</summary>", "",
-                      *markdown(record, others, intervals=True), "", "</details>", "", *left_out(record)]).rstrip()  # fmt: skip
+    others = tuple(name for name in METRICS if name not in HEADLINE)
+    lines = [*markdown(record, HEADLINE, intervals=True), ""]
+    if any(name in row for row in record["methods"].values() for name in others):
+        folded = markdown(record, others, intervals=True)
+        lines += ["<details><summary>The other measures</summary>", "", *folded, "", "</details>", ""]
+    return "\n".join([*lines, *left_out(record)]).rstrip()
 
 
 def in_short(records: dict[str, dict[str, Any]]) -> str:
@@ -176,7 +202,7 @@ def short_column(record: dict[str, Any], measure: str) -> list[str]:
 
 def best(listed: dict[str, Any], name: str) -> dict[str, str]:
     """Marks of the first and second on a measure. Several methods may share a mean: they share the mark."""
-    if name.startswith("random"):
+    if METRICS[name] == "zero":
         return {}
     sign = {"low": 1, "high": -1, "zero": 1}[METRICS[name]]
     values = {method: sign * row[name]["mean"] for method, row in listed.items() if name in row}
@@ -209,7 +235,8 @@ def plotted(record: dict[str, Any]) -> Figure:
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("")
-        axis.set_title(f"{name} ({'lower' if METRICS[name] == 'low' else 'higher'} is better)", fontsize=8)
+        aim = {"low": "lower is better", "high": "higher is better", "zero": "best at 0"}[METRICS[name]]
+        axis.set_title(f"{name} ({aim})", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(axis="x", alpha=0.3)
         axis.set_yticks(range(len(methods)), [f"{m} ({record['methods'][m]['passes']})" for m in methods], fontsize=7)

@@ -41,7 +41,7 @@ def class_names(case: Case) -> dict[int, str]:
 
 def compare(case: Case, x: Tensor, target: Tensor, captions: list[str]):
     """Returns a figure with a row for each picture and a column for each method."""
-    chosen, _ = methods(case.model, layer=case.layer)
+    chosen, _ = methods(case.model, case.pixels, layer=case.layer)
     units = {"IG-50": "share of the score", "ascent": CHANGE}
     maps = {name: InBatches(chosen[name], 4)(x, target) for name in COLUMNS if name in chosen}
     rows = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import sp_fx
+from sp_fx.methods.ascent import Ascent
 
 Run = Callable[[Tensor, Tensor], Tensor]
 warnings.filterwarnings("ignore", "Input Tensor .* did not already require gradients")
@@ -38,35 +39,126 @@ class Method:
         return maps if self.kind == "share" else maps * (x - instead)
 
 
-def methods(
-    model: nn.Module, rules: sp_fx.Rules | None = None, layer: tuple[str, str] | None = None
-) -> tuple[dict[str, Method], dict[str, str]]:
-    """Returns the methods for `model`, which takes pixels in [-1, 1], by name; and of those left out, why they do not apply.
+RELUS = {"relu", "max_pool", "amax", "stride"}  # the gates of networks that the rules of peers are made for
 
-    `layer` names the last layer whose output has spatial axes, [B, C, h, w], in the graph of `own_relus` and in an explainer, for
-    class activation maps; without it the model is no ReLU network, and methods for those are left out.
+
+def methods(
+    model: nn.Module, x: Tensor, rules: sp_fx.Rules | None = None, layer: str | None = None
+) -> tuple[dict[str, Method], dict[str, str]]:
+    """Returns the methods for `model`, which takes pixels in [-1, 1] like `x` [B, 3, H, W], by name; and of those left out, why
+    they do not apply.
+
+    `layer` names the module of class activation maps; without it, the last whose output has spatial axes.
     """
     default, paper = sp_fx.transform(model, rules=rules), sp_fx.transform(model, rules=sp_fx.Rules.paper())
     chosen, left = ours(default), dict[str, str]()
     chosen["integrated pullback-10"] = Method(integrated(default), 10, "share")
-    if layer is not None:
-        chosen["guided-CAM pullback"] = Method(guided_cam(default, layer[1]), 2)
+    chosen[f"FusionPullback-{DRAWS**2}"] = Method(
+        seeded(fusion(model, lambda m: sp_fx.transform(m, rules=rules).pullback)), DRAWS**2
+    )
+    chosen["gradient ascent"] = Method(gradient_ascent(model), 5)
+    chosen |= captum_methods(model)
     papers = {f"{name}, paper's rules": method for name, method in ours(paper).items()}
     if temperatures(paper) != temperatures(default):
         chosen |= papers
     else:
-        left |= dict.fromkeys(papers, "the default's temperatures: no ReLU, no max pooling")
-    chosen |= captum_methods(model)
-    relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth")
-    if layer is None:
-        left |= dict.fromkeys(relu_only, "has rules for ReLU networks only: no GELU, LayerNorm or attention")
-    else:
-        chosen |= relu_methods(model, layer[0])
-        try:
-            chosen |= zennit_methods(model)
-        except ModuleNotFoundError as error:
-            left |= dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
+        left |= dict.fromkeys(papers, "the default's temperatures")
+    relu_only = ("DeepLift", "GuidedBackprop", "GuidedGradCam", "EpsilonPlus", "BetaSmooth", "guided-CAM pullback")
+    if others := {site.kind for site in default.report().sites if site.status == "rewritten"} - RELUS:
+        left |= dict.fromkeys(relu_only, f"has rules for ReLU networks only, none for {', '.join(sorted(others))}")
+        return chosen, left
+    chosen["guided-CAM pullback"] = Method(guided_cam(default, layer or last_spatial(default, x)), 2)
+    try:
+        own = own_relus(model)
+    except Exception as error:  # torch.fx has errors of every kind for models that it does not trace
+        return chosen, left | dict.fromkeys(relu_only[:-1], f"needs a module for each call of a ReLU, and torch.fx says: {error}")
+    chosen |= relu_methods(own, layer or last_spatial(own, x))
+    try:
+        chosen |= zennit_methods(own)
+    except ModuleNotFoundError as error:
+        left |= dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
     return chosen, left
+
+
+def last_spatial(model: nn.Module, x: Tensor) -> str:
+    """Returns the name of the module whose output, [B, C, h, w] with h and w above 1, is the last such one: what class activation
+    maps are made of.
+
+    Raises:
+        ValueError: no module has such an output.
+    """
+    names: list[str] = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4 and min(output.shape[2:]) > 1:
+                names.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(note(name)) for name, m in model.named_modules() if name]
+    with torch.no_grad():
+        model(x[:1])
+    for hook in hooks:
+        hook.remove()
+    if not names:
+        raise ValueError(f"no module of {type(model).__name__} has an output [B, C, h, w]: there is no class activation map")
+    return names[-1]
+
+
+DRAWS = 5  # of weights, and of inputs, in FusionGrad
+
+
+def fusion(
+    model: nn.Module,
+    run_of: Callable[[nn.Module], Run],
+    weights: float = 0.2,
+    inputs: float = 0.4,
+    n: int = DRAWS,
+    m: int = DRAWS,
+) -> Run:
+    """FusionGrad, Bykov et al., "NoiseGrad", arXiv:2106.10185: the mean map of `n` networks, each parameter times its own draw
+    of N(1, weights^2), at `m` inputs with noise of deviation `inputs`; the deviations are the authors' defaults.
+
+    `run_of` makes the method of a network: of the gradient FusionGrad, of the soft pullback FusionPullback.
+    """
+    copied = copy.deepcopy(model)
+    method, parameters = run_of(copied), list(copied.parameters())
+    kept = [p.detach().clone() for p in parameters]
+
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for _ in range(n):
+            with torch.no_grad():
+                for parameter, value in zip(parameters, kept):
+                    parameter.copy_(value * (1 + weights * torch.randn_like(value)))
+            for _ in range(m):
+                total += method(x + inputs * torch.randn_like(x), target).detach()
+        return total / (n * m)
+
+    return run
+
+
+def gradient_ascent(model: nn.Module, **options: object) -> Run:
+    """The change by an ascent along the plain gradient, whose steps are those of the pullback ascent."""
+    ascent = Ascent(**options)  # type: ignore[arg-type]
+
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        def slope(points: list[Tensor]) -> list[Tensor]:
+            return [gradient(model)(points[0], target)]
+
+        *_, (end,) = ascent.iterates([x], slope)
+        return end - x
+
+    return run
+
+
+def gradient(model: nn.Module) -> Run:
+    def run(x: Tensor, target: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(model(x).gather(1, target[:, None]).sum(), x)[0]
+
+    return run
 
 
 def ours(explainer: sp_fx.Explainer) -> dict[str, Method]:
@@ -121,6 +213,7 @@ def captum_methods(model: nn.Module) -> dict[str, Method]:
 
     return {
         "gradient": Method(lambda x, target: saliency.attribute(x, target=target, abs=False), 1),
+        f"FusionGrad-{DRAWS**2}": Method(seeded(fusion(model, gradient)), DRAWS**2),
         "InputXGradient": Method(lambda x, target: InputXGradient(model).attribute(x, target=target), 1, "share"),
         "SmoothGrad-50": Method(seeded(smoothgrad), SAMPLES),
         "IG-50": Method(integrated_gradients, SAMPLES, "share"),
@@ -128,11 +221,10 @@ def captum_methods(model: nn.Module) -> dict[str, Method]:
     }
 
 
-def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
-    """Returns Captum's methods for ReLU modules; they hook modules, so each call of a ReLU gets one of its own, not in place."""
+def relu_methods(own: nn.Module, layer: str) -> dict[str, Method]:
+    """Returns Captum's methods for ReLU modules; they hook modules, so each call of a ReLU has one of its own, not in place."""
     from captum.attr import DeepLift, GuidedBackprop, GuidedGradCam
 
-    own = own_relus(model)
     lift, guided, cam = DeepLift(own), GuidedBackprop(own), GuidedGradCam(own, own.get_submodule(layer))
     return {
         "DeepLift": Method(lambda x, target: lift.attribute(x, target=target).detach(), 2, "share"),
@@ -141,13 +233,11 @@ def relu_methods(model: nn.Module, layer: str) -> dict[str, Method]:
     }
 
 
-def zennit_methods(model: nn.Module) -> dict[str, Method]:
+def zennit_methods(own: nn.Module) -> dict[str, Method]:
     """Returns Zennit's composites; batch norms are merged into the convolutions before them, as the rules of layers suppose."""
     from zennit.attribution import Gradient
     from zennit.canonizers import SequentialMergeBatchNorm
     from zennit.composites import BetaSmooth, EpsilonPlus
-
-    own = own_relus(model)
 
     def by(composite: Callable) -> Run:
         def run(x: Tensor, target: Tensor) -> Tensor:

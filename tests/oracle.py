@@ -305,8 +305,10 @@ class Conv(Op):
         shape = zip(x.shape[2:], v.shape[2:], self.weight.shape[2:], self.stride, self.padding, self.dilation, strict=True)
         lost = [n - ((m - 1) * s - 2 * p + d * (k - 1) + 1) for n, m, k, s, p, d in shape]
         exact = self.transposed(v, self.weight, None, self.stride, self.padding, lost, self.groups, self.dilation)
+        kernel = self.weight.shape[2:]
+        second = max(s if k > s else 1 for k, s in zip(kernel, self.stride)) == 2  # of places, which kernels that overlap read
         few = self.weight.shape[1] <= 4  # channels that a kernel sees
-        return over_grids(exact, self.weight.shape[2:], self.stride) if few and rules.get("stride", "smooth") else exact
+        return over_grids(exact, kernel, self.stride) if few and second and rules.get("stride", "smooth") else exact
 
 
 def over_grids(g, kernel, stride):

@@ -91,11 +91,13 @@ def test_infidelity_as_published():
         assert float(got[i]) == pytest.approx(expected, rel=1e-4)  # float32 scores
 
 
-def test_noise_pictures():
-    noise = ask.noise_pictures(torch.Size([3, 40, 40]))
-    assert noise.shape == (5, 3, 40, 40) and torch.equal(noise, ask.noise_pictures(torch.Size([3, 40, 40])))
-    assert -1 <= noise.min() < -0.999 and 0.999 < noise.max() <= 1 and abs(noise.mean()) < 0.01
-    assert not torch.equal(noise[0], noise[1])
+def test_grey_pictures():
+    blocks = ask.grid(40, 40, 4)
+    pictures = ask.grey_pictures(torch.Size([3, 40, 40]), blocks)
+    assert pictures.shape == (5, 3, 40, 40) and torch.equal(pictures, ask.grey_pictures(torch.Size([3, 40, 40]), blocks))
+    values = [pictures[r][:, blocks == k].unique() for r in range(5) for k in range(16)]
+    assert {len(v) for v in values} == {1} and len({float(v) for v in values}) == 80
+    assert -1 <= min(values) < -0.9 and 0.9 < max(values) <= 1
 
 
 def test_shares_of_a_slope_and_of_a_share():

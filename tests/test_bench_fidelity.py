@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import sp_fx
@@ -21,10 +23,11 @@ sys.path.insert(0, str(BENCH))
 import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
-from fidelity_table import METRICS, compared, in_short, main  # noqa: E402
+from fidelity_table import METRICS, OF_PAPER, OF_TEXT, compared, in_short, main  # noqa: E402
+from methods import methods  # noqa: E402
 
 
-def tiny(name, data, samples, seed=cases.SEED):
+def tiny(name, data, samples, seed=cases.SEED, mosaics=None):
     model = fill(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(),
                                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)))  # fmt: skip
     x = torch.randn(samples or 12, 3, 16, 16, generator=torch.Generator().manual_seed(seed)).clamp(-1, 1)
@@ -34,7 +37,7 @@ def tiny(name, data, samples, seed=cases.SEED):
     counts = cases.Counts(removals=6, cells=4, curves=10, sensitivity=10, draws=1, logit=10, mosaics=2, randomised=3, dear=10,
                           stable_too=("SmoothGrad-50",))  # fmt: skip
     target = cases.predicted(model, x)
-    return cases.Case(name, model, x, target, masks, mosaics, ("own_relu1", "4"), "twelve of noise", counts, seed)
+    return cases.Case(name, model, x, target, masks, mosaics, None, "twelve of noise", counts, seed)
 
 
 @pytest.fixture
@@ -62,7 +65,8 @@ def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys
     assert run(work="another")[0] == 0 and (tmp_path / "out" / "fidelity_tiny.json").read_text() == text
     assert {"rules", "seed", "versions", "weights_sha256", "threads", "counts", "command"} <= set(first)
     rows = first["methods"]
-    assert set(rows["pullback"]) - {"passes"} == set(METRICS)
+    assert set(rows["pullback"]) - {"passes"} == set(METRICS) - {*OF_TEXT, *OF_PAPER}
+    assert rows["FusionGrad-25"]["passes"] == 25 and {"gradient ascent", "FusionPullback-25"} <= set(rows)
     found = rows["pullback"]["infidelity, small"]
     assert found["low"] <= found["mean"] <= found["high"]
     same = [rows[name]["infidelity, small"] for name in ("gradient", "InputXGradient")]
@@ -184,3 +188,92 @@ def test_comparisons_by_hand():
     assert [c["other"] for c in found] == ["gradient", "SmoothGrad-50", "pullback, paper's rules"]
     assert all(c["mean"] == -1 and c["low"] == c["high"] == -1 and c["verdict"] == "better" for c in found)
     assert all(c["p"] == pytest.approx(2 / 4096) and c["holm"] == pytest.approx(6 / 4096) for c in found)
+
+
+# -- networks and pictures of one's own
+
+OWN = """
+from torch import nn
+import sp_fx
+
+def net():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4))
+    from helpers import fill
+    pixels = sp_fx.models.Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    return sp_fx.models.NamedModel("mine", fill(model), pixels, ("ape", "bee", "cat", "dog"), "its own")
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder with a network and twelve pictures in three folders; the command on them."""
+    (tmp_path / "a_network_of_ones_own.py").write_text(OWN)
+    draw = torch.Generator().manual_seed(0)
+    for k in range(12):
+        path = tmp_path / "pictures" / f"n{k % 3}" / f"{k}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 256, (20, 24, 3), generator=draw, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+
+    def run(*options, work="work"):
+        common = ["--model", "a_network_of_ones_own:net", "--images", "pictures", "--out", "out", "--work", work]
+        status = fidelity.main([*common, "--methods", "pullback", "gradient", *options])
+        path = tmp_path / "out" / "fidelity_mine.json"
+        return status, path.read_text() if path.exists() else None
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_pictures_of_ones_own(own, tmp_path):
+    status, text = own()
+    record = json.loads(text)
+    assert status == 0 and record["samples"] == "12 pictures of pictures" and own(work="again")[1] == text
+    assert set(record["methods"]["pullback"]) - {"passes"} == set(METRICS) - {
+        *OF_TEXT,
+        *OF_PAPER,
+        "mask mass",
+        "pointing game",
+        "focus",
+    }  # one class is predicted: no mosaics
+    assert {"mean", "low", "high", "median", "of"} == set(record["methods"]["pullback"]["insertion"])
+    pairs = {(c["ours"], c["other"]) for c in record["comparisons"]}
+    assert pairs == {("pullback", "gradient"), ("pullback", "equal shares")}
+    assert json.loads(own("--samples", "10")[1])["counts"]["logit"] == 10
+
+
+def test_labels(own, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        fidelity, "write", lambda record, stem, out: seen.extend([record["samples"], "focus" in record["methods"]["gradient"]])
+    )
+    found = []
+    monkeypatch.setattr(fidelity, "methods", lambda model, x, layer: found.append(x) or methods(model, x, layer=layer))
+    lines = [f"n{k % 3}/{k}.png, {('ape', 'bee', '2', 'dog')[k % 4]}" for k in range(11)]
+    (tmp_path / "labels.txt").write_text("\n".join(lines))
+    case = cases.of_pictures(sp_fx.models.load("a_network_of_ones_own:net"), Path("pictures"), Path("labels.txt"), Path(), None)
+    assert case.target.tolist() == [int(p.stem) % 4 for p in sorted(Path("pictures").rglob("*.png")) if p.stem != "11"]
+    right = int((cases.predicted(case.model, case.pixels) == case.target).sum())
+    assert case.samples == f"11 pictures of pictures, labelled; {right} predicted right"
+    assert own("--labels", "labels.txt")[0] == 0 and seen == [case.samples, True] and len(found[0]) == 11
+    for wrong, message in (("0.png", "expected the name of a picture and its class"), ("0.png elk", "no class is called 'elk'"),
+                           ("x.png 1", "no picture .* that labels.txt has a class of"), ("0.png 9", "class 9")):  # fmt: skip
+        (tmp_path / "labels.txt").write_text(wrong)
+        assert own("--labels", "labels.txt")[0] == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert own("--weights", "w.pt")[0] == 2 and "no weights file at w.pt" in capsys.readouterr().err
+    assert own("--texts", "labels.txt")[0] == 2 and "--texts is for networks for text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fidelity.main(["--ablations"])
+    with pytest.raises(SystemExit):
+        fidelity.main(["--networks", "zoo/residual_cnn", "resnet18", "--weights", "w.pt"])
+
+
+def test_mosaics_need_three_classes_and_can_be_left_out():
+    x, target = torch.randn(4, 3, 8, 8), torch.tensor([0, 0, 1, 1])
+    pictures, classes, tiles = cases.of_two(x, target)
+    assert pictures.shape == (4, 3, 16, 16) and classes.tolist() == [0, 0, 1, 1] and tiles.sum(1).tolist() == [2] * 4
+    assert cases.of_two(x, torch.zeros(4)) is None and cases.of_two(x, target, count=0) is None
+    assert len(cases.of_two(x, target, count=7)[1]) == 7

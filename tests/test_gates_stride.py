@@ -54,17 +54,15 @@ def smoothed(grad, kernel, stride):
 
 CASES = {  # channels in and out, size, arguments
     "1-d": ((3, 4), (11,), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    "1-d, a step of 3": ((1, 2), (13,), {"kernel_size": 5, "stride": 3}),
-    "1-d, a step of 4": ((2, 2), (18,), {"kernel_size": 7, "stride": 4, "padding": 3}),
     "the first of a ResNet": ((3, 4), (12, 13), {"kernel_size": 7, "stride": 2, "padding": 3, "bias": False}),
     "one axis": ((3, 2), (9, 8), {"kernel_size": 3, "stride": (2, 1), "padding": 1}),
     "one axis overlaps": ((2, 2), (9, 8), {"kernel_size": (3, 2), "stride": 2}),
-    "two steps": ((2, 3), (11, 9), {"kernel_size": (5, 4), "stride": (3, 2), "padding": (0, 2)}),
+    "two steps, of patches one": ((2, 3), (11, 9), {"kernel_size": (3, 4), "stride": (3, 2), "padding": (0, 2)}),
     "depthwise": ((6, 6), (7, 8), {"kernel_size": 3, "stride": 2, "padding": 1, "groups": 6}),
     "groups of four": ((8, 4), (7, 7), {"kernel_size": 3, "stride": 2, "groups": 2}),
     "dilated": ((3, 2), (10, 9), {"kernel_size": 3, "stride": 2, "padding": 2, "dilation": 2}),
     "3-d": ((2, 3), (7, 6, 5), {"kernel_size": 3, "stride": 2, "padding": 1}),
-    "3-d, uneven": ((4, 2), (7, 5, 6), {"kernel_size": (3, 2, 4), "stride": (2, 1, 3), "groups": 2}),
+    "3-d, uneven": ((4, 2), (7, 5, 6), {"kernel_size": (3, 2, 4), "stride": (2, 1, 2), "groups": 2}),
 }
 
 
@@ -99,7 +97,7 @@ def test_the_adjoint_is_the_mean_over_the_grids(name, tracer):
     assert relative(exact.pullback(x, u), torch.from_numpy(expected)) <= 1e-12 and strides(exact) == []
 
 
-@pytest.mark.parametrize("name", ["1-d", "two steps", "depthwise", "3-d"])
+@pytest.mark.parametrize("name", ["1-d", "two steps, of patches one", "depthwise", "3-d"])
 def test_without_a_batch_axis_it_is_that_of_a_batch_of_one(name):
     conv, x = built(name)
     explainer = sp_fx.transform(conv)
@@ -123,7 +121,7 @@ def test_inside_it_is_the_mean_over_the_grids_that_a_stride_might_have(stride):
     assert torch.allclose(over_grids(g, (stride,))[inside], expected[inside], rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kernel, stride", [(3, 2), (7, 2), (5, 3), (7, 4)])
+@pytest.mark.parametrize("kernel, stride", [(3, 2), (4, 2), (5, 2), (7, 2)])
 def test_an_even_cotangent_leaves_no_checkerboard(kernel, stride):
     conv = fill(nn.Conv1d(1, 1, kernel, stride)).double()
     x = randn(1, 1, 60)
@@ -135,6 +133,7 @@ def test_an_even_cotangent_leaves_no_checkerboard(kernel, stride):
 
 UNTOUCHED = {
     "patches": nn.Conv2d(3, 4, 4, 4), "gaps": nn.Conv2d(3, 4, 2, 3), "points": nn.Conv2d(3, 4, 1, 2),
+    "steps of three": nn.Conv2d(3, 4, 5, 3), "steps of four and two": nn.Conv2d(1, 2, 7, (4, 2)),
     "one step": nn.Conv2d(3, 4, 3, padding=1), "many channels": nn.Conv2d(5, 4, 3, 2),
     "groups of five": nn.Conv2d(10, 4, 3, 2, groups=2),
     "transposed": nn.ConvTranspose2d(3, 4, 3, 2), "one axis of patches": nn.Conv2d(3, 4, (2, 3), (2, 1)),

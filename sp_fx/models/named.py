@@ -11,7 +11,7 @@ import hashlib
 import urllib.error
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from .. import zoo
 from . import carried
+from .factory import called
 from .images import Preprocessing
 from .pixel_space import pixel_space
 
@@ -41,12 +42,16 @@ class NamedModel:
                 "preprocessing": asdict(self.preprocessing)}  # fmt: skip
 
 
+IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]  # of normalised pixels; as published; labels
 
 
 def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
-    """Returns a torchvision classification model, `timm/NAME`, `zoo/NAME` (one that ships with the package) or one that another
-    package carries (`efficientnet_lite0`), in eval mode.
+    """Returns a torchvision classification model, `timm/NAME`, `zoo/NAME` (one that ships with the package), one that another
+    package carries (`efficientnet_lite0`) or one of your own, `module:function`, in eval mode.
+
+    What a function of your own returns takes pixels normalised by ImageNet's mean and deviation, resized to 256 and cropped to
+    224; with other preprocessing it returns a `NamedModel`.
 
     Args:
         weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
@@ -55,9 +60,12 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
 
     Raises:
         ValueError: an unknown name (the nearest are suggested), or weights that do not fit the model.
+        TypeError: a function that returns no model for pictures.
         FileNotFoundError: no such weights file.
         RuntimeError: the published weights cannot be downloaded.
     """
+    if ":" in name:
+        return own_model(name, called(name), weights, input_size)
     net: nn.Module
     labels: tuple[str, ...] | None
     if name.startswith("zoo/"):
@@ -71,16 +79,33 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
             ) from error
         if weights is not None:
             load_weights(net, Path(weights))
-    crop = input_size or published.crop
-    resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
-    preprocessing = Preprocessing(resize, crop, published.interpolation, published.mean, published.std)
+    preprocessing = resized(published, input_size)
     source = "published" if weights is None else Path(weights).name
     return NamedModel(name, _of_pixels(net, preprocessing), preprocessing, labels, source)
 
 
+def own_model(name: str, made: Any, weights: str | Path | None, input_size: int | None) -> NamedModel:
+    """Returns what the user's function `name` has made as a named model; arguments and errors as of `load_model`."""
+    if not isinstance(made, nn.Module | NamedModel):
+        raise TypeError(f"{name} returns {type(made).__name__}: expected a torch.nn.Module, or a NamedModel, of pictures")
+    net = made if isinstance(made, nn.Module) else made.model
+    if weights is not None:
+        load_weights(net, Path(weights))
+    named = NamedModel(name, _of_pixels(net, IMAGENET), IMAGENET, None, "its own") if isinstance(made, nn.Module) else made
+    source = named.weights if weights is None else Path(weights).name
+    return replace(named, model=named.model.eval(), preprocessing=resized(named.preprocessing, input_size), weights=source)
+
+
+def resized(published: Preprocessing, size: int | None) -> Preprocessing:
+    """Returns the preprocessing with crops of `size`, in the published proportion where that is above the published resize."""
+    crop = size or published.crop
+    resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
+    return replace(published, resize=resize, crop=crop)
+
+
 def untrained(name: str) -> NamedModel:
     """Returns the model without its weights, for what depends on its structure alone; a zoo network has its own."""
-    if name.startswith("zoo/"):
+    if name.startswith("zoo/") or ":" in name:
         return load_model(name)
     net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
     return NamedModel(name, _of_pixels(net, published), published, labels, "none")
