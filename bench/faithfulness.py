@@ -145,6 +145,16 @@ def misfit(sums: Tensor, drops: Tensor) -> Tensor:
     return (scale[:, None] * sums - drops).square().mean(1)
 
 
+def occlusion(removed: Removal, cells: Tensor, channels: int) -> Tensor:
+    """Returns the drop of each cell removed alone, over its pixels and `channels`: shares [N, C, H, W].
+
+    A map by one forward for each cell, with no backward. It is asked nearly what the measures ask, so it says how much of their
+    answer any share of pixels can give: what is left are products between cells.
+    """
+    sizes = removed.masks.flatten(1).sum(1)
+    return (removed.drops / (sizes * channels)).float()[:, cells][:, None].expand(-1, channels, -1, -1)
+
+
 def infidelity_published(shares: Callable[[Tensor], Tensor], overwriting: Overwriting) -> Tensor:
     """Infidelity as the paper's evaluation asks it, [N]: blocks of a quarter of the side become grey one after the other, row by
     row, none put back (a subclass of Quantus's measure, with Captum's best scale).

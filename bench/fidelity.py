@@ -165,6 +165,10 @@ def measured(
         if case.mosaics is not None:
             result["focus"] = answers(f"{name} focus", explained.on_mosaics, *case.mosaics)
     equal = measures_of_maps(Method(lambda x, target: torch.ones_like(x), 0, "share"), torch.ones_like(x))
+    occluded = measures_of_maps(Method(lambda x, target: x, 0, "share"), ask.occlusion(removals["cells"], cells, x.shape[1]))
+    results["occlusion"] = {
+        name: values for name, values in occluded.items() if name != "faithfulness estimate"
+    }  # its own question
     return results, {"equal shares": {name: equal[name] for name in KNOWING_NOTHING if name in equal}}
 
 
@@ -219,7 +223,8 @@ def run(name: str, args: argparse.Namespace) -> None:
     maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
     for method, parts in randomised(case, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
-    record = recorded(case, {"radii": RADII}, results, {n: m.passes for n, m in chosen.items()}, controls, left)
+    passes = {**{n: m.passes for n, m in chosen.items()}, "occlusion": case.counts.cells**2}
+    record = recorded(case, {"radii": RADII}, results, passes, controls, left)
     if case.fresh:
         fresh = {m: {measure: v[case.fresh :] for measure, v in values.items()} for m, values in {**results, **controls}.items()}
         record |= {"fresh": f"those from number {case.fresh} on, which no default was chosen on"}

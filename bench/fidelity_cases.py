@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from photographs import photographs
+from photographs import folder, photographs
 from torch import Tensor, nn
 
 from sp_fx import zoo
@@ -87,10 +87,12 @@ class Case:
 
 
 def load_case(name: str, data: Path, samples: int | None = None, seed: int = SEED, mosaics: int | None = None) -> Case:
-    """Returns the case of `squeezenet1_0`, on the photographs in `data` and those of packages, or of a network of the zoo, on
-    scenes."""
+    """Returns the case of a network of the zoo, on scenes; of `squeezenet1_0`, on the photographs in `data` and those of
+    packages; of another, on those of packages alone."""
     if name == "squeezenet1_0":
         return photographed(data)
+    if not name.startswith("zoo/") and name not in zoo.NAMES:
+        return of_pictures(load_model(name), None, None, data, samples, seed, mosaics)
     return scenes(name.removeprefix("zoo/"), 60 if samples is None else samples, seed, mosaics)
 
 
@@ -125,6 +127,24 @@ def photographed(data: Path) -> Case:
                     dear=10, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     return Case("squeezenet1_0", named.model, pixels, predicted(named.model, pixels), None, None,
                 "model.classifier.0", f"{len(files)} photographs", counts, fresh=chosen_on)  # fmt: skip
+
+
+def choosing(name: str, data: Path) -> Case:
+    """The case of a network on the photographs that defaults are chosen on: the ten in `data`; for clamps, too few, also two of
+    scikit-learn's and the mirror image of each."""
+    if name == "squeezenet1_0":
+        case = photographed(data)
+        n = case.fresh
+        return replace(case, pixels=case.pixels[:n], target=case.target[:n], samples=f"the first {n} photographs", fresh=0)
+    named = load_model(name)
+    files, chosen_on = photographs(data)
+    more = [folder("sklearn").parent / "datasets" / "images" / file for file in ("china.jpg", "flower.jpg")]
+    chosen = files[:chosen_on] + [path for path in more if path.exists()]
+    pixels = torch.stack([named.preprocessing(path).pixels for path in chosen])
+    pixels = torch.cat([pixels, pixels.flip(3)])
+    counts = Counts(batch=4, removals=48, cells=7, sensitivity=len(chosen), draws=2)
+    target = predicted(named.model, pixels)
+    return Case(name, named.model, pixels, target, None, None, None, f"{len(chosen)} photographs and their mirror images", counts)
 
 
 def of_pictures(

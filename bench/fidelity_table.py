@@ -62,6 +62,7 @@ PAIRS = [
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],
     *[("pullback", other) for other in ("equal shares", "gradient x input", "gradient norm", "random")],
     ("ascent", "gradient ascent"),
+    ("occlusion", "equal shares"),
     *[(f"{ours}{rules}", other)
       for ours, other in (("soft pullback", "gradient"), ("soft pullback", "SmoothGrad"), ("pullback ascent", "gradient ascent"))
       for rules in ("", ", default rules")],

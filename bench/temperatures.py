@@ -1,7 +1,14 @@
-"""Which temperatures and which scale are the best? `python bench/temperatures.py [--networks NAME ...] [--out FILE]`.
+"""Which temperatures, margins, scales and strides are best? `python bench/temperatures.py [--networks NAME ...] [--out FILE]`.
 
-The soft pullback under several rules, on the pictures and questions of fidelity.py: the headline measures, means over samples.
-This is what the defaults of `Rules` were chosen by.
+The soft pullback under several rules, on the questions of fidelity.py: means over samples of the headline measures, beside the
+plain gradient and equal shares. This is what the defaults of `Rules` were chosen by, on these and no other pictures:
+
+- ReLUs and max pooling: the zoo's CNN on scenes of seed 2025, SqueezeNet on ten photographs;
+- clamps (ReLU6) and strides: EfficientNet-Lite0 on the ten photographs, two of scikit-learn's, and their mirror images, and that
+  strides of many channels or of four stay exact on the zoo's networks;
+- GELU: the zoo's transformer on scenes of seeds 2025 and 3025.
+
+What proves them is in fidelity.py: other scenes, other photographs, other networks.
 """
 
 from __future__ import annotations
@@ -16,45 +23,94 @@ from pathlib import Path
 import faithfulness as ask
 import torch
 from fidelity import RADII, Answers, InBatches, drops, other_class
-from fidelity_cases import Case, load_case
+from fidelity_cases import Case, choosing, scenes
 from fidelity_table import rounded
 from measures import mass_inside
 from methods import Method, captum_methods
 from provenance import provenance
 
 import sp_fx
+from sp_fx import Rules, Soft
 
 RELU, POOL = (0.6, 1.0, 1.5), (0.3, 1.0)
+EQUAL = Method(lambda x, target: torch.ones_like(x), 0, "share")
 
 
-def ways(case: Case) -> dict[str, Method]:
-    """Returns the soft pullback at each temperature in units of each sample's scale, then at measured and at absolute scales."""
-    rules = {f"sample, relu {r}, max_pool {p}": sp_fx.Rules(relu=r, max_pool=p, scale="sample") for r in RELU for p in POOL}
+def relus() -> dict[str, Rules]:
+    """At each temperature in units of each sample's scale, then by the rules of clamps, and at absolute scales."""
+    rules = {f"sample, relu {r}, max_pool {p}": Rules(relu=r, max_pool=p, scale="sample") for r in RELU for p in POOL}
+    rules["relu as clamps: 1.7, margin 0.4, channel"] = Rules(relu=Soft(1.7, margin=0.4, scale="channel"))
+    rules["exact strides"] = Rules(stride=None)
+    return rules | {"absolute, relu 0.6, max_pool 0.3 (paper)": Rules.paper()}
+
+
+def clamps() -> dict[str, Rules]:
+    """Round the default, Soft(1.7, 0.4, "channel"), one thing changed at a time."""
+    values = {
+        "default: 1.7, margin 0.4, channel": Soft(1.7, 0.4, "channel"),
+        "1.2": Soft(1.2, 0.4, "channel"),
+        "2.4": Soft(2.4, 0.4, "channel"),
+        "no margin": Soft(1.7, 0.0, "channel"),
+        "margin 0.8": Soft(1.7, 0.8, "channel"),
+        "sample": Soft(1.7, 0.4, "sample"),
+        "sample, 1.0, no margin (ReLU's)": Soft(1.0, 0.0, "sample"),
+        "absolute, 0.6, no margin": Soft(0.6, 0.0, "absolute"),
+    }
+    rules = {name: Rules(hardtanh=value) for name, value in values.items()}
+    return rules | {"exact strides": Rules(stride=None), "paper": Rules.paper()}
+
+
+def gelus() -> dict[str, Rules]:
+    """Round the default, Soft(1.25, 0.5); attention."""
+    values = {
+        "default: 1.25, margin 0.5": Soft(1.25, 0.5),
+        "1.0, no margin (the forward's own, paper)": Soft(1.0, 0.0),
+        "1.25, no margin": Soft(1.25, 0.0),
+        "1.5, no margin": Soft(1.5, 0.0),
+        "1.25, margin 0.3": Soft(1.25, 0.3),
+        "1.25, margin 0.8": Soft(1.25, 0.8),
+        "1.6, margin 0.5": Soft(1.6, 0.5),
+    }
+    rules = {name: Rules(gelu=value) for name, value in values.items()}
+    return rules | {f"attention {tau}": Rules(attention=tau) for tau in (0.5, 2.0)}
+
+
+STUDIES = {
+    "zoo/residual_cnn": relus,
+    "squeezenet1_0": relus,
+    "efficientnet_lite0": clamps,
+    "zoo/pyramid_transformer": gelus,
+    "zoo/pyramid_transformer, seed 3025": gelus,
+}
+
+
+def case_of(study: str, data: Path) -> Case:
+    """Returns the network of `STUDIES` with the pictures that its rules are chosen on."""
+    name, _, seed = study.partition(", seed ")
+    if name.startswith("zoo/"):
+        return scenes(name[4:], 60, int(seed or 2025))
+    return choosing(name, data)
+
+
+def ways(case: Case, rules: dict[str, Rules]) -> dict[str, Method]:
+    """Returns the soft pullback by each of the rules, and by the default ones at scales that were measured beforehand."""
     explainers = {name: sp_fx.transform(case.model, rules=r) for name, r in rules.items()}
     half = case.pixels[len(case.pixels) // 2 :]
-    explainers["measured, relu 1.0, max_pool 1.0"] = explainers["sample, relu 1.0, max_pool 1.0"].calibrate(half.split(10))
-    explainers["absolute, relu 0.6, max_pool 0.3 (paper)"] = sp_fx.transform(case.model, rules=sp_fx.Rules.paper())
-    return {name: Method(e.pullback, 1) for name, e in explainers.items()} | {"gradient": captum_methods(case.model)["gradient"]}
+    explainers["default, calibrated"] = sp_fx.transform(case.model).calibrate(half.split(10))
+    methods = {name: Method(e.pullback, 1) for name, e in explainers.items()}
+    return methods | {"gradient": captum_methods(case.model)["gradient"]}
 
 
-def chosen_on(case: Case) -> Case:
-    """Returns the case without the samples that only fidelity.py is to judge on."""
-    if not case.fresh:
-        return case
-    n = case.fresh
-    return dataclasses.replace(case, pixels=case.pixels[:n], target=case.target[:n], samples=f"the first {n} photographs")
-
-
-def measured(case: Case, answers: Answers) -> dict[str, dict[str, float]]:
+def measured(case: Case, rules: dict[str, Rules], answers: Answers) -> dict[str, dict[str, float]]:
     """Returns the mean of each measure, by way and measure."""
     size, n = case.pixels.shape[2:], case.counts.sensitivity
     cells = ask.grid(*size, case.counts.cells)
     parts = ask.removed_parts(cells, case.counts.removals)
     removals = {name: ask.Removal(m, answers(f"drops {name}", drops, case, m)) for name, m in parts.items()}
     means = {}
-    for name, method in ways(case).items():
+    for name, method in ways(case, rules).items():
         explained = InBatches(method, case.counts.batch)
-        maps = answers(f"{name} maps", explained, case.pixels, case.target)
+        maps = answers(f"{name} maps".replace("/", "-"), explained, case.pixels, case.target)
         logit = (case.pixels[:n], other_class(case)[:n], maps[:n])
         near = (explained, case.pixels[:n], case.target[:n], maps[:n], case.counts.draws)
         shares = method.shares(case.pixels, maps)
@@ -67,12 +123,14 @@ def measured(case: Case, answers: Answers) -> dict[str, dict[str, float]]:
             values["mask mass"] = mass_inside(torch.ones_like(shares), shares, case.masks)
         means[name] = rounded({measure: value.nanmean().item() for measure, value in values.items()})
         print(f"{case.name:16} {name:42} " + "  ".join(f"{m} {v:.4g}" for m, v in means[name].items()), flush=True)
+    equal = ask.removals_judged(EQUAL.shares(case.pixels, torch.ones_like(case.pixels)), removals)
+    means["equal shares"] = rounded({m: v.mean().item() for m, v in equal.items() if m.startswith("infidelity")})
     return means
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=["zoo/residual_cnn", "squeezenet1_0"])
+    parser.add_argument("--networks", nargs="+", default=list(STUDIES), choices=list(STUDIES))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--work", type=Path, default=Path("out/temperatures"))
     parser.add_argument("--out", type=Path, default=Path("bench/results/temperatures.json"))
@@ -80,17 +138,14 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     networks = {}
-    for name in args.networks:
-        case = chosen_on(load_case(name, args.data))
-        facts = {"network": name, "weights_sha256": case.weights, "seed": case.seed, "samples": case.samples,
+    for study in args.networks:
+        case, rules = case_of(study, args.data), STUDIES[study]()
+        facts = {"network": case.name, "weights_sha256": case.weights, "seed": case.seed, "samples": case.samples,
                  "counts": dataclasses.asdict(case.counts), "threads": args.threads}  # fmt: skip
-        networks[name] = {
-            **facts,
-            "rules": measured(case, Answers(args.work, {**facts, "torch": torch.__version__}, time.monotonic() + 3600)),
-        }
-    args.out.write_text(
-        json.dumps({**provenance(), "command": "python bench/temperatures.py", "networks": networks}, indent=1) + "\n"
-    )
+        keyed = {**facts, "torch": torch.__version__, "rules": {name: repr(r) for name, r in rules.items()}}
+        networks[study] = {**facts, "rules": measured(case, rules, Answers(args.work, keyed, time.monotonic() + 7200))}
+    record = {**provenance(), "command": "python bench/temperatures.py", "networks": networks}
+    args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -100,6 +100,17 @@ def test_grey_pictures():
     assert -1 <= min(values) < -0.9 and 0.9 < max(values) <= 1
 
 
+def test_occlusion_is_the_drop_of_each_cell():
+    found = ask.removal(score, X, CLASSES, ask.single_cells(CELLS))
+    shares = ask.occlusion(found, CELLS, 3)
+    assert shares.shape == X.shape
+    for k in range(16):
+        removed = torch.where(CELLS == k, 0, X[2:3])
+        drop = score(X[2:3], CLASSES[2:3]) - score(removed, CLASSES[2:3])
+        assert float(shares[2][:, CELLS == k].sum()) == pytest.approx(float(drop), rel=1e-3, abs=1e-3)
+        assert len(shares[2][:, CELLS == k].unique()) == 1
+
+
 def test_shares_of_a_slope_and_of_a_share():
     slope, share = (Method(lambda x, target: x, 1, kind) for kind in ("slope", "share"))
     assert torch.equal(slope.shares(X, SHARES), SHARES * X) and torch.equal(

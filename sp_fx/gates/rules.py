@@ -49,8 +49,8 @@ class Rules:
 
     Defaults: one deviation of the sample for ReLUs and max pooling, by `bench/temperatures.py`: on the zoo's CNN and SqueezeNet
     better than the published 0.6 and 0.3, absolute, in fidelity and stability. Clamps (ReLU6) and strides by EfficientNet-Lite0,
-    GELU by the zoo's transformer: there the forward's own gate is 1.0 without a margin. For the others arXiv:2507.22832, and for
-    kinds that it does not list those of the nearest kind it does.
+    GELU by the zoo's transformer: the paper's 1.0 is the forward's own gate, so that of a transformer its map is the frozen one.
+    For the others arXiv:2507.22832, and for kinds that it does not list those of the nearest kind it does.
 
     Raises:
         TypeError: a keyword that is no kind; overrides, scales or registered gates that are no mapping from strings.

@@ -38,10 +38,10 @@ def conv_adjoint(v, like, weight, bias, tau, stride, padding, dilation, groups) 
 
 
 def leaves_checkerboard(weight: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether the adjoint of a convolution with weights of that shape, [out, in / groups, *kernel], reaches every second place more
-    than the others, and nothing evens that out: where kernels overlap (patches do not), and see few channels each, as those of a
-    depthwise convolution and the first one's. Of convolutions of many channels, and of larger steps, the mean over grids blurs
-    more than it smooths: `bench/temperatures.py` has the zoo's transformer, whose first step is 4."""
+    """Whether the adjoint of a convolution with weights of that shape, [out, in / groups, *kernel], reaches every second place
+    more than the others, and nothing evens that out: where kernels overlap (patches do not), and see few channels each, as those
+    of a depthwise convolution and the first one's. Of convolutions of many channels, and of larger steps, the mean over grids
+    blurs more than it smooths: the zoo's CNN and its transformer, whose first step is 4, had less faithful maps by it."""
     return weight[1] <= FEW and max(steps(weight[2:], stride)) == 2
 
 
