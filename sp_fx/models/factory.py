@@ -11,8 +11,9 @@ from torch import nn
 
 
 def called(spec: str) -> Any:
-    """Returns what the function at `spec`, such as `my_networks:resnet` in `my_networks.py` of the working folder, returns when
-    it is called without arguments: a module of normalised pixels, a `NamedModel` or a `TextModel`.
+    """Returns what the function at `spec` returns when it is called without arguments: a module of normalised pixels, a
+    `NamedModel` or a `TextModel`. "my_networks:resnet" is the function resnet of my_networks.py, in the working folder or
+    installed.
 
     Raises:
         ValueError: there is no such module or function; the message says which, and the names that there are.
