@@ -117,8 +117,8 @@ def curves(case: Case, shares: Tensor, cells: Tensor) -> Tensor:
 def measured(
     case: Case, chosen: dict[str, Method], answers: Answers
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
-    """Returns every measure of every method, [N] each, by method and measure; and those of a map of equal shares, which knows
-    nothing."""
+    """Returns every measure of every method, [N] each, by method and measure; and those of two controls: a map of equal shares,
+    which knows nothing, and occlusion, which is asked nearly what the measures ask."""
     x, target, counts, size = case.pixels, case.target, case.counts, case.pixels.shape[2:]
     cells, coarse, blocks = ask.grid(*size, counts.cells), ask.grid(*size, 6), ask.grid(*size, 4)
     masks = {**ask.removed_parts(cells, counts.removals), "cells": ask.single_cells(cells)}
@@ -164,12 +164,13 @@ def measured(
             result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(case)[:n], maps[:n])
         if case.mosaics is not None:
             result["focus"] = answers(f"{name} focus", explained.on_mosaics, *case.mosaics)
-    equal = measures_of_maps(Method(lambda x, target: torch.ones_like(x), 0, "share"), torch.ones_like(x))
+    nothing = measures_of_maps(Method(lambda x, target: x, 0, "share"), torch.ones_like(x))
     occluded = measures_of_maps(Method(lambda x, target: x, 0, "share"), ask.occlusion(removals["cells"], cells, x.shape[1]))
-    results["occlusion"] = {
-        name: values for name, values in occluded.items() if name != "faithfulness estimate"
-    }  # its own question
-    return results, {"equal shares": {name: equal[name] for name in KNOWING_NOTHING if name in equal}}
+    controls = {
+        "equal shares": {name: nothing[name] for name in KNOWING_NOTHING if name in nothing},
+        "occlusion": {name: values for name, values in occluded.items() if name != "faithfulness estimate"},  # its own question
+    }
+    return results, controls
 
 
 def randomised(case: Case, maps: dict[str, Tensor], answers: Answers) -> dict[str, dict[str, Tensor]]:
@@ -223,8 +224,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     maps = {method: torch.load(answers.folder / f"{method} maps.pt", weights_only=True) for method in chosen}
     for method, parts in randomised(case, maps, answers).items():
         results[method] |= {f"random top {part}": values for part, values in parts.items()}
-    passes = {**{n: m.passes for n, m in chosen.items()}, "occlusion": case.counts.cells**2}
-    record = recorded(case, {"radii": RADII}, results, passes, controls, left)
+    record = recorded(case, {"radii": RADII}, results, {n: m.passes for n, m in chosen.items()}, controls, left)
     if case.fresh:
         fresh = {m: {measure: v[case.fresh :] for measure, v in values.items()} for m, values in {**results, **controls}.items()}
         record |= {"fresh": f"those from number {case.fresh} on, which no default was chosen on"}
@@ -290,9 +290,10 @@ def recorded(
     controls: dict[str, dict[str, Tensor]], left: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the record that is written: where the numbers are from, a row a method, the comparisons."""
+    controlled = {"occlusion": case.counts.cells**2} if isinstance(case, Case) else {}  # forwards
     return {
         **provenance(), "command": "python bench/fidelity.py", **facts_of(case), **more, "methods": rows(results, passes),
-        "controls": rows(controls, dict.fromkeys(controls, 0)), "not applicable": left,
+        "controls": rows(controls, {name: controlled.get(name, 0) for name in controls}), "not applicable": left,
         "comparisons": compared({**results, **controls}), "measures": METRICS,
     }  # fmt: skip
 

@@ -197,7 +197,7 @@ def short_column(record: dict[str, Any], measure: str) -> list[str]:
     first = min(shown, key=lambda method: sign * means[method], default=None)
     cells = {method: ("**{:.3g}**" if method == first else "{:.3g}").format(means[method]) for method in shown}
     peer = [f"{cells[method]} {method}" for method in shown if method in peers]
-    shares = [f"{row[measure]['mean']:.3g}" for row in record["controls"].values() if measure in row]
+    shares = [f"{row[measure]['mean']:.3g}" for row in [record["controls"].get("equal shares", {})] if measure in row]
     return [cells.get("pullback", "-"), cells.get("gradient", "-"), *(peer or ["-"]), *(shares[:1] or ["-"])]
 
 
@@ -228,9 +228,9 @@ def plotted(record: dict[str, Any]) -> Figure:
             ends = [outcome.get(end, outcome["mean"]) for end in ("low", "high")]
             axis.plot(ends, [at, at], color=colour, lw=2, alpha=0.5)
             axis.plot(outcome["mean"], at, "o", color=colour, ms=4)
-        for row in record["controls"].values():
-            if name in row:
-                axis.axvline(row[name]["mean"], color="#999999", ls=":", lw=1)
+        equal = record["controls"].get("equal shares", {})
+        if name in equal:
+            axis.axvline(equal[name]["mean"], color="#999999", ls=":", lw=1)
         if METRICS[name] == "low":
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=5))

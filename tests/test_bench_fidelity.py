@@ -66,7 +66,8 @@ def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys
     assert {"rules", "seed", "versions", "weights_sha256", "threads", "counts", "command"} <= set(first)
     rows = first["methods"]
     assert set(rows["pullback"]) - {"passes"} == set(METRICS) - {*OF_TEXT, *OF_PAPER}
-    assert rows["occlusion"]["passes"] == 16 and "faithfulness estimate" not in rows["occlusion"]
+    occlusion = first["controls"]["occlusion"]
+    assert occlusion["passes"] == 16 and "faithfulness estimate" not in occlusion and "max-sensitivity 0.1" not in occlusion
     assert rows["FusionGrad-25"]["passes"] == 25 and {"gradient ascent", "FusionPullback-25"} <= set(rows)
     found = rows["pullback"]["infidelity, small"]
     assert found["low"] <= found["mean"] <= found["high"]
@@ -90,7 +91,7 @@ def test_a_run_that_was_cut_short_goes_on(run, capsys):
 
 def test_some_methods(run, capsys):
     status, record = run("--methods", "pullback", "gradient")
-    assert status == 0 and list(record["methods"]) == ["pullback", "gradient", "occlusion"]
+    assert status == 0 and list(record["methods"]) == ["pullback", "gradient"]
     assert run("--methods", "pulback")[0] == 2
     assert "no method of zoo/tiny is called pulback; they are: pullback, double pullback" in capsys.readouterr().err
 
@@ -101,7 +102,7 @@ def test_another_seed_and_cheap_methods(run, tmp_path):
     assert run("--seed", "3", "--passes", "2")[0] == 0
     other = json.loads((tmp_path / "out" / "fidelity_tiny_seed3.json").read_text())
     assert (tmp_path / "out" / "fidelity_tiny.json").read_text() == first
-    assert other["seed"] == 3 and max(row["passes"] for name, row in other["methods"].items() if name != "occlusion") == 2
+    assert other["seed"] == 3 and max(row["passes"] for row in other["methods"].values()) == 2
     assert other["methods"]["pullback"]["infidelity, small"] != json.loads(first)["methods"]["pullback"]["infidelity, small"]
 
 
