@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +50,7 @@ from torch import Tensor
 import sp_fx
 from sp_fx.figures.records import rules_record
 from sp_fx.models import TextModel
+from sp_fx.models.factory import is_own
 
 LEAST = 10  # samples for an interval
 # The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.
@@ -76,7 +78,8 @@ class Answers:
             raise TimeoutError(f"stopped before {name}: run the same command again to go on")
         started = time.monotonic()
         answer = compute(*args)
-        torch.save(answer, path)
+        torch.save(answer, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)  # whole or not at all, also where the run is killed
         print(f"{self.done:4} {name:50} {time.monotonic() - started:6.1f} s", file=sys.stderr, flush=True)
         return answer
 
@@ -160,7 +163,7 @@ def measured(
         if method.passes > counts.dear:
             continue
         n = counts.logit
-        if n:
+        if n and case.classes > 1:
             result["random logit"] = answers(f"{name} logit", explained.of_another_class, x[:n], other_class(case)[:n], maps[:n])
         if case.mosaics is not None:
             result["focus"] = answers(f"{name} focus", explained.on_mosaics, *case.mosaics)
@@ -204,7 +207,7 @@ def rules_facts(rules: sp_fx.Rules) -> dict[str, Any]:
 
 
 def run(name: str, args: argparse.Namespace) -> None:
-    """Judge the methods on one network and write its results.
+    """Judge the methods on one network and write its results; `name` is as given to `--model`.
 
     Raises:
         ValueError: too few samples, an unknown method, or options that do not go together.
@@ -212,11 +215,11 @@ def run(name: str, args: argparse.Namespace) -> None:
     """
     case = chosen_case(name, args)
     if isinstance(case, TextCase):
-        return run_texts(case, args)
+        return run_texts(case, name, args)
     if len(case.target) < LEAST:
         raise ValueError(f"{len(case.target)} samples of {name}: an interval needs at least {LEAST}")
     if args.paper:
-        return run_paper(case, args)
+        return run_paper(case, name, args)
     known, left = methods(case.model, case.pixels, layer=case.layer)
     chosen = selected(known, {n: m.passes for n, m in known.items()}, case.name, args)
     answers = Answers(args.work, facts_of(case), args.deadline)
@@ -229,10 +232,10 @@ def run(name: str, args: argparse.Namespace) -> None:
         fresh = {m: {measure: v[case.fresh :] for measure, v in values.items()} for m, values in {**results, **controls}.items()}
         record |= {"fresh": f"those from number {case.fresh} on, which no default was chosen on"}
         record |= {"comparisons_fresh": compared(fresh)}
-    write(record, f"fidelity_{stem_of(case)}", args.out)
+    write(record, name, "", args)
 
 
-def run_texts(case: TextCase, args: argparse.Namespace) -> None:
+def run_texts(case: TextCase, name: str, args: argparse.Namespace) -> None:
     """As `run`, of a network for text."""
     if len(case.ids) < LEAST:
         raise ValueError(f"{len(case.ids)} sentences: an interval needs at least {LEAST}")
@@ -240,34 +243,48 @@ def run_texts(case: TextCase, args: argparse.Namespace) -> None:
     chosen = selected(known, {name: passes for name, (_, passes) in known.items()}, case.name, args)
     results, controls = measured_texts(case, chosen, Answers(args.work, facts_of(case), args.deadline))
     passes = {name: passes for name, (_, passes) in chosen.items()}
-    write(recorded(case, {}, results, {**passes, "random": 0}, controls, {}), f"fidelity_{stem_of(case)}", args.out)
+    write(recorded(case, {}, results, {**passes, "random": 0}, controls, {}), name, "", args)
 
 
-def run_paper(case: Case, args: argparse.Namespace) -> None:
+def run_paper(case: Case, name: str, args: argparse.Namespace) -> None:
     """As `run`, of the paper's explainers and measures, or of its ablations."""
     known, left = (ablations(case.model, case.pixels), {}) if args.ablations else paper_methods(case.model, case.pixels)
     chosen = selected(known, {n: m.passes for n, m in known.items()}, case.name, args)
     answers = Answers(args.work, facts_of(case), args.deadline)
-    results = paper_measured(case, chosen, lambda m: InBatches(m, case.counts.batch), other_class(case), answers)
+    other = other_class(case) if case.classes > 1 else None
+    results = paper_measured(case, chosen, lambda m: InBatches(m, case.counts.batch), other, answers)
     kind = "ablations" if args.ablations else "paper"
     record = recorded(case, {"evaluation": kind}, results, {n: m.passes for n, m in chosen.items()}, {}, left)
-    write(record, f"fidelity_{kind}_{stem_of(case)}", args.out)
+    write(record, name, f"{kind}_", args)
 
 
 def chosen_case(name: str, args: argparse.Namespace) -> Case | TextCase:
-    """Returns the network `name` with the pictures or sentences that the options say."""
-    if args.images is None and (name.startswith("zoo/") or name in ("squeezenet1_0", *sp_fx.zoo.NAMES)):
-        if args.weights is not None and name != "squeezenet1_0":
-            raise ValueError("--weights goes with --images: the zoo's scenes are for its own networks")
+    """Returns the network `name` with the pictures or sentences that the options say.
+
+    Raises:
+        ValueError: an option that does not go with the network.
+    """
+
+    def refuse(what: str, *options: str) -> None:
+        if given := [f"--{option}" for option in options if getattr(args, option) not in (None, False)]:
+            raise ValueError(f"{', '.join(given)} does not go with {name}, {what}")
+
+    if args.images is None and name.startswith("zoo/"):
+        refuse("whose scenes are drawn", "weights", "labels", "texts")
         return load_case(name, args.data, args.samples, args.seed, args.mosaics)
+    if args.images is None and name == "squeezenet1_0":
+        refuse("on its photographs (name others with --images)", "weights", "labels", "texts", "samples", "mosaics")
+        return load_case(name, args.data)
     try:
         net = sp_fx.models.load(name, args.weights)
-    except (TypeError, RuntimeError) as error:  # a function that returns no model; weights that cannot be downloaded
-        raise ValueError(str(error)) from error
+    except (TypeError, RuntimeError) as error:
+        if is_own(name):
+            raise  # the user's own, with its place
+        raise ValueError(str(error)) from error  # weights that cannot be downloaded
     if isinstance(net, TextModel):
+        refuse("a network for text", "images", "labels", "mosaics", "paper")
         return text_case(net, args.texts, args.samples)
-    if args.texts is not None:
-        raise ValueError(f"--texts is for networks for text; {name} takes pictures: --images")
+    refuse("a network for pictures", "texts")
     return of_pictures(net, args.images, args.labels, args.data, args.samples, args.seed, args.mosaics)
 
 
@@ -275,40 +292,62 @@ def selected(known: dict[str, Any], passes: dict[str, int], name: str, args: arg
     """Returns the methods of the network `name` that the options say."""
     if unknown := set(args.methods or ()) - set(known):
         raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(known)}")
-    return {name: known[name] for name in args.methods or known if passes[name] <= args.passes}
+    if not (chosen := {name: known[name] for name in args.methods or known if passes[name] <= args.passes}):
+        raise ValueError(f"no method of {name} is left: --passes {args.passes:g} leaves them all out")
+    return chosen
 
 
 def facts_of(case: Case | TextCase) -> dict[str, Any]:
-    """Returns all that answers depend on."""
+    """Returns all that answers depend on, but for the code."""
     rules = {"default": rules_facts(sp_fx.Rules()), "paper": rules_facts(sp_fx.Rules.paper())}
-    return {"network": case.name, "weights_sha256": case.weights, "rules": rules, "seed": case.seed, "samples": case.samples,
-            "counts": asdict(case.counts), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    digests = {"structure_sha256": digest(repr(case.model)), "inputs_sha256": digest(*case.inputs)}
+    return {"network": case.name, "weights_sha256": case.weights, **digests, "rules": rules, "seed": case.seed,
+            "samples": case.samples, "counts": asdict(case.counts), "threads": torch.get_num_threads(),
+            "torch": torch.__version__}  # fmt: skip
 
 
 def recorded(
     case: Case | TextCase, more: dict[str, Any], results: dict[str, dict[str, Tensor]], passes: dict[str, int],
     controls: dict[str, dict[str, Tensor]], left: dict[str, str],
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the record that is written: where the numbers are from, a row a method, the comparisons."""
+    """Returns what is written: where the numbers are from, a row a method, the comparisons."""
     controlled = {"occlusion": case.counts.cells**2} if isinstance(case, Case) else {}  # forwards
     return {
-        **provenance(), "command": "python bench/fidelity.py", **facts_of(case), **more, "methods": rows(results, passes),
+        **provenance(), **facts_of(case), **more,
+        "methods": rows(results, passes),
         "controls": rows(controls, {name: controlled.get(name, 0) for name in controls}), "not applicable": left,
         "comparisons": compared({**results, **controls}), "measures": METRICS,
     }  # fmt: skip
 
 
-def stem_of(case: Case | TextCase) -> str:
-    name = case.name.removeprefix("zoo/").replace("/", "_").replace(":", "_")
-    return name + (f"_seed{case.seed}" if case.name.startswith("zoo/") and case.seed != SEED else "")
+def digest(*parts: str | Tensor | None) -> str:
+    """Returns the SHA-256, in hex, of texts and tensors."""
+    whole = hashlib.sha256()
+    for part in parts:
+        tensor = part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(part, Tensor) else None
+        whole.update(str(part).encode() if tensor is None else f"{part.shape}{part.dtype}".encode() + tensor)  # type: ignore[union-attr]
+    return whole.hexdigest()
 
 
-def write(record: dict[str, Any], stem: str, out: Path) -> None:
-    """Write the record as JSON, and its plot beside it; print the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    draw_plot(record, out / f"{stem}.png")
+def stem_of(name: str, args: argparse.Namespace) -> str:
+    """Returns the end of the files' names: the network's name, its folder of pictures or its texts, the seed of its scenes."""
+    parts = [re.sub(r"\W+", "_", name.removeprefix("zoo/"))]
+    parts += [re.sub(r"\W+", "_", path.stem) for path in (args.images, args.texts) if path is not None]
+    return "_".join(parts) + (f"_seed{args.seed}" if name.startswith("zoo/") and args.seed != SEED else "")
+
+
+def write(record: dict[str, Any], name: str, kind: str, args: argparse.Namespace) -> None:
+    """Write the record as JSON, and its plot beside it; print the table. `name` is the network's, as given to `--model`."""
+    options = [f"--{o} {getattr(args, o)}" for o in TOLD if getattr(args, o) not in (None, False)]
+    command = " ".join(["python bench/fidelity.py --networks", name, *options]).replace(" True", "")
+    record, stem = {"command": command, **record}, f"fidelity_{kind}{stem_of(name, args)}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    draw_plot(record, args.out / f"{stem}.png")
     print(table(record))
+
+
+TOLD = ("images", "labels", "texts", "weights", "samples", "mosaics", "seed", "paper", "ablations")  # of the command, in a record
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,6 +379,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--weights is of one network, got {', '.join(networks)}: name it with --model")
     if args.ablations and not args.paper:
         parser.error("--ablations are the paper's: add --paper")
+    for option, least in (("samples", 1), ("mosaics", 0)):
+        if getattr(args, option) is not None and getattr(args, option) < least:
+            parser.error(f"--{option} is at least {least}, got {getattr(args, option)}")
     try:
         for name in networks:
             if name == "squeezenet1_0" and not args.data.exists() and len(networks) > 1:
@@ -349,7 +391,7 @@ def main(argv: list[str] | None = None) -> int:
     except TimeoutError as stopped:
         print(f"fidelity: {stopped}", file=sys.stderr)
         return 3
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, ModuleNotFoundError, sp_fx.CaptureError) as error:
         print(f"fidelity: {error}", file=sys.stderr)
         return 2
     return 0

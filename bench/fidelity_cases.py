@@ -11,6 +11,7 @@ import torch
 from photographs import folder, photographs
 from torch import Tensor, nn
 
+import sp_fx
 from sp_fx import zoo
 from sp_fx.models.named import NamedModel, class_index, load_model, weights_hash
 
@@ -56,6 +57,11 @@ class Case:
     @property
     def weights(self) -> str:
         return weights_hash(self.model)
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What answers depend on."""
+        return self.pixels, self.target, *(self.mosaics or ())
 
     @property
     def classes(self) -> int:
@@ -114,7 +120,7 @@ def scenes(name: str, count: int, seed: int, mosaics: int | None = None) -> Case
         shown.append(shuffled < 2)
         classes.append(kind)
     return Case(f"zoo/{name}", model, drawn.pixels, predicted(model, drawn.pixels), drawn.masks,
-                (mosaic(torch.stack(tiles)), torch.tensor(classes), torch.stack(shown)),
+                (mosaic(torch.stack(tiles)), torch.tensor(classes), torch.stack(shown)) if tiles else None,
                 None, f"scenes 0 to {count - 1} of seed {seed}", counts, seed)  # fmt: skip
 
 
@@ -155,7 +161,7 @@ def of_pictures(
     mosaics of them; without `images` on the photographs of packages, on which no default was chosen.
 
     Raises:
-        ValueError: no picture, or labels that do not fit: a picture without one, or no such class.
+        ValueError: no picture, one that cannot be read, labels that do not fit, or a network whose output is not [B, classes].
         FileNotFoundError: there is no such folder or file.
     """
     if images is None:
@@ -164,32 +170,36 @@ def of_pictures(
     else:
         if not images.is_dir():
             raise FileNotFoundError(f"no folder of pictures at {images}")
-        files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS)
+        files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
         where = f"pictures of {images.name}"
-    classes = labelled(labels, named.labels) if labels else None
-    if classes is not None:
-        root = images or Path()
-        files = [path for path in files if {path.name, path.relative_to(root).as_posix()} & classes.keys()]
+    classes: dict[Path, int] | None = None
+    if labels:
+        known_labels = labelled(labels, named.labels)
+        names = {path: (path.relative_to(images or Path()).as_posix(), path.name) for path in files}
+        classes = {path: known_labels[name] for path in files for name in names[path][::-1] if name in known_labels}
+        if missing := len(files) - len(classes):
+            where += f", {missing} without a label left out"
+        files = list(classes)
     if not files:
         raise ValueError(f"no picture ({', '.join(ENDINGS)}) in {images}" + (f" that {labels} has a class of" if labels else ""))
     if samples is not None and samples < len(files):
         files = [files[k * len(files) // samples] for k in range(samples)]
-    pixels = torch.stack([named.preprocessing(path).pixels for path in files])
+    pixels = torch.stack([read(named, path) for path in files])
     target = predicted(named.model, pixels)
     if classes is not None:
-        right = target
-        target = torch.tensor(
-            [classes.get(path.relative_to(images or Path()).as_posix(), classes.get(path.name)) for path in files]
-        )
-        most = named.model(pixels[:1]).shape[1]
-        if int(target.max()) >= most:
-            raise ValueError(f"{labels} has class {int(target.max())}; {named.name} has {most}, numbered from 0")
+        right, target = target, torch.tensor([classes[path] for path in files])
+        with torch.no_grad():
+            numbers = named.model(pixels[:1]).shape[1]
+        if int(target.max()) >= numbers:
+            raise ValueError(f"{labels} has class {int(target.max())}; {named.name} has {numbers}, numbered from 0")
         where += f", labelled; {int((right == target).sum())} predicted right"
     n = len(pixels)
     few = min(n, 23)  # stability and randomised weights explain anew, several times
     counts = Counts(batch=4, removals=48, cells=7, curves=n, sensitivity=few, draws=2, logit=n, randomised=few, dear=10,
                     mosaics=n if mosaics is None else mosaics, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     several = of_two(pixels, target, seed, mosaics)
+    if several is not None and not takes(named.model, several[0][:1]):
+        several, where = None, f"{where}; no mosaics, since it takes one size"
     return Case(named.name, named.model, pixels, target, None, several, None, f"{n} {where}", counts, seed)
 
 
@@ -197,8 +207,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 
 
 def labelled(path: Path, names: tuple[str, ...] | None) -> dict[str, int]:
-    """Returns the class of each picture by its name: a line is "n01/cat.jpg 281", or "n01/cat.jpg tabby", also with a comma or a
-    tab between.
+    """Returns the class of each picture by its name: a line is "n01/cat.jpg 281", or "n01/cat.jpg tabby", also with a comma
+    between, or a tab, before which the name may have blanks.
 
     Raises:
         ValueError: a line of another form, or no such class.
@@ -207,7 +217,7 @@ def labelled(path: Path, names: tuple[str, ...] | None) -> dict[str, int]:
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if not line.strip():
             continue
-        parts = re.split(r"\s*[\t,]\s*|\s+", line.strip(), maxsplit=1)
+        parts = re.split(r"\t\s*" if "\t" in line else r"\s*,\s*|\s+", line.strip(), maxsplit=1)  # after a tab, any name
         if len(parts) != 2:
             raise ValueError(f"{path}, line {number}: expected the name of a picture and its class, got {line!r}")
         try:
@@ -235,9 +245,33 @@ def of_two(pixels: Tensor, target: Tensor, seed: int = SEED, count: int | None =
     return (mosaic(torch.stack(tiles)), target[chosen], torch.stack(shown)) if tiles else None
 
 
+def read(named: NamedModel, path: Path) -> Tensor:
+    """The pixels of a picture; errors name it."""
+    try:
+        return named.preprocessing(path).pixels
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def takes(model: nn.Module, x: Tensor) -> bool:
+    """Whether the model, and an explainer of it, run on pictures of this size."""
+    try:
+        with torch.no_grad():
+            model(x)
+        sp_fx.transform(model)
+    except (RuntimeError, ValueError, AssertionError, sp_fx.CaptureError):
+        return False
+    return True
+
+
 def predicted(model: nn.Module, x: Tensor) -> Tensor:
+    """Raises ValueError where the model's output is not [B, classes]."""
     with torch.no_grad():
-        return torch.cat([model(part) for part in x.split(32)]).argmax(1)
+        scores = [model(part) for part in x.split(32)]
+    if not isinstance(scores[0], Tensor) or scores[0].dim() != 2:
+        got = list(scores[0].shape) if isinstance(scores[0], Tensor) else type(scores[0]).__name__
+        raise ValueError(f"expected a network that returns scores [B, classes], got {got}: wrap it in one that does")
+    return torch.cat(scores).argmax(1)
 
 
 def mosaic(tiles: Tensor) -> Tensor:

@@ -83,7 +83,10 @@ FEW = 10  # fewer values give a mean without an interval
 def rows(results: dict[str, dict[str, Tensor]], passes: dict[str, int]) -> dict[str, Any]:
     """For each method its passes and, for each measure, the mean with a bootstrap interval over what was defined."""
     return {
-        method: {"passes": passes[method], **{name: summary(outcome[name]) for name in METRICS if name in outcome}}
+        method: {
+            "passes": passes[method],
+            **{name: summary(outcome[name]) for name in METRICS if name in outcome and outcome[name].isfinite().any()},
+        }
         for method, outcome in results.items()
     }
 
@@ -111,7 +114,8 @@ def compared(results: dict[str, dict[str, Tensor]]) -> list[dict[str, Any]]:
             difference = (a - b)[both]
             if len(difference) < FEW:
                 continue
-            numbers = rounded({**paired_interval(difference), **ratio_interval(a[both], b[both])})
+            least = paired_interval(b[both])["low"]  # a ratio to what may be 0 or below says nothing
+            numbers = rounded({**paired_interval(difference), **(ratio_interval(a[both], b[both]) if least > 0 else {})})
             outcome.append({"measure": name, "ours": ours, "other": other, **numbers, "p": sign_flip_p(difference)})
     adjusted = holm({f"{i}": row["p"] for i, row in enumerate(outcome)})
     for i, row in enumerate(outcome):
@@ -129,8 +133,8 @@ def table(record: dict[str, Any]) -> str:
         lines += ["", legend] if key in record else []
         for c in record.get(key, ()):
             change = f"{c['mean']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
-            ratio = f"ratio {c['ratio']:.3f} [{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]"
-            legend = f"{change}, {ratio}, p {c['holm']:.2g}: {c['verdict']}"
+            ratio = f", ratio {c['ratio']:.3f} [{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]" if "ratio" in c else ""
+            legend = f"{change}{ratio}, p {c['holm']:.2g}: {c['verdict']}"
             lines.append(f"- {c['measure']}, {c['ours']} less {c['other']}: {legend}")
     return "\n".join(lines)
 
@@ -205,7 +209,7 @@ def best(listed: dict[str, Any], name: str) -> dict[str, str]:
     """Marks of the first and second on a measure. Several methods may share a mean: they share the mark."""
     if METRICS[name] == "zero":
         return {}
-    sign = {"low": 1, "high": -1, "zero": 1}[METRICS[name]]
+    sign = {"low": 1, "high": -1}[METRICS[name]]
     values = {method: sign * row[name]["mean"] for method, row in listed.items() if name in row}
     order = sorted({round(value, 9) for value in values.values()})
     return {m: ("**{}**", "*{}*")[order.index(round(v, 9))] for m, v in values.items() if order.index(round(v, 9)) < 2}

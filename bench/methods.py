@@ -50,12 +50,11 @@ def methods(
 
     `layer` names the module of class activation maps; without it, the last whose output has spatial axes.
     """
-    default, paper = sp_fx.transform(model, rules=rules), sp_fx.transform(model, rules=sp_fx.Rules.paper())
+    default, paper = explainer_of(model, x, rules), explainer_of(model, x, sp_fx.Rules.paper())
     chosen, left = ours(default), dict[str, str]()
     chosen["integrated pullback-10"] = Method(integrated(default), 10, "share")
-    chosen[f"FusionPullback-{DRAWS**2}"] = Method(
-        seeded(fusion(model, lambda m: sp_fx.transform(m, rules=rules).pullback)), DRAWS**2
-    )
+    fused = fusion(model, lambda m: explainer_of(m, x, rules).pullback)
+    chosen[f"FusionPullback-{DRAWS**2}"] = Method(seeded(fused), DRAWS**2)
     chosen["gradient ascent"] = Method(gradient_ascent(model), 5)
     chosen |= captum_methods(model)
     papers = {f"{name}, paper's rules": method for name, method in ours(paper).items()}
@@ -67,17 +66,31 @@ def methods(
     if others := {site.kind for site in default.report().sites if site.status == "rewritten"} - RELUS:
         left |= dict.fromkeys(relu_only, f"has rules for ReLU networks only, none for {', '.join(sorted(others))}")
         return chosen, left
-    chosen["guided-CAM pullback"] = Method(guided_cam(default, layer or last_spatial(default, x)), 2)
+    try:
+        chosen["guided-CAM pullback"] = Method(guided_cam(default, layer or last_spatial(default, x)), 2)
+    except ValueError as error:
+        left["guided-CAM pullback"] = left["GuidedGradCam"] = str(error)
     try:
         own = own_relus(model)
     except Exception as error:  # torch.fx has errors of every kind for models that it does not trace
         return chosen, left | dict.fromkeys(relu_only[:-1], f"needs a module for each call of a ReLU, and torch.fx says: {error}")
-    chosen |= relu_methods(own, layer or last_spatial(own, x))
+    relus = sum(site.kind == "relu" for site in default.report().sites)
+    if seen := relus - sum(isinstance(m, nn.ReLU) for m in own.modules()):
+        return chosen, left | dict.fromkeys(relu_only[:-1], f"sees modules alone, and {seen} of {relus} ReLUs are none")
+    chosen |= relu_methods(own, layer or (None if "GuidedGradCam" in left else last_spatial(own, x)))
     try:
         chosen |= zennit_methods(own)
     except ModuleNotFoundError as error:
         left |= dict.fromkeys(("EpsilonPlus", "BetaSmooth"), str(error))
     return chosen, left
+
+
+def explainer_of(model: nn.Module, x: Tensor, rules: sp_fx.Rules | None = None) -> sp_fx.Explainer:
+    """Returns the explainer of `model`, captured by the pictures `x` where torch.fx alone cannot follow it."""
+    try:
+        return sp_fx.transform(model, rules=rules)
+    except sp_fx.CaptureError:
+        return sp_fx.transform(model, rules=rules, example_inputs=x[:2])
 
 
 def last_spatial(model: nn.Module, x: Tensor) -> str:
@@ -102,7 +115,7 @@ def last_spatial(model: nn.Module, x: Tensor) -> str:
     for hook in hooks:
         hook.remove()
     if not names:
-        raise ValueError(f"no module of {type(model).__name__} has an output [B, C, h, w]: there is no class activation map")
+        raise ValueError("no module has an output [B, C, h, w]: there is no class activation map")
     return names[-1]
 
 
@@ -221,16 +234,20 @@ def captum_methods(model: nn.Module) -> dict[str, Method]:
     }
 
 
-def relu_methods(own: nn.Module, layer: str) -> dict[str, Method]:
-    """Returns Captum's methods for ReLU modules; they hook modules, so each call of a ReLU has one of its own, not in place."""
+def relu_methods(own: nn.Module, layer: str | None) -> dict[str, Method]:
+    """Returns Captum's methods for ReLU modules; they hook modules, so each call of a ReLU has one of its own, not in place.
+    `layer` is that of class activation maps, None where there is none."""
     from captum.attr import DeepLift, GuidedBackprop, GuidedGradCam
 
-    lift, guided, cam = DeepLift(own), GuidedBackprop(own), GuidedGradCam(own, own.get_submodule(layer))
-    return {
+    lift, guided = DeepLift(own), GuidedBackprop(own)
+    chosen = {
         "DeepLift": Method(lambda x, target: lift.attribute(x, target=target).detach(), 2, "share"),
         "GuidedBackprop": Method(lambda x, target: guided.attribute(x, target=target), 1),
-        "GuidedGradCam": Method(lambda x, target: cam.attribute(x, target=target).detach(), 2),
     }
+    if layer is not None:
+        cam = GuidedGradCam(own, own.get_submodule(layer))
+        chosen["GuidedGradCam"] = Method(lambda x, target: cam.attribute(x, target=target).detach(), 2)
+    return chosen
 
 
 def zennit_methods(own: nn.Module) -> dict[str, Method]:
@@ -251,13 +268,16 @@ def zennit_methods(own: nn.Module) -> dict[str, Method]:
     return {"EpsilonPlus": Method(by(EpsilonPlus), 1, "share"), "BetaSmooth": Method(by(BetaSmooth), 1)}
 
 
+RELU_CALLS = (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, "relu", "relu_")  # others are counted: `methods`
+
+
 def own_relus(model: nn.Module) -> nn.Module:
     """Returns a copy in which every call of a ReLU is a module of its own, `own_relu0` and so on, that does not work in place."""
     graph_module = fx.symbolic_trace(copy.deepcopy(model))
 
     def is_relu(node: fx.Node) -> bool:
         called = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return isinstance(called, nn.ReLU) or node.target in (torch.relu, nn.functional.relu)
+        return isinstance(called, nn.ReLU) or node.target in RELU_CALLS
 
     for i, node in enumerate(filter(is_relu, list(graph_module.graph.nodes))):
         graph_module.add_submodule(f"own_relu{i}", nn.ReLU())

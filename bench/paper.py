@@ -1,9 +1,10 @@
 """The paper's evaluation (arXiv:2507.22832) for whoever has its networks and pictures: `python bench/fidelity.py --paper`.
 
-The six measures with the settings of the paper's published code, which are Quantus 0.6's: features are single numbers of the
-picture, 3 x H x W of them, 150,528 at 224 (12,544 and 3,136 features at a time are a twelfth and a forty-eighth of them), and
-every map is taken as it is, never times the input. Thirteen explainers, those of its evaluator, with its settings; the two of
-this project by the paper's rules, and by the default ones. Its ablations change one number at a time.
+The six measures, and Focus on mosaics, with the settings of the paper's published code, which are Quantus 0.6's: features are
+single numbers of the picture, 3 x H x W of them, 150,528 at 224 (12,544 and 3,136 features at a time are a twelfth and a
+forty-eighth of them). Correlations sum the map as it is; infidelity takes it times the change of the picture, Focus times the
+picture. Thirteen explainers, those of its evaluator, with its settings; the two of this project by the paper's rules, and by the
+default ones. Its ablations change one number at a time.
 
     python bench/fidelity.py --paper --images imagenet/val --labels val.txt --samples 1000 --mosaics 500
     python bench/fidelity.py --paper --ablations --networks zoo/residual_cnn --samples 12    # in small, offline
@@ -18,10 +19,11 @@ from dataclasses import replace
 import faithfulness as ask
 import torch
 from fidelity_cases import Case
-from methods import Method, Run, fusion, gradient, gradient_ascent, last_spatial, own_relus, seeded
+from methods import Method, Run, explainer_of, fusion, gradient, gradient_ascent, last_spatial, own_relus, seeded
 from torch import Tensor, nn
 
 import sp_fx
+from sp_fx.methods.ascent import Ascent
 
 NETWORKS = ("resnet50", "vgg11_bn", "timm/pvt_v2_b1")
 RUNS, DRAWS = 100, 10  # of faithfulness correlation; of monotonicity, sensitivity
@@ -44,17 +46,22 @@ ABLATIONS = {
 def paper_methods(model: nn.Module, x: Tensor) -> tuple[dict[str, Method], dict[str, str]]:
     """Returns the explainers by name, and of those left out why they do not apply; `x` [B, 3, H, W] are pictures."""
     warnings.filterwarnings("ignore", "Setting (forward, )?backward hooks")
-    side = x[0].numel() ** 0.5 / 388  # sqrt(3 * 224 * 224) is 388: steps of 20 there
-    paper = sp_fx.PRESETS["paper"]
+    paper, side = sp_fx.PRESETS["paper"], side_of(x)
     chosen: dict[str, Method] = {}
     for name, rules in (("", paper.rules), (", default rules", sp_fx.Rules())):
-        chosen |= pullbacks(sp_fx.transform(model, rules=rules), name, paper.steps, paper.step_size * side)
-    chosen["gradient ascent"] = Method(gradient_ascent(model, steps=5, step_size=20 * side, **BOX), 5)
+        chosen |= pullbacks(explainer_of(model, x, rules), name, paper.steps, paper.step_size * side)
+    plain = gradient_ascent(model, steps=paper.steps, step_size=paper.step_size * side, **BOX)
+    chosen["gradient ascent"] = Method(plain, paper.steps)
     chosen["gradient"] = Method(summed(gradient(model)), 1)
     chosen["FusionGrad"] = Method(seeded(summed(fusion(model, gradient, 0.5, 0.5, 10, 10))), 100)
     chosen["SmoothGrad"] = Method(seeded(smoothed(model, 0.15, 50)), 50)
     captum, left = captum_explainers(model, x)
     return chosen | captum, left
+
+
+def side_of(x: Tensor) -> float:
+    """Returns the length of a step on pictures like `x` in units of that on pictures of 3 x 224 x 224."""
+    return Ascent().length([x]) / Ascent().length([x.new_empty(1, 3, 224, 224)])
 
 
 def pullbacks(explainer: sp_fx.Explainer, suffix: str, steps: int, length: float) -> dict[str, Method]:
@@ -66,8 +73,8 @@ def pullbacks(explainer: sp_fx.Explainer, suffix: str, steps: int, length: float
 
 def ablations(model: nn.Module, x: Tensor) -> dict[str, Method]:
     """Returns soft pullback and ascent by the paper's rules, and with one of its numbers changed at a time."""
-    side, paper = x[0].numel() ** 0.5 / 388, sp_fx.PRESETS["paper"]
-    base = sp_fx.transform(model, rules=paper.rules)
+    side, paper = side_of(x), sp_fx.PRESETS["paper"]
+    base = explainer_of(model, x, paper.rules)
     kinds = {site.kind for site in base.report().sites}
     chosen = pullbacks(base, "", paper.steps, paper.step_size * side)
     for setting, values in ABLATIONS.items():
@@ -79,7 +86,7 @@ def ablations(model: nn.Module, x: Tensor) -> dict[str, Method]:
                 chosen[name] = pullbacks(base, suffix, int(steps), length * side)[name]
             elif setting in kinds:
                 rules = replace(paper.rules, **{setting: value})
-                chosen |= pullbacks(sp_fx.transform(model, rules=rules), suffix, paper.steps, paper.step_size * side)
+                chosen |= pullbacks(explainer_of(model, x, rules), suffix, paper.steps, paper.step_size * side)
     return chosen
 
 
@@ -193,13 +200,14 @@ def monotonicity(case: Case, maps: Tensor) -> Tensor:
 
 
 def paper_measured(
-    case: Case, chosen: dict[str, Method], explained: Callable[[Method], Callable[[Tensor, Tensor], Tensor]], other: Tensor,
+    case: Case, chosen: dict[str, Method], explained: Callable[[Method], Callable[[Tensor, Tensor], Tensor]],
+    other: Tensor | None,
     answers: Callable[..., Tensor],
 ) -> dict[str, dict[str, Tensor]]:  # fmt: skip
     """Returns every measure of every explainer, [N] each.
 
-    `explained(method)` runs it in batches; `other` [N] are the classes of the random-logit test; `answers(name, compute, *args)`
-    keeps what is computed.
+    `explained(method)` runs it in batches; `other` [N] are the classes of the random-logit test, None where there is one class;
+    `answers(name, compute, *args)` keeps what is computed.
     """
     x, target = case.pixels, case.target
     blocks = ask.grid(*x.shape[2:], 4)
@@ -222,10 +230,9 @@ def paper_measured(
             "max-sensitivity, paper": answers(
                 f"paper {name} sensitivity", ask.max_sensitivity, run, x, target, maps, DRAWS, RADIUS, 4
             ),
-            "random logit, paper": answers(
-                f"paper {name} logit", lambda run=run, flat=flat: ask.pearson(run(x, other).flatten(1), flat)
-            ),
         }
+        if other is not None:
+            results[name]["random logit, paper"] = answers(f"paper {name} logit", other_logit, run, x, other, flat)
         if case.mosaics is not None:
             results[name]["focus, paper"] = answers(f"paper {name} focus", focused, run, *case.mosaics)
     return results
@@ -233,3 +240,7 @@ def paper_measured(
 
 def focused(run: Run, mosaics: Tensor, classes: Tensor, tiles: Tensor) -> Tensor:
     return ask.focus(run(mosaics, classes) * mosaics, tiles)
+
+
+def other_logit(run: Run, x: Tensor, other: Tensor, maps: Tensor) -> Tensor:
+    return ask.pearson(run(x, other).flatten(1), maps)

@@ -17,12 +17,11 @@ import argparse
 import dataclasses
 import json
 import sys
-import time
 from pathlib import Path
 
 import faithfulness as ask
 import torch
-from fidelity import RADII, Answers, InBatches, drops, other_class
+from fidelity import RADII, Answers, InBatches, digest, drops, other_class
 from fidelity_cases import Case, choosing, scenes
 from fidelity_table import rounded
 from measures import mass_inside
@@ -110,7 +109,7 @@ def measured(case: Case, rules: dict[str, Rules], answers: Answers) -> dict[str,
     means = {}
     for name, method in ways(case, rules).items():
         explained = InBatches(method, case.counts.batch)
-        maps = answers(f"{name} maps".replace("/", "-"), explained, case.pixels, case.target)
+        maps = answers(f"{name} maps", explained, case.pixels, case.target)
         logit = (case.pixels[:n], other_class(case)[:n], maps[:n])
         near = (explained, case.pixels[:n], case.target[:n], maps[:n], case.counts.draws)
         shares = method.shares(case.pixels, maps)
@@ -142,8 +141,13 @@ def main() -> int:
         case, rules = case_of(study, args.data), STUDIES[study]()
         facts = {"network": case.name, "weights_sha256": case.weights, "seed": case.seed, "samples": case.samples,
                  "counts": dataclasses.asdict(case.counts), "threads": args.threads}  # fmt: skip
-        keyed = {**facts, "torch": torch.__version__, "rules": {name: repr(r) for name, r in rules.items()}}
-        networks[study] = {**facts, "rules": measured(case, rules, Answers(args.work, keyed, time.monotonic() + 7200))}
+        keyed = {
+            **facts,
+            "torch": torch.__version__,
+            "inputs_sha256": digest(*case.inputs),
+            "rules": {n: repr(r) for n, r in rules.items()},
+        }
+        networks[study] = {**facts, "rules": measured(case, rules, Answers(args.work, keyed, float("inf")))}
     record = {**provenance(), "command": "python bench/temperatures.py", "networks": networks}
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0

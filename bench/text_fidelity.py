@@ -1,9 +1,9 @@
 """How well do maps rank the tokens of a sentence? The text half of fidelity.py (`--model all_minilm_l6_v2`).
 
 A sample is a sentence and what is asked of it: the similarity of its embedding to that of a query, `query<TAB>sentence`, or the
-score of the predicted class of a network that returns [B, classes], for a line without a tab. A token's share is its embedding
-times the map there; a token is removed as padding is, by its entry in the attention mask, so the others keep their places. The
-first and last tokens (their marks of begin and end) are never removed.
+score of the predicted class of a classifier, which returns [B, classes], for a line without a tab. A token's share is its
+embedding times the map there; a token is removed as padding is, by its entry in the attention mask, so the others keep their
+places. The first and last tokens (their marks of begin and end) are never removed.
 """
 
 from __future__ import annotations
@@ -53,14 +53,17 @@ class TextCase:
         return weights_hash(self.model)
 
     @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What answers depend on."""
+        return self.ids, self.mask, self.aim
+
+    @property
     def removable(self) -> Tensor:
         """The tokens that may be removed, bool [N, T]: all but padding, the first and the last."""
-        inner = self.mask.clone()
-        inner[:, 0] = 0
-        inner[torch.arange(len(inner)), self.mask.sum(1) - 1] = 0
-        return inner.bool()
+        place = self.mask.cumsum(1)  # among the tokens, from 1
+        return (self.mask == 1) & (place > 1) & (place < place[:, -1:])
 
-    def inputs(self, part: slice) -> dict[str, Tensor]:
+    def piece(self, part: slice) -> dict[str, Tensor]:
         return {"input_ids": self.ids[part], "attention_mask": self.mask[part]}
 
     def scores(self, masks: Tensor, part: Tensor) -> Tensor:
@@ -130,8 +133,8 @@ def looked_up(model: nn.Module, ids: Tensor) -> str:
 def text_methods(case: TextCase) -> dict[str, tuple[Shares, int]]:
     """Returns the shares of tokens, [N, T], by each method, and the passes that it takes."""
     part = slice(0, case.counts.batch)
-    default = sp_fx.transform(case.model, example_inputs=case.inputs(part))
-    paper = sp_fx.transform(case.model, rules=sp_fx.Rules.paper(), example_inputs=case.inputs(part))
+    default = sp_fx.transform(case.model, example_inputs=case.piece(part))
+    paper = sp_fx.transform(case.model, rules=sp_fx.Rules.paper(), example_inputs=case.piece(part))
     return {
         "pullback": (by(default), 1),
         "pullback, paper's rules": (by(paper), 1),
@@ -143,7 +146,7 @@ def text_methods(case: TextCase) -> dict[str, tuple[Shares, int]]:
 
 def by(explainer: sp_fx.Explainer) -> Shares:
     def shares(case: TextCase, part: slice) -> Tensor:
-        maps = explainer.pullback(case.inputs(part), case.aim[part], wrt=case.embedding)
+        maps = explainer.pullback(case.piece(part), case.aim[part], wrt=case.embedding)
         return (maps * embedded(case, part)).sum(-1)
 
     return shares
@@ -164,7 +167,7 @@ def slopes(case: TextCase, part: slice, times: float = 1.0) -> Tensor:
 
     hook = case.model.get_submodule(case.embedding).register_forward_hook(scaled)
     try:
-        score = (case.model(**case.inputs(part)) * case.aim[part]).sum()
+        score = (case.model(**case.piece(part)) * case.aim[part]).sum()
     finally:
         hook.remove()
     return torch.autograd.grad(score, kept[0])[0]
@@ -180,9 +183,12 @@ def integrated(case: TextCase, part: slice, steps: int = 50) -> Tensor:
 
 
 def top(shares: Tensor, removable: Tensor, part: float) -> Tensor:
-    """Returns which tokens are the first `part` of those that may be removed, at least one, by share: bool [N, T]."""
-    order = shares.double().masked_fill(~removable, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    counts = (part * removable.sum(1)).round().clamp_min(1)
+    """Returns which tokens are the first `part` of those that may be removed, at least one, by share: bool [N, T]. Of equal
+    shares it takes by chance, not by the order of words."""
+    mixed = torch.randperm(shares.shape[1], generator=torch.Generator().manual_seed(6))
+    order = shares.double().masked_fill(~removable, -torch.inf)[:, mixed].argsort(dim=1, descending=True, stable=True)
+    order = mixed[order]
+    counts = (part * removable.sum(1) + 0.5).floor().clamp_min(1)
     ranks = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
     return (ranks < counts[:, None]) & removable
 

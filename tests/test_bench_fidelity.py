@@ -222,7 +222,7 @@ def own(tmp_path, monkeypatch):
     def run(*options, work="work"):
         common = ["--model", "a_network_of_ones_own:net", "--images", "pictures", "--out", "out", "--work", work]
         status = fidelity.main([*common, "--methods", "pullback", "gradient", *options])
-        path = tmp_path / "out" / "fidelity_mine.json"
+        path = tmp_path / "out" / "fidelity_a_network_of_ones_own_net_pictures.json"
         return status, path.read_text() if path.exists() else None
 
     yield run
@@ -249,7 +249,7 @@ def test_pictures_of_ones_own(own, tmp_path):
 def test_labels(own, tmp_path, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(
-        fidelity, "write", lambda record, stem, out: seen.extend([record["samples"], "focus" in record["methods"]["gradient"]])
+        fidelity, "write", lambda record, *_: seen.extend([record["samples"], "focus" in record["methods"]["gradient"]])
     )
     found = []
     monkeypatch.setattr(fidelity, "methods", lambda model, x, layer: found.append(x) or methods(model, x, layer=layer))
@@ -258,7 +258,7 @@ def test_labels(own, tmp_path, monkeypatch, capsys):
     case = cases.of_pictures(sp_fx.models.load("a_network_of_ones_own:net"), Path("pictures"), Path("labels.txt"), Path(), None)
     assert case.target.tolist() == [int(p.stem) % 4 for p in sorted(Path("pictures").rglob("*.png")) if p.stem != "11"]
     right = int((cases.predicted(case.model, case.pixels) == case.target).sum())
-    assert case.samples == f"11 pictures of pictures, labelled; {right} predicted right"
+    assert case.samples == f"11 pictures of pictures, 1 without a label left out, labelled; {right} predicted right"
     assert own("--labels", "labels.txt")[0] == 0 and seen == [case.samples, True] and len(found[0]) == 11
     for wrong, message in (("0.png", "expected the name of a picture and its class"), ("0.png elk", "no class is called 'elk'"),
                            ("x.png 1", "no picture .* that labels.txt has a class of"), ("0.png 9", "class 9")):  # fmt: skip
@@ -266,7 +266,10 @@ def test_labels(own, tmp_path, monkeypatch, capsys):
         assert own("--labels", "labels.txt")[0] == 2
         assert re.search(message, capsys.readouterr().err)
     assert own("--weights", "w.pt")[0] == 2 and "no weights file at w.pt" in capsys.readouterr().err
-    assert own("--texts", "labels.txt")[0] == 2 and "--texts is for networks for text" in capsys.readouterr().err
+    assert (
+        own("--texts", "labels.txt")[0] == 2
+        and "--texts does not go with a_network_of_ones_own:net, a network for pictures" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit):
         fidelity.main(["--ablations"])
     with pytest.raises(SystemExit):

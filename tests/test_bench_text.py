@@ -118,7 +118,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     records = []
     for work in "ab":
         assert fidelity.main([*options, "--work", work]) == 0
-        records.append((tmp_path / "out" / "fidelity_sums.json").read_text())
+        records.append((tmp_path / "out" / "fidelity_sums_of_words_network_lines.json").read_text())
     assert records[0] == records[1] and "| pullback | 1 |" in capsys.readouterr().out
     record = json.loads(records[0])
     assert (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -113,6 +114,10 @@ def run_explain(args: argparse.Namespace) -> int:
         "device": str(args.device),
         "versions": {"sp_fx": __version__, "torch": torch.__version__},
     }
+    explain = functools.partial(
+        records.explain_pictures, labels=named.labels, targets=targets, methods=methods, device=args.device,
+        times_input=args.times_input,
+    )  # fmt: skip
     progress, failed, taken = Progress(len(args.images)), 0, set[str]()
     for batch in batches(args.images, named.preprocessing, args.batch_size):
         readable = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
@@ -121,8 +126,7 @@ def run_explain(args: argparse.Namespace) -> int:
                 progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
                 failed += 1
         pictures = [picture for _, picture in readable]
-        given = (explainer, pictures, named.labels, targets, methods, args.device, args.times_input)
-        results = records.explain_pictures(*given) if pictures else []
+        results = explain(explainer, pictures) if pictures else []
         for (path, _), (record, figure) in zip(readable, results):
             name = free_name(path.stem, taken)
             out = args.out / f"{name}.{args.format}"

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--model", required=True, metavar="NAME", help="a torchvision classification model, timm/NAME or zoo/NAME")
+    model.add_argument("--model", required=True, metavar="NAME", help="of torchvision, timm/NAME, zoo/NAME, module:function")
     model.add_argument("--weights", type=Path, metavar="FILE", help="a state dict; without it the published one is downloaded")
     model.add_argument("--input-size", type=positive, metavar="N", help="side of the square crop (default: the model's own)")
     model.add_argument("--rules", choices=RULES, default="default", help="the temperatures to start from (default: default)")

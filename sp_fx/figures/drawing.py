@@ -103,9 +103,10 @@ def signed_map(map: Tensor, title: str = "", unit: str | None = SLOPE, limit: fl
     return draw
 
 
-def product(pixels: Tensor, map: Tensor, unit: str = SLOPE, title: str = "times the input") -> Cell:
-    """A cell that shows the map times the pixels: of a map in `SLOPE`, what each pixel adds to the score against mid-grey."""
-    return signed_map(map * pixels, title, PART if unit == SLOPE else f"{unit}, times pixel value")
+def product(pixels: Tensor, map: Tensor, title: str = "times the input", unit: str | None = SLOPE) -> Cell:
+    """A cell that shows the map times the pixels. Of a map in `SLOPE` it is each pixel's part of the score against mid-grey, as
+    far as the score is linear; `unit` is the map's own, None leaves the bar out."""
+    return signed_map(map * pixels, title, PART if unit == SLOPE else unit and f"{unit}, times pixel value")
 
 
 def overlay(pixels: Tensor, map: Tensor, title: str = "overlay", limit: float | None = None) -> Cell:
@@ -175,7 +176,7 @@ def explanation(
     """
     rows = []
     for map, title in zip(maps, titles):
-        cells = [signed_map(map, title, unit), *([product(pixels, map, unit)] if times_input else []), overlay(pixels, map)]
+        cells = [signed_map(map, title, unit), *([product(pixels, map, unit=unit)] if times_input else []), overlay(pixels, map)]
         rows.append([picture(pixels, caption), *cells])
     return table(rows)
 

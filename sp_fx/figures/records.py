@@ -110,7 +110,7 @@ def explain_pictures(
                 title = f"{method}: {target['label']} ({target['probability']:.2f})"
                 cells.append(signed_map(batch[i, k], title, unit))
                 if times_input:
-                    cells.append(product(shown.pixels, batch[i, k], unit))
+                    cells.append(product(shown.pixels, batch[i, k], unit=unit))
                 if after is None or method != "ascend":
                     cells.append(overlay(shown.pixels, batch[i, k]))
                 else:
@@ -125,6 +125,7 @@ def explain_pictures(
             "prediction": prediction,
             "targets": target_records,
             "method": [{"name": method, **options} for method, options in methods.items()],
+            **({"times_input": True} if times_input else {}),
             "seconds": seconds,
         }
         results.append((record, table(rows)))

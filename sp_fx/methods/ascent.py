@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Ascent:
             0.0516 for each number, r: in L2 that is r * sqrt(numel of a sample), in L1 r * numel, in the maximum norm r.
         norm: p of the L^p norm that measures a step, from 1 to `math.inf`; None for steps that are not normalised,
             `x + step_size * v`, of step size 1 where there is none.
-        relative: `step_size` is a part of the norm of the iterate, `x + step_size * ||x|| * v / ||v||`.
+        relative: `step_size` is a part of the norm of the iterate, `x + step_size * ||x|| * v / ||v||`; none is taken from x = 0.
 
     Raises:
         ValueError: `steps` or `clip` below 1; `step_size` or `radius` not above 0; a low bound not below its high bound; unknown
@@ -52,10 +52,13 @@ class Ascent:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value < math.inf):
                 raise ValueError(f"{name} is a finite length above 0, or None, got {value!r}")
-        if self.clip not in ("every", "last", "never") and not (type(self.clip) is int and self.clip >= 1):
+        words = isinstance(self.clip, str) and self.clip in ("every", "last", "never")
+        if not words and not (type(self.clip) is int and self.clip >= 1):
             raise ValueError(f"clip is 'every', 'last', 'never', or a whole number n for each n-th step, got {self.clip!r}")
-        if self.norm is not None and not (isinstance(self.norm, int | float) and self.norm >= 1):
+        if self.norm is not None and not (type(self.norm) in (int, float) and self.norm >= 1):
             raise ValueError(f"norm is the p of an L^p norm, 1 or above (math.inf for the largest), or None, got {self.norm!r}")
+        if not isinstance(self.relative, bool):
+            raise ValueError(f"relative is True or False, got {self.relative!r}")
         if self.relative and (self.norm is None or self.step_size is None):
             raise ValueError("a relative step needs a norm, and a step_size, which is a part of the norm of the inputs: 0.1, say")
         if self.bounds is not None:
@@ -105,11 +108,15 @@ class Ascent:
                 fused = ascent_step(x[0], pulled[0], start[0], length, self.radius, self.bounds if clamp else None)
                 if fused is not None:
                     return [fused]
-            if self.norm is not None:
-                pulled = unit(pulled, self.norm)
-            if self.relative:
-                pulled = [(norm * v).to(v.dtype) for norm, v in zip(norms(x, self.norm), pulled)]  # type: ignore[arg-type]
-            return self.project(start, [a + length * v for a, v in zip(x, pulled)], clamp)
+            return self.project(start, [a + move for a, move in zip(x, self.moves(x, pulled, length))], clamp)
+
+    def moves(self, x: list[Tensor], v: list[Tensor], length: float) -> list[Tensor]:
+        """Returns what a step along `v` adds to `x`, scaled in float32 at least: the numbers of a unit vector in L1 are small."""
+        if self.norm is None:
+            return [length * part for part in v]
+        sizes: list[Any] = [length * norm for norm in norms(x, self.norm)] if self.relative else [length] * len(x)
+        units = [part / torch.where(norm > 0, norm, 1) for part, norm in zip(v, norms(v, self.norm))]
+        return [(size * part).to(old.dtype) for size, part, old in zip(sizes, units, v)]
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
         """Returns `x` projected on the ball round `start` and then, with `clamp`, on the bounds."""
@@ -139,8 +146,3 @@ def norms(parts: list[Tensor], p: float = 2.0) -> list[Tensor]:
         powers = [(part.square() if p == 2 else part.abs().pow(p)).sum(1) for part in scaled]
         total = scale * torch.stack(powers).sum(0).pow(1 / p)
     return [total.view(-1, *[1] * (part.dim() - 1)) for part in parts]
-
-
-def unit(parts: list[Tensor], p: float = 2.0) -> list[Tensor]:
-    """Returns each sample scaled to L^p norm 1 over all its `parts`; a zero sample stays zero."""
-    return [(part / torch.where(norm > 0, norm, 1)).to(part.dtype) for part, norm in zip(parts, norms(parts, p))]

@@ -6,10 +6,11 @@ Names are those of torchvision, `timm/NAME`, `zoo/NAME` (which ship with this pa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .carried import NAMES, TEXT, TextModel, text_model
-from .factory import called
+from .factory import called, is_own
 from .images import Preprocessing
 from .named import NamedModel, load_model, own_model
 
@@ -36,9 +37,10 @@ def load(name: str, weights: str | Path | None = None, input_size: int | None = 
         ModuleNotFoundError: the package that has the network is not installed.
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
-    made = called(name) if ":" in name else None
+    made = called(name) if is_own(name) else None
     if name in TEXT or isinstance(made, TextModel):
         if weights is not None or input_size is not None:
             raise ValueError(f"{name} is a network for text: it takes no weights file and no input size")
-        return made or text_model(name)
+        text = made or text_model(name)
+        return replace(text, model=text.model.eval())
     return own_model(name, made, weights, input_size) if made is not None else load_model(name, weights, input_size)

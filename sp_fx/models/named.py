@@ -20,9 +20,9 @@ from torch import nn
 
 from .. import zoo
 from . import carried
-from .factory import called
+from .factory import called, is_own
 from .images import Preprocessing
-from .pixel_space import pixel_space
+from .pixel_space import PixelSpace, pixel_space
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
         FileNotFoundError: no such weights file.
         RuntimeError: the published weights cannot be downloaded.
     """
-    if ":" in name:
+    if is_own(name):
         return own_model(name, called(name), weights, input_size)
     net: nn.Module
     labels: tuple[str, ...] | None
@@ -87,8 +87,11 @@ def load_model(name: str, weights: str | Path | None = None, input_size: int | N
 def own_model(name: str, made: Any, weights: str | Path | None, input_size: int | None) -> NamedModel:
     """Returns what the user's function `name` has made as a named model; arguments and errors as of `load_model`."""
     if not isinstance(made, nn.Module | NamedModel):
-        raise TypeError(f"{name} returns {type(made).__name__}: expected a torch.nn.Module, or a NamedModel, of pictures")
+        raise TypeError(
+            f"{name} returns a torch.nn.Module, or a NamedModel or TextModel of sp_fx.models; got {type(made).__name__}"
+        )
     net = made if isinstance(made, nn.Module) else made.model
+    net = net.model if isinstance(net, PixelSpace) else net  # a file has the weights of what the normalisation is in front of
     if weights is not None:
         load_weights(net, Path(weights))
     named = NamedModel(name, _of_pixels(net, IMAGENET), IMAGENET, None, "its own") if isinstance(made, nn.Module) else made
@@ -105,7 +108,7 @@ def resized(published: Preprocessing, size: int | None) -> Preprocessing:
 
 def untrained(name: str) -> NamedModel:
     """Returns the model without its weights, for what depends on its structure alone; a zoo network has its own."""
-    if name.startswith("zoo/") or ":" in name:
+    if name.startswith("zoo/") or is_own(name):
         return load_model(name)
     net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
     return NamedModel(name, _of_pixels(net, published), published, labels, "none")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import platform
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ from ..version import __version__
 from .errors import PackageError
 from .probe import answer, probe_batch
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, FORMAT)  # 2 had no norm of an ascent's steps
 
 
 def describe(
@@ -47,7 +50,7 @@ def describe(
         "model": program.report.model,
         "rules": str(program.report.rules),
         "method": signature.method,
-        "arguments": {k: v for k, v in signature.arguments.items() if k != "bounds"},
+        "arguments": encoded_numbers({k: v for k, v in signature.arguments.items() if k != "bounds"}),
         "ascent": signature.ascent and encoded_ascent(signature.ascent),
         "looped": signature.looped,
         "target": signature.target,
@@ -82,7 +85,7 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
     ascent = manifest["ascent"]
     signature = Signature(
         method=manifest["method"],
-        arguments=manifest["arguments"],
+        arguments=decoded_numbers(manifest["arguments"]),
         target=manifest["target"],
         target_dtype=getattr(torch, manifest["output_dtype"]),
         ascent=None if ascent is None else decoded_ascent(ascent),
@@ -103,12 +106,23 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
 
 
 def encoded_ascent(ascent: Ascent) -> dict[str, Any]:
-    numbers = {name: getattr(ascent, name) for name in ("steps", "step_size", "radius", "clip", "norm", "relative")}
-    return {**numbers, "bounds": ascent.bounds and [torch.as_tensor(b).tolist() for b in ascent.bounds]}
+    numbers = encoded_numbers({field.name: getattr(ascent, field.name) for field in fields(Ascent) if field.name != "bounds"})
+    # In float64, which has every number of a narrower type, and those of Python.
+    return {**numbers, "bounds": ascent.bounds and [torch.as_tensor(b, dtype=torch.float64).tolist() for b in ascent.bounds]}
 
 
 def decoded_ascent(encoded: dict[str, Any]) -> Ascent:
-    return Ascent(**{**encoded, "bounds": encoded["bounds"] and tuple(torch.tensor(b) for b in encoded["bounds"])})
+    bounds = encoded["bounds"] and tuple(torch.tensor(b, dtype=torch.float64) for b in encoded["bounds"])
+    return Ascent(**{**decoded_numbers(encoded), "bounds": bounds})
+
+
+def encoded_numbers(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments as JSON has them, which knows no infinity: that of the maximum norm."""
+    return {name: "inf" if value == math.inf else value for name, value in arguments.items()}
+
+
+def decoded_numbers(encoded: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.inf if value == "inf" else value for name, value in encoded.items()}
 
 
 def encoded_skeleton(skeleton: Any) -> str:
@@ -144,8 +158,9 @@ def seal(manifest: dict[str, Any]) -> str:
 
 def verified(manifest: dict[str, Any], path: Path) -> dict[str, Any]:
     """Returns the manifest; PackageError for another format, or a manifest that was altered."""
-    if manifest.get("format") != FORMAT:
-        raise PackageError(f"{path} has format {manifest.get('format')!r}, and this sp_fx {__version__} reads {FORMAT}")
+    if manifest.get("format") not in READ:
+        reads = " and ".join(map(str, READ))
+        raise PackageError(f"{path} has format {manifest.get('format')!r}, and this sp_fx {__version__} reads {reads}")
     if manifest.get("manifest_sha256") != seal(manifest):
         raise PackageError(f"{path} was altered after it was written: its manifest has another digest than it says")
     return manifest
