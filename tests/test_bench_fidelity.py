@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
 from fidelity_table import METRICS, OF_PAPER, OF_TEXT, compared, in_short, main  # noqa: E402
-from methods import methods  # noqa: E402
+from methods import fusion, gradient, methods  # noqa: E402
 
 
 def tiny(name, data, samples, seed=cases.SEED, mosaics=None):
@@ -195,8 +196,42 @@ def test_comparisons_by_hand():
 # -- networks and pictures of one's own
 
 OWN = """
+import torch
 from torch import nn
 import sp_fx
+
+PIXELS = sp_fx.models.Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+def named(*layers):
+    from helpers import fill
+    return sp_fx.models.NamedModel("mine", fill(nn.Sequential(*layers)), PIXELS, None, "its own")
+
+def fixed():  # one size
+    return named(nn.Conv2d(3, 2, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(98, 4))
+
+def flat():  # no spatial layer
+    return named(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 4))
+
+def single():  # one class
+    return named(nn.Conv2d(3, 2, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
+
+class Asks(nn.Module):  # torch.fx cannot follow it
+    def __init__(self):
+        super().__init__()
+        self.body = named(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4)).model
+
+    def forward(self, x):
+        return self.body(x if x.shape[0] > 0 and x.dim() == 4 and all(n > 0 for n in x.shape) else -x)
+
+def asks():
+    return sp_fx.models.NamedModel("mine", Asks().eval(), PIXELS, None, "its own")
+
+class Table(nn.Module):
+    def forward(self, x):
+        return {"logits": x.flatten(1)[:, :4]}
+
+def table():
+    return sp_fx.models.NamedModel("mine", Table(), PIXELS, None, "its own")
 
 def net():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 4))
@@ -219,10 +254,10 @@ def own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
 
-    def run(*options, work="work"):
-        common = ["--model", "a_network_of_ones_own:net", "--images", "pictures", "--out", "out", "--work", work]
+    def run(*options, work="work", model="net"):
+        common = ["--model", f"a_network_of_ones_own:{model}", "--images", "pictures", "--out", "out", "--work", work]
         status = fidelity.main([*common, "--methods", "pullback", "gradient", *options])
-        path = tmp_path / "out" / "fidelity_a_network_of_ones_own_net_pictures.json"
+        path = tmp_path / "out" / f"fidelity_a_network_of_ones_own_{model}_pictures.json"
         return status, path.read_text() if path.exists() else None
 
     yield run
@@ -282,3 +317,101 @@ def test_mosaics_need_three_classes_and_can_be_left_out():
     assert pictures.shape == (4, 3, 16, 16) and classes.tolist() == [0, 0, 1, 1] and tiles.sum(1).tolist() == [2] * 4
     assert cases.of_two(x, torch.zeros(4)) is None and cases.of_two(x, target, count=0) is None
     assert len(cases.of_two(x, target, count=7)[1]) == 7
+
+
+@pytest.mark.parametrize("model, without", [("fixed", "focus"), ("flat", "focus"), ("single", "random logit"), ("asks", "none")])
+def test_a_network_is_judged_as_far_as_it_can_be(own, model, without):
+    status, text = own(model=model)
+    record = json.loads(text)
+    assert status == 0 and without not in record["methods"]["pullback"]
+    assert {"infidelity, small", "max-sensitivity 0.02", "insertion"} <= set(record["methods"]["pullback"])
+
+
+def test_other_pictures_and_structures_have_answers_of_their_own(own, tmp_path):
+    first = json.loads(own()[1])["methods"]
+    for path in Path("pictures").rglob("*.png"):
+        Image.fromarray(255 - np.array(Image.open(path))).save(path)
+    second = json.loads(own()[1])["methods"]
+    assert first != second and json.loads(own(work="fresh")[1])["methods"] == second
+
+
+def test_an_answer_is_whole_or_not_there(tmp_path):
+    answers = fidelity.Answers(tmp_path, {}, float("inf"))
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        answers("one", killed)
+    assert not list(answers.folder.iterdir())
+    assert answers("one", lambda: torch.ones(2)).tolist() == [1, 1] and [p.name for p in answers.folder.iterdir()] == ["one.pt"]
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--model", "a_network_of_ones_own:table", "--images", "pictures"], "network that returns scores .B, classes., got dict"),
+    (["--model", "squeezenet1_0", "--samples", "3"], "--samples does not go with squeezenet1_0"),
+    (["--model", "zoo/residual_cnn", "--texts", "no.txt", "--labels", "x"], "--labels, --texts does not go with zoo/residual"),
+    (["--model", "a_network_of_ones_own:net", "--images", "pictures", "--passes", "0"], "no method of mine is left"),
+    (["--model", "a_network_of_ones_own:net", "--images", "broken"], "broken.0.png: it is not a picture"),
+    (["--model", "a_network_of_ones_own:net", "--images", "nowhere"], "no folder of pictures at nowhere"),
+], ids=str)  # fmt: skip
+def test_what_does_not_go_together(own, options, message, tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "0.png").write_text("no picture")
+    assert fidelity.main([*options, "--out", "out", "--work", "work"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("options", [["--samples", "0"], ["--mosaics", "-1"]])
+def test_counts_that_are_none(options):
+    with pytest.raises(SystemExit):
+        fidelity.main(options)
+
+
+def test_names_before_a_tab_may_have_blanks(tmp_path):
+    (tmp_path / "labels.txt").write_text("my cat 0.png\t1\nb.png,2\nc.png 3\n")
+    assert cases.labelled(tmp_path / "labels.txt", None) == {"my cat 0.png": 1, "b.png": 2, "c.png": 3}
+
+
+class ReLUsOfManyKinds(nn.Module):
+    def __init__(self, last):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.last = last
+
+    def forward(self, x):
+        x = torch.relu_(self.a(x)).relu()
+        x = nn.functional.relu(x - 0.1).mean((2, 3))
+        return self.b(self.last(x - 0.01))
+
+
+def test_peers_that_hook_modules_see_every_relu_or_are_left_out():
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = fill(ReLUsOfManyKinds(lambda x: x.relu_()))
+    chosen, left = methods(model, x)
+    target = torch.tensor([0, 2])
+    completeness = chosen["DeepLift"].run(x, target).flatten(1).sum(1)
+    with torch.no_grad():
+        change = (model(x) - model(0 * x)).gather(1, target[:, None])[:, 0]
+    assert torch.allclose(completeness, change, atol=1e-5)
+    chosen, left = methods(fill(ReLUsOfManyKinds(lambda x: x.clamp(min=0))), x)
+    assert "DeepLift" not in chosen and left["DeepLift"] == "sees modules alone, and 1 of 4 ReLUs are none"
+
+
+def test_fusion_grad_by_hand():
+    """The mean over draws of weights and inputs, each parameter times its own draw; the model itself stays as it was."""
+    model = fill(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)))
+    kept = [p.clone() for p in model.parameters()]
+    x, target = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 2])
+    torch.manual_seed(5)
+    got = fusion(model, gradient, weights=0.3, inputs=0.2, n=3, m=2)(x, target)
+    torch.manual_seed(5)
+    total = torch.zeros_like(x)
+    for _ in range(3):
+        noisy = kept[0] * (1 + 0.3 * torch.randn_like(kept[0]))
+        torch.randn_like(kept[1])
+        for _ in range(2):
+            torch.randn_like(x)
+            total += noisy[target].view_as(x)  # a linear model's gradient does not see its input
+    assert torch.allclose(got, total / 6, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters()))

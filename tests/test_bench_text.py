@@ -1,5 +1,6 @@
 """Token removal on networks whose shares are known: a sum over words, and a product of two."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -81,6 +82,18 @@ def test_exact_shares_answer_every_question(case):
         assert torch.allclose(found["deletion of a fifth"], added.amax(1).double(), atol=1e-2)  # one word of 3 to 7
         assert bool((found["deletion of a fifth"] >= results["random"]["deletion of a fifth"] - 1e-3).all())
     assert controls["equal shares"]["infidelity, tokens"].min() > 0.1
+
+
+def test_padding_on_the_left_keeps_its_marks(case):
+    left = dataclasses.replace(case, ids=case.ids.roll(2, 1), mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1, 0, 0]] * 12).roll(2, 1))
+    assert left.removable[0].tolist() == [False] * 5 + [True] * 3 + [False]
+
+
+def test_of_equal_shares_it_takes_by_chance():
+    removable = torch.ones(1, 10, dtype=torch.bool)
+    taken = text.top(torch.zeros(1, 10), removable, 0.3)[0]
+    assert taken.sum() == 3 and taken.tolist() != [True] * 3 + [False] * 7
+    assert text.top(torch.zeros(1, 10), removable, 0.25).sum() == 3  # 2.5 is rounded up
 
 
 def test_the_fifth_that_is_removed():

@@ -1,5 +1,6 @@
 """Ascents: what they keep, their paths, and inputs of one axis."""
 
+import json
 import math
 import weakref
 
@@ -116,7 +117,9 @@ def test_programs_and_packages_of_other_steps(unrolled, options, tmp_path):
     assert relative(program(X, 1)[1], expected) <= 1e-5
     loaded = sp_fx.load(program.save(tmp_path / "ascent.pt2"))
     assert relative(loaded(X, 1)[1], expected) <= 1e-5
-    assert loaded.signature.ascent == program.signature.ascent
+    assert loaded.signature.arguments["norm"] == options.get("norm", 2.0)
+    text = json.dumps(loaded.manifest, allow_nan=False)  # as a service shows it
+    assert ('"norm": "inf"' in text) == (options.get("norm") == math.inf)
 
 
 @pytest.mark.parametrize(
@@ -124,6 +127,9 @@ def test_programs_and_packages_of_other_steps(unrolled, options, tmp_path):
     [
         ({"clip": 0}, "each n-th step, got 0"),
         ({"clip": True}, "got True"),
+        ({"clip": np.array([1, 2])}, r"got array\(\[1, 2\]\)"),
+        ({"norm": True}, "got True"),
+        ({"relative": "yes", "step_size": 0.1}, "relative is True or False, got 'yes'"),
         ({"norm": 0.5}, "norm is the p of an L.p norm, 1 or above .*, got 0.5"),
         ({"norm": "max"}, "got 'max'"),
         ({"relative": True}, "needs a norm, and a step_size"),
@@ -134,6 +140,25 @@ def test_programs_and_packages_of_other_steps(unrolled, options, tmp_path):
 def test_steps_that_are_none(explainer, options, message):
     with pytest.raises(ValueError, match=message):
         explainer.ascend(X, 1, **options)
+
+
+@pytest.mark.parametrize("norm", [1, 2, math.inf])
+def test_half_precision_keeps_the_length_of_a_step(norm):
+    """Numbers of a unit vector of 200,000 are too small for float16, and their multiples are not."""
+    ascent, draw = Ascent(steps=1, norm=norm), torch.Generator().manual_seed(0)
+    x, v = torch.zeros(1, 200_000), torch.randn(1, 200_000, generator=draw).half()
+    (half,) = ascent.step([x.half()], [x.half()], lambda _: [v], clamp=False)
+    (whole,) = ascent.step([x], [x], lambda _: [v.float()], clamp=False)
+    assert relative(half.float(), whole) <= 5e-4
+
+
+def test_bounds_of_float64_travel(tmp_path):
+    program = sp_fx.transform(net().double()).compile(
+        "ascend", example_inputs=X.double(), steps=2, step_size=20.0, bounds=(-0.1, 0.1), clip="last", dynamic_batch=False
+    )
+    loaded = sp_fx.load(program.save(tmp_path / "ascent.pt2"))
+    change = loaded(X.double(), 1)[1]
+    assert torch.equal(change, program(X.double(), 1)[1]) and float((X.double() + change).max()) <= 0.1 + 1e-15
 
 
 def test_a_zero_pullback_is_a_zero_step():

@@ -18,6 +18,16 @@ def grey():
     half = sp_fx.models.Preprocessing(40, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)
     return sp_fx.models.NamedModel("grey", net(), half, ("a", "b", "c", "d", "e"), "its own")
 
+def wrapped():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    size = sp_fx.models.Preprocessing(40, 32, "bilinear", (0.5,) * 3, (0.2,) * 3)
+    return sp_fx.models.NamedModel("wrapped", sp_fx.pixel_space(net, (0.5,) * 3, (0.2,) * 3), size, None, "its own")
+
+built = nn.Conv2d(3, 4, 3)
+
+def text():
+    return sp_fx.models.TextModel("text", nn.Sequential(nn.Dropout(0.5)).train(), None)
+
 def number():
     return 3
 
@@ -29,6 +39,7 @@ def broken():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text(SOURCE)
+    (tmp_path / "raises_at_import.py").write_text("raise ValueError('mine alone')")
     (tmp_path / "needs_another.py").write_text("import not_there_at_all\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -54,11 +65,27 @@ def test_a_named_model_stays_as_it_is_with_weights_of_another(folder):
     assert weights_hash(again.model) == weights_hash(named.model)
 
 
+def test_weights_are_those_behind_the_normalisation(folder):
+    named = sp_fx.models.load("own_networks:wrapped")
+    torch.save(named.model.model.state_dict(), folder / "raw.pt")
+    again = sp_fx.models.load("own_networks:wrapped", folder / "raw.pt")
+    assert weights_hash(again.model) == weights_hash(named.model)
+
+
+def test_a_module_or_a_text_model(folder):
+    assert sp_fx.models.load("own_networks:built").labels is None
+    assert not sp_fx.models.load("own_networks:text").model.training
+    with pytest.raises(ValueError, match="takes no weights file"):
+        sp_fx.models.load("own_networks:text", "w.pt")
+
+
 @pytest.mark.parametrize("name, error, message", [
-    ("own_networks:nett", ValueError, "own_networks has no function 'nett'; it has broken, grey, net, number"),
+    ("own_networks:nett", ValueError, "own_networks has no function 'nett'; it has broken, grey, net, number, text, wrapped"),
     ("own_network:net", ValueError, "there is no module 'own_network' in "),
     ("own_networks:number", TypeError, "own_networks:number returns a torch.nn.Module, or a .*; got int"),
     (":net", ValueError, "':net' is no module:function"),
+    (".own_networks:net", ValueError, "is no module:function"),
+    ("raises_at_import:net", ValueError, "^mine alone$"),
     ("own_networks:", ValueError, "has no function ''"),
     ("own_networks:broken", KeyError, "mine"),
     ("needs_another:net", ModuleNotFoundError, "not_there_at_all"),
