@@ -75,8 +75,8 @@ def methods(
     except Exception as error:  # torch.fx has errors of every kind for models that it does not trace
         return chosen, left | dict.fromkeys(relu_only[:-1], f"needs a module for each call of a ReLU, and torch.fx says: {error}")
     relus = sum(site.kind == "relu" for site in default.report().sites)
-    if seen := relus - sum(isinstance(m, nn.ReLU) for m in own.modules()):
-        return chosen, left | dict.fromkeys(relu_only[:-1], f"sees modules alone, and {seen} of {relus} ReLUs are none")
+    if unseen := relus - sum(name.startswith("own_relu") for name, _ in own.named_children()):
+        return chosen, left | dict.fromkeys(relu_only[:-1], f"sees modules alone, and {unseen} of {relus} ReLUs are none")
     chosen |= relu_methods(own, layer or (None if "GuidedGradCam" in left else last_spatial(own, x)))
     try:
         chosen |= zennit_methods(own)

@@ -387,6 +387,10 @@ class ReLUsOfManyKinds(nn.Module):
 
 def test_peers_that_hook_modules_see_every_relu_or_are_left_out():
     x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    modules = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    )
+    assert "DeepLift" in methods(fill(modules), x)[0]
     model = fill(ReLUsOfManyKinds(lambda x: x.relu_()))
     chosen, left = methods(model, x)
     target = torch.tensor([0, 2])
