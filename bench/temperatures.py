@@ -5,7 +5,7 @@ plain gradient and equal shares. This is what the defaults of `Rules` were chose
 
 - ReLUs and max pooling: the zoo's CNN on scenes of seed 2025, SqueezeNet on ten photographs;
 - clamps (ReLU6) and strides: EfficientNet-Lite0 on the ten photographs, two of scikit-learn's, and their mirror images, and that
-  strides of many channels or of four stay exact on the zoo's networks;
+  strides of many channels or of four stay exact, on the zoo's networks;
 - GELU: the zoo's transformer on scenes of seeds 2025 and 3025.
 
 What proves them is in fidelity.py: other scenes, other photographs, other networks.
@@ -18,6 +18,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import faithfulness as ask
 import torch
@@ -30,6 +31,8 @@ from provenance import provenance
 
 import sp_fx
 from sp_fx import Rules, Soft
+from sp_fx.gates.adjoints.affine import steps
+from sp_fx.rewrite import decisions
 
 RELU, POOL = (0.6, 1.0, 1.5), (0.3, 1.0)
 EQUAL = Method(lambda x, target: torch.ones_like(x), 0, "share")
@@ -95,6 +98,8 @@ def ways(case: Case, rules: dict[str, Rules]) -> dict[str, Method]:
     """Returns the soft pullback by each of the rules, and by the default ones at scales that were measured beforehand."""
     explainers = {name: sp_fx.transform(case.model, rules=r) for name, r in rules.items()}
     half = case.pixels[len(case.pixels) // 2 :]
+    with mock.patch.object(decisions, "leaves_checkerboard", lambda weight, stride: max(steps(weight[2:], stride)) > 1):
+        explainers["smooth strides everywhere"] = sp_fx.transform(case.model)  # of many channels, and of more than two, too
     explainers["default, calibrated"] = sp_fx.transform(case.model).calibrate(half.split(10))
     methods = {name: Method(e.pullback, 1) for name, e in explainers.items()}
     return methods | {"gradient": captum_methods(case.model)["gradient"]}
