@@ -12,10 +12,10 @@ On any network and pictures, or sentences:
     python bench/fidelity.py --model all_minilm_l6_v2                                 # its sentences; --texts FILE takes others
     python bench/fidelity.py --paper --images imagenet/val --labels val.txt --samples 1000    # the paper's tables: paper.py
 
-Names are those of `sp_fx.models.load`. A line of `--labels` is a file's name in `--images` and its class, a number or a name;
-labelled pictures are explained for that class, others for the predicted one. Every method explains the same class and is judged
-on the same questions (faithfulness.py), so that comparisons are paired: mean differences with bootstrap intervals, sign-flip
-tests, Holm's correction over a network's family.
+Names are those of `sp_fx.models.load`. A line of `--labels` is a picture's name in `--images`, with its folder, and its class, a
+number or a name; these pictures are explained for that class, and others left out; without labels all for the predicted class.
+Every method explains the same class and is judged on the same questions (faithfulness.py), so that comparisons are paired: mean
+differences with bootstrap intervals, sign-flip tests, Holm's correction over a network's family.
 
 Answers are kept in `--work`, one file each, under a key of everything they depend on: a run that was cut short goes on where it
 stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it writes `fidelity_NETWORK.json` and `.png`, with
@@ -291,7 +291,7 @@ def chosen_case(name: str, args: argparse.Namespace) -> Case | TextCase:
 def selected(known: dict[str, Any], passes: dict[str, int], name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Returns the methods of the network `name` that the options say."""
     if unknown := set(args.methods or ()) - set(known):
-        raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {', '.join(known)}")
+        raise ValueError(f"no method of {name} is called {', '.join(sorted(unknown))}; they are: {'; '.join(known)}")
     if not (chosen := {name: known[name] for name in args.methods or known if passes[name] <= args.passes}):
         raise ValueError(f"no method of {name} is left: --passes {args.passes:g} leaves them all out")
     return chosen
@@ -339,6 +339,7 @@ def stem_of(name: str, args: argparse.Namespace) -> str:
 def write(record: dict[str, Any], name: str, kind: str, args: argparse.Namespace) -> None:
     """Write the record as JSON, and its plot beside it; print the table. `name` is the network's, as given to `--model`."""
     options = [f"--{o} {getattr(args, o)}" for o in TOLD if getattr(args, o) not in (None, False)]
+    options += ["--methods " + " ".join(map(repr, args.methods))] if args.methods else []
     command = " ".join(["python bench/fidelity.py --networks", name, *options]).replace(" True", "")
     record, stem = {"command": command, **record}, f"fidelity_{kind}{stem_of(name, args)}"
     args.out.mkdir(parents=True, exist_ok=True)
@@ -367,10 +368,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--passes", type=float, default=float("inf"), help="leave out methods that take more than this many")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="(default: all that apply)")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="squeezenet1_0_imagenet.safetensors, photos/")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--work", type=Path, default=Path("out/fidelity"))
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"), help="of tables and plots (default: bench/results)")
+    parser.add_argument("--work", type=Path, default=Path("out/fidelity"), help="of kept answers (default: out/fidelity)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these; the same command goes on")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default: 1)")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.deadline = time.monotonic() + 60 * args.minutes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -175,10 +176,20 @@ def of_pictures(
     classes: dict[Path, int] | None = None
     if labels:
         known_labels = labelled(labels, named.labels)
-        names = {path: (path.relative_to(images or Path()).as_posix(), path.name) for path in files}
-        classes = {path: known_labels[name] for path in files for name in names[path][::-1] if name in known_labels}
+        classes, used = {}, set()
+        for path in files:
+            inside = path.relative_to(images or Path()).as_posix()
+            key = next((name for name in (inside, path.name) if name in known_labels), None)
+            if key is None:
+                continue
+            if key in used:
+                raise ValueError(f"{labels}: {key!r} is the name of several pictures; write its folder, as in {inside!r}")
+            classes[path] = known_labels[key]
+            used.add(key)
         if missing := len(files) - len(classes):
             where += f", {missing} without a label left out"
+        if unused := len(known_labels) - len(used):
+            print(f"fidelity: {unused} lines of {labels} are of pictures that are not there", file=sys.stderr)
         files = list(classes)
     if not files:
         raise ValueError(f"no picture ({', '.join(ENDINGS)}) in {images}" + (f" that {labels} has a class of" if labels else ""))
@@ -198,6 +209,8 @@ def of_pictures(
     counts = Counts(batch=4, removals=48, cells=7, curves=n, sensitivity=few, draws=2, logit=n, randomised=few, dear=10,
                     mosaics=n if mosaics is None else mosaics, stable_too=("SmoothGrad-50", "IG-50"))  # fmt: skip
     several = of_two(pixels, target, seed, mosaics)
+    if several is None and mosaics != 0:
+        where += "; no mosaics, since no picture has two others of other classes"
     if several is not None and not takes(named.model, several[0][:1]):
         several, where = None, f"{where}; no mosaics, since it takes one size"
     return Case(named.name, named.model, pixels, target, None, several, None, f"{n} {where}", counts, seed)

@@ -1,8 +1,8 @@
 """What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot.
 
 `python bench/fidelity_table.py [--results DIR] [--pages FILE ...] [--plots]` makes the tables of docs/evidence.md, and the short
-one of the README, from the JSON files: each stands between `<!-- fidelity: NAME -->`, or `<!-- fidelity in short: NAME NAME -->`,
-and `<!-- end -->`; with `--plots` it draws the plots anew, too.
+one of the README, from the JSON files: each stands between `<!-- fidelity: NAME -->`, `<!-- fidelity in short: NAME NAME -->` or
+`<!-- temperatures: STUDY -->` (of temperatures.py) and `<!-- end -->`; with `--plots` it draws the plots anew, too.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [f"**{record['network']}**, {record['samples']}", "", *markdown(record, tuple(METRICS), intervals=False)]
     lines += left_out(record)
     for key, legend in (("comparisons", "Paired, Holm-corrected:"), ("comparisons_fresh", f"The same of {record.get('fresh')}:")):
-        lines += ["", legend] if key in record else []
+        lines += ["", legend] if record.get(key) else []
         for c in record.get(key, ()):
             change = f"{c['mean']:+.3g} [{c['low']:+.3g}, {c['high']:+.3g}]"
             ratio = f", ratio {c['ratio']:.3f} [{c['ratio_low']:.3f}, {c['ratio_high']:.3f}]" if "ratio" in c else ""
@@ -188,6 +188,16 @@ def in_short(records: dict[str, dict[str, Any]]) -> str:
         for i, row in enumerate(("pullback", "plain gradient", "best peer", "equal shares")):
             cells = [NETWORKS.get(network, network) if i == 0 else "", row, *(column[i] for column in columns)]
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def of_study(study: dict[str, Any]) -> str:
+    """The means of a study of temperatures.py in Markdown, a way a row."""
+    known = [name for name in METRICS if any(name in row for row in study["rules"].values())]
+    head = [study["samples"], *(SHORT[list(METRICS).index(name)] for name in known)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for way, row in study["rules"].items():
+        lines.append("| " + " | ".join([way, *(f"{row[name]:.3g}" if name in row else "-" for name in known)]) + " |")
     return "\n".join(lines)
 
 
@@ -256,6 +266,7 @@ def draw_plot(record: dict[str, Any], path: Path) -> None:
     plotted(record).savefig(path, metadata={"Comment": json.dumps(facts)})
 
 
+STUDIED = r"(<!-- temperatures: ([^>]+?) -->)\n.*?\n?(<!-- end -->)"
 MARKED = r"(<!-- fidelity( in short)?: ([\w ]+) -->)\n.*?\n?(<!-- end -->)"  # where a page has a table, and of which networks
 RESULTS = ("methods", "controls", "not applicable", "comparisons", "comparisons_fresh", "measures", "radii", "command", "fresh")
 
@@ -277,8 +288,14 @@ def main(argv: list[str] | None = None) -> int:
         table = in_short({network: record_of(network) for network in networks.split()}) if short else in_full(record_of(networks))
         return f"{opening}\n{table}\n{closing}"
 
+    def studied(marked: re.Match[str]) -> str:
+        opening, study, closing = marked.groups()
+        networks = json.loads((args.results / "temperatures.json").read_text())["networks"]
+        return f"{opening}\n{of_study(networks[study])}\n{closing}"
+
     for page in args.pages:
         text, count = re.subn(MARKED, filled, page.read_text(), flags=re.DOTALL)
+        text = re.sub(STUDIED, studied, text, flags=re.DOTALL)
         if not count:
             print(f"fidelity_table: {page} has no <!-- fidelity: NAME --> ... <!-- end -->", file=sys.stderr)
             return 2

@@ -89,7 +89,8 @@ def text_case(net: TextModel, texts: Path | None, samples: int | None) -> TextCa
     tokens = net.tokens([line[-1] for line in lines])
     ids, mask = tokens["input_ids"], tokens["attention_mask"]
     if int(mask.sum(1).min()) < 5:
-        raise ValueError(f"a sentence has fewer than five tokens: {lines[int(mask.sum(1).argmin())][-1]!r}")
+        shortest = int(mask.sum(1).argmin())
+        raise ValueError(f"line {shortest + 1}: a sentence has at least five tokens, got {lines[shortest][-1]!r}")
     with torch.no_grad():
         if len(lines[0]) == 2:
             queries = list(dict.fromkeys(query for query, _ in lines))
