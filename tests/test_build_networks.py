@@ -28,7 +28,7 @@ MODELS = {
     "swin_t": (12 + 29, 12),  # GELU, LayerNorm; attention hides in a wrapped function
     "convnext_tiny": (18 + 23, 0),
     "squeezenet1_0": (26 + 3 + 1, 0),
-    "timm/pvt_v2_b1": (8 + 8 + 30 + 1, 0),
+    "timm/pvt_v2_b1": (8 + 8 + 30, 0),
 }
 SLOW = {"vgg11_bn", "densenet121", "googlenet", "inception_v3", "convnext_tiny"}  # bench/zoo.py has all 178 networks
 

@@ -44,11 +44,11 @@ MODELS = {
     "segformer": lambda: (t.SegformerForImageClassification(t.SegformerConfig(
         num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[7, 3], strides=[4, 2],
         num_attention_heads=[1, 2], mlp_ratios=[2, 2])), None,
-        {"attention": 2, "gelu": 2, "layer_norm": 9, "stride": 1}),
+        {"attention": 2, "gelu": 2, "layer_norm": 9}),
     "wav2vec2": lambda: (t.Wav2Vec2ForSequenceClassification(t.Wav2Vec2Config(
         **{**TEXT, "hidden_size": 16}, conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
         num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, classifier_proj_size=8)), None,
-        {"attention": 2, "gelu": 5, "layer_norm": 6, "group_norm": 1, "stride": 1}),
+        {"attention": 2, "gelu": 5, "layer_norm": 6, "group_norm": 1}),
 }  # fmt: skip
 
 
