@@ -25,6 +25,9 @@ def wrapped():
 
 built = nn.Conv2d(3, 4, 3)
 
+def behind():
+    return sp_fx.pixel_space(nn.Sequential(nn.Conv2d(3, 4, 3)), (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
 def text():
     return sp_fx.models.TextModel("text", nn.Sequential(nn.Dropout(0.5)).train(), None)
 
@@ -72,6 +75,14 @@ def test_weights_are_those_behind_the_normalisation(folder):
     assert weights_hash(again.model) == weights_hash(named.model)
 
 
+def test_a_normalisation_of_its_own_stays(folder):
+    named = sp_fx.models.load("own_networks:behind")
+    x = torch.rand(1, 3, 8, 8) * 2 - 1
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    assert torch.allclose(named.model(x), named.model.model(((x + 1) / 2 - mean) / std), atol=1e-6)
+    assert named.preprocessing.std == pytest.approx((0.4, 0.5, 0.6))
+
+
 def test_a_module_or_a_text_model(folder):
     assert sp_fx.models.load("own_networks:built").labels is None
     assert not sp_fx.models.load("own_networks:text").model.training
@@ -80,7 +91,7 @@ def test_a_module_or_a_text_model(folder):
 
 
 @pytest.mark.parametrize("name, error, message", [
-    ("own_networks:nett", ValueError, "own_networks has no function 'nett'; it has broken, grey, net, number, text, wrapped"),
+    ("own_networks:nett", ValueError, "own_networks has no function 'nett'; it has behind, broken, grey, net"),
     ("own_network:net", ValueError, "there is no module 'own_network' in "),
     ("own_networks:number", TypeError, "own_networks:number returns a torch.nn.Module, or a .*; got int"),
     (":net", ValueError, "':net' is no module:function"),

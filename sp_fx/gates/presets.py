@@ -1,8 +1,7 @@
 """The settings of the paper's tables, by name: rules and the steps of ascents.
 
-preset = sp_fx.PRESETS["paper_resnet50"]
-explainer = sp_fx.transform(model, rules=preset.rules)
-change = explainer.ascend(x, bounds=(-1.0, 1.0), **preset.ascent)
+For example, of `sp_fx.PRESETS["paper_resnet50"]` as `preset`: `explainer = sp_fx.transform(model, rules=preset.rules)`, and then
+`explainer.ascend(x, bounds=(-1.0, 1.0), **preset.ascent)`.
 """
 
 from __future__ import annotations

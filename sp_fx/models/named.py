@@ -90,11 +90,16 @@ def own_model(name: str, made: Any, weights: str | Path | None, input_size: int 
         raise TypeError(
             f"{name} returns a torch.nn.Module, or a NamedModel or TextModel of sp_fx.models; got {type(made).__name__}"
         )
-    net = made if isinstance(made, nn.Module) else made.model
+    net: nn.Module = made if isinstance(made, nn.Module) else made.model
     net = net.model if isinstance(net, PixelSpace) else net  # a file has the weights of what the normalisation is in front of
     if weights is not None:
         load_weights(net, Path(weights))
-    named = NamedModel(name, _of_pixels(net, IMAGENET), IMAGENET, None, "its own") if isinstance(made, nn.Module) else made
+    named: Any = made
+    if isinstance(made, PixelSpace):  # it says itself what pixels become
+        own = replace(IMAGENET, mean=tuple(made.mean.flatten().tolist()), std=tuple(made.std.flatten().tolist()))
+        named = NamedModel(name, made, own, None, "its own")
+    elif isinstance(made, nn.Module):
+        named = NamedModel(name, _of_pixels(made, IMAGENET), IMAGENET, None, "its own")
     source = named.weights if weights is None else Path(weights).name
     return replace(named, model=named.model.eval(), preprocessing=resized(named.preprocessing, input_size), weights=source)
 
