@@ -26,18 +26,17 @@ stopped, and `--minutes` cuts it on purpose (exit status 3). For each network it
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import faithfulness as ask
 import torch
+from answers import Answers, digest
 from fidelity_cases import SEED, Case, load_case, of_pictures
 from fidelity_table import METRICS, compared, draw_plot, rows, table
 from measures import mass_inside, pointing
@@ -56,32 +55,6 @@ LEAST = 10  # samples for an interval
 # The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.
 KNOWING_NOTHING = ("infidelity, small", "infidelity, large", "infidelity, scattered", "infidelity, published", "mask mass")
 RADII = {"max-sensitivity 0.02": 0.02, "max-sensitivity 0.1": 0.1}  # Captum's default; and five times that
-
-
-class Answers:
-    """Tensors by name, computed once and kept on disk under a digest of all that they depend on (`facts`).
-
-    A call raises TimeoutError where an answer is not there and `deadline` (of `time.monotonic`) is past.
-    """
-
-    def __init__(self, folder: Path, facts: dict[str, Any], deadline: float) -> None:
-        self.key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-        self.folder, self.deadline, self.done = folder / self.key, deadline, 0
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __call__(self, name: str, compute: Callable[..., Tensor], *args: Any) -> Tensor:
-        path = self.folder / f"{name}.pt"
-        self.done += 1
-        if path.exists():
-            return torch.load(path, weights_only=True)
-        if time.monotonic() > self.deadline:
-            raise TimeoutError(f"stopped before {name}: run the same command again to go on")
-        started = time.monotonic()
-        answer = compute(*args)
-        torch.save(answer, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)  # whole or not at all, also where the run is killed
-        print(f"{self.done:4} {name:50} {time.monotonic() - started:6.1f} s", file=sys.stderr, flush=True)
-        return answer
 
 
 @dataclass(frozen=True)
@@ -318,15 +291,6 @@ def recorded(
         "controls": rows(controls, {name: controlled.get(name, 0) for name in controls}), "not applicable": left,
         "comparisons": compared({**results, **controls}), "measures": METRICS,
     }  # fmt: skip
-
-
-def digest(*parts: str | Tensor | None) -> str:
-    """Returns the SHA-256, in hex, of texts and tensors."""
-    whole = hashlib.sha256()
-    for part in parts:
-        tensor = part.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if isinstance(part, Tensor) else None
-        whole.update(str(part).encode() if tensor is None else f"{part.shape}{part.dtype}".encode() + tensor)  # type: ignore[union-attr]
-    return whole.hexdigest()
 
 
 def stem_of(name: str, args: argparse.Namespace) -> str:

@@ -22,7 +22,8 @@ from unittest import mock
 
 import faithfulness as ask
 import torch
-from fidelity import RADII, Answers, InBatches, digest, drops, other_class
+from answers import Answers, digest
+from fidelity import RADII, InBatches, drops, other_class
 from fidelity_cases import Case, choosing, scenes
 from fidelity_table import rounded
 from measures import mass_inside

@@ -45,6 +45,11 @@ def asked_quantus(metric, case, maps, **more):
     )
 
 
+def explained_by(explainer):
+    """The explainer as Quantus calls one."""
+    return lambda model, inputs, targets, **_: explainer.pullback(torch.tensor(inputs), torch.tensor(targets)).numpy()
+
+
 def kinds(**changed):
     import quantus
 
@@ -103,9 +108,8 @@ def test_sensitivity_is_quantus(case, maps, monkeypatch):
     calls = iter(noise)
     monkeypatch.setattr(np.random, "uniform", lambda *_, **__: next(calls).flatten(1).numpy())
     explainer = sp_fx.transform(case.model)
-    run = lambda model, inputs, targets, **_: explainer.pullback(torch.tensor(inputs), torch.tensor(targets)).numpy()  # noqa: E731
     metric = kinds(MaxSensitivity={"nr_samples": 10, "lower_bound": 0.02})["MaxSensitivity"]
-    theirs = asked_quantus(metric, case, maps, explain_func=run)
+    theirs = asked_quantus(metric, case, maps, explain_func=explained_by(explainer))
     ours = ask.max_sensitivity(explainer.pullback, case.pixels, case.target, maps, 10, 0.02, 4)
     assert ours.tolist() == pytest.approx(np.asarray(theirs).tolist(), rel=1e-3)
 
@@ -115,12 +119,11 @@ def test_random_logit_is_quantus(case, maps, monkeypatch):
     below = other - (other > case.target).long()  # its number among the classes that are left
     monkeypatch.setattr(np.random, "randint", lambda *_, **__: below.numpy())
     explainer = sp_fx.transform(case.model)
-    run = lambda model, inputs, targets, **_: explainer.pullback(torch.tensor(inputs), torch.tensor(targets)).numpy()  # noqa: E731
     import quantus
 
     pearson = quantus.similarity_func.correlation_pearson
     metric = kinds(RandomLogit={"num_classes": 5, "similarity_func": pearson, "normalise": False})["RandomLogit"]
-    theirs = asked_quantus(metric, case, maps, explain_func=run)
+    theirs = asked_quantus(metric, case, maps, explain_func=explained_by(explainer))
     ours = ask.pearson(explainer.pullback(case.pixels, other).flatten(1), maps.flatten(1))
     assert ours.tolist() == pytest.approx(np.asarray(theirs).tolist(), abs=1e-5)
 
