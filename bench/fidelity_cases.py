@@ -173,23 +173,10 @@ def of_pictures(
             raise FileNotFoundError(f"no folder of pictures at {images}")
         files = sorted(path for path in images.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
         where = f"pictures of {images.name}"
-    classes: dict[Path, int] | None = None
-    if labels:
-        known_labels = labelled(labels, named.labels)
-        classes, used = {}, set()
-        for path in files:
-            inside = path.relative_to(images or Path()).as_posix()
-            key = next((name for name in (inside, path.name) if name in known_labels), None)
-            if key is None:
-                continue
-            if key in used:
-                raise ValueError(f"{labels}: {key!r} is the name of several pictures; write its folder, as in {inside!r}")
-            classes[path] = known_labels[key]
-            used.add(key)
+    classes = of_labels(labels, named.labels, files, images or Path()) if labels else None
+    if classes is not None:
         if missing := len(files) - len(classes):
             where += f", {missing} without a label left out"
-        if unused := len(known_labels) - len(used):
-            print(f"fidelity: {unused} lines of {labels} are of pictures that are not there", file=sys.stderr)
         files = list(classes)
     if not files:
         raise ValueError(f"no picture ({', '.join(ENDINGS)}) in {images}" + (f" that {labels} has a class of" if labels else ""))
@@ -214,6 +201,27 @@ def of_pictures(
     if several is not None and not takes(named.model, several[0][:1]):
         several, where = None, f"{where}; no mosaics, since it takes one size"
     return Case(named.name, named.model, pixels, target, None, several, None, f"{n} {where}", counts, seed)
+
+
+def of_labels(labels: Path, names: tuple[str, ...] | None, files: list[Path], root: Path) -> dict[Path, int]:
+    """Returns the class of each of `files` in the folder `root` that a line of `labels` names, with its folder or without.
+
+    Raises:
+        ValueError: a line of another form, no such class, or a name that several pictures have.
+    """
+    known, classes, used = labelled(labels, names), dict[Path, int](), set[str]()
+    for path in files:
+        inside = path.relative_to(root).as_posix()
+        key = next((name for name in (inside, path.name) if name in known), None)
+        if key is None:
+            continue
+        if key in used:
+            raise ValueError(f"{labels}: {key!r} is the name of several pictures; write its folder, as in {inside!r}")
+        classes[path] = known[key]
+        used.add(key)
+    if unused := len(known) - len(used):
+        print(f"fidelity: {unused} lines of {labels} are of pictures that are not there", file=sys.stderr)
+    return classes
 
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")

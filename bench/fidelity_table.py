@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faithfulness import holm, sign_flip_p
 from measures import paired_interval, ratio_interval
@@ -21,40 +21,50 @@ from torch import Tensor
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What each measure is best at: "low", "high", or nearest to 0; the headline ones come first.
-METRICS = {
-    "infidelity, small": "low",
-    "infidelity, large": "low",
-    "infidelity, scattered": "low",
-    "infidelity, published": "low",
-    "faithfulness correlation": "high",
-    "max-sensitivity 0.02": "low",
-    "max-sensitivity 0.1": "low",
-    "mask mass": "high",
-    "faithfulness estimate": "high",
-    "monotonicity": "high",
-    "random logit": "zero",
-    "focus": "high",
-    "deletion": "low",
-    "insertion": "high",
-    "pointing game": "high",
-    "random top 0.25": "zero",
-    "random top 0.5": "zero",
-    "random top 1.0": "zero",
-    "deletion of a fifth": "high",  # from here on of texts
-    "deletion to a half": "high",
-    "infidelity, tokens": "low",
-    "correlation, tokens": "high",
-    "infidelity, paper": "low",  # from here on as the paper's evaluation has them
-    "faithfulness correlation, paper": "high",
-    "faithfulness estimate, paper": "high",
-    "monotonicity, paper": "high",
-    "max-sensitivity, paper": "low",
-    "random logit, paper": "zero",
-    "focus, paper": "high",
+
+class Measure(NamedTuple):
+    """What a measure is `best` at, "low", "high" or nearest to "zero"; its heading; whether it is compared; what it is of:
+    "pictures", "text", or "paper", of pictures as the paper's evaluation has it."""
+
+    best: str
+    short: str
+    headline: bool = False
+    of: str = "pictures"
+
+
+MEASURES = {
+    "infidelity, small": Measure("low", "Infid. small ↓", headline=True),
+    "infidelity, large": Measure("low", "Infid. large ↓", headline=True),
+    "infidelity, scattered": Measure("low", "Infid. scattered ↓", headline=True),
+    "infidelity, published": Measure("low", "Infid. published ↓", headline=True),
+    "faithfulness correlation": Measure("high", "Faith. corr. ↑", headline=True),
+    "max-sensitivity 0.02": Measure("low", "Max-sens. 0.02 ↓", headline=True),
+    "max-sensitivity 0.1": Measure("low", "Max-sens. 0.1 ↓", headline=True),
+    "mask mass": Measure("high", "Mask mass ↑", headline=True),
+    "faithfulness estimate": Measure("high", "Faith. est. ↑"),
+    "monotonicity": Measure("high", "Monot. ↑"),
+    "random logit": Measure("zero", "Rand. logit → 0"),
+    "focus": Measure("high", "Focus ↑"),
+    "deletion": Measure("low", "Del. ↓"),
+    "insertion": Measure("high", "Ins. ↑"),
+    "pointing game": Measure("high", "Point. ↑"),
+    "random top 0.25": Measure("zero", "¼ random → 0"),
+    "random top 0.5": Measure("zero", "½ random → 0"),
+    "random top 1.0": Measure("zero", "all random → 0"),
+    "deletion of a fifth": Measure("high", "Del. ⅕ ↑", headline=True, of="text"),
+    "deletion to a half": Measure("high", "Del. to ½ ↑", headline=True, of="text"),
+    "infidelity, tokens": Measure("low", "Infid. ↓", headline=True, of="text"),
+    "correlation, tokens": Measure("high", "Corr. ↑", headline=True, of="text"),
+    "infidelity, paper": Measure("low", "Infid. ↓", headline=True, of="paper"),
+    "faithfulness correlation, paper": Measure("high", "Faith. corr. ↑", headline=True, of="paper"),
+    "faithfulness estimate, paper": Measure("high", "Faith. est. ↑", headline=True, of="paper"),
+    "monotonicity, paper": Measure("high", "Mono. corr. ↑", headline=True, of="paper"),
+    "max-sensitivity, paper": Measure("low", "Max-sens. ↓", headline=True, of="paper"),
+    "random logit, paper": Measure("zero", "Rand. logit → 0", headline=True, of="paper"),
+    "focus, paper": Measure("high", "Focus ↑", headline=True, of="paper"),
 }
-OF_TEXT, OF_PAPER = tuple(METRICS)[18:22], tuple(METRICS)[22:]
-HEADLINE = (*tuple(METRICS)[:8], *OF_TEXT, *OF_PAPER)
+METRICS = {name: measure.best for name, measure in MEASURES.items()}
+HEADLINE = tuple(name for name, measure in MEASURES.items() if measure.headline)
 OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "FusionPullback-25", "guided-CAM pullback",
         "soft pullback", "pullback ascent")  # fmt: skip
 PAIRS = [
@@ -67,12 +77,6 @@ PAIRS = [
       for ours, other in (("soft pullback", "gradient"), ("soft pullback", "SmoothGrad"), ("pullback ascent", "gradient ascent"))
       for rules in ("", ", default rules")],
 ]  # fmt: skip
-SHORT = ("Infid. small ↓", "Infid. large ↓", "Infid. scattered ↓", "Infid. published ↓", "Faith. corr. ↑",
-         "Max-sens. 0.02 ↓", "Max-sens. 0.1 ↓", "Mask mass ↑", "Faith. est. ↑", "Monot. ↑",
-         "Rand. logit → 0", "Focus ↑", "Del. ↓", "Ins. ↑", "Point. ↑",
-         "¼ random → 0", "½ random → 0", "all random → 0",
-         "Del. ⅕ ↑", "Del. to ½ ↑", "Infid. ↓", "Corr. ↑",
-         "Infid. ↓", "Faith. corr. ↑", "Faith. est. ↑", "Mono. corr. ↑", "Max-sens. ↓", "Rand. logit → 0", "Focus ↑")  # fmt: skip
 # What the short table has: these measures, and "best peer" is for each of them the best of all methods but ours and the gradient.
 IN_SHORT = ("infidelity, small", "infidelity, published", "faithfulness correlation", "max-sensitivity 0.02", "mask mass")
 NETWORKS = {"residual_cnn": "zoo CNN", "pyramid_transformer": "zoo transformer", "squeezenet1_0": "SqueezeNet 1.0",
@@ -144,7 +148,7 @@ def markdown(record: dict[str, Any], names: tuple[str, ...], intervals: bool) ->
     listed = record["methods"]
     known = [name for name in names if any(name in row for row in listed.values())]
     marks = {name: best(listed, name) for name in known}
-    head = ["", "passes", *(SHORT[list(METRICS).index(name)] for name in known)]
+    head = ["", "passes", *(MEASURES[name].short for name in known)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for method, row in {**listed, **record["controls"]}.items():  # controls are not ranked
         cells = [marks[name].get(method, "{}").format(f"{row[name]['mean']:.3g}") if name in row else "-" for name in known]
@@ -181,7 +185,7 @@ def in_short(records: dict[str, dict[str, Any]]) -> str:
 
     The best of the first three is set off in **bold**. Only means: the full tables have the intervals.
     """
-    head = ["network", "map", *(SHORT[list(METRICS).index(measure)] for measure in IN_SHORT)]
+    head = ["network", "map", *(MEASURES[measure].short for measure in IN_SHORT)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for network, record in records.items():
         columns = [short_column(record, measure) for measure in IN_SHORT]
@@ -194,7 +198,7 @@ def in_short(records: dict[str, dict[str, Any]]) -> str:
 def of_study(study: dict[str, Any]) -> str:
     """The means of a study of temperatures.py in Markdown, a way a row."""
     known = [name for name in METRICS if any(name in row for row in study["rules"].values())]
-    head = [study["samples"], *(SHORT[list(METRICS).index(name)] for name in known)]
+    head = [study["samples"], *(MEASURES[name].short for name in known)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for way, row in study["rules"].items():
         lines.append("| " + " | ".join([way, *(f"{row[name]:.3g}" if name in row else "-" for name in known)]) + " |")

@@ -21,7 +21,9 @@ sys.path.insert(0, str(BENCH))
 import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
-from fidelity_table import METRICS, OF_PAPER, OF_TEXT, compared, in_short, main  # noqa: E402
+from fidelity_table import MEASURES, compared, in_short, main  # noqa: E402
+
+OF_PICTURES = {name for name, measure in MEASURES.items() if measure.of == "pictures"}
 
 
 def tiny(name, data, samples, seed=cases.SEED, mosaics=None):
@@ -62,7 +64,7 @@ def test_two_runs_write_the_same_table_with_its_provenance(run, tmp_path, capsys
     assert run(work="another")[0] == 0 and (tmp_path / "out" / "fidelity_tiny.json").read_text() == text
     assert {"rules", "seed", "versions", "weights_sha256", "threads", "counts", "command"} <= set(first)
     rows = first["methods"]
-    assert set(rows["pullback"]) - {"passes"} == set(METRICS) - {*OF_TEXT, *OF_PAPER}
+    assert set(rows["pullback"]) - {"passes"} == OF_PICTURES
     occlusion = first["controls"]["occlusion"]
     assert occlusion["passes"] == 16 and "faithfulness estimate" not in occlusion and "max-sensitivity 0.1" not in occlusion
     assert rows["FusionGrad-25"]["passes"] == 25 and {"gradient ascent", "FusionPullback-25"} <= set(rows)
