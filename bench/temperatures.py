@@ -29,6 +29,7 @@ from fidelity_table import rounded
 from measures import mass_inside
 from methods import Method, captum_methods
 from provenance import provenance
+from scales import scaled
 
 import sp_fx
 from sp_fx import Rules, Soft
@@ -103,6 +104,8 @@ def ways(case: Case, rules: dict[str, Rules]) -> dict[str, Method]:
         explainers["smooth strides everywhere"] = sp_fx.transform(case.model)  # of many channels, and of more than two, too
     explainers["default, calibrated"] = sp_fx.transform(case.model).calibrate(half.split(10))
     methods = {name: Method(e.pullback, 1) for name, e in explainers.items()}
+    if case.name == "efficientnet_lite0":
+        methods |= {name: Method(run, 1) for name, run in scaled(case.model).items()}
     return methods | {"gradient": captum_methods(case.model)["gradient"]}
 
 
