@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ZOO = ("zoo/residual_cnn", "zoo/pyramid_transformer")
 SEEDS = {"zoo/residual_cnn": (2025, 3025), "zoo/pyramid_transformer": (2025, 3025, 4025)}
-CARRIED = ("efficientnet_lite0", "efficientnet_lite1", "all_minilm_l6_v2")
+CARRIED = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "all_minilm_l6_v2")
 
 
 def commands() -> list[list[str]]:

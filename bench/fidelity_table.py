@@ -65,8 +65,8 @@ MEASURES = {
 }
 METRICS = {name: measure.best for name, measure in MEASURES.items()}
 HEADLINE = tuple(name for name, measure in MEASURES.items() if measure.headline)
-OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "FusionPullback-25", "guided-CAM pullback",
-        "soft pullback", "pullback ascent")  # fmt: skip
+OURS = ("pullback", "double pullback", "ascent", "integrated pullback-10", "DeepLift pullback", "FusionPullback-25",
+        "guided-CAM pullback", "soft pullback", "pullback ascent")  # fmt: skip
 PAIRS = [
     *[(ours, other) for ours in ("pullback", "ascent", "integrated pullback-10") for other in ("gradient", "SmoothGrad-50")],
     *[(ours, f"{ours}, paper's rules") for ours in ("pullback", "double pullback", "ascent")],

@@ -49,13 +49,18 @@ def relus() -> dict[str, Rules]:
 
 
 def clamps() -> dict[str, Rules]:
-    """Round the default, Soft(1.7, 0.4, "channel"), one thing changed at a time."""
+    """Round the default, Soft(1.7, 0.4, "batch_norm"), one thing changed at a time."""
     values = {
-        "default: 1.7, margin 0.4, channel": Soft(1.7, 0.4, "channel"),
-        "1.2": Soft(1.2, 0.4, "channel"),
-        "2.4": Soft(2.4, 0.4, "channel"),
-        "no margin": Soft(1.7, 0.0, "channel"),
-        "margin 0.8": Soft(1.7, 0.8, "channel"),
+        "default: 1.7, margin 0.4, batch norm": Soft(1.7, 0.4, "batch_norm"),
+        "1.2": Soft(1.2, 0.4, "batch_norm"),
+        "1.4": Soft(1.4, 0.4, "batch_norm"),
+        "2.0": Soft(2.0, 0.4, "batch_norm"),
+        "2.4": Soft(2.4, 0.4, "batch_norm"),
+        "no margin": Soft(1.7, 0.0, "batch_norm"),
+        "margin 0.2": Soft(1.7, 0.2, "batch_norm"),
+        "margin 0.6": Soft(1.7, 0.6, "batch_norm"),
+        "margin 0.8": Soft(1.7, 0.8, "batch_norm"),
+        "channel": Soft(1.7, 0.4, "channel"),
         "sample": Soft(1.7, 0.4, "sample"),
         "sample, 1.0, no margin (ReLU's)": Soft(1.0, 0.0, "sample"),
         "absolute, 0.6, no margin": Soft(0.6, 0.0, "absolute"),

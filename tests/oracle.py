@@ -5,6 +5,7 @@ A network is a list of `Op`s. Each knows
     frozen(x, t)        the affine map A(x) t + b(x) that the layer acts as at x, applied to t: frozen(x, x) == forward(x),
     back(x, v, rules)   the adjoint of the cotangent v at x; `rules` maps a kind to a temperature, a `Soft` or "frozen", and
                         "scale" to what the temperatures of HOMOGENEOUS kinds are in units of: "absolute", "sample", "channel".
+                        A `Soft` alone may have "batch_norm", for the gates of `Normed`.
 
 Soft gates: Satkiewicz, Corizzo, Pietron, "Pulling Back the Curtain on Deep Networks", arXiv:2507.22832. Kinds that the paper
 does not list follow its principle: the Gaussian average of a hard gate, or the gain of the forward pass at a temperature.
@@ -19,11 +20,11 @@ import torch
 import torch.nn.functional as F
 
 FROZEN = "frozen"
-Soft = collections.namedtuple("Soft", "tau margin scale", defaults=(0.0, None))  # noise round -margin tau; its own scale
+# Noise round -margin tau; its own scale; with "batch_norm" what gates have that no batch norm is before.
+Soft = collections.namedtuple("Soft", "tau margin scale otherwise", defaults=(0.0, None, None))
 DEFAULTS = {
-    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "channel"), "elu": 0.6,
-    "silu": 1.6, "hardswish": 1.6,
-    "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "gelu": Soft(1.25, 0.5), "quick_gelu": Soft(1.25, 0.5), "abs": 1.0,
+    "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "batch_norm", 1.0), "elu": 0.6,
+    "silu": 1.6, "hardswish": 1.6, "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "gelu": Soft(1.25, 0.5), "quick_gelu": Soft(1.25, 0.5), "abs": 1.0,
     "hardshrink": 0.6, "softshrink": 0.6,
     "stride": "smooth",
 }  # fmt: skip
@@ -144,21 +145,30 @@ def gaussian_average(derivative, z, tau, kinks, width=12.0, panels=48, nodes=20)
     return total
 
 
-def soft(rules, kind):
-    """The rule of a kind as a `Soft` whose scale is said, or "frozen"."""
+def soft(rules, kind, norm=None):
+    """The rule of a kind as a `Soft` whose scale is said, or "frozen"; `norm` is the batch norm right before the gate."""
     value = rules[kind]
     if value == FROZEN:
         return FROZEN
     value = value if isinstance(value, Soft) else Soft(value)
+    if value.scale == "batch_norm":
+        if norm is not None:
+            return value
+        value = value._replace(scale=None) if value.otherwise is None else value.otherwise
+        value = value if isinstance(value, Soft) else Soft(value)
     wide = rules.get("scale", "absolute")
     wide = "sample" if wide == "channel" and kind in ("abs", "max_pool") else wide  # of gates that no one kink opens
     scale = (value.scale or wide) if kind in HOMOGENEOUS else "absolute"
     return value._replace(scale=scale)
 
 
-def temperature(rules, kind, x, **args):
+def temperature(rules, kind, x, norm=None, **args):
     """The temperature of a gate at x, [B, 1, ...] with one number a sample, or [B, C, 1, ...]; or "frozen"."""
-    value = soft(rules, kind)
+    value = soft(rules, kind, norm)
+    if value != FROZEN and value.scale == "batch_norm":
+        squares = [float(v + away(kind, m, **args) ** 2) for m, v in zip(norm.mean, norm.variance)]
+        taus = [value.tau * math.sqrt((s + sum(squares) / len(squares)) / 2) for s in squares]
+        return along(torch.tensor(taus, dtype=torch.float64), x, 1)
     return FROZEN if value == FROZEN else value.tau * unit(away(kind, x, **args), value.scale)
 
 
@@ -349,7 +359,9 @@ class RunningNorm(Op):
     def __init__(self, module):
         rstd = 1 / torch.sqrt(double(module.running_var) + module.eps)
         self.gain = rstd if module.weight is None else double(module.weight) * rstd
-        self.shift = -self.gain * double(module.running_mean) + (0 if module.bias is None else double(module.bias))
+        self.mean = torch.zeros_like(rstd) if module.bias is None else double(module.bias)  # over data of its running statistics
+        self.variance = self.gain**2 * double(module.running_var)
+        self.shift = -self.gain * double(module.running_mean) + self.mean
 
     def forward(self, x):
         return x * along(self.gain, x, 1) + along(self.shift, x, 1)
@@ -438,16 +450,32 @@ class Gate(Op):
     def frozen(self, x, t):
         return frozen_gain(self.kind, x, **self.at(x)) * t + self.constant(x)
 
-    def back(self, x, v, rules):
-        tau, args = temperature(rules, self.kind, x, **self.args), self.at(x)
+    def back(self, x, v, rules, norm=None):
+        tau, args = temperature(rules, self.kind, x, norm, **self.args), self.at(x)
         if isinstance(tau, str):
             return v * frozen_gain(self.kind, x, **args)
-        margin = soft(rules, self.kind).margin
+        margin = soft(rules, self.kind, norm).margin
         return v * soft_gain(self.kind, x, tau, **args, **({"margin": margin} if margin else {}))
 
     def at(self, x):
         slope = self.args.get("slope")
         return {**self.args, "slope": along(slope, x, 1)} if isinstance(slope, torch.Tensor) else self.args
+
+
+class Normed(Op):
+    """A batch norm and the gate right behind it."""
+
+    def __init__(self, norm, gate):
+        self.norm, self.gate = norm, gate
+
+    def forward(self, x):
+        return self.gate.forward(self.norm.forward(x))
+
+    def frozen(self, x, t):
+        return self.gate.frozen(self.norm.forward(x), self.norm.forward(t))
+
+    def back(self, x, v, rules):
+        return self.norm.back(x, self.gate.back(self.norm.forward(x), v, rules, self.norm), rules)
 
 
 class Smooth(Op):

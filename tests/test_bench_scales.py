@@ -14,7 +14,7 @@ if not BENCH.exists():
     pytest.skip("the benches are not beside these tests", allow_module_level=True)
 sys.path.insert(0, str(BENCH))
 
-from scales import SCALES, at_scale, by_depth, from_batch_norm, scaled  # noqa: E402
+from scales import SCALES, at_scale, by_depth, scaled  # noqa: E402
 
 
 def network():
@@ -75,22 +75,8 @@ def test_windows_by_hand():
     assert close(SCALES["windows of a quarter"](z), expected)
 
 
-def test_batch_norms_say_their_own_scale():
-    model = network()
-
-    def scale_of(i, z):
-        square = (model[i - 1].weight ** 2 + model[i - 1].bias ** 2).detach()
-        return ((square + square.mean()) / 2).sqrt().view(1, -1, 1, 1)
-
-    explainer = sp_fx.transform(model)
-    run = at_scale(explainer, from_batch_norm(explainer))
-    assert close(run(X, TARGET), by_hand(model, scale_of)) and close(run(X, TARGET), by_hand(model, scale_of))
-    with pytest.raises(ValueError, match="no batch norm"):
-        from_batch_norm(sp_fx.transform(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU6())))
-
-
 def test_equal_steps_of_depth_are_the_default():
     explainer = sp_fx.transform(network())
     equal = sp_fx.transform(network(), rules=by_depth(explainer, 1.7, 1.7))
     assert torch.equal(equal.pullback(X, TARGET), explainer.pullback(X, TARGET))
-    assert len({run(X, TARGET).sum().item() for run in scaled(network()).values()}) == len(SCALES) + 3
+    assert len({run(X, TARGET).sum().item() for run in scaled(network()).values()}) == len(SCALES) + 2

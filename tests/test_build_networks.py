@@ -14,7 +14,7 @@ import sp_fx
 from helpers import fill, gradient, relative
 
 BENCH = Path(__file__).parents[1] / "bench"
-SCALED = {**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs", "max_pool"), "sample"), "hardtanh": "channel"}  # by kind
+SCALED = {**dict.fromkeys(("relu", "leaky_relu", "prelu", "abs", "max_pool"), "sample"), "hardtanh": "batch_norm"}  # by kind
 
 # name: (gates of the model and strides of few channels that overlap, calls that are not rewritten)
 MODELS = {

@@ -82,7 +82,11 @@ def transform(model, **rules):
 
 def as_rules(rules):
     """The library's rules of the oracle's."""
-    return Rules(**{kind: sp_fx.Soft(*value) if isinstance(value, oracle.Soft) else value for kind, value in rules.items()})
+
+    def as_rule(value):
+        return sp_fx.Soft(*map(as_rule, value)) if isinstance(value, oracle.Soft) else value
+
+    return Rules(**{kind: as_rule(value) for kind, value in rules.items()})
 
 
 # -- the networks, each layer beside its op -------------------------------------------------------------------------------------
@@ -254,6 +258,18 @@ case("batch_norm of the batch 1d", (5, 4), (nn.BatchNorm1d(4, affine=False, trac
      linear(4, 4))  # fmt: skip
 case("batch_norm running", (2, 3, 4, 5), conv(3, 4, 3, bias=False), (nn.BatchNorm2d(4), oracle.RunningNorm), RELU,
      *head(4, 2, 3))  # fmt: skip
+
+
+def normed(norm, kind, function, **args):
+    return nn.Sequential(norm, *function), lambda m: oracle.Normed(oracle.RunningNorm(m[0]), gate(kind, **args))
+
+
+case("relu6 of a batch_norm", (2, 3, 4, 5), conv(3, 4, 3, bias=False), normed(nn.BatchNorm2d(4), "hardtanh", [nn.ReLU6()],
+     low=0.0, high=6.0), *head(4, 2, 3))  # fmt: skip
+case("clamp of a batch_norm 1d", (3, 5), linear(5, 6), normed(nn.BatchNorm1d(6, affine=False), "hardtanh",
+     [nn.Dropout(), Calls(lambda z: z.contiguous().clamp(-0.3, 0.8))], low=-0.3, high=0.8), linear(6, 4))  # fmt: skip
+case("relus of batch_norms", (2, 3, 4, 5), conv(3, 4, 3), normed(nn.BatchNorm2d(4), "relu", [nn.ReLU(inplace=True)]),
+     normed(nn.BatchNorm2d(4), "leaky_relu", [nn.LeakyReLU(0.3)], slope=0.3), *head(4, 2, 3))  # fmt: skip
 case("local_response_norm", (2, 6, 3, 3), (nn.LocalResponseNorm(5, 0.5, 0.75, 1.0), oracle.LocalResponseNorm(5, 0.5, 0.75, 1.0)),
      *head(6, 3, 3))  # fmt: skip
 case("local_response_norm even", (2, 6, 7), (Calls(lambda z: F.local_response_norm(z, 4, 0.9, 0.6, 2.0)),
@@ -496,6 +512,8 @@ RULES = {
     "margins": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.5, "channel"), "leaky_relu": oracle.Soft(1.2, 0.3),
                 "prelu": oracle.Soft(0.8, -0.6, "absolute"), "hardtanh": oracle.Soft(0.9, -0.2, "sample"),
                 "stride": None, "scale": "sample"},
+    "batch norms": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.3, "batch_norm"), "leaky_relu": oracle.Soft(0.9, 0.0, "batch_norm",
+                    oracle.Soft(1.2, 0.2, "channel")), "hardtanh": oracle.Soft(1.7, 0.4, "channel"), "scale": "sample"},
 }  # fmt: skip
 
 
@@ -540,7 +558,7 @@ def test_the_oracle_pulls_back_by_the_transpose_of_its_frozen_view(name):
 
 def test_the_default_temperatures_are_the_method_s():
     assert Rules() == as_rules(oracle.DEFAULTS) and Rules().scale == "sample"
-    assert Rules().hardtanh == sp_fx.Soft(1.7, 0.4, "channel") and Rules().gelu == sp_fx.Soft(1.25, 0.5)
+    assert Rules().hardtanh == sp_fx.Soft(1.7, 0.4, "batch_norm", otherwise=1.0) and Rules().gelu == sp_fx.Soft(1.25, 0.5)
     numbers = {kind: value for kind, value in oracle.DEFAULTS.items() if not isinstance(value, oracle.Soft)}
     assert {kind: getattr(Rules(), kind) for kind in numbers} == numbers
     assert {kind: getattr(Rules.frozen(), kind) for kind in oracle.DEFAULTS} == oracle.HARD

@@ -16,6 +16,7 @@ from sp_fx.gates.table import TABLE
 
 POOL = dict(kernel=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), ceil_mode=False)
 W = torch.linspace(0.5, 1.5, 4)
+M = torch.tensor([[0.2, -0.4, 1.0], [0.5, 0.1, 2.0]])  # means and variances of three channels
 KINDS = {
     "relu": lambda x: dual_path("relu", x, tau=0.6),
     "relu, sample scale": lambda x: dual_path("relu", x, tau=0.6, scale="sample"),
@@ -24,6 +25,12 @@ KINDS = {
     "prelu": lambda x: dual_path("prelu", x, W[:3].to(x.dtype), tau=0.6),
     "hardtanh": lambda x: dual_path("hardtanh", x, tau=0.6, low=-0.5, high=1.0),
     "hardtanh, margin by channel": lambda x: dual_path("hardtanh", x, tau=1.7, scale="channel", margin=0.4, low=-0.5, high=1.0),
+    "hardtanh, by a batch norm": lambda x: dual_path("hardtanh", x, M.to(x.dtype), tau=1.7, scale="batch_norm", margin=0.4,
+                                                     low=-0.5, high=1.0),
+    "between, by a batch norm": lambda x: dual_path("between", x, -W[:1].to(x.dtype), W[:1].to(x.dtype), M.to(x.dtype), tau=0.6,
+                                                    scale="batch_norm", margin=0.4),
+    "written, by a batch norm": lambda x: dual_path("written", x, x.clamp(-0.5, 1.0).detach(), M.to(x.dtype), tau=0.9,
+                                                    scale="batch_norm", row="hardtanh", args=(("low", -0.5), ("high", 1.0))),
     "floor": lambda x: dual_path("floor", x, tau=0.6, scale="sample", margin=-0.3, low=-0.5),
     "ceiling": lambda x: dual_path("ceiling", x, tau=0.6, scale="channel", margin=0.3, high=0.4),
     "elu": lambda x: dual_path("elu", x, tau=0.6, alpha=1.0, output_scale=1.0, input_scale=1.0),

@@ -119,14 +119,14 @@ MARGINS = (*OPENING, "gelu", "quick_gelu", "silu", "hardswish", "mish")
 
 
 def test_a_soft_stands_where_a_number_stood():
-    assert repr(Soft(1.7, margin=0.4, scale="channel")) == "Soft(tau=1.7, margin=0.4, scale='channel')"
-    assert Soft(0.5) == Soft(0.5, 0.0, None) and Rules().hardtanh == Soft(1.7, 0.4, "channel")
+    assert repr(Soft(1.7, margin=0.4, scale="channel")) == "Soft(tau=1.7, margin=0.4, scale='channel', otherwise=None)"
+    assert Soft(0.5) == Soft(0.5, 0.0, None, None) and Rules().hardtanh == Soft(1.7, 0.4, "batch_norm", otherwise=1.0)
     rules = Rules(relu=Soft(0.5, 0.2), overrides={"a": Soft(0.7, scale="absolute"), "b": {"relu": Soft(0.9, -1.0, "channel")}})
     assert [rules.temperature("relu", place) for place in "abc"] == [0.7, 0.9, 0.5]
     assert [rules.margin("relu", place) for place in "abc"] == [0.0, -1.0, 0.2]
     assert [rules.scale_of("relu", place, 0.5) for place in "abc"] == ["absolute", "channel", "sample"]
     assert pickle.loads(pickle.dumps(rules)) == rules
-    assert str(Rules(relu=Soft(0.5, 0.2))) == "Rules(relu=Soft(tau=0.5, margin=0.2, scale=None))"
+    assert str(Rules(relu=Soft(0.5, 0.2))) == "Rules(relu=Soft(tau=0.5, margin=0.2, scale=None, otherwise=None))"
 
 
 @pytest.mark.parametrize("scale", ["absolute", "sample", "channel"])
@@ -139,9 +139,34 @@ def test_the_scale_of_a_soft_beats_that_of_the_rules_and_a_measured_number_both(
     assert Rules(relu=Soft(0.5), scale={"a": 2.5}).scale_of("relu", "b", 0.5) == "missing"
 
 
+def test_what_a_gate_has_behind_a_batch_norm_and_otherwise():
+    values = {"relu": Soft(0.5, 0.2, "batch_norm"), "leaky_relu": Soft(0.5, 0.2, "batch_norm", 0.9),
+              "prelu": Soft(0.5, 0.2, "batch_norm", Soft(0.9, 0.1, "channel"))}  # fmt: skip
+    rules, kinds = Rules(**values, scale="absolute"), OPENING[:3]
+    for normed, temperatures, margins, scales in (
+        (True, [0.5, 0.5, 0.5], [0.2, 0.2, 0.2], ["batch_norm", "batch_norm", "batch_norm"]),
+        (False, [0.5, 0.9, 0.9], [0.2, 0.0, 0.1], ["absolute", "absolute", "channel"]),
+    ):
+        assert [rules.temperature(kind, "a", normed) for kind in kinds] == temperatures
+        assert [rules.margin(kind, "a", normed) for kind in kinds] == margins
+        assert [rules.scale_of(kind, "a", 0.5, normed) for kind in kinds] == scales
+    measured = Rules(relu=values["relu"], scale={"a": 2.5})
+    assert [measured.scale_of("relu", place, 0.5, True) for place in "ab"] == [2.5, "batch_norm"]
+    assert measured.scale_of("relu", "b", 0.5) == "missing"
+    assert pickle.loads(pickle.dumps(rules)) == rules
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        ({"relu": Soft(1.0, scale="batch")}, "'channel', 'batch_norm' or None, got 'batch'"),
+        ({"abs": Soft(1.0, scale="batch_norm")}, "abs has no one kink that opens it, got scale='batch_norm'"),
+        ({"gelu": Soft(1.0, scale="batch_norm")}, "gelu is not the same at every scale"),
+        ({"relu": Soft(1.0, otherwise=1.0)}, "otherwise=1.0 goes with scale='batch_norm', got scale=None"),
+        ({"relu": Soft(1.0, 0.0, "batch_norm", -1.0)}, "otherwise: expected a finite temperature"),
+        ({"relu": Soft(1.0, 0.0, "batch_norm", "frozen")}, "otherwise is a temperature above 0, or a Soft"),
+        ({"relu": Soft(1.0, 0.0, "batch_norm", Soft(1.0, 0.0, "batch_norm"))}, "otherwise is a temperature above 0, or a Soft"),
+        ({"scale": "batch_norm"}, "scale is 'absolute', 'sample', 'channel' or a mapping"),
         *(({"relu": Soft(tau)}, "relu.*temperature.*got") for tau in (0, -1, True, float("nan"), float("inf"), None)),
         ({"relu": Soft("frozen")}, "the temperature of a Soft is a finite number above 0, got 'frozen'"),
         ({"relu": Soft(Soft(1.0))}, "temperature"),
@@ -149,7 +174,7 @@ def test_the_scale_of_a_soft_beats_that_of_the_rules_and_a_measured_number_both(
           for margin in (True, "wide", None, float("inf"), float("nan"))),
         *(({kind: Soft(1.0, 0.4)}, f"kind {kind} has no margin, got 0.4; kinds that have one are {', '.join(MARGINS)}")
           for kind in ("abs", "elu", "max_pool", "attention", "softshrink")),
-        *(({"relu": Soft(1.0, scale=scale)}, "the scale of a Soft is 'absolute', 'sample', 'channel' or None, got")
+        *(({"relu": Soft(1.0, scale=scale)}, "the scale of a Soft is 'absolute', 'sample', 'channel', 'batch_norm' or None, got")
           for scale in ("batch", "", 2.0)),
         *(({kind: Soft(1.0, scale="channel")}, f"the gate of kind {kind} is not the same at every scale")
           for kind in ("elu", "gelu")),
@@ -209,7 +234,8 @@ def test_a_soft_that_is_all_but_hard_is_the_frozen_gate(frozen):
 def test_a_measured_scale_keeps_the_margin():
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU6(), nn.Linear(6, 3)).double()
     x = torch.randn(3, 4, dtype=torch.float64)
-    rules = Rules(scale={"1": 2.0}), Rules(hardtanh=Soft(3.4, 0.4, "absolute"))
+    clamp = Soft(1.7, 0.4, "channel")
+    rules = Rules(hardtanh=clamp, scale={"1": 2.0}), Rules(hardtanh=Soft(3.4, 0.4, "absolute"))
     measured, absolute = (sp_fx.transform(net, rules=r) for r in rules)
     assert torch.allclose(measured.pullback(x, 1), absolute.pullback(x, 1), rtol=1e-12, atol=0)
     assert pickle.loads(pickle.dumps(measured.report().rules)) == measured.report().rules

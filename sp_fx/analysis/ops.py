@@ -93,6 +93,8 @@ FRESH = having("fresh")
 ITSELF = having("itself")
 SEVERAL = having("several")  # returns a tuple
 
+SAME_CHANNELS = SAME_VALUES & (having("pointwise") | ITSELF)  # and leaves them where they were
+
 # Written gates and norms.
 POINTWISE = having("pointwise")  # inside a written gate
 CARRIES = having("carries")  # casts and views around a signal and its statistic

@@ -30,7 +30,7 @@ class FrozenTangents(ByName):
 
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is dual_path:
-            kind, *operands = args
+            kind, operands = args[0], args[1 : 1 + TABLE[args[0]].tensors]
             options = {k: v for k, v in kwargs.items() if k not in OPTIONS}
             signal = operands[TABLE[kind].receives]
             primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in operands]

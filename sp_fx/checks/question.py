@@ -22,6 +22,7 @@ from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
+from ..gates.table import TABLE
 from ..measured.runs import Coarsest, distance, one_seed, perturbed
 from ..methods.subgraphs import activations
 from ..targets import Target, seed
@@ -115,6 +116,8 @@ class Question:
                 node.replace_all_uses_with(node.args[1])
                 own.graph.erase_node(node)
                 continue
+            if node.kwargs.get("scale") == "batch_norm":
+                node.args = node.args[: 1 + TABLE[str(node.args[0])].tensors]
             node.kwargs = {**{k: v for k, v in node.kwargs.items() if k != "scale"}, "tau": tau}
         own.graph.eliminate_dead_code()
         own.edited(own.report(), compare=False)

@@ -24,7 +24,7 @@ from ..containers import decoded, encoded
 from .adjoints.row import Temperature, at_once, wide
 from .calls.autocast import Region, under
 from .kernels import by_kernel
-from .scale import deviation, distance_by_channel
+from .scale import by_batch_norm, deviation, distance_by_channel
 from .table import TABLE
 
 OPTIONS = ("tau", "scale", "margin", "autocast")  # of a call of `dual_path`; its other keywords are arguments of the row
@@ -44,7 +44,8 @@ def dual_path(
 
     `kind` is a key of `table.TABLE`; `args` are that row's arguments (numbers, strings and tuples of them). `scale` says what the
     temperature is in units of: with "sample" each sample's standard deviation, with "channel" its and each channel's distance
-    from the kink, measured on the way back. `margin` is that of `Soft`. The forward is made under the `autocast` of the model's
+    from the kink, measured on the way back; with "batch_norm" what `scale.moments_of_norm` says of its channels, one tensor more
+    behind those of the row. `margin` is that of `Soft`. The forward is made under the `autocast` of the model's
     own region, if it is in one.
     """
     if has_torch_function(tensors):
@@ -54,7 +55,7 @@ def dual_path(
         return under(autocast, dual_path, kind, *tensors, tau=tau, scale=scale, margin=margin, **args)
     modulus = tensors[0] is not None and tensors[0].is_complex()  # is no gate, and keeps its derivative
     if modulus or is_plain():
-        return TABLE[kind].forward(*tensors, **args)
+        return TABLE[kind].forward(*tensors[: TABLE[kind].tensors], **args)
     gate = (kind, tau, scale, margin, tuple(args.items()))
     if torch.compiler._is_exporting_flag:  # is_exporting() itself is true of every compilation in torch 2.11's Dynamo
         padded = (*tensors, None, None, None, None)[:5]
@@ -121,7 +122,7 @@ class DualPath(torch.autograd.Function):
 def exact(gate: GateSpec, tensors: Sequence[Tensor | None]) -> Tensor:
     """The model's own forward."""
     kind, *_, args = gate
-    output = TABLE[kind].forward(*tensors, **dict(args))
+    output = TABLE[kind].forward(*tensors[: TABLE[kind].tensors], **dict(args))
     if at_once() and output._is_view():  # also of a result of its own: what a `Function` returns so, nobody may write over
         return torch.ops.aten._unsafe_view(output, output.shape)
     return output.view_as(output) if output is tensors[0] else output  # some ops return an empty input itself
@@ -175,6 +176,8 @@ def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor
     if scale != "absolute" and not isinstance(tau, str):
         # Below 1e-7 of the scale a gate is hard in float32, and the reciprocal of a denormal is infinite.
         fitted = max(tau, 1e-7) * unit(kind, scale, saved, options)
+    if scale == "batch_norm":
+        saved = saved[: TABLE[kind].tensors]
     row = TABLE[options.get("row", kind)]
     if margin and row.opens and not isinstance(tau, str):
         saved = [wide(saved[0]) - row.opens * margin * fitted, *saved[1:]]  # type: ignore[arg-type]
@@ -185,7 +188,11 @@ def adjoint(gate: GateSpec, v: Tensor, saved: Sequence[Tensor | None]) -> Tensor
 
 
 def unit(kind: str, scale: str, saved: Sequence[Tensor | None], args: dict[str, Any]) -> Tensor:
-    """What the temperature of a gate is in units of, by sample, or by sample and channel."""
+    """What the temperature of a gate is in units of, by sample, by sample and channel, or by channel."""
+    if scale == "batch_norm":
+        places = [1] * (saved[0].dim() - 2)  # type: ignore[union-attr]
+        mean, variance = (moment.view(1, -1, *places) for moment in saved[TABLE[kind].tensors])  # type: ignore[union-attr]
+        return by_batch_norm(distance(kind, (mean, *saved[1:]), args), variance)
     away = distance(kind, saved, args)
     return deviation(away) if scale == "sample" else distance_by_channel(away)
 
@@ -198,20 +205,25 @@ def distance(kind: str, tensors: Sequence[Tensor | None], args: dict[str, Any]) 
     return row.distance(*tensors[: row.tensors], **args)
 
 
+def operands(gate: GateSpec) -> int:
+    """The number of tensors that a gate takes."""
+    return TABLE[gate[0]].tensors + (gate[2] == "batch_norm")
+
+
 # Five tensors by name, since an optional tensor in a list gets no gradient.
 @torch.library.custom_op(
     "sp_fx::dual_path", mutates_args=(), schema="(Tensor a, Tensor? b, Tensor? c, Tensor? d, Tensor? e, str gate) -> Tensor"
 )
 def exported(a: Tensor, b: Tensor | None, c: Tensor | None, d: Tensor | None, e: Tensor | None, gate: str) -> Tensor:
     spec = decoded(ast.literal_eval(gate))
-    output = exact(spec, (a, b, c, d, e)[: TABLE[spec[0]].tensors])
+    output = exact(spec, (a, b, c, d, e)[: operands(spec)])
     return output.clone() if spec[0] in ("written", "surrogate") else output  # an op may not return its input
 
 
 def _exported_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     *padded, gate = inputs
     ctx.gate = decoded(ast.literal_eval(gate))
-    ctx.save_for_backward(*kept(ctx.gate, padded[: TABLE[ctx.gate[0]].tensors], output))
+    ctx.save_for_backward(*kept(ctx.gate, padded[: operands(ctx.gate)], output))
 
 
 def _exported_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:

@@ -20,6 +20,7 @@ from .table import TABLE
 NORMS = tuple(norms.ROWS)
 UNTEMPERED = (*NORMS, "product", "stride")
 SCALES = ("absolute", "sample", "channel")
+BATCH_NORM: Literal["batch_norm"] = "batch_norm"  # a scale that a Soft alone may have
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,10 @@ class Rules:
     `{"layer4": 0.3, "layer4.1.relu": None}` all gates in `layer4` are at 0.3 but that one. One that fits no gate is an error.
 
     Defaults: one deviation of the sample for ReLUs and max pooling, by `bench/temperatures.py`: on the zoo's CNN and SqueezeNet
-    better than the published 0.6 and 0.3, absolute, in fidelity and stability. Clamps (ReLU6) and strides by EfficientNet-Lite0,
-    GELU by the zoo's transformer: the paper's 1.0 is the forward's own gate, so that of a transformer its map is the frozen one.
-    For the others arXiv:2507.22832, and for kinds that it does not list those of the nearest kind it does.
+    better than the published 0.6 and 0.3, absolute, in fidelity and stability. Clamps (ReLU6) behind a batch norm, and strides,
+    by EfficientNet-Lite0; other clamps are ReLUs but for their upper kink, and have a ReLU's temperature. GELU by the zoo's
+    transformer: the paper's 1.0 is the forward's own gate, so that of a transformer its map is the frozen one. For the others
+    arXiv:2507.22832, and for kinds that it does not list those of the nearest kind it does.
 
     Raises:
         TypeError: a keyword that is no kind; overrides, scales or registered gates that are no mapping from strings.
@@ -140,22 +142,23 @@ class Rules:
         gates = dict.fromkeys((kind for kind in KINDS if kind != "stride"), FROZEN)
         return cls(**gates, stride=None, registered=dict.fromkeys(registered_kinds(), FROZEN))  # type: ignore[arg-type]
 
-    def temperature(self, kind: str, place: str) -> Temperature | None:
-        """The temperature of the gate of `kind` at `place`, None where it keeps its plain derivative."""
-        value = self._value(kind, place)
+    def temperature(self, kind: str, place: str, normed: bool = False) -> Temperature | None:
+        """The temperature of the gate of `kind` at `place`, None where it keeps its plain derivative. `normed` says, here and
+        below, whether a batch norm is right before the gate."""
+        value = self._value(kind, place, normed)
         return value.tau if isinstance(value, Soft) else value
 
-    def margin(self, kind: str, place: str) -> float:
+    def margin(self, kind: str, place: str, normed: bool = False) -> float:
         """The margin of the gate of `kind` at `place`, in temperatures."""
-        value = self._value(kind, place)
+        value = self._value(kind, place, normed)
         return value.margin if isinstance(value, Soft) and kind in TABLE and TABLE[kind].opens else 0.0
 
-    def scale_of(self, kind: str, place: str, tau: Temperature | None) -> str | float:
+    def scale_of(self, kind: str, place: str, tau: Temperature | None, normed: bool = False) -> str | float:
         """The unit of `tau`, the temperature of the gate of `kind` at `place`; "missing" where the scales are measured ones and
         this gate's is not among them."""
         if not (kind in TABLE and TABLE[kind].homogeneous and isinstance(tau, float | int)):
             return "absolute"
-        value = self._value(kind, place)
+        value = self._value(kind, place, normed)
         own = value.scale if isinstance(value, Soft) else None
         if isinstance(self.scale, Mapping):
             scale = self.scale.get(place, own or "missing")
@@ -163,7 +166,7 @@ class Rules:
         by_sample = self.scale == "channel" and not TABLE[kind].opens  # a gate without a kink has no distance from it
         return own or ("sample" if by_sample else self.scale)
 
-    def _value(self, kind: str, place: str) -> Temperature | Soft | None:
+    def _value(self, kind: str, place: str, normed: bool) -> Temperature | Soft | None:
         """What these rules say of the gate of `kind` at `place`."""
         value = getattr(self, kind) if kind in KINDS else self.registered.get(kind, TABLE[kind].default)
         for pattern, override in self.overrides.items():
@@ -172,6 +175,8 @@ class Rules:
                     value = override.get(kind, value)
                 elif override is None or kind not in UNTEMPERED or (override == FROZEN and kind != "stride"):
                     value = override
+        if isinstance(value, Soft) and value.scale == BATCH_NORM and not normed:
+            return replace(value, scale=None) if value.otherwise is None else value.otherwise
         return value
 
     def resolved(self, gates: Iterable[Any]) -> Rules:
@@ -315,9 +320,18 @@ def _check_soft(where: str, kind: str, soft: Soft) -> None:
     if soft.margin and not (kind in TABLE and TABLE[kind].opens):
         margins = ", ".join(k for k in KINDS if k in TABLE and TABLE[k].opens)
         raise ValueError(f"{where}: a gate of kind {kind} has no margin, got {soft.margin!r}; kinds that have one are {margins}")
-    if soft.scale not in (None, *SCALES):
-        raise ValueError(f"{where}: the scale of a Soft is 'absolute', 'sample', 'channel' or None, got {soft.scale!r}")
+    if soft.scale not in (None, *SCALES, BATCH_NORM):
+        choices = "'absolute', 'sample', 'channel', 'batch_norm' or None"
+        raise ValueError(f"{where}: the scale of a Soft is {choices}, got {soft.scale!r}")
     if soft.scale not in (None, "absolute") and not (kind in TABLE and TABLE[kind].homogeneous):
         raise ValueError(f"{where}: the gate of kind {kind} is not the same at every scale, got scale={soft.scale!r}")
-    if soft.scale == "channel" and not (kind in TABLE and TABLE[kind].opens):
-        raise ValueError(f"{where}: the gate of kind {kind} has no one kink that opens it, got scale='channel'; 'sample' has")
+    if soft.scale in ("channel", BATCH_NORM) and not (kind in TABLE and TABLE[kind].opens):
+        own = f"{where}: the gate of kind {kind} has no one kink that opens it, got scale={soft.scale!r}"
+        raise ValueError(f"{own}; it may have scale='sample'")
+    if soft.otherwise is not None:
+        if soft.scale != BATCH_NORM:
+            raise ValueError(f"{where}: otherwise={soft.otherwise!r} goes with scale='batch_norm', got scale={soft.scale!r}")
+        _check(f"{where}, otherwise", kind, soft.otherwise)
+        if isinstance(soft.otherwise, str) or (isinstance(soft.otherwise, Soft) and soft.otherwise.scale == BATCH_NORM):
+            expected = "a temperature above 0, or a Soft with a scale that every gate has"
+            raise ValueError(f"{where}: otherwise is {expected}, got {soft.otherwise!r}")

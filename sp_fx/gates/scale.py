@@ -1,4 +1,4 @@
-"""The scale of a pre-activation, which temperatures may follow: by sample, or by sample and channel."""
+"""The scale of a pre-activation, which temperatures may follow: by sample, by sample and channel, or by a batch norm."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .adjoints.row import at_once, wide
 
@@ -48,6 +49,26 @@ def distance_by_channel(away: Tensor) -> Tensor:
     channel = square.mean(places, keepdim=True) if places else square.mean(1, keepdim=True)
     mean = (channel + channel.mean(1, keepdim=True)) / 2
     return torch.where(mean.isfinite(), mean, 1.0).sqrt().clamp_min(1e-30)
+
+
+def by_batch_norm(away: Tensor, variance: Tensor) -> Tensor:
+    """How far a pre-activation is from the kink by what the batch norm before the gate says: the root of the mean of two mean
+    squares, that of its channel, `away`^2 + `variance`, and that of all channels. `away` is the distance of the channels' means;
+    it and the variances broadcast with the pre-activation. At least 1e-30; 1 where it is not finite.
+    """
+    square = wide(away).square() + wide(variance)
+    mean = (square + square.mean(tuple(range(1, square.dim())), keepdim=True)) / 2
+    return torch.where(mean.isfinite(), mean, 1.0).sqrt().clamp_min(1e-30)
+
+
+def moments_of_norm(variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """The mean and the variance of each channel behind a batch norm, [2, C], over data of its running `variance` [C]: b, and
+    g^2 v / (v + eps)."""
+    if has_torch_function((variance,)):
+        return handle_torch_function(moments_of_norm, (variance,), variance, weight, bias, eps)
+    within = variance / (variance + eps)
+    within = within if weight is None else within * weight.square()
+    return torch.stack((torch.zeros_like(within) if bias is None else bias.to(within.dtype), within))
 
 
 def from_moments(z: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ temperatures in units of it. The report's column of spreads is measured the same
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import warnings
@@ -19,9 +20,10 @@ from ..capture.arguments import ByName
 from ..capture.passed import lets_through
 from ..containers import tensors_of, type_of
 from ..gates.adjoints.row import wide
-from ..gates.dual_path import OPTIONS, distance, dual_path
+from ..gates.dual_path import OPTIONS, distance
 from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
+from ..rewrite.batch_norm import norm_before
 from ..rewrite.report import Report, Site
 from .requests import are_named, naming_inputs
 
@@ -160,12 +162,8 @@ def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
     Over the data of its running variance v a channel has the mean beta and the variance gamma^2 v / (v + eps). The variance over
     all channels is the mean of these variances plus the variance of these means.
     """
-    norm: Any = gate.args[1]
-    while keeps_values(module, norm):
-        norm = norm.args[0]
-    if norm.target is not dual_path or norm.args[0] != "affine_norm":
-        return None
-    if any(n is not None and n.op != "get_attr" for n in norm.args[3:]):  # computed in the pass
+    norm: Any = norm_before(gate.args[1], functools.partial(keeps_values, module))
+    if norm is None:
         return None
     variance, gamma, beta = (None if n is None else fetched(module, n.target).double() for n in norm.args[3:])
     assert variance is not None
@@ -187,8 +185,8 @@ def fetched(module: nn.Module, name: str) -> Tensor:
 
 
 def has_unit(site: Site) -> bool:
-    """Whether the temperature is measured in units of a scale."""
-    return TABLE[site.kind].homogeneous and isinstance(site.temperature, int | float)
+    """Whether the temperature is measured in units of a scale, other than that which a batch norm says of each channel."""
+    return site.scale != "batch_norm" and TABLE[site.kind].homogeneous and isinstance(site.temperature, int | float)
 
 
 def at_scales(report: Report, graph: fx.Graph, scales: Mapping[str, float | str]) -> Report:

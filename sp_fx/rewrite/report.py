@@ -22,8 +22,8 @@ class Site:
     """One gating call: the op, its place (module path, `#2` for its second call there), and what became of it.
 
     `scale` is what the temperature is in units of: "absolute" (1), each "sample"'s own deviation, its and each "channel"'s
-    distance from the kink, or a calibrated number; `margin` is that of `Soft`;
-    `spread` the deviation of the pre-activation over the data that a report was made with.
+    distance from the kink, what the "batch_norm" before it says of each channel, or a calibrated number; `margin` is that of
+    `Soft`; `spread` the deviation of the pre-activation over the data that a report was made with.
     """
 
     place: str
@@ -42,7 +42,7 @@ class Site:
         """The temperature in units of the deviation of the pre-activation, where that is known."""
         if not isinstance(self.temperature, int | float) or (self.scale == "absolute" and self.spread is None):
             return None
-        if self.spread is None or self.scale in ("sample", "channel"):
+        if self.spread is None or self.scale in ("sample", "channel", "batch_norm"):
             return float(self.temperature)
         return self.temperature * (self.scale if isinstance(self.scale, float) else 1.0) / max(self.spread, 1e-30)
 
@@ -115,7 +115,7 @@ class Site:
     def temperature_text(self) -> str:
         if self.temperature is None:
             return ""
-        words = {"sample": " x scale", "channel": " x scale by channel"}
+        words = {"sample": " x scale", "channel": " x scale by channel", "batch_norm": " x scale by batch norm"}
         unit = f" x {self.scale:.4g}" if isinstance(self.scale, float) else words.get(self.scale, "")
         return f"{self.temperature}{unit}{f', margin {self.margin:g}' if self.margin else ''}"
 

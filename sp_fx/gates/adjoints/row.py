@@ -35,12 +35,16 @@ class Soft:
     Attributes:
         tau: the temperature, above 0.
         margin: how far the noise lies below zero, in temperatures; 0 for the paper's gates.
-        scale: what the temperature is in units of, "absolute", "sample" or "channel"; None is the `scale` of the rules.
+        scale: what the temperature is in units of, "absolute", "sample", "channel" or "batch_norm": what the batch norm right
+            before the gate says, from its running variance, weight and bias, of each channel. None is the `scale` of the rules.
+        otherwise: with "batch_norm", the temperature of gates that no batch norm is right before; None is the same `tau` and
+            margin in the `scale` of the rules.
     """
 
     tau: float
     margin: float = 0.0
-    scale: Literal["absolute", "sample", "channel"] | None = None
+    scale: Literal["absolute", "sample", "channel", "batch_norm"] | None = None
+    otherwise: float | Soft | None = None
 
 
 def first_tensor(z: Tensor, *steering: Tensor | None, **args: Any) -> Tensor:

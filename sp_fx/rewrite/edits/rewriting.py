@@ -5,13 +5,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
-from torch import fx
+from torch import fx, nn
 
+from ...analysis.calls import name_of
 from ...analysis.facts import Facts
+from ...analysis.ops import SAME_CHANNELS
 from ...analysis.readers import Gate
 from ...analysis.written.gates import Written
+from ...capture.passed import Passed
 from ...gates.adjoints.row import FROZEN, Soft, Temperature
 from ...gates.dual_path import dual_path
+from ...gates.scale import moments_of_norm
+from ..batch_norm import norm_before
 
 Softness = Soft | Literal["frozen", "smooth"]  # of a call that is rewritten
 
@@ -38,12 +43,30 @@ class Rewriting:
     def dual_path(self, node: fx.Node, gate: Gate, at: Softness) -> fx.Node:
         """Returns a dual-path call in place of `node`."""
         fit: dict[str, Any] = {"tau": at if isinstance(at, str) else at.tau}
+        tensors = gate.tensors
         if isinstance(at, Soft):
             fit |= {} if at.scale in (None, "absolute") else {"scale": at.scale}
             fit |= {"margin": at.margin} if at.margin else {}
-        soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *gate.tensors), {**fit, **gate.args})
+            tensors = (*tensors, self.moments(tensors[0])) if at.scale == "batch_norm" else tensors
+        soft = self.passing[node] = self.graph.call_function(dual_path, (gate.kind, *tensors), {**fit, **gate.args})
         soft.meta.update(node.meta)
         return soft
+
+    def norm_before(self, node: object) -> fx.Node | None:
+        """Returns the batch norm that made what `node` is, as `batch_norm.norm_before` does."""
+        return norm_before(node, self.passes)
+
+    def passes(self, node: fx.Node) -> bool:
+        """Whether a call of the graph as it is now gives each channel the numbers that it got."""
+        if node.op != "call_module":
+            return name_of(node) in SAME_CHANNELS
+        module = self.modules.get_submodule(str(node.target))
+        return str(node.target) in self.opened or isinstance(module, Passed | nn.Identity | nn.modules.dropout._DropoutNd)
+
+    def moments(self, node: object) -> fx.Node:
+        """Returns a call of what the batch norm before a gate, whose pre-activation `node` is, says of its channels."""
+        norm: Any = self.norm_before(node)
+        return self.graph.call_function(moments_of_norm, (*norm.args[3:], norm.kwargs["eps"]))
 
     def surrogate(self, node: fx.Node, soft: fx.Node, tau: Temperature = FROZEN) -> fx.Node:
         """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it: at the temperature
