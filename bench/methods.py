@@ -214,7 +214,9 @@ def deep_lift(explainer: sp_fx.Explainer, instead: float = 0.0, nodes: int = 8) 
         def adjoint(v: Tensor, z: Tensor, *others: Tensor | None, tau: Tau, **args: object) -> Tensor | None:
             shares = []
             for part, weight in quadrature:
-                here, its_tau = on_line(z, part), on_line(tau, part) if isinstance(tau, Tensor) else tau
+                here, its_tau = on_line(z, part), tau
+                if isinstance(tau, Tensor) and len(tau) == len(z):  # of each sample
+                    its_tau = on_line(tau, part)
                 if row.sees_output:
                     others = (*others[:-1], row.forward(here, *others[:-1], **args))
                 shares.append(row.adjoint(weight * v, here, *others, tau=its_tau, **args))

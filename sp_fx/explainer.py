@@ -191,7 +191,8 @@ class Explainer(CapturedModule):
         needs no data. This explainer stays as it is.
 
         Without `batches`, the gates that a BatchNorm feeds get the deviation that its own parameters and statistics say their
-        pre-activation has, over the data that it was trained on; the others keep the scale they had, as the report shows.
+        pre-activation has, over the data that it was trained on; the others keep the scale they had, as the report shows. Gates
+        whose temperature is by what a batch norm says of each channel (`Soft(scale="batch_norm")`, ReLU6) keep that either way.
 
         Args:
             batches: a tensor, or an iterable of batches: tensors, or tuples or mappings of several inputs.

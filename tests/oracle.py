@@ -24,7 +24,8 @@ FROZEN = "frozen"
 Soft = collections.namedtuple("Soft", "tau margin scale otherwise", defaults=(0.0, None, None))
 DEFAULTS = {
     "relu": 1.0, "leaky_relu": 1.0, "prelu": 1.0, "hardtanh": Soft(1.7, 0.4, "batch_norm", 1.0), "elu": 0.6,
-    "silu": 1.6, "hardswish": 1.6, "mish": 1.6, "max_pool": 1.0, "attention": 1.0, "gelu": Soft(1.25, 0.5), "quick_gelu": Soft(1.25, 0.5), "abs": 1.0,
+    "silu": 1.6, "hardswish": 1.6, "mish": 1.6,
+    "max_pool": 1.0, "attention": 1.0, "gelu": Soft(1.25, 0.5), "quick_gelu": Soft(1.25, 0.5), "abs": 1.0,
     "hardshrink": 0.6, "softshrink": 0.6,
     "stride": "smooth",
 }  # fmt: skip

@@ -512,8 +512,8 @@ RULES = {
     "margins": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.5, "channel"), "leaky_relu": oracle.Soft(1.2, 0.3),
                 "prelu": oracle.Soft(0.8, -0.6, "absolute"), "hardtanh": oracle.Soft(0.9, -0.2, "sample"),
                 "stride": None, "scale": "sample"},
-    "batch norms": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.3, "batch_norm"), "leaky_relu": oracle.Soft(0.9, 0.0, "batch_norm",
-                    oracle.Soft(1.2, 0.2, "channel")), "hardtanh": oracle.Soft(1.7, 0.4, "channel"), "scale": "sample"},
+    "batch norms": {**oracle.DEFAULTS, "relu": oracle.Soft(0.7, 0.3, "batch_norm"), "hardtanh": oracle.Soft(1.7, 0.4, "channel"),
+                    "leaky_relu": oracle.Soft(0.9, 0.0, "batch_norm", oracle.Soft(1.2, 0.2, "channel")), "scale": "sample"},
 }  # fmt: skip
 
 

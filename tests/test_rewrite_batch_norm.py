@@ -116,6 +116,9 @@ def test_calibration_leaves_what_the_norm_says():
         assert scales(calibrated) == [(1.7, 0.4, "batch_norm")]
         rules = calibrated.report().rules
         assert len(rules.scale) == 1 and all(isinstance(scale, float) for scale in rules.scale.values())
+    nothing = made(BEHIND["modules"]).calibrate()
+    assert scales(nothing) == [(1.7, 0.4, "batch_norm")] and not nothing.report().rules.scale
+    assert torch.equal(nothing.pullback(X, 1), made(BEHIND["modules"]).pullback(X, 1))
     given = made(lambda n, z: n.relu6(n.norm(z)), rules=Rules(scale={"relu6": 2.5}))
     assert scales(given) == [(1.7, 0.4, 2.5)]
 

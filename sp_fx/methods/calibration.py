@@ -149,7 +149,7 @@ def calibrated_by_norms(report: Report, module: fx.GraphModule, graph: fx.Graph)
         ValueError: no gate is fed by one.
     """
     scales = [(site, norm_deviation(module, node)) for site, node in scaled_sites(report, graph) if has_unit(site)]
-    if all(scale is None for _, scale in scales):
+    if all(scale is None for _, scale in scales) and all(site.scale != "batch_norm" for site in report.sites):
         reason = "no gate of this model is fed by a BatchNorm with running statistics"
         raise ValueError(f"{reason}: calibrate(batches) measures the scales on data")
     return at_scales(report, graph, {site.place: site.scale if s is None else max(s, 1e-30) for site, s in scales})
