@@ -35,7 +35,7 @@ NORM = ("affine_norm", ("running_mean", "running_var", "weight", "bias"), ("eps"
 
 AFFINE_ROWS: dict[type[nn.Module], tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), CONV),
-    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), NORM),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm), NORM),
     nn.Linear: ("linear", ("weight", "bias"), ()),
 }
 

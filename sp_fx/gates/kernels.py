@@ -37,7 +37,7 @@ def by_kernel(kind: str, v: Tensor, saved: Sequence[Tensor | None], tau: Any, ar
     if not (reached(v) and at_once()):
         return None
     z: Any = saved[0]
-    if isinstance(tau, Tensor) and tau.numel() != z.shape[0]:  # a number for each channel too
+    if isinstance(tau, Tensor) and not tau.numel() == tau.shape[0] == z.shape[0]:  # a number for each channel, not each sample
         return None
     if kind in POINTWISE and v.shape == z.shape and z.dtype != torch.float64:
         if args.pop("rate", 1.0) != 1.0 or (kind == "prelu" and z.dim() < 2):

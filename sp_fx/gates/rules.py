@@ -163,8 +163,8 @@ class Rules:
         if isinstance(self.scale, Mapping):
             scale = self.scale.get(place, own or "missing")
             return scale if isinstance(scale, str) else float(scale)
-        by_sample = self.scale == "channel" and not TABLE[kind].opens  # a gate without a kink has no distance from it
-        return own or ("sample" if by_sample else self.scale)
+        scale = own or self.scale
+        return "sample" if scale == "channel" and not TABLE[kind].opens else scale  # without a kink, no distance from it
 
     def _value(self, kind: str, place: str, normed: bool) -> Temperature | Soft | None:
         """What these rules say of the gate of `kind` at `place`."""
@@ -175,8 +175,10 @@ class Rules:
                     value = override.get(kind, value)
                 elif override is None or kind not in UNTEMPERED or (override == FROZEN and kind != "stride"):
                     value = override
-        if isinstance(value, Soft) and value.scale == BATCH_NORM and not normed:
-            return replace(value, scale=None) if value.otherwise is None else value.otherwise
+        if isinstance(value, Soft) and value.scale == BATCH_NORM:
+            may = kind in TABLE and TABLE[kind].opens and TABLE[kind].homogeneous  # an override may be at other kinds too
+            if not (normed and may):
+                return replace(value, scale=None) if value.otherwise is None else value.otherwise
         return value
 
     def resolved(self, gates: Iterable[Any]) -> Rules:
@@ -331,7 +333,9 @@ def _check_soft(where: str, kind: str, soft: Soft) -> None:
     if soft.otherwise is not None:
         if soft.scale != BATCH_NORM:
             raise ValueError(f"{where}: otherwise={soft.otherwise!r} goes with scale='batch_norm', got scale={soft.scale!r}")
-        _check(f"{where}, otherwise", kind, soft.otherwise)
-        if isinstance(soft.otherwise, str) or (isinstance(soft.otherwise, Soft) and soft.otherwise.scale == BATCH_NORM):
-            expected = "a temperature above 0, or a Soft with a scale that every gate has"
+        number = isinstance(soft.otherwise, int | float) and not isinstance(soft.otherwise, bool)
+        its = soft.otherwise if isinstance(soft.otherwise, Soft) else Soft(soft.otherwise if number else math.nan)  # type: ignore[arg-type]
+        if its.scale == BATCH_NORM or not (isinstance(its.tau, int | float) and 0 < its.tau < math.inf):
+            expected = "a finite temperature above 0, or a Soft whose scale every gate has"
             raise ValueError(f"{where}: otherwise is {expected}, got {soft.otherwise!r}")
+        _check_soft(f"{where}, otherwise", kind, its)

@@ -61,14 +61,21 @@ def by_batch_norm(away: Tensor, variance: Tensor) -> Tensor:
     return torch.where(mean.isfinite(), mean, 1.0).sqrt().clamp_min(1e-30)
 
 
-def moments_of_norm(variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The mean and the variance of each channel behind a batch norm, [2, C], over data of its running `variance` [C]: b, and
-    g^2 v / (v + eps)."""
+def moments_of_norm(
+    variance: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, factor: float = 1.0, shift: float = 0.0
+) -> Tensor:
+    """The mean and the variance of each channel of `factor` times the output of a batch norm plus `shift`, [2, C], over data of
+    its running `variance` v [C]: of the output itself the bias b, and g^2 v / (v + eps) with the weight g.
+
+    In float32 at least, since half types hold no square of a weight above 255.
+    """
     if has_torch_function((variance,)):
-        return handle_torch_function(moments_of_norm, (variance,), variance, weight, bias, eps)
-    within = variance / (variance + eps)
-    within = within if weight is None else within * weight.square()
-    return torch.stack((torch.zeros_like(within) if bias is None else bias.to(within.dtype), within))
+        return handle_torch_function(moments_of_norm, (variance,), variance, weight, bias, eps, factor=factor, shift=shift)
+    variance = wide(variance)
+    gain = factor * (1.0 if weight is None else wide(weight))
+    within = variance / (variance + eps) * gain * gain
+    mean = torch.zeros_like(within) if bias is None else wide(bias).to(within.dtype)
+    return torch.stack((factor * mean + shift, within))
 
 
 def from_moments(z: Tensor) -> Tensor:

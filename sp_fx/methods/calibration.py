@@ -20,7 +20,7 @@ from ..capture.arguments import ByName
 from ..capture.passed import lets_through
 from ..containers import tensors_of, type_of
 from ..gates.adjoints.row import wide
-from ..gates.dual_path import OPTIONS, distance
+from ..gates.dual_path import OPTIONS, distance, unit
 from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.batch_norm import norm_before
@@ -41,6 +41,7 @@ class Spread:
     mean: Tensor | float = 0.0
     squares: Tensor | float = 0.0
     highest: Tensor | float = -math.inf
+    unit: float | None = None  # of a temperature by batch norm: the root of the mean of its squares over channels
 
     def see(self, z: Tensor) -> None:
         if not z.numel():
@@ -76,6 +77,8 @@ class Gauge(ByName):
             (kind, *tensors), options = self.fetch_args_kwargs_from_env(n)
             args = {key: value for key, value in options.items() if key not in OPTIONS}
             self.spreads[n].see(distance(kind, tensors, args))
+            if options.get("scale") == "batch_norm":
+                self.spreads[n].unit = float(unit(kind, "batch_norm", tensors, args).double().square().mean().sqrt())
         return super().run_node(n)
 
 
@@ -156,19 +159,20 @@ def calibrated_by_norms(report: Report, module: fx.GraphModule, graph: fx.Graph)
 
 
 def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
-    """Returns the standard deviation, over channels, places and samples, of the BatchNorm's output that `gate` reads; None where
-    no BatchNorm feeds it.
+    """Returns the standard deviation, over channels, places and samples, of the BatchNorm's output that `gate` reads, or of what
+    a number times it plus a number is; None where no BatchNorm feeds it.
 
     Over the data of its running variance v a channel has the mean beta and the variance gamma^2 v / (v + eps). The variance over
     all channels is the mean of these variances plus the variance of these means.
     """
-    norm: Any = norm_before(gate.args[1], functools.partial(keeps_values, module))
-    if norm is None:
+    behind = norm_before(gate.args[1], functools.partial(keeps_values, module))
+    if behind is None:
         return None
+    norm: Any = behind.norm
     variance, gamma, beta = (None if n is None else fetched(module, n.target).double() for n in norm.args[3:])
     assert variance is not None
     within = variance / (variance + norm.kwargs["eps"]) * (1.0 if gamma is None else gamma.square())
-    return math.sqrt(float(within.mean() + (0.0 if beta is None else beta.var(correction=0))))
+    return abs(behind.factor) * math.sqrt(float(within.mean() + (0.0 if beta is None else beta.var(correction=0))))
 
 
 def keeps_values(module: fx.GraphModule, node: fx.Node) -> bool:
@@ -206,5 +210,6 @@ def at_scales(report: Report, graph: fx.Graph, scales: Mapping[str, float | str]
 def with_spreads(report: Report, spreads: list[Spread]) -> Report:
     """Returns the report with the standard deviation of each pre-activation, the `spreads` being in the order of its sites."""
     remaining = iter(spreads)
-    sites = tuple(replace(site, spread=next(remaining).deviation) if is_scaled(site) else site for site in report.sites)
+    measured = [(site, next(remaining) if is_scaled(site) else None) for site in report.sites]
+    sites = tuple(s if seen is None else replace(s, spread=seen.deviation, unit=seen.unit) for s, seen in measured)
     return replace(report, sites=sites)

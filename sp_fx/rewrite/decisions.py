@@ -219,19 +219,11 @@ def gate_of(node: fx.Node, reader: Callable[..., Gate | Unread | None], facts: F
         return call
     if not facts.is_signal(call.tensors[0]):
         call = replace(call, tensors=call.tensors[::-1])
-    numbers = [fixed_number(t, facts) for t in call.tensors[1:]]
+    numbers = [facts.view.fixed_number(t) for t in call.tensors[1:]]
     if None not in numbers:
         return bounded(call, *numbers)  # type: ignore[arg-type]
     tensors = all(is_tensor(t) or facts.varies(t) for t in call.tensors[1:])
     return call if tensors or facts.op(node) in PIECEWISE else COMPUTED  # only a clamp may take numbers that are computed
-
-
-def fixed_number(value: object, facts: Facts) -> float | None:
-    """Returns the one number that a constant is everywhere, `torch.zeros_like(h)` say; None of others, and of a parameter, which
-    may be trained on."""
-    if isinstance(value, fx.Node) and value.op == "get_attr" and isinstance(facts.view.attribute(value), nn.Parameter):
-        return None
-    return facts.view.number(value)
 
 
 def no_rule(node: fx.Node, facts: Facts, account: Account) -> bool:

@@ -36,15 +36,17 @@ class Site:
     margin: float = 0.0
     spread: float | None = None
     opaque: bool = False  # the trace went round it
+    unit: float | None = None  # by what a batch norm says, over all channels, where `spread` is known
 
     @property
     def relative(self) -> float | None:
         """The temperature in units of the deviation of the pre-activation, where that is known."""
         if not isinstance(self.temperature, int | float) or (self.scale == "absolute" and self.spread is None):
             return None
-        if self.spread is None or self.scale in ("sample", "channel", "batch_norm"):
+        if self.spread is None or self.scale in ("sample", "channel"):
             return float(self.temperature)
-        return self.temperature * (self.scale if isinstance(self.scale, float) else 1.0) / max(self.spread, 1e-30)
+        unit = self.scale if isinstance(self.scale, float) else self.unit or 1.0
+        return self.temperature * unit / max(self.spread, 1e-30)
 
     @property
     def idle(self) -> bool:

@@ -99,6 +99,11 @@ class Graph:
         except Exception:  # what does not run on its own
             return None
 
+    def fixed_number(self, value: Any) -> float | None:
+        """As `number`, but None of a parameter, which may be trained on."""
+        own = isinstance(value, fx.Node) and value.op == "get_attr" and isinstance(self.attribute(value), nn.Parameter)
+        return None if own else self.number(value)
+
     def attribute(self, node: fx.Node) -> Any:
         """Returns the tensor that a node reads off the modules."""
         return operator.attrgetter(str(node.target))(self.modules)

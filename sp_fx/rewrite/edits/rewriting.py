@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import fx, nn
 
-from ...analysis.calls import name_of
+from ...analysis.calls import known, name_of, op_of
 from ...analysis.facts import Facts
 from ...analysis.ops import SAME_CHANNELS
 from ...analysis.readers import Gate
@@ -16,7 +16,7 @@ from ...capture.passed import Passed
 from ...gates.adjoints.row import FROZEN, Soft, Temperature
 from ...gates.dual_path import dual_path
 from ...gates.scale import moments_of_norm
-from ..batch_norm import norm_before
+from ..batch_norm import Behind, norm_before
 
 Softness = Soft | Literal["frozen", "smooth"]  # of a call that is rewritten
 
@@ -52,21 +52,26 @@ class Rewriting:
         soft.meta.update(node.meta)
         return soft
 
-    def norm_before(self, node: object) -> fx.Node | None:
+    def norm_before(self, node: object) -> Behind | None:
         """Returns the batch norm that made what `node` is, as `batch_norm.norm_before` does."""
-        return norm_before(node, self.passes)
+        return norm_before(node, self.passes, self.facts.view.fixed_number)
 
     def passes(self, node: fx.Node) -> bool:
         """Whether a call of the graph as it is now gives each channel the numbers that it got."""
         if node.op != "call_module":
-            return name_of(node) in SAME_CHANNELS
+            name, trained = name_of(node), node.kwargs.get("training", True)
+            if "dropout" in name and (node.args[2] if len(node.args) > 2 else trained):
+                return False
+            return name in SAME_CHANNELS and (node.op == "call_method" or known(op_of(node)))
         module = self.modules.get_submodule(str(node.target))
         return str(node.target) in self.opened or isinstance(module, Passed | nn.Identity | nn.modules.dropout._DropoutNd)
 
     def moments(self, node: object) -> fx.Node:
         """Returns a call of what the batch norm before a gate, whose pre-activation `node` is, says of its channels."""
-        norm: Any = self.norm_before(node)
-        return self.graph.call_function(moments_of_norm, (*norm.args[3:], norm.kwargs["eps"]))
+        found = self.norm_before(node)
+        assert found is not None
+        line: dict[str, Any] = {} if (found.factor, found.shift) == (1.0, 0.0) else {"factor": found.factor, "shift": found.shift}
+        return self.graph.call_function(moments_of_norm, (*found.norm.args[3:], found.norm.kwargs["eps"]), line)
 
     def surrogate(self, node: fx.Node, soft: fx.Node, tau: Temperature = FROZEN) -> fx.Node:
         """Returns a call that gives what `node` does and goes back through `soft`, which stands behind it: at the temperature
