@@ -53,6 +53,7 @@ ELSEWHERE = {
     "a sum": lambda n, z: n.relu6(n.norm(z) + z),
     "a function": lambda n, z: n.relu6(torch.tanh(n.norm(z))),
     "a parameter's multiple": lambda n, z: n.relu6(n.head.bias[0] * n.norm(z)),
+    "a constant of more axes": lambda n, z: n.relu6(torch.full((1, 1, 1, 1, 1), 2.0) * n.norm(z))[0],
     "another shape": lambda n, z: n.relu6(n.norm(z).flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (7, 6)),
     "statistics of the pass": lambda n, z: n.relu6(
         F.batch_norm(z, z.mean((0, 2, 3)).detach(), z.var((0, 2, 3)).detach(), None, n.norm.bias)
@@ -150,7 +151,7 @@ LINES = {
     "a multiple": (lambda n, z: F.relu6(2 * n.norm(z)), lambda n, z: 0.5 * F.relu6(2 * n.norm(z)), 2.0),
     "a quotient": (lambda n, z: F.relu6(n.norm(z) / 2), lambda n, z: F.relu6(0.5 * n.norm(z)), 1.0),
     "a difference": (lambda n, z: F.relu6(1 - n.norm(z)), lambda n, z: F.relu6(-n.norm(z) + 1), 1.0),
-    "tensors of one number": (lambda n, z: F.relu6(torch.full((1,), 2.0) * n.norm(z)), lambda n, z: F.relu6(n.norm(z) * 2), 1.0),
+    "tensors of one number": (lambda n, z: F.relu6(torch.tensor([2.0]) * n.norm(z)), lambda n, z: F.relu6(n.norm(z) * 2), 1.0),
 }
 
 

@@ -18,6 +18,7 @@ from ...gates.dual_path import dual_path
 from ...gates.scale import moments_of_norm
 from ..batch_norm import Behind, norm_before
 
+LIFTED = {"lift_fresh_copy", "detach", "alias"}  # what an export puts behind a tensor that the forward makes of numbers
 Softness = Soft | Literal["frozen", "smooth"]  # of a call that is rewritten
 
 
@@ -54,7 +55,16 @@ class Rewriting:
 
     def norm_before(self, node: object) -> Behind | None:
         """Returns the batch norm that made what `node` is, as `batch_norm.norm_before` does."""
-        return norm_before(node, self.passes, self.facts.view.fixed_number)
+        return norm_before(node, self.passes, self.number)
+
+    def number(self, value: Any) -> float | None:
+        """Returns the number that a constant is, of at most one axis: one of more may add axes to what it is multiplied with, and
+        of constants that are made in the forward the axes are not known."""
+        at = value
+        while isinstance(at, fx.Node) and at.op == "call_function" and name_of(at) in SAME_CHANNELS | LIFTED:
+            at = at.all_input_nodes[0]
+        stored = isinstance(at, fx.Node) and at.op == "get_attr" and self.facts.view.attribute(at).dim() <= 1
+        return self.facts.view.fixed_number(value) if stored or not isinstance(value, fx.Node) else None
 
     def passes(self, node: fx.Node) -> bool:
         """Whether a call of the graph as it is now gives each channel the numbers that it got."""
