@@ -18,14 +18,17 @@ HERE = Path(__file__).parent
 ZOO = ("zoo/residual_cnn", "zoo/pyramid_transformer")
 SEEDS = {"zoo/residual_cnn": (2025, 3025), "zoo/pyramid_transformer": (2025, 3025, 4025)}
 CARRIED = ("efficientnet_lite0", "all_minilm_l6_v2")
-PROVING = ("efficientnet_lite1", "efficientnet_lite2")  # on which nothing was chosen: the methods of one or two passes
+PROVING = ("efficientnet_lite1", "efficientnet_lite2")  # on which nothing was chosen, with few methods
+
+
+FEW = ("pullback", "gradient")
 
 
 def commands() -> list[list[str]]:
     """Returns every step but the tables, as arguments of Python."""
     fidelity = [["fidelity.py", "--networks", name, "--seed", str(seed)] for name in ZOO for seed in SEEDS[name]]
     fidelity += [["fidelity.py", "--networks", name] for name in ("squeezenet1_0", *CARRIED)]
-    fidelity += [["fidelity.py", "--networks", name, "--passes", "2"] for name in PROVING]
+    fidelity += [["fidelity.py", "--networks", name, "--methods", *FEW] for name in PROVING]
     paper = [["fidelity.py", "--paper", "--networks", name, "--samples", "20", "--mosaics", "20"] for name in ZOO]
     ablations = [[*paper[0], "--ablations"]]
     return [*fidelity, *paper, *ablations, ["temperatures.py"], ["fidelity_table.py", "--plots"], ["figures.py"]]

@@ -355,7 +355,7 @@ class ConvTranspose(Op):
 
 
 class RunningNorm(Op):
-    """BatchNorm and InstanceNorm with running statistics: an affine map of each channel."""
+    """BatchNorm with running statistics: an affine map of each channel."""
 
     def __init__(self, module):
         rstd = 1 / torch.sqrt(double(module.running_var) + module.eps)
@@ -369,6 +369,10 @@ class RunningNorm(Op):
 
     def back(self, x, v, rules):
         return v * along(self.gain, x, 1)
+
+
+class RunningInstanceNorm(RunningNorm):
+    """InstanceNorm with running statistics."""
 
 
 class Rearrange(Op):
@@ -461,6 +465,16 @@ class Gate(Op):
     def at(self, x):
         slope = self.args.get("slope")
         return {**self.args, "slope": along(slope, x, 1)} if isinstance(slope, torch.Tensor) else self.args
+
+
+def joined(ops):
+    """A chain in which a gate right behind a batch norm knows it."""
+    chain = []
+    for op in ops:
+        if isinstance(op, Gate) and chain and type(chain[-1]) is RunningNorm:
+            op = Normed(chain.pop(), op)
+        chain.append(op)
+    return chain
 
 
 class Normed(Op):

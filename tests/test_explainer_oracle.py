@@ -129,6 +129,7 @@ class PairChain(Chain):
 
 def network(name, seed=0):
     modules, ops, x = layers(name, seed)
+    ops = oracle.joined(ops)
     model = (PairChain if isinstance(x, tuple) else Chain)(modules).eval().double()
     return model, ops, x
 
@@ -250,8 +251,8 @@ case("group_norm one group", (2, 4, 3, 3), (nn.GroupNorm(1, 4, eps=0.3), oracle.
 case("instance_norm 1d", (2, 3, 7), (nn.InstanceNorm1d(3, affine=True), oracle.InstanceNorm), *head(3, 7))
 case("instance_norm 2d", (2, 3, 4, 5), (nn.InstanceNorm2d(3), oracle.InstanceNorm), *head(3, 4, 5))
 case("instance_norm 3d", (2, 3, 2, 3, 4), (nn.InstanceNorm3d(3, affine=True), oracle.InstanceNorm), *head(3, 2, 3, 4))
-case("instance_norm running", (2, 3, 4, 5), (nn.InstanceNorm2d(3, affine=True, track_running_stats=True), oracle.RunningNorm),
-     RELU, *head(3, 4, 5))  # fmt: skip
+case("instance_norm running", (2, 3, 4, 5), (nn.InstanceNorm2d(3, affine=True, track_running_stats=True),
+     oracle.RunningInstanceNorm), RELU, *head(3, 4, 5))  # fmt: skip
 case("batch_norm of the batch", (5, 3, 4, 5), (nn.BatchNorm2d(3, track_running_stats=False), oracle.BatchStatNorm),
      *head(3, 4, 5))  # fmt: skip
 case("batch_norm of the batch 1d", (5, 4), (nn.BatchNorm1d(4, affine=False, track_running_stats=False), oracle.BatchStatNorm),
@@ -465,7 +466,7 @@ def branches(cls, *chains, **kwargs):
     module = cls(*(nn.Sequential(*(m for m, _ in chain)) for chain in chains))
 
     def op(filled):
-        parts = [[o if isinstance(o, oracle.Op) else o(m) for m, (_, o) in zip(branch, chain, strict=True)]
+        parts = [oracle.joined(o if isinstance(o, oracle.Op) else o(m) for m, (_, o) in zip(branch, chain, strict=True))
                  for branch, chain in zip(filled.branches, chains, strict=True)]  # fmt: skip
         return oracle.Product(*parts) if cls is Times else oracle.Parallel(*parts, **kwargs)
 
@@ -728,16 +729,17 @@ def test_the_pullback_is_the_transposed_product_of_matrices_convolutional(rules)
         for layer in net:
             z.append(layer(z[-1]))
 
-    def gain(kind, at, **args):
+    def gain(kind, at, norm=None, **args):
         if rules[kind] == FROZEN:
             return oracle.frozen_gain(kind, at, **args)
-        margin = oracle.soft(rules, kind).margin
-        return oracle.soft_gain(kind, at, oracle.temperature(rules, kind, at, **args), margin=margin, **args).expand(at.shape)
+        margin, tau = oracle.soft(rules, kind, norm).margin, oracle.temperature(rules, kind, at, norm, **args)
+        return oracle.soft_gain(kind, at, tau, margin=margin, **args).expand(at.shape)
 
+    norm = oracle.RunningNorm(net[1])
     pooling = oracle.MaxPool((3, 3), (2, 2), (1, 1)).matrices(z[3], oracle.temperature(rules, "max_pool", z[3]))[1]
     product = torch.linalg.multi_dot([
         matrix(net[8], 4), matrix(net[6], 4, 2, 2), diagonal(gain("leaky_relu", z[5], slope=0.1)), matrix(net[4], 3, 3, 3),
-        torch.block_diag(*pooling), diagonal(gain("relu", z[2])), matrix(net[1], 3, 6, 6), matrix(net[0], 2, 6, 6),
+        torch.block_diag(*pooling), diagonal(gain("relu", z[2], norm)), matrix(net[1], 3, 6, 6), matrix(net[0], 2, 6, 6),
     ])  # fmt: skip
     got = transform(net, **rules).pullback(x, u)
     check(got.flatten(), product.T @ u[0], DOUBLE)

@@ -165,7 +165,7 @@ def norm_deviation(module: fx.GraphModule, gate: fx.Node) -> float | None:
     Over the data of its running variance v a channel has the mean beta and the variance gamma^2 v / (v + eps). The variance over
     all channels is the mean of these variances plus the variance of these means.
     """
-    behind = norm_before(gate.args[1], functools.partial(keeps_values, module))
+    behind = norm_before(gate.args[1], functools.partial(keeps_values, module), lambda node: None)
     if behind is None:
         return None
     norm: Any = behind.norm

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..analysis.calls import name_of
+from ..analysis.ops import MULTIPLES
+from ..analysis.written.graph import made
 from ..gates.dual_path import dual_path
 
 
@@ -21,17 +24,13 @@ class Behind:
     shift: float = 0.0
 
 
-def number_of(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def norm_before(node: Any, passes: Callable[[fx.Node], bool], number: Callable[[Any], float | None] = number_of) -> Behind | None:
+def norm_before(node: Any, passes: Callable[[fx.Node], bool], number: Callable[[Any], float | None]) -> Behind | None:
     """Returns the call of a batch norm with running statistics that made what `node` is; None where there is none.
 
     Args:
         node: in a rewritten graph, or one that is being rewritten.
         passes: whether a call gives the numbers that it got, so that what is before it is looked at.
-        number: the one number that an argument of a sum or product is, None where it is none.
+        number: the one number that a node is, None where it is none.
     """
     factor, shift = 1.0, 0.0
     while isinstance(node, fx.Node) and node.op != "placeholder" and node.all_input_nodes:
@@ -46,25 +45,16 @@ def norm_before(node: Any, passes: Callable[[fx.Node], bool], number: Callable[[
 
 
 def line(node: fx.Node, number: Callable[[Any], float | None]) -> tuple[float, float, fx.Node | None]:
-    """Returns a, b and x of a call that gives `a x + b` with numbers a and b; x is None of others."""
-    name = name_of(node) if node.op in ("call_function", "call_method") and not node.kwargs else ""
-    if name in ("neg", "negative"):
-        return -1.0, 0.0, node.all_input_nodes[0]
-    if len(node.args) != 2 or name not in LINES:
+    """Returns a, b and x of a call that gives `a x + b` with numbers a and b, by calling it; x is None of others."""
+    varying = [n for n in node.all_input_nodes if number(n) is None] if name_of(node) in MULTIPLES else []
+    if len(varying) != 1:
         return 1.0, 0.0, None
-    (a, b), (first, second) = map(number, node.args), node.args
-    if isinstance(first, fx.Node) and b is not None:
-        return *LINES[name](b, True), first
-    if isinstance(second, fx.Node) and a is not None and name not in QUOTIENTS:
-        return *LINES[name](a, False), second
-    return 1.0, 0.0, None
-
-
-QUOTIENTS = ("div", "divide", "true_divide", "truediv")
-LINES: dict[str, Callable[[float, bool], tuple[float, float]]] = {  # of a number, and whether it comes second: a and b
-    "add": lambda c, second: (1.0, c),
-    **dict.fromkeys(("sub", "subtract"), lambda c, second: (1.0, -c) if second else (-1.0, c)),
-    "rsub": lambda c, second: (-1.0, c) if second else (1.0, -c),
-    **dict.fromkeys(("mul", "multiply"), lambda c, second: (c, 0.0)),
-    **dict.fromkeys(QUOTIENTS, lambda c, second: (1 / c if c else 0.0, 0.0)),
-}
+    points = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    try:
+        at = made(
+            node, fx.map_arg((node.args, node.kwargs), lambda n: points if n is varying[0] else points.new_tensor(number(n)))
+        )
+        b, a = float(at[0]), float(at[1] - at[0])
+    except Exception:  # what does not run on three numbers
+        return 1.0, 0.0, None
+    return (a, b, varying[0]) if torch.allclose(at, a * points + b) else (1.0, 0.0, None)

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ...analysis.calls import known, name_of, op_of
 from ...analysis.facts import Facts
-from ...analysis.ops import SAME_CHANNELS
+from ...analysis.ops import CARRIES, SAME_CHANNELS, SAME_VALUES
 from ...analysis.readers import Gate
 from ...analysis.written.gates import Written
 from ...capture.passed import Passed
@@ -18,7 +18,6 @@ from ...gates.dual_path import dual_path
 from ...gates.scale import moments_of_norm
 from ..batch_norm import Behind, norm_before
 
-LIFTED = {"lift_fresh_copy", "detach", "alias"}  # what an export puts behind a tensor that the forward makes of numbers
 Softness = Soft | Literal["frozen", "smooth"]  # of a call that is rewritten
 
 
@@ -61,7 +60,7 @@ class Rewriting:
         """Returns the number that a constant is, of at most one axis: one of more may add axes to what it is multiplied with, and
         of constants that are made in the forward the axes are not known."""
         at = value
-        while isinstance(at, fx.Node) and at.op == "call_function" and name_of(at) in SAME_CHANNELS | LIFTED:
+        while isinstance(at, fx.Node) and at.op == "call_function" and name_of(at) in SAME_CHANNELS | SAME_VALUES - CARRIES:
             at = at.all_input_nodes[0]
         stored = isinstance(at, fx.Node) and at.op == "get_attr" and self.facts.view.attribute(at).dim() <= 1
         return self.facts.view.fixed_number(value) if stored or not isinstance(value, fx.Node) else None
