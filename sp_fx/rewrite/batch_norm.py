@@ -55,6 +55,6 @@ def line(node: fx.Node, number: Callable[[Any], float | None]) -> tuple[float, f
             node, fx.map_arg((node.args, node.kwargs), lambda n: points if n is varying[0] else points.new_tensor(number(n)))
         )
         b, a = float(at[0]), float(at[1] - at[0])
-    except Exception:  # what does not run on three numbers
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError):  # what does not run on three numbers
         return 1.0, 0.0, None
     return (a, b, varying[0]) if torch.allclose(at, a * points + b) else (1.0, 0.0, None)
