@@ -6,7 +6,8 @@ plain gradient and equal shares. This is what the defaults of `Rules` were chose
 - ReLUs and max pooling: the zoo's CNN on scenes of seed 2025, SqueezeNet on ten photographs;
 - clamps (ReLU6) and strides: EfficientNet-Lite0 on the ten photographs, two of scikit-learn's, and their mirror images, and that
   strides of many channels or of four stay exact, on the zoo's networks;
-- GELU: the zoo's transformer on scenes of seeds 2025 and 3025.
+- GELU, and shares of queries, keys and values: the zoo's transformer on scenes of seeds 2025 and 3025;
+- SiLU, and products of gated MLPs: variants of both (variants.py) on scenes of seed 2025.
 
 What proves them is in fidelity.py: other scenes, other photographs, other networks.
 """
@@ -24,12 +25,14 @@ import faithfulness as ask
 import torch
 from answers import Answers, digest
 from fidelity import RADII, InBatches, drops, other_class
-from fidelity_cases import Case, choosing, scenes
+from fidelity_cases import Case, choosing, predicted, scenes
 from fidelity_table import rounded
 from measures import mass_inside
 from methods import Method, captum_methods
 from provenance import provenance
 from scales import scaled
+from shares import shared
+from variants import VARIANTS, halves, variant
 
 import sp_fx
 from sp_fx import Rules, Soft
@@ -84,18 +87,42 @@ def gelus() -> dict[str, Rules]:
     return rules | {f"attention {tau}": Rules(attention=tau) for tau in (0.5, 2.0)}
 
 
+def silus() -> dict[str, Rules]:
+    """Round the default, the paper's 1.6; 1.25 with margin 0.85 is GELU's default, since SiLU's gate is GELU's at 1.7 times the
+    distance; and constant gates of products."""
+    values = {
+        "default: 1.6, no margin (paper)": 1.6,
+        "1.0, no margin (the forward's own)": 1.0,
+        "2.0, no margin": 2.0,
+        "1.25, margin 0.5": Soft(1.25, 0.5),
+        "1.25, margin 0.85 (GELU's)": Soft(1.25, 0.85),
+        "1.25, margin 1.2": Soft(1.25, 1.2),
+        "1.6, margin 0.5": Soft(1.6, 0.5),
+        "1.6, margin 0.85": Soft(1.6, 0.85),
+        "2.0, margin 0.85": Soft(2.0, 0.85),
+        "3.0, margin 0.85": Soft(3.0, 0.85),
+    }
+    rules = {name: Rules(silu=value) for name, value in values.items()}
+    return rules | {"constant gates of products": Rules(product="frozen")}
+
+
 STUDIES = {
     "zoo/residual_cnn": relus,
     "squeezenet1_0": relus,
     "efficientnet_lite0": clamps,
     "zoo/pyramid_transformer": gelus,
     "zoo/pyramid_transformer, seed 3025": gelus,
+    "zoo/residual_cnn, silu": silus,
+    "zoo/pyramid_transformer, gated": silus,
 }
 
 
-def case_of(study: str, data: Path) -> Case:
+def case_of(study: str, data: Path, work: Path) -> Case:
     """Returns the network of `STUDIES` with the pictures that its rules are chosen on."""
     name, _, seed = study.partition(", seed ")
+    if name[4:] in VARIANTS:
+        case, model = scenes(name[4:].split(",")[0], 60, int(seed or 2025)), variant(name[4:], work)
+        return dataclasses.replace(case, name=name, model=model, target=predicted(model, case.pixels))
     if name.startswith("zoo/"):
         return scenes(name[4:], 60, int(seed or 2025))
     return choosing(name, data)
@@ -109,8 +136,9 @@ def ways(case: Case, rules: dict[str, Rules]) -> dict[str, Method]:
         explainers["smooth strides everywhere"] = sp_fx.transform(case.model)  # of many channels, and of more than two, too
     explainers["default, calibrated"] = sp_fx.transform(case.model).calibrate(half.split(10))
     methods = {name: Method(e.pullback, 1) for name, e in explainers.items()}
-    if case.name == "efficientnet_lite0":
-        methods |= {name: Method(run, 1) for name, run in scaled(case.model).items()}
+    others = {"efficientnet_lite0": scaled, "zoo/pyramid_transformer": shared, "zoo/pyramid_transformer, gated": halves}
+    if case.name in others:
+        methods |= {name: Method(run, 1) for name, run in others[case.name](case.model).items()}
     return methods | {"gradient": captum_methods(case.model)["gradient"]}
 
 
@@ -152,7 +180,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     networks = {}
     for study in args.networks:
-        case, rules = case_of(study, args.data), STUDIES[study]()
+        case, rules = case_of(study, args.data, args.work), STUDIES[study]()
         facts = {"network": case.name, "weights_sha256": case.weights, "seed": case.seed, "samples": case.samples,
                  "counts": dataclasses.asdict(case.counts), "threads": args.threads}  # fmt: skip
         keyed = {
