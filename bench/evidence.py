@@ -1,9 +1,9 @@
 """All of docs/evidence.md anew: `python bench/evidence.py [--minutes M] [--threads N]`, some hours on two cores.
 
-Runs fidelity.py on every network and seed of the page, the paper's evaluation in small, the study of temperatures, and then makes
-the tables, the plots and the figures. What has been answered is kept in `out/` (see fidelity.py), so that a run that was cut
-short, or stopped by `--minutes` (exit status 3), goes on where it was. Networks whose weights or packages are not there are
-left out, and named.
+Runs fidelity.py on every network and seed of the page, the paper's evaluation in small, the study of temperatures and what is
+known of the zoo's scenes (zoo_truth.py), and then makes the tables, the plots and the figures. What has been answered is kept in
+`out/` (see fidelity.py), so that a run that was cut short, or stopped by `--minutes` (exit status 3), goes on where it was.
+Networks whose weights or packages are not there are left out, and named.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def commands() -> list[list[str]]:
     fidelity += [["fidelity.py", "--networks", name, "--methods", *FEW] for name in PROVING]
     paper = [["fidelity.py", "--paper", "--networks", name, "--samples", "20", "--mosaics", "20"] for name in ZOO]
     ablations = [[*paper[0], "--ablations"]]
-    return [*fidelity, *paper, *ablations, ["temperatures.py"], ["fidelity_table.py", "--plots"], ["figures.py"]]
+    tables = [["zoo_truth.py", "--out", "bench/results/zoo_truth.json"], ["fidelity_table.py", "--plots"], ["figures.py"]]
+    return [*fidelity, *paper, *ablations, ["temperatures.py"], *tables]
 
 
 def main() -> int:

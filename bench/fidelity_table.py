@@ -1,8 +1,9 @@
 """What fidelity.py writes: rows with intervals, paired comparisons, a table, a plot.
 
 `python bench/fidelity_table.py [--results DIR] [--pages FILE ...] [--plots]` makes the tables of docs/evidence.md, and the short
-one of the README, from the JSON files: each stands between `<!-- fidelity: NAME -->`, `<!-- fidelity in short: NAME NAME -->` or
-`<!-- temperatures: STUDY -->` (of temperatures.py) and `<!-- end -->`; with `--plots` it draws the plots anew, too.
+one of the README, from the JSON files: each stands between `<!-- fidelity: NAME -->`, `<!-- fidelity in short: NAME NAME -->`,
+`<!-- pullback against METHOD: NAME NAME -->` or `<!-- temperatures: STUDY -->` (of temperatures.py) and `<!-- end -->`; with
+`--plots` it draws the plots anew, too.
 """
 
 from __future__ import annotations
@@ -80,7 +81,8 @@ PAIRS = [
 # What the short table has: these measures, and "best peer" is for each of them the best of all methods but ours and the gradient.
 IN_SHORT = ("infidelity, small", "infidelity, published", "faithfulness correlation", "max-sensitivity 0.02", "mask mass")
 NETWORKS = {"residual_cnn": "zoo CNN", "pyramid_transformer": "zoo transformer", "squeezenet1_0": "SqueezeNet 1.0",
-            "efficientnet_lite0": "EfficientNet-Lite0"}  # fmt: skip
+            "efficientnet_lite0": "EfficientNet-Lite0", "efficientnet_lite1": "EfficientNet-Lite1",
+            "efficientnet_lite2": "EfficientNet-Lite2"}  # fmt: skip
 FEW = 10  # fewer values give a mean without an interval
 
 
@@ -195,6 +197,40 @@ def in_short(records: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def in_pairs(records: dict[str, dict[str, Any]], other: str) -> str:
+    """The paired comparisons of the pullback with another method: ratios of means where less is better, else differences, and p.
+
+    What is worse is set off in *italics*, what shows no difference stands in brackets. A network of which some samples had a part
+    in choosing a default has a second row, of the others.
+    """
+    parts = [(name, r["samples"], r["comparisons"]) for name, r in records.items()]
+    parts += [(name, f"{r['samples']}: {r['fresh']}", r["comparisons_fresh"]) for name, r in records.items() if r.get("fresh")]
+    order = list(records)
+    rows = []
+    for name, samples, comparisons in sorted(parts, key=lambda part: order.index(part[0])):
+        cells = {c["measure"]: of_pair(c) for c in comparisons if (c["ours"], c["other"]) == ("pullback", other)}
+        network = name.split("_seed")[0]
+        if cells:
+            rows.append((NETWORKS.get(network, network), samples, cells))
+    known = [name for name in METRICS if any(name in cells for *_, cells in rows)]
+    lines = ["| " + " | ".join(["network", "samples", *(MEASURES[name].short for name in known)]) + " |"]
+    lines.append("|" + "---|" * (2 + len(known)))
+    return "\n".join(
+        lines + ["| " + " | ".join([*row, *(cells.get(name, "-") for name in known)]) + " |" for *row, cells in rows]
+    )
+
+
+def of_pair(comparison: dict[str, Any]) -> str:
+    """A comparison in a cell: "0.37 ×, p 0.004"."""
+    change = (
+        f"{comparison['ratio']:.2f} \N{MULTIPLICATION SIGN}"
+        if METRICS[comparison["measure"]] == "low"
+        else f"{comparison['mean']:+.2f}"
+    )
+    marks = {"better": "{}", "worse": "*{}*"}
+    return marks.get(comparison["verdict"], "({})").format(f"{change}, p {comparison['holm']:.1g}")
+
+
 def of_study(study: dict[str, Any]) -> str:
     """The means of a study of temperatures.py in Markdown, a way a row."""
     known = [name for name in METRICS if any(name in row for row in study["rules"].values())]
@@ -271,6 +307,7 @@ def draw_plot(record: dict[str, Any], path: Path) -> None:
 
 
 STUDIED = r"(<!-- temperatures: ([^>]+?) -->)\n.*?\n?(<!-- end -->)"
+PAIRED = r"(<!-- pullback against ([^:>]+): ([\w ]+) -->)\n.*?\n?(<!-- end -->)"
 MARKED = r"(<!-- fidelity( in short)?: ([\w ]+) -->)\n.*?\n?(<!-- end -->)"  # where a page has a table, and of which networks
 RESULTS = ("methods", "controls", "not applicable", "comparisons", "comparisons_fresh", "measures", "radii", "command", "fresh")
 
@@ -292,6 +329,10 @@ def main(argv: list[str] | None = None) -> int:
         table = in_short({network: record_of(network) for network in networks.split()}) if short else in_full(record_of(networks))
         return f"{opening}\n{table}\n{closing}"
 
+    def paired(marked: re.Match[str]) -> str:
+        opening, other, networks, closing = marked.groups()
+        return f"{opening}\n{in_pairs({network: record_of(network) for network in networks.split()}, other)}\n{closing}"
+
     def studied(marked: re.Match[str]) -> str:
         opening, study, closing = marked.groups()
         networks = json.loads((args.results / "temperatures.json").read_text())["networks"]
@@ -300,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     for page in args.pages:
         text, count = re.subn(MARKED, filled, page.read_text(), flags=re.DOTALL)
         text = re.sub(STUDIED, studied, text, flags=re.DOTALL)
+        text = re.sub(PAIRED, paired, text, flags=re.DOTALL)
         if not count:
             print(f"fidelity_table: {page} has no <!-- fidelity: NAME --> ... <!-- end -->", file=sys.stderr)
             return 2

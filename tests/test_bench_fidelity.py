@@ -21,7 +21,7 @@ sys.path.insert(0, str(BENCH))
 import faithfulness as ask  # noqa: E402
 import fidelity  # noqa: E402
 import fidelity_cases as cases  # noqa: E402
-from fidelity_table import MEASURES, compared, in_short, main  # noqa: E402
+from fidelity_table import MEASURES, compared, in_pairs, in_short, main  # noqa: E402
 
 OF_PICTURES = {name for name, measure in MEASURES.items() if measure.of == "pictures"}
 
@@ -148,6 +148,31 @@ def test_the_short_table_has_the_best_peer_of_each_measure():
         "|  | plain gradient | **0.05** | - | 0.1 ",
         "|  | best peer | 0.1 DeepLift | - | 0.8 IG-50 ",
         "|  | equal shares | 0.4 | - | - ",
+    ]
+
+
+def test_pairs_say_what_is_worse_and_what_shows_no_difference():
+    """Ratios where less is better, else differences; the samples that nothing was chosen on have a row of their own."""
+    low, high = "infidelity, small", "faithfulness correlation"
+    one = [
+        {
+            "measure": low,
+            "ours": "pullback",
+            "other": "gradient",
+            "mean": -1.0,
+            "ratio": 0.254,
+            "holm": 0.0041,
+            "verdict": "better",
+        },
+        {"measure": high, "ours": "pullback", "other": "gradient", "mean": -0.2, "holm": 0.02, "verdict": "worse"},
+        {"measure": low, "ours": "ascent", "other": "gradient", "mean": 9.0, "ratio": 9.0, "holm": 0.5, "verdict": "worse"},
+    ]
+    fresh = [{**one[0], "ratio": 0.3, "holm": 0.6, "verdict": "no difference shown"}]
+    tiny = {"samples": "9 scenes", "comparisons": one, "fresh": "those from 3 on", "comparisons_fresh": fresh}
+    bare = {"samples": "1 scene", "comparisons": one[2:]}
+    assert in_pairs({"tiny_seed7": tiny, "bare": bare}, "gradient").splitlines()[2:] == [
+        "| tiny | 9 scenes | 0.25 \N{MULTIPLICATION SIGN}, p 0.004 | *-0.20, p 0.02* |",
+        "| tiny | 9 scenes: those from 3 on | (0.30 \N{MULTIPLICATION SIGN}, p 0.6) | - |",
     ]
 
 
