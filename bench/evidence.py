@@ -18,10 +18,8 @@ HERE = Path(__file__).parent
 ZOO = ("zoo/residual_cnn", "zoo/pyramid_transformer")
 SEEDS = {"zoo/residual_cnn": (2025, 3025), "zoo/pyramid_transformer": (2025, 3025, 4025)}
 CARRIED = ("efficientnet_lite0", "all_minilm_l6_v2")
-PROVING = ("efficientnet_lite1", "efficientnet_lite2")  # on which nothing was chosen, with few methods
-
-
-FEW = ("pullback", "gradient")
+PROVING = ("efficientnet_lite1", "efficientnet_lite2")  # on which nothing was chosen
+FEW = ("pullback", "gradient")  # methods there
 
 
 def commands() -> list[list[str]]:

@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -151,13 +152,18 @@ def markdown(record: dict[str, Any], names: tuple[str, ...], intervals: bool) ->
     known = [name for name in names if any(name in row for row in listed.values())]
     marks = {name: best(listed, name) for name in known}
     head = ["", "passes", *(MEASURES[name].short for name in known)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for method, row in {**listed, **record["controls"]}.items():  # controls are not ranked
         cells = [marks[name].get(method, "{}").format(f"{row[name]['mean']:.3g}") if name in row else "-" for name in known]
         if intervals:
             cells = [f"{cell} {interval(row.get(name, {}))}".strip() for cell, name in zip(cells, known)]
-        lines.append("| " + " | ".join([method, str(row["passes"]), *cells]) + " |")
-    return lines
+        lines.append([method, str(row["passes"]), *cells])
+    return in_markdown(head, lines)
+
+
+def in_markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    return ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(row) + " |" for row in rows)]
 
 
 def left_out(record: dict[str, Any]) -> list[str]:
@@ -188,13 +194,13 @@ def in_short(records: dict[str, dict[str, Any]]) -> str:
     The best of the first three is set off in **bold**. Only means: the full tables have the intervals.
     """
     head = ["network", "map", *(MEASURES[measure].short for measure in IN_SHORT)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     for network, record in records.items():
         columns = [short_column(record, measure) for measure in IN_SHORT]
         for i, row in enumerate(("pullback", "plain gradient", "best peer", "equal shares")):
             cells = [NETWORKS.get(network, network) if i == 0 else "", row, *(column[i] for column in columns)]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return "\n".join(in_markdown(head, lines))
 
 
 def in_pairs(records: dict[str, dict[str, Any]], other: str) -> str:
@@ -213,20 +219,14 @@ def in_pairs(records: dict[str, dict[str, Any]], other: str) -> str:
         if cells:
             rows.append((NETWORKS.get(network, network), samples, cells))
     known = [name for name in METRICS if any(name in cells for *_, cells in rows)]
-    lines = ["| " + " | ".join(["network", "samples", *(MEASURES[name].short for name in known)]) + " |"]
-    lines.append("|" + "---|" * (2 + len(known)))
-    return "\n".join(
-        lines + ["| " + " | ".join([*row, *(cells.get(name, "-") for name in known)]) + " |" for *row, cells in rows]
-    )
+    head = ["network", "samples", *(MEASURES[name].short for name in known)]
+    return "\n".join(in_markdown(head, ([*row, *(cells.get(name, "-") for name in known)] for *row, cells in rows)))
 
 
 def of_pair(comparison: dict[str, Any]) -> str:
     """A comparison in a cell: "0.37 ×, p 0.004"."""
-    change = (
-        f"{comparison['ratio']:.2f} \N{MULTIPLICATION SIGN}"
-        if METRICS[comparison["measure"]] == "low"
-        else f"{comparison['mean']:+.2f}"
-    )
+    less = METRICS[comparison["measure"]] == "low"
+    change = f"{comparison['ratio']:.2f} \N{MULTIPLICATION SIGN}" if less else f"{comparison['mean']:+.2f}"
     marks = {"better": "{}", "worse": "*{}*"}
     return marks.get(comparison["verdict"], "({})").format(f"{change}, p {comparison['holm']:.1g}")
 
@@ -235,10 +235,8 @@ def of_study(study: dict[str, Any]) -> str:
     """The means of a study of temperatures.py in Markdown, a way a row."""
     known = [name for name in METRICS if any(name in row for row in study["rules"].values())]
     head = [study["samples"], *(MEASURES[name].short for name in known)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for way, row in study["rules"].items():
-        lines.append("| " + " | ".join([way, *(f"{row[name]:.3g}" if name in row else "-" for name in known)]) + " |")
-    return "\n".join(lines)
+    rows = [[way, *(f"{row[name]:.3g}" if name in row else "-" for name in known)] for way, row in study["rules"].items()]
+    return "\n".join(in_markdown(head, rows))
 
 
 def short_column(record: dict[str, Any], measure: str) -> list[str]:
