@@ -49,7 +49,7 @@ from torch import Tensor
 import sp_fx
 from sp_fx.figures.records import rules_record
 from sp_fx.models import TextModel
-from sp_fx.models.factory import is_own
+from sp_fx.models.own import is_own
 
 LEAST = 10  # samples for an interval
 # The measures that apply to equal shares: the others are about the order of shares or their changes, and these have none.

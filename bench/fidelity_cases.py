@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.models.named import NamedModel, class_index, load_model, weights_hash
+from sp_fx.models.classes import class_index
+from sp_fx.models.named import NamedModel, Options, load_model
+from sp_fx.models.weights import weights_hash
 
 SEED = 2_025  # of the scenes; the zoo was trained on others, but the defaults of Rules were chosen on these
 
@@ -126,7 +128,7 @@ def scenes(name: str, count: int, seed: int, mosaics: int | None = None) -> Case
 
 
 def photographed(data: Path) -> Case:
-    named = load_model("squeezenet1_0", data / "squeezenet1_0_imagenet.safetensors", 227)
+    named = load_model("squeezenet1_0", Options(data / "squeezenet1_0_imagenet.safetensors", 227))
     files, chosen_on = photographs(data)
     pixels = torch.stack([named.preprocessing(path).pixels for path in files])
     # A pass takes 0.2 s on one core: what asks for many more of them is left to the zoo.

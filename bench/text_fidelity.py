@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sp_fx
 from sp_fx.models import TextModel
-from sp_fx.models.named import weights_hash
+from sp_fx.models.weights import weights_hash
 
 PART = 0.2  # of the tokens, which are removed together
 SUBSETS = 32  # random ones, of that part

@@ -22,7 +22,7 @@ from sp_fx import zoo
 from sp_fx.figures.demo import class_gradient
 from sp_fx.figures.records import rules_record
 from sp_fx.methods.ascent import Ascent
-from sp_fx.models.named import weights_hash
+from sp_fx.models.weights import weights_hash
 
 STEPS = 10
 

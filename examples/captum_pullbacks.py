@@ -16,7 +16,7 @@ from captum.attr import GradientShap, IntegratedGradients, LayerAttribution, Lay
 
 import sp_fx
 from sp_fx import zoo
-from sp_fx.models.named import weights_hash
+from sp_fx.models.weights import weights_hash
 from sp_fx.plot import SLOPE, picture, save, signed_map, table
 
 

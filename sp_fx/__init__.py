@@ -11,10 +11,12 @@ from .build import NotRewrittenError, transform
 from .capture.capture import CaptureError
 from .checks.check import Checks, check
 from .explainer import Explainer
+from .figures.showing import show
 from .gates.adjoints.row import Soft
 from .gates.presets import PRESETS, Preset
 from .gates.registry import register_gate
 from .gates.rules import Rules
+from .models.images import read_picture
 from .models.pixel_space import pixel_space
 from .packages.errors import PackageError
 from .packages.package import load
@@ -41,7 +43,9 @@ __all__ = [
     "offline",
     "pixel_space",
     "plot",
+    "read_picture",
     "register_gate",
+    "show",
     "targets",
     "transform",
     "zoo",

@@ -21,7 +21,7 @@ from .explainer import Explainer
 from .gates.rules import Rules
 from .measured.sample_axis import shapes_of
 from .measured.scales import follows_sample
-from .measured.verification import Verify, own_error, verified
+from .measured.verification import Verify, forgotten_axis, own_error, verified
 from .methods.captured import AXES_WAIT, WAITS, CapturedModule, noted
 from .methods.subgraphs import ending_at, within
 from .rewrite.report import Report
@@ -97,7 +97,10 @@ def transform(
                 made = rewritten(model, rules, tracer, example, verify)
         except Exception as error:
             if example is not None and (own := own_error(inner, example)):
-                raise CaptureError(f"{type(inner).__name__} itself fails on the example_inputs: {own}") from error
+                hint = forgotten_axis(inner, example)
+                raise CaptureError(
+                    f"{type(inner).__name__} itself fails on the example_inputs: {hint or own}{f' ({own})' if hint else ''}"
+                ) from error
             raise
         rules.check_places(made.report.sites)
         modules, graph, report, compare = finished(made, rules, tracer, output, verify)

@@ -142,7 +142,13 @@ class Explainer(CapturedModule):
         return super().split(name)
 
     def compile(  # type: ignore[override]  # in place of nn.Module.compile, on purpose
-        self, method: str = "pullback", *, example_inputs: Inputs | None = None, dynamic_batch: bool = True, **method_args: Any
+        self,
+        method: str = "pullback",
+        *,
+        example_inputs: Inputs | None = None,
+        dynamic_batch: bool = True,
+        inductor: bool = True,
+        **method_args: Any,
     ) -> Program:
         """`method` as one compiled inference graph, `program(inputs, target) -> (outputs, map)`: the model's own outputs and
         the explanation, by one pass.
@@ -157,6 +163,9 @@ class Explainer(CapturedModule):
             dynamic_batch: whether it takes any batch size, or the example's alone. Convolutional networks on a CPU are compiled
                 twice for it, since they run faster at a batch size that is known: that of the example, which should be the
                 usual one.
+            inductor: False leaves the graph to PyTorch, which runs it op by op. Such a program is made in seconds, where
+                compiling takes minutes, and is what `save` needs: an `.onnx` is never compiled here, and a `.pt2` when it is
+                saved.
             method_args: the method's own arguments (`step`; those of `ascend` from `steps` to `relative`), and
                 `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class; or
                 "direction", for programs called with a tensor shaped like the output;
@@ -171,7 +180,7 @@ class Explainer(CapturedModule):
 
         if example_inputs is None:
             raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")
-        return build(self, method, example_inputs, dynamic_batch=dynamic_batch, **method_args)
+        return build(self, method, example_inputs, dynamic_batch=dynamic_batch, inductor=inductor, **method_args)
 
     def report(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Report:
         """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable.

@@ -1,6 +1,7 @@
-"""Batch jobs over folders of pictures: `sp_fx.serving.folder_jobs` under the name that users import."""
+"""Batch jobs over folders of pictures: `sp_fx.serving.folders` under the name that users import."""
 
-from .serving.folder_jobs import Batches, begin, pictures
-from .serving.folder_jobs import write_atomically as whole
+from .serving.folders.batches import Batches, begin, pictures
+from .serving.folders.batches import write_atomically as whole
+from .serving.folders.results import Result, maps, results
 
-__all__ = ["Batches", "begin", "pictures", "whole"]
+__all__ = ["Batches", "Result", "begin", "maps", "pictures", "results", "whole"]

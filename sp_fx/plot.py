@@ -1,6 +1,8 @@
-"""Pictures of maps: `sp_fx.figures.drawing` under the name that users import."""
+"""Pictures of maps: `sp_fx.figures.drawing` and `sp_fx.figures.animation` under the name that users import."""
 
+from .figures.animation import animate
 from .figures.drawing import (
+    ACTIVATION,
     CHANGE,
     DIVERGING,
     LINES,
@@ -9,6 +11,7 @@ from .figures.drawing import (
     Cell,
     as_image,
     ascent,
+    blurred,
     explanation,
     grid,
     overlay,
@@ -23,14 +26,17 @@ from .figures.drawing import (
 )
 
 __all__ = [
+    "ACTIVATION",
     "CHANGE",
     "DIVERGING",
     "LINES",
     "PART",
     "SLOPE",
     "Cell",
+    "animate",
     "as_image",
     "ascent",
+    "blurred",
     "explanation",
     "grid",
     "overlay",

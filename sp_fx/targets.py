@@ -37,7 +37,7 @@ def as_target(target: Any) -> Target:
 
     Raises:
         TypeError: lists or arrays of what is no number.
-        ValueError: lists of different lengths; one-hot rows of integers, which are class numbers here.
+        ValueError: lists of different lengths.
     """
     if is_array(target):
         target = torch.as_tensor(target) if target.ndim else target.item()
@@ -45,20 +45,26 @@ def as_target(target: Any) -> Target:
         if len({len(row) for row in target}) > 1:
             raise ValueError(f"got lists of {sorted({len(row) for row in target})} classes: expected as many for each sample")
         target = torch.tensor([[_int(t) for t in row] for row in target], dtype=torch.long)
-    if isinstance(target, Tensor) and _is_one_hot(target):
+    return target
+
+
+def looks_one_hot(target: Any) -> bool:
+    """Whether each row of integers [B, T] is a 1 among zeros: of three and more, since [0, 1] may be the two classes 0 and 1."""
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.is_complex():
+        return False
+    if target.dim() != 2 or target.shape[1] < 3 or not len(target):
+        return False
+    return bool(((target == 1).sum(1) == 1).all() and ((target != 0).sum(1) == 1).all())
+
+
+def refuse_one_hot(target: Any, y: Tensor) -> None:
+    """Raises ValueError for one-hot rows of integers, as many as `y` has classes: whole numbers are class numbers here. Rows of
+    another length are classes, as [0, 1, 0] is where somebody asks for two by name and for the predicted one."""
+    if looks_one_hot(target) and y.dim() == 2 and target.shape[1] == y.shape[1]:
         raise ValueError(
             f"got the one-hot target {_shape(target)} of {target.dtype}, and whole numbers are class numbers: pass the classes, "
             "target.argmax(1), or the direction, target.float()"
         )
-    return target
-
-
-def _is_one_hot(target: Tensor) -> bool:
-    """Whether each row of integers [B, T] is a 1 among zeros: of three and more, since nobody asks for class 0 twice, where
-    [0, 1] may be the two classes 0 and 1."""
-    if target.dim() != 2 or target.shape[1] < 3 or not len(target) or target.is_floating_point() or target.is_complex():
-        return False
-    return bool(((target == 1).sum(1) == 1).all() and ((target != 0).sum(1) == 1).all())
 
 
 def seed(output: Any, target: Target) -> tuple[Tensor, Tensor]:
@@ -123,6 +129,7 @@ def only_output(output: Any) -> Tensor:
 def indices_of(target: Any, y: Tensor) -> Tensor:
     """Returns integer targets as indices into `y`, [T or 1, B, axes]; an error says which of them the output does not have."""
     batch = y.shape[0] if y.dim() else 0
+    refuse_one_hot(target, y)
     if isinstance(target, list) and target and all(isinstance(t, tuple) for t in target):
         index = torch.tensor([[_int(i) for i in t] for t in target])[None]
     elif isinstance(target, list):

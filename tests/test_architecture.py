@@ -29,6 +29,7 @@ ORDER = (  # lowest first: a file imports from its own folder and from those bef
         "models",
         "figures",
         "bridges",
+        "viewer",
         "packages",
         "serving",
         "plot",

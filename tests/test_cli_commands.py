@@ -30,8 +30,8 @@ def test_a_picture_and_a_record(here, tmp_path, method):
     found = record(tmp_path, "colour")
     assert found["image"] == "colour.png" and found["figure"] == "colour.png" and found["size"] == [160, 120]
     assert found["model"] == "squeezenet1_1" and [m["name"] for m in found["method"]] == [method]
-    published = {"resize": 256, "crop": 64, "interpolation": "bilinear"}
-    assert found["preprocessing"] == published | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    published = {"resize": 73, "crop": 64, "interpolation": "bilinear"}
+    assert found["preprocessing"] == published | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "squash": False}
     assert len(found["prediction"]) == 5 and found["targets"][0]["index"] == found["prediction"][0]["index"]
     assert found["targets"][0]["maps"][method]["l2"] > 0
     assert found["weights"] == "weights.pt" and len(found["weights_sha256"]) == 64
@@ -129,6 +129,7 @@ BAD = {
     "top0": (["--target", "top0"], "topN is the N likeliest classes, N at least 1, got 'top0'"),
     "a norm's temperature": (["--temperature", "layer_norm=1"], "a normalisation has no temperature"),
     "no temperature": (["--temperature", "relu=0"], "expected a finite temperature above 0"),
+    "an unknown kind": (["--temperature", "rely=1"], "'rely' fits no gate of this model; a kind of gate is called 'relu'"),
     "no step": (["--method", "ascend", "--step-size", "0"], "step_size is a finite length above 0"),
 }
 
@@ -155,8 +156,8 @@ def test_damaged_weights(here, tmp_path, capsys):
     (tmp_path / "text.safetensors").write_text("not weights")
     for name, message in {
         "nan.pt": "nan.pt is damaged: 1 of its tensors have NaN or infinity in them (first: ['features.0.weight'])",
-        "cut.pt": "cut.pt do not fit SqueezeNet",
-        "text.safetensors": "text.safetensors do not fit SqueezeNet",
+        "cut.pt": "cut.pt is no whole file of weights",
+        "text.safetensors": "text.safetensors is not a whole safetensors file",
     }.items():
         assert explain(here, tmp_path, "--weights", str(tmp_path / name)) == 2
         assert message in capsys.readouterr().err

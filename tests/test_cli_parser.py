@@ -8,8 +8,7 @@ from sp_fx.cli.commands import main
 MALFORMED = {
     "steps": (["--steps", "0"], "a whole number of at least 1"),
     "method": (["--method", "pullback,gradient"], "no method is called 'gradient'; choices: pullback, double_pullback, ascend"),
-    "kind": (["--temperature", "rely=1"], "no kind of gate is called 'rely'; choices: relu"),
-    "temperature": (["--temperature", "relu=warm"], "expected KIND=T, such as relu=1.0; got 'relu=warm'"),
+    "temperature": (["--temperature", "relu=warm"], "or 'layer4.*=0.3', with a number, none or frozen; got 'relu=warm'"),
     "device": (["--device", "cuda:99"], "'cuda:99' is no device of this machine"),
     "no device": (["--device", "toaster"], "'toaster' is no device of this machine"),
 }

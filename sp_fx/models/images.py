@@ -8,15 +8,18 @@ Whatever a file holds becomes eight-bit RGB, as it is meant to be seen, and `Pic
 - CMYK, YCbCr, Lab and HSV are converted by pillow's formulas; colour profiles are ignored.
 
 Refused, each with its reason: files that are no pictures, truncated ones, 32-bit integer and floating ones, whose range is not
-known, and pictures of more than `Image.MAX_IMAGE_PIXELS` pixels as they are or once resized.
+known, and pictures of more than `Image.MAX_IMAGE_PIXELS` pixels as they are or once resized. A resized picture is cropped at its
+centre (`Preprocessing`).
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,10 +28,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image as PillowImage
 
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")  # of the pictures that a folder stands for
+FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")  # pillow's, by which a picture is resized
+Side = int | tuple[int, int]  # of a square; or (height, width)
+
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that was read: `pixels` float32 [3, N, N] in [-1, 1]; `size` (width, height) as seen, before resizing; `mode`,
+    """A picture that was read: `pixels` float32 [C, H, W] in [-1, 1]; `size` (width, height) as seen, before resizing; `mode`,
     pillow's, such as "L" for grey, and `conversions` as the module lists them."""
 
     pixels: Tensor
@@ -39,14 +46,44 @@ class Picture:
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resizes the shorter side to `resize` pixels and crops the centre to `crop`; the network behind it takes pixels in [0, 1],
-    normalised by `mean` and `std`."""
+    """What a picture becomes for a network: resized until it just covers `resize`, and its centre cropped to `crop`. Both are the
+    side of a square, in pixels, or (height, width): 256 and 224 make the shorter side 256. The command line, Python, batch jobs
+    and the service all prepare pictures by this class, and packages record it.
 
-    resize: int
-    crop: int
+    Attributes:
+        interpolation: one of `FILTERS`.
+        mean, std: of each channel: the network behind it takes pixels in [0, 1], normalised by these (`sp_fx.pixel_space` does
+            it). One number each is a network of grey pictures.
+        squash: the picture is resized to `resize` itself, whatever its proportion.
+    """
+
+    resize: Side
+    crop: Side
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    squash: bool = False
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in FILTERS:
+            raise ValueError(f"a picture is resized by one of {', '.join(FILTERS)}; got {self.interpolation!r}")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise ValueError(
+                f"expected a mean and a std for each of 3 channels, or of 1 for grey; got {len(self.mean)} means and "
+                f"{len(self.std)} stds"
+            )
+        _sides(self.resize), _sides(self.crop)
+
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> Preprocessing:
+        """Returns what `dataclasses.asdict` has made JSON of."""
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        return cls(**values)
+
+    @property
+    def cropped(self) -> tuple[int, int]:
+        """The (height, width) of what a picture becomes."""
+        return _sides(self.crop)
 
     def __call__(self, path: str | PathLike[str]) -> Picture:
         """Returns the picture at `path`, resized and cropped as torchvision does it.
@@ -56,19 +93,99 @@ class Preprocessing:
             ValueError: it is a picture that is refused (see the module), or damaged in some other way.
         """
         image, mode, conversions = read_rgb(path)
-        size = image.size
-        width, height = (int(self.resize * side / min(size)) for side in size)
-        _check_pixels(width, height, f"once its shorter side is {self.resize}, from {size[0]} x {size[1]},")
-        image = image.resize((width, height), self._filter())
-        left, top = round((width - self.crop) / 2), round((height - self.crop) / 2)
-        image = image.crop((left, top, left + self.crop, top + self.crop))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div(255) * 2 - 1
-        return Picture(pixels, size, mode, conversions)
+        return Picture(self.pixels(image), image.size, mode, conversions)
 
-    def _filter(self):
+    def pixels(self, image: PillowImage) -> Tensor:
+        """Returns an eight-bit RGB picture as the network's float32 [C, *crop] in [-1, 1]; ValueError where it would be huge."""
         from PIL import Image
 
-        return Image.Resampling[self.interpolation.upper()]
+        (rows, columns), (height, width) = _sides(self.resize), _sides(self.crop)
+        size = (columns, rows) if self.squash else covering(image.size, (columns, rows))
+        _check_pixels(*size, f"once it covers {columns} x {rows}, from {image.width} x {image.height},")
+        image = image.resize(size, Image.Resampling[self.interpolation.upper()])
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        image = image.crop((left, top, left + width, top + height))
+        if len(self.mean) == 1:
+            image = image.convert("L")
+        values = torch.from_numpy(np.array(image)).view(height, width, -1)
+        return values.permute(2, 0, 1).contiguous().float().div(255) * 2 - 1
+
+
+def fitting(size: Side, channels: int = 3) -> Preprocessing:
+    """Returns the preprocessing for inputs of `size` where nothing more is known of the network: the picture just covers it, and
+    a picture of this very size stays as it is."""
+    return Preprocessing(size, size, "bilinear", (0.5,) * channels, (0.5,) * channels)
+
+
+def covering(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """Returns the smallest size in the proportion of `size` that covers `box`, all (width, height); longer sides are rounded
+    down, as torchvision does."""
+    (width, height), (columns, rows) = size, box
+    if columns * height > rows * width:  # the picture is higher in proportion
+        return columns, max(rows, int(columns * height / width))
+    return max(columns, int(rows * width / height)), rows
+
+
+def _sides(side: Side) -> tuple[int, int]:
+    pair = (side, side) if isinstance(side, int) else side
+    if not isinstance(pair, tuple) or len(pair) != 2 or not all(isinstance(s, int) and s > 0 for s in pair):
+        raise ValueError(f"a size is the side of a square, or (height, width), in whole pixels; got {side!r}")
+    return pair
+
+
+def pictures_in(folder: str | PathLike[str]) -> list[Path]:
+    """Returns the files in a folder, and in the folders in it, that end as pictures do (`ENDINGS`), sorted by name; hidden ones
+    are left out.
+
+    Raises:
+        NotADirectoryError: it is no folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise NotADirectoryError(f"there is no folder {root}")
+    files = (file for file in root.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+
+
+def read_picture(
+    path: str | PathLike[str] | Iterable[str | PathLike[str]],
+    size: Side | Preprocessing = 224,
+    *,
+    resize: Side | None = None,
+    interpolation: str = "bilinear",
+    channels: int = 3,
+) -> Tensor:
+    """Returns the picture at `path` as pixels in [-1, 1]: float32 [1, 3, size, size], a batch of one, or of all where `path` is a
+    list of paths: `x = sp_fx.read_picture("cat.jpg", 224, resize=256)`.
+
+    The picture is resized until it just covers `resize`, and its centre is cropped to `size`. Grey, transparent, rotated and
+    16-bit pictures are converted as they are seen (`sp_fx.models.images`).
+
+    Args:
+        size: side of the square, or (height, width), in pixels; or a network's own `Preprocessing`, which says it all:
+            `sp_fx.read_picture("cat.jpg", net.preprocessing)`.
+        resize: in pixels; None is `size`. Networks of torchvision were mostly tested at 256 for 224.
+        interpolation: one of `FILTERS`.
+        channels: 3, or 1 for grey.
+
+    Raises:
+        OSError: no file, a folder, no picture, or a truncated one.
+        ValueError: a picture that is refused, an empty list, or another `size`, `resize`, `interpolation` or `channels`.
+    """
+    if isinstance(size, Preprocessing):
+        if resize is not None:
+            raise ValueError("a Preprocessing says how pictures are resized: pass it without resize")
+        preprocessing = size
+    else:
+        fitted = fitting(size, channels)
+        preprocessing = replace(fitted, resize=size if resize is None else resize, interpolation=interpolation)
+    paths = [path] if isinstance(path, str | PathLike) else list(path)
+    if not paths:
+        raise ValueError("no picture: the list of paths is empty")
+    for each in paths:
+        if Path(each).is_dir():
+            raise IsADirectoryError(f"{each} is a folder; sp_fx.offline.pictures({str(each)!r}) lists the pictures in it")
+    return torch.stack([preprocessing(each).pixels for each in paths])
 
 
 def read_rgb(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ...]]:
@@ -117,8 +234,12 @@ def to_rgb(image: PillowImage) -> tuple[PillowImage, list[str]]:
     return image.convert("RGB"), [f"{image.mode} to RGB"]
 
 
+class HugeError(ValueError):
+    """A picture has more pixels than are read."""
+
+
 def _check_pixels(width: int, height: int, when: str = "it") -> None:
     from PIL import Image
 
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{when} has {width} x {height} pixels; at most {Image.MAX_IMAGE_PIXELS} are read")
+        raise HugeError(f"{when} has {width} x {height} pixels; at most {Image.MAX_IMAGE_PIXELS} are read")

@@ -6,35 +6,34 @@ The zoo's need the extra `demo`, those of `carried.py` `models`, others `vision`
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import urllib.error
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from .. import zoo
 from . import carried
-from .factory import called, is_own
-from .images import Preprocessing
+from .classes import read_class_names
+from .images import Preprocessing, Side
+from .own import called, is_file, is_own, pickled_model
 from .pixel_space import PixelSpace, pixel_space
+from .published import Published, huggingface_model, timm_model, torchvision_model
+from .weights import classes_of, fitted, load_state, load_weights, read_state, weights_hash
 
 
 @dataclass(frozen=True)
 class NamedModel:
     """A network with its `preprocessing`: `model` takes pixels in [-1, 1]; `labels` names its classes where they are known;
-    `weights` says where they are from: "published", a file's name, or "none"."""
+    `weights` says where they are from: "published", a file's name, or "none"; `assumed`, what nobody has said of the pixels."""
 
     name: str
     model: nn.Module
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
     weights: str
+    assumed: str = ""
 
     def provenance(self) -> dict[str, Any]:
         """Returns what a record says of the model."""
@@ -42,191 +41,203 @@ class NamedModel:
                 "preprocessing": asdict(self.preprocessing)}  # fmt: skip
 
 
-IMAGENET = Preprocessing(256, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-Loaded = tuple[nn.Module, Preprocessing, tuple[str, ...] | None]  # of normalised pixels; as published; labels
+@dataclass(frozen=True)
+class Options:
+    """What a caller says of a network in place of what is published or assumed; None leaves that as it is.
 
-
-def load_model(name: str, weights: str | Path | None = None, input_size: int | None = None) -> NamedModel:
-    """Returns a torchvision classification model, `timm/NAME`, `zoo/NAME` (one that ships with the package), one that another
-    package carries (`efficientnet_lite0`) or one of your own, `module:function`, in eval mode.
-
-    What a function of your own returns takes pixels normalised by ImageNet's mean and deviation, resized to 256 and cropped to
-    224; with other preprocessing it returns a `NamedModel`.
-
-    Args:
-        weights: a state dict (.safetensors, .pt, .pth); None is the published one, which is downloaded (the zoo's is here).
-        input_size: side of the square crop; None is the published one. The picture is resized as published, or, for a crop
-            that is larger than that, in the published proportion.
-
-    Raises:
-        ValueError: an unknown name (the nearest are suggested), or weights that do not fit the model.
-        TypeError: a function that returns no model for pictures.
-        FileNotFoundError: no such weights file.
-        RuntimeError: the published weights cannot be downloaded.
+    Attributes:
+        weights: a file with a state dict (.safetensors, .pt, .pth, .bin, .ckpt).
+        input_size: side of the square crop, in pixels.
+        resize: what the shorter side becomes before the crop; None is `proportional`, and for a network of one's own
+            `input_size`.
+        num_classes: None is that of the weights' last layer.
+        class_names: the names, or a file of them (`classes.read_class_names`).
+        mean, std: of each channel of the pixels that the network takes, one number for all or one each.
+        pixels: (low, high): what the network takes for black and white before `mean` and `std`; None is (0, 1).
+        trust_pickle: whether files are unpickled, which runs code of whoever made them.
     """
+
+    weights: str | Path | None = None
+    input_size: int | None = None
+    resize: int | None = None
+    num_classes: int | None = None
+    class_names: Sequence[str] | str | Path | None = None
+    mean: float | Sequence[float] | None = None
+    std: float | Sequence[float] | None = None
+    pixels: tuple[float, float] | None = None
+    trust_pickle: bool = False
+
+    @property
+    def normalises(self) -> bool:
+        return not (self.mean is None and self.std is None and self.pixels is None)
+
+    def preprocessing(self, published: Preprocessing) -> Preprocessing:
+        """Returns the published preprocessing with what the caller says instead.
+
+        Raises:
+            ValueError: a `std` that is not above 0, `pixels` of which the second is not above the first, a mean without a std,
+                or neither one number nor one a channel.
+        """
+        crop: Side = self.input_size or published.crop
+        made = replace(published, resize=self.resize or proportional(published, crop), crop=crop)
+        if not self.normalises:
+            return made
+        low, high = self.pixels or (0.0, 1.0)
+        if not high > low:
+            raise ValueError(f"pixels are (low, high), such as (0, 255) or (-1, 1), with low below high; got {self.pixels}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError(f"mean and std go together; got mean={self.mean}, std={self.std}")
+        channels = len(published.mean)
+        mean, std = _each(self.mean, 0.0, channels, "mean"), _each(self.std, 1.0, channels, "std")
+        if not all(s > 0 for s in std):
+            raise ValueError(f"a std is above 0 for each channel, got {list(std)}")
+        return replace(made, mean=tuple((m - low) / (high - low) for m in mean), std=tuple(s / (high - low) for s in std))
+
+    def names(self) -> tuple[str, ...] | None:
+        """Returns the caller's names of the classes."""
+        names = self.class_names
+        return read_class_names(names) if isinstance(names, str | Path) else None if names is None else tuple(names)
+
+
+def _each(values: float | Sequence[float] | None, default: float, channels: int, what: str) -> tuple[float, ...]:
+    if values is None:
+        return (default,) * channels
+    each = (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
+    each = each * channels if len(each) == 1 else each
+    if len(each) != channels:
+        raise ValueError(f"expected one {what} for all channels or one for each of {channels}, got {len(each)}")
+    return each
+
+
+def proportional(published: Preprocessing, crop: Side) -> Side:
+    """Returns what a picture is resized to for that crop: in the published proportion, but that a crop between the published one
+    and what it is cut from only takes more of it: 227 of 256, where 224 is published."""
+    sides = published.resize, published.crop, crop
+    resize, old, new = sides
+    if not isinstance(resize, int) or not isinstance(old, int) or not isinstance(new, int):
+        return resize if crop == published.crop else crop
+    return resize if old <= new <= resize and not published.squash else round(new * resize / old)
+
+
+IMAGENET = Preprocessing(224, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# The zoo's networks take pixels in [-1, 1] as they are.
+ZOO = Preprocessing(96, 96, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def load_model(name: str, options: Options | None = None, *, trained: bool = True) -> NamedModel:
+    """Returns a network for pictures, in eval mode. `models.load` says which names there are, and the errors.
+
+    `trained=False` leaves out published weights, for what depends on the structure alone; a zoo network has its own.
+    """
+    options = options or Options()
+    if is_file(name):
+        if options.num_classes is not None:
+            raise ValueError(f"the network in {name} has the classes that it has: num_classes is for networks that are made")
+        return own_model(name, pickled_model(Path(name), options.trust_pickle), options)
     if is_own(name):
-        return own_model(name, called(name), weights, input_size)
-    net: nn.Module
-    labels: tuple[str, ...] | None
+        return own_model(name, called(name, options.num_classes), options)
     if name.startswith("zoo/"):
-        net, published, labels = zoo.load(name[4:], weights), ZOO, zoo.labels
-    else:
-        try:
-            net, published, labels = _loader(name)(name.removeprefix("timm/"), weights is None)
-        except (urllib.error.URLError, OSError) as error:
-            raise RuntimeError(
-                f"the weights of {name} could not be downloaded ({error}); pass a file with --weights FILE"
-            ) from error
-        if weights is not None:
-            load_weights(net, Path(weights))
-    preprocessing = resized(published, input_size)
-    source = "published" if weights is None else Path(weights).name
-    return NamedModel(name, _of_pixels(net, preprocessing), preprocessing, labels, source)
+        if options.num_classes is not None or options.normalises:
+            raise ValueError("the shipped networks have ten classes and take pixels as they are: no num_classes, mean or std")
+        return _named(name, Published(zoo.load(name[4:], options.weights), ZOO, zoo.labels), options)
+    if Path(name).suffix in (".onnx", ".pt2"):
+        raise ValueError(f"{name} is called as packages are, which need no model: sp_fx.load({name!r})")
+    if Path(name).is_dir():
+        raise IsADirectoryError(f"{name} is a folder, and no network; one of Hugging Face's is named hf/{name}")
+    maker = _maker(name)
+    pretrained = trained and options.weights is None
+    if pretrained and options.num_classes is not None and not name.startswith("hf/"):
+        raise ValueError(
+            f"num_classes={options.num_classes} needs weights of such a network, --weights FILE: the published ones of {name} "
+            "are for the classes that they were trained on"
+        )
+    try:
+        published = maker(name, pretrained, options.num_classes)
+    except OSError as error:  # those of a download
+        reason = str(error).strip().split("\n")[0]
+        text = f"the weights of {name} could not be downloaded ({reason}); pass a file with --weights FILE"
+        raise RuntimeError(text) from error
+    if options.weights is not None:
+        published = with_weights(published, options, lambda classes: maker(name, False, classes))
+    return _named(name, published, options, "published" if pretrained else "none")
 
 
-def own_model(name: str, made: Any, weights: str | Path | None, input_size: int | None) -> NamedModel:
-    """Returns what the user's function `name` has made as a named model; arguments and errors as of `load_model`."""
+def with_weights(published: Published, options: Options, again: Callable[[int], Published]) -> Published:
+    """Returns the network with the caller's weights, made `again` for as many classes as these have."""
+    path = Path(options.weights or "")
+    state = fitted(read_state(path, options.trust_pickle), published.net)
+    classes = None if options.num_classes else classes_of(state, published.net)
+    if classes is not None:
+        published = replace(again(classes), labels=None)
+    load_state(published.net, state, path)
+    return published
+
+
+def own_model(name: str, made: Any, options: Options | None = None) -> NamedModel:
+    """Returns what the user's function or file `name` has made as a named model; arguments and errors as of `load_model`."""
+    options = options or Options()
     if not isinstance(made, nn.Module | NamedModel):
         raise TypeError(
             f"{name} returns a torch.nn.Module, or a NamedModel or TextModel of sp_fx.models; got {type(made).__name__}"
         )
     net: nn.Module = made if isinstance(made, nn.Module) else made.model
-    net = net.model if isinstance(net, PixelSpace) else net  # a file has the weights of what the normalisation is in front of
-    if weights is not None:
-        load_weights(net, Path(weights))
-    named: Any = made
-    if isinstance(made, PixelSpace):  # it says itself what pixels become
-        own = replace(IMAGENET, mean=tuple(made.mean.flatten().tolist()), std=tuple(made.std.flatten().tolist()))
-        named = NamedModel(name, made, own, None, "its own")
-    elif isinstance(made, nn.Module):
-        named = NamedModel(name, _of_pixels(made, IMAGENET), IMAGENET, None, "its own")
-    source = named.weights if weights is None else Path(weights).name
-    return replace(named, model=named.model.eval(), preprocessing=resized(named.preprocessing, input_size), weights=source)
+    inside = net.model if isinstance(net, PixelSpace) else net  # a file has the weights of what the normalisation is in front of
+    if options.weights is not None:
+        load_weights(inside, Path(options.weights), options.trust_pickle)
+    source = "its own" if isinstance(made, nn.Module) else made.weights
+    if options.normalises and not (isinstance(made, nn.Module) and inside is net):
+        raise ValueError(f"{name} says itself how pixels are normalised: mean, std and pixels are for a plain module")
+    if isinstance(made, NamedModel):
+        published, labels = made.preprocessing, made.labels
+    elif isinstance(made, PixelSpace):
+        mean, std = tuple(made.mean.flatten().tolist()), tuple(made.std.flatten().tolist())
+        published, labels = replace(IMAGENET, mean=mean, std=std), None
+    else:
+        named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
+        return named if options.normalises else replace(named, assumed=f"mean {named.preprocessing.mean} and std "
+                                                        f"{named.preprocessing.std} of pixels in [0, 1]")  # fmt: skip
+    if isinstance(made, PixelSpace) and options.input_size:
+        published = replace(published, resize=options.input_size)
+    return NamedModel(name, net.eval(), options.preprocessing(published), options.names() or labels, _source(options, source))
 
 
-def resized(published: Preprocessing, size: int | None) -> Preprocessing:
-    """Returns the preprocessing with crops of `size`, in the published proportion where that is above the published resize."""
-    crop = size or published.crop
-    resize = published.resize if crop <= published.resize else round(crop * published.resize / published.crop)
-    return replace(published, resize=resize, crop=crop)
+def _assumed(net: nn.Module, options: Options) -> Preprocessing:
+    """Returns what is assumed of a network of one's own: ImageNet's mean and deviation, or 0.5 for grey; the picture just covers
+    the input."""
+    size = options.input_size or IMAGENET.crop
+    grey = grey_only(net)
+    mean, std = ((0.5,), (0.5,)) if grey else (IMAGENET.mean, IMAGENET.std)
+    return replace(IMAGENET, resize=size, crop=size, mean=mean, std=std)
 
 
-def untrained(name: str) -> NamedModel:
-    """Returns the model without its weights, for what depends on its structure alone; a zoo network has its own."""
-    if name.startswith("zoo/") or is_own(name):
-        return load_model(name)
-    net, published, labels = _loader(name)(name.removeprefix("timm/"), False)
-    return NamedModel(name, _of_pixels(net, published), published, labels, "none")
+def grey_only(net: nn.Module) -> bool:
+    """Whether the network's first convolution reads one channel."""
+    first = next((m for m in net.modules() if isinstance(m, nn.Conv2d)), None)
+    return first is not None and first.in_channels == 1
 
 
-# The zoo's networks take pixels in [-1, 1] as they are.
-ZOO = Preprocessing(96, 96, "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+def _named(name: str, published: Published, options: Options, source: str = "published") -> NamedModel:
+    preprocessing = options.preprocessing(published.preprocessing)
+    labels = options.names() or published.labels
+    if options.class_names is None and labels and options.num_classes not in (None, len(labels)):
+        labels = None
+    return NamedModel(name, _of_pixels(published.net, preprocessing), preprocessing, labels, _source(options, source))
+
+
+def _source(options: Options, otherwise: str) -> str:
+    return otherwise if options.weights is None else Path(options.weights).name
 
 
 def _of_pixels(net: nn.Module, preprocessing: Preprocessing) -> nn.Module:
     mean, std = preprocessing.mean, preprocessing.std
-    return net.eval() if mean == std == ZOO.mean else pixel_space(net.eval(), mean, std)
+    return net.eval() if set(mean) == set(std) == {0.5} else pixel_space(net.eval(), mean, std)
 
 
-def _loader(name: str) -> Callable[[str, bool], Loaded]:
+def _maker(name: str) -> Callable[[str, bool, int | None], Published]:
     if name in carried.TEXT:
         raise ValueError(f"{name} is a network for text; of those for pictures, packages carry {', '.join(carried.LITE)}")
-    return timm_model if name.startswith("timm/") else carried.lite if name in carried.LITE else torchvision_model
-
-
-def torchvision_model(name: str, pretrained: bool) -> Loaded:
-    """Raises ValueError for an unknown name."""
-    from torchvision import models
-
-    known = models.list_models(module=models)
-    if name not in known:
-        others = f"timm's are timm/NAME, the shipped ones zoo/NAME, those in packages {', '.join(carried.LITE)}"
-        raise ValueError(f"torchvision has no classification model {name!r}; {nearest(name, known)}. {others}")
-    entry = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
-    # GoogLeNet and Inception initialise by slow rejection sampling unless told not to.
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") and not pretrained else {}
-    net = models.get_model(name, weights=entry if pretrained else None, **options)
-    t = entry.transforms()
-    published = Preprocessing(t.resize_size[0], t.crop_size[0], t.interpolation.value, tuple(t.mean), tuple(t.std))
-    return net, published, tuple(entry.meta["categories"])
-
-
-def timm_model(name: str, pretrained: bool) -> Loaded:
-    """Raises ValueError for an unknown name; warns where timm crops otherwise than at the centre."""
-    import timm
-
-    known = timm.list_models()
-    if name.split(".")[0] not in known:
-        raise ValueError(f"timm has no model {name!r}; {nearest(name, known, 'timm/')}")
-    net = timm.create_model(name, pretrained=pretrained)
-    config = timm.data.resolve_model_data_config(net)
-    crop = config["input_size"][-1]
-    if config["crop_mode"] != "center":
-        warnings.warn(f"timm crops for {name} by {config['crop_mode']!r}; here the centre is cropped", stacklevel=2)
-    # timm rounds down, torchvision's entries are given.
-    resize = int(crop / config["crop_pct"])
-    published = Preprocessing(resize, crop, config["interpolation"], tuple(config["mean"]), tuple(config["std"]))
-    subset = timm.data.infer_imagenet_subset(net)
-    labels = tuple(timm.data.ImageNetInfo(subset).label_descriptions()) if subset else None
-    return net, published, labels
-
-
-def nearest(name: str, known: list[str], prefix: str = "") -> str:
-    """Returns the end of an error message: the names in `known` that are closest to `name`, each behind `prefix`."""
-    close = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"the nearest: {', '.join(prefix + c for c in close)}" if close else f"it has {len(known)}, such as {prefix}{known[0]}"
-
-
-def class_index(name: str, labels: Sequence[str] | None) -> int:
-    """Returns the index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters
-    only where names differ by nothing else. For "Tinca tinca" and the labels ("tench, Tinca tinca", "crane") it is 0.
-
-    Raises:
-        ValueError: no class or several are called so (the nearest or all are named), or there are no labels.
-    """
-    if labels is None:
-        raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
-    synonyms = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
-    for fold in (str, str.casefold):
-        matches = sorted({i for i, synonym in synonyms if fold(synonym) == fold(name)})
-        if len(matches) == 1:
-            return matches[0]
-        if matches:
-            several = ", ".join(f"{i} ({labels[i]})" for i in matches)
-            raise ValueError(f"several classes are called {name!r}: pass one of the indices {several}")
-    folded = {synonym.casefold(): synonym for _, synonym in synonyms}
-    close = difflib.get_close_matches(name.casefold(), folded, 3, 0.5)
-    hint = f"the nearest: {', '.join(folded[c] for c in close)}" if close else f"it has {len(labels)}, such as {labels[0]}"
-    raise ValueError(f"no class is called {name!r}; {hint}")
-
-
-def load_weights(net: nn.Module, path: Path) -> None:
-    """Load a state dict (.safetensors, or one of `torch.save`) from `path` into `net`.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not fit, or has values that are not finite; the message names them.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Mapping[str, Any] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
-        net.load_state_dict(state)
-    except Exception as error:  # safetensors, zip, pickle and torch each have their own; all mean the same to the user
-        raise ValueError(f"the weights in {path} do not fit {type(net).__name__}: {str(error)[:400]}") from error
-    zoo.store.check_finite(path, state)
-
-
-def weights_hash(net: nn.Module) -> str:
-    """Returns the SHA-256, in hex, of names, shapes, dtypes and values of the state dict."""
-    digest = hashlib.sha256()
-    for name, tensor in net.state_dict().items():
-        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    if name.startswith("timm/"):
+        return timm_model
+    if name.startswith("hf/"):
+        return huggingface_model
+    return carried.lite if name in carried.LITE else torchvision_model

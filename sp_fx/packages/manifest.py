@@ -11,7 +11,7 @@ import json
 import math
 import platform
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,16 @@ from ..version import __version__
 from .errors import PackageError
 from .probe import answer, probe_batch
 
-FORMAT = 3
-READ = (2, FORMAT)  # 2 had no norm of an ascent's steps
+FORMAT = 4
+READ = (2, 3, FORMAT)  # 2 had no norm of an ascent's steps; 3 no preprocessing, and called the target's dtype the output's
 
 
 def describe(
-    program: Program, suffix: str, class_names: Sequence[str] | None = None, input_space: str | None = None
+    program: Program,
+    suffix: str,
+    class_names: Sequence[str] | None = None,
+    input_space: str | None = None,
+    preprocessing: Any = None,
 ) -> dict[str, Any]:
     """Returns the manifest of a program that is saved as `suffix`, but for the digest of the file that it will travel in.
 
@@ -64,8 +68,10 @@ def describe(
         "output_tensors": signature.slots,
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
-        "output_dtype": dtype_name(signature.target_dtype),
+        "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
+        "target_dtype": dtype_name(signature.target_dtype),
         "input_space": input_space,
+        "preprocessing": preprocessing and asdict(preprocessing),
         "class_names": None if class_names is None else list(class_names),
         "device": "cpu" if suffix == ".onnx" else str(signature.device.type),
         "machine": machine(signature.device) if suffix == ".pt2" else None,
@@ -87,7 +93,8 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         method=manifest["method"],
         arguments=decoded_numbers(manifest["arguments"]),
         target=manifest["target"],
-        target_dtype=getattr(torch, manifest["output_dtype"]),
+        target_dtype=getattr(torch, manifest["target_dtype" if manifest["format"] > 3 else "output_dtype"]),
+        output_dtype=getattr(torch, manifest["output_dtype"]) if manifest["format"] > 3 else None,
         ascent=None if ascent is None else decoded_ascent(ascent),
         tolerance=manifest["probe"]["tolerance"],
         single=manifest["single"],

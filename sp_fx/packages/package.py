@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..models.images import Preprocessing
 from ..program.program import Program, saves_programs
 from . import onnx, pt2
 from .errors import PackageError
@@ -29,15 +30,18 @@ def save(
     *,
     class_names: Sequence[str] | None = None,
     input_space: str | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Path:
     """Write `program` to `path`, which ends in `.pt2` or `.onnx`, and check that what was written answers as the program does.
 
     Args:
         class_names: of the classes, in order.
-        input_space: what the inputs are, in words, such as "RGB pixels in [-1, 1]".
+        input_space: what the inputs are, in words, such as "RGB pixels in [-1, 1]"; that, where `preprocessing` is given.
+        preprocessing: what a picture becomes for this model, pixels in [-1, 1] (`sp_fx.models.load(...).preprocessing`). Batch
+            jobs and the service prepare pictures by it; without it a picture is resized until it just covers the input.
 
     Raises:
-        ValueError: another ending, or class names that are not one a class.
+        ValueError: another ending, class names that are not one a class, or a preprocessing for inputs of another shape.
         PackageError: an engine does not take the program, or its answer differs; nothing is left at `path` then.
         ModuleNotFoundError: `.onnx` needs the extra `export`.
     """
@@ -51,7 +55,15 @@ def save(
         raise TypeError(f"class_names is a sequence of names, got the string {class_names!r}")
     if class_names is not None and len(class_names) != classes:
         raise ValueError(f"got {len(class_names)} class names for an output of {classes} classes")
-    manifest = describe(program, path.suffix, class_names, input_space)
+    if preprocessing is not None:
+        channels, (height, width) = len(preprocessing.mean), preprocessing.cropped
+        if [list(shape) for shape in program.shapes] != [[channels, height, width]]:
+            raise ValueError(
+                f"the preprocessing makes pictures of {[channels, height, width]}, and the program takes "
+                f"{', '.join(str(list(shape)) for shape in program.shapes)}"
+            )
+        input_space = input_space or f"{'RGB' if channels == 3 else 'grey'} pixels in [-1, 1]"
+    manifest = describe(program, path.suffix, class_names, input_space, preprocessing)
     draft = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         ENGINES[path.suffix].write(program, draft, manifest)
@@ -70,11 +82,15 @@ def load(path: str | PathLike[str], *, device: str | None = None, threads: int |
         threads: that ONNX Runtime may use on one call; None leaves it to it. A `.pt2` uses torch's.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError, IsADirectoryError: no such file.
         PackageError: no package of this library; one that is truncated or altered; one for another device, processor or
             version of torch; one whose answer to its probe is not the one that was packaged.
     """
     path = Path(path)
+    if path.is_dir():
+        inside = sorted(p.name for p in path.iterdir() if p.suffix in ENGINES)
+        those = f"; in it: {', '.join(inside[:5])}" if inside else ""
+        raise IsADirectoryError(f"{path} is a folder, and a package is a file{those}")
     if not path.is_file():
         raise FileNotFoundError(f"no package at {path}")
     manifest, run = engine_of(path).load_graph(path, device, threads)

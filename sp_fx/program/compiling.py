@@ -42,7 +42,15 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def build(
-    module: CapturedModule, method: str, inputs: Any, /, *, dynamic_batch: bool = True, target: str = "class", **arguments: Any
+    module: CapturedModule,
+    method: str,
+    inputs: Any,
+    /,
+    *,
+    dynamic_batch: bool = True,
+    inductor: bool = True,
+    target: str = "class",
+    **arguments: Any,
 ) -> Program:
     """Returns `method` of `module` as a program for inputs like `inputs`. `Explainer.compile` has the arguments and errors."""
     started = time.perf_counter()
@@ -70,6 +78,7 @@ def build(
             arguments=arguments,
             target=target,
             target_dtype=y.dtype if target == "direction" else torch.long,
+            output_dtype=y.dtype,
             ascent=ascent,
             tolerance=tolerance,
             single=not isinstance(inputs, tuple),
@@ -90,8 +99,8 @@ def build(
             graph = one_graph(formula(signature), folded(module), tensors, dynamic_batch)
         placeholders = graph.graph.find_nodes(op="placeholder")
         signature = replace(signature, rows=[rows_of(node, graph) for node in placeholders[: len(example)]])
-        run = compiled(graph, tensors)
-        if dynamic_batch and packs(graph):
+        run = compiled(graph, tensors) if inductor else graph
+        if inductor and dynamic_batch and packs(graph):
             with tracing:
                 fixed = one_graph(formula(signature), folded(module), tensors, dynamic=False)
             run = by_batch(signature.batch, compiled(fixed, tensors), run)

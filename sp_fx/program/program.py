@@ -107,11 +107,16 @@ class Program:
         return [*(outputs or []), *(end - start for start, end in zip(starts, ends))]
 
     def save(
-        self, path: str | PathLike[str], *, class_names: Sequence[str] | None = None, input_space: str | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        class_names: Sequence[str] | None = None,
+        input_space: str | None = None,
+        preprocessing: Any = None,
     ) -> Path:
         """Write the program to `path` as a package that `sp_fx.load` reads: `.pt2` or `.onnx`. See `package.save`."""
         assert _save is not None  # registered when sp_fx is imported
-        return _save(self, path, class_names=class_names, input_space=input_space)
+        return _save(self, path, class_names=class_names, input_space=input_space, preprocessing=preprocessing)
 
 
 Save = TypeVar("Save", bound=Callable[..., Path])

@@ -27,6 +27,7 @@ class Signature:
         method, arguments: "pullback", "double_pullback" or "ascend", and all its arguments with their defaults.
         target: "class", for programs called with class numbers [B], or "direction", with a tensor shaped like the output.
         target_dtype: of the tensor that the graph takes as its target.
+        output_dtype: of the output that is explained; None of a package of before, which does not say.
         ascent: the rule of an ascent, else None.
         tolerance: the relative L2 distance from the eager explainer that is allowed.
         single: whether the program is called with one tensor, not with a tuple.
@@ -43,6 +44,7 @@ class Signature:
     arguments: dict[str, Any]
     target: str
     target_dtype: torch.dtype
+    output_dtype: torch.dtype | None
     ascent: Ascent | None
     tolerance: float
     single: bool

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..models.images import Preprocessing
 from .uploads import PictureError, decode
 
 FORMATS = ("array", "png")
@@ -78,10 +79,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class RequestReader:
-    """Reads requests to a package of one input of `shape` [channels, height, width] and `classes` classes, called `class_names`
-    where it names them. Every method raises `Refused` for what it cannot take."""
+    """Reads requests to a package of one input of `shape` [channels, height, width], which `preprocessing` makes of pictures, and
+    `classes` classes, called `class_names` where it names them. Every method raises `Refused` for what it cannot take."""
 
     shape: tuple[int, ...]
+    preprocessing: Preprocessing | None
     classes: int
     class_names: list[str] | None
     limits: Limits
@@ -124,11 +126,11 @@ class RequestReader:
         return x
 
     def picture(self, content: bytes) -> np.ndarray:
-        """Returns an encoded picture as float32 [3, height, width] in [-1, 1]."""
-        if self.shape[0] != 3:
+        """Returns an encoded picture as float32 [channels, height, width] in [-1, 1]."""
+        if self.preprocessing is None:
             raise Refused(415, f"this model takes {self.shape[0]} channels, not pictures: send arrays")
         try:
-            return decode(content, (self.shape[1], self.shape[2]), self.limits.pixels)
+            return decode(content, self.preprocessing, self.limits.pixels)
         except PictureError as error:
             raise Refused(413 if error.too_large else 400, str(error)) from error
 

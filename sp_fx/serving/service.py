@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..figures.map_png import map_png
+from ..packages.classifier import Classifier
 from ..program.program import Program
 from .batching import Batcher
 from .metrics import RequestMetrics
@@ -25,18 +26,11 @@ class Served:
     """
 
     def __init__(self, program: Program, name: str, limits: Limits) -> None:
-        shape = list(program.shapes[0])
-        if not program.single or program.target != "class" or len(shape) != 3 or program.dtypes[0] != torch.float32:
-            raise ValueError(
-                "a service takes packages of one float32 input [B, channels, height, width] and class targets; this one takes "
-                f"{[list(s) for s in program.shapes]}, {program.target} targets"
-            )
-        if len(program.tensors) != 1 or len(program.output_shape) != 1:
-            raise ValueError(f"a service takes packages of one output [B, classes]; this one's is [B, {program.output_shape}]")
+        self.classifier = Classifier(program)
         self.program, self.name, self.limits = program, name, limits
-        manifest: dict[str, Any] = program.manifest or {}
-        self.class_names: list[str] | None = manifest.get("class_names")
-        self.reader = RequestReader(tuple(shape), program.output_shape[0], self.class_names, limits)
+        self.reader = RequestReader(
+            tuple(program.shapes[0]), self.classifier.preprocessing, self.classifier.classes, self.classifier.class_names, limits
+        )
         size = limits.batch if program.dynamic_batch else program.batch
         self.open = 0  # requests that are read, run or answered now: a batch of as many instances need not wait for more
         self.batcher = Batcher(self.run, size, limits.wait, limits.queue, lambda: self.open)
@@ -83,15 +77,12 @@ class Served:
         shifted = np.exp(logits.astype(np.float64) - logits.max())
         probabilities = shifted / shifted.sum()
         best = int(logits.argmax())
-        return {"class": best, "label": self.label(best), "confidence": float(probabilities[best]), "logits": logits.tolist()}
+        label, confidence = self.classifier.label(best), float(probabilities[best])
+        return {"class": best, "label": label, "confidence": confidence, "logits": logits.tolist()}
 
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:
         """Returns the JSON object of one explanation, its map as nested lists or, for the form "png", in base64."""
         if not np.isfinite(map).all():
             raise Refused(500, "the map is not finite for this input")
         encoded = base64.b64encode(map_png(map)).decode() if form == "png" else map.tolist()
-        return {"target": target, "label": self.label(target), "format": form, "map": encoded}
-
-    def label(self, index: int) -> str:
-        """Returns the name of a class, or its number where the package names none."""
-        return self.class_names[index] if self.class_names else str(index)
+        return {"target": target, "label": self.classifier.label(target), "format": form, "map": encoded}

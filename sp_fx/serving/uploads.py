@@ -6,7 +6,7 @@ import io
 
 import numpy as np
 
-from ..models.images import to_rgb
+from ..models.images import HugeError, Preprocessing, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # raster formats with decoders that allocate what the header says, and no more
 
@@ -19,8 +19,8 @@ class PictureError(ValueError):
         self.too_large = too_large
 
 
-def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray:
-    """Returns the picture in `content` as float32 [3, *size] in [-1, 1]: its shorter side resized to fit, its centre cropped.
+def decode(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> np.ndarray:
+    """Returns the picture in `content` as `preprocessing` makes it of a file: float32 [channels, height, width] in [-1, 1].
 
     The header is read first, and nothing is decoded beyond `max_pixels`.
 
@@ -33,15 +33,12 @@ def decode(content: bytes, size: tuple[int, int], max_pixels: int) -> np.ndarray
         file = Image.open(io.BytesIO(content), formats=FORMATS)
         if file.width * file.height > max_pixels:
             raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
-        height, width = size
-        file.draft("RGB", (2 * width, 2 * height))  # a JPEG is decoded at a fraction of its size, where that will do
         picture, _ = to_rgb(ImageOps.exif_transpose(file))
+        return preprocessing.pixels(picture).numpy()
     except PictureError:
         raise
-    except Image.DecompressionBombError as error:
+    except (Image.DecompressionBombError, HugeError) as error:
         raise PictureError(str(error), too_large=True) from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, ...: all mean a damaged file
         # Not in Pillow's own words, which hold the address of an object.
         raise PictureError(f"not a whole picture of {', '.join(FORMATS)} ({type(error).__name__})") from error
-    fitted = ImageOps.fit(picture, (width, height), Image.Resampling.BILINEAR)
-    return np.asarray(fitted, np.float32).transpose(2, 0, 1) / 127.5 - 1

@@ -320,7 +320,10 @@ def traceable(module: Any) -> nn.Module:
         TypeError: it is no module, or one that has no Python source.
     """
     if not isinstance(module, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}")
+        inside = isinstance(getattr(module, "model", None), nn.Module)  # as in what sp_fx.models.load returns
+        by_name = "; sp_fx.models.load(name).model is one by name" if isinstance(module, str) else ""
+        hint = "; pass its .model" if inside else by_name
+        raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}{hint}")
     module = unwrapped(module)
     if isinstance(module, torch.jit.ScriptModule):
         kind = type(module).__name__

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sp_fx.models.images import fitting
 from sp_fx.offline import Batches, begin, pictures, whole
 from sp_fx.serving.uploads import decode
 
@@ -30,7 +31,7 @@ def test_every_picture_once_and_its_map(graph_file, folder):
     assert [len(f["names"]) for f in found] == [4, 4, 3]
     assert [name for f in found for name in f["names"]] == [f"{i:02d}.PNG" for i in range(11)]
     assert {n: e for f in found for n, e in zip(f["names"], f["errors"]) if e}.keys() == {"05.PNG"}
-    x = torch.stack([torch.from_numpy(decode(file.read_bytes(), (16, 16), 1 << 20)) for file in batches.files[:4]])
+    x = torch.stack([torch.from_numpy(decode(file.read_bytes(), fitting(16), 1 << 20)) for file in batches.files[:4]])
     assert torch.from_numpy(found[0]["logits"]).allclose(explainer(x), atol=1e-5)
     wanted, maps = explainer.pullback(x), torch.from_numpy(found[0]["maps"].astype(np.float32))
     top = torch.from_numpy(found[0]["scales"]).view(-1, 1, 1, 1)

@@ -52,11 +52,12 @@ def folder(tmp_path, monkeypatch):
 def test_a_module_takes_pixels_normalised_as_for_imagenet(folder, load):
     named = load("own_networks:net")
     assert isinstance(named, NamedModel) and not named.model.training and named.labels is None
-    assert (named.preprocessing.resize, named.preprocessing.crop, named.weights) == (256, 224, "its own")
+    assert (named.preprocessing.resize, named.preprocessing.crop, named.weights) == (224, 224, "its own")
     x = torch.rand(2, 3, 8, 8) * 2 - 1
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     assert torch.allclose(named.model(x), named.model.model(((x + 1) / 2 - mean) / std))
-    assert load("own_networks:net", input_size=64).preprocessing.crop == 64
+    small = sp_fx.models.load("own_networks:net", input_size=64).preprocessing
+    assert (small.resize, small.crop) == (64, 64)
 
 
 def test_a_named_model_stays_as_it_is_with_weights_of_another(folder):

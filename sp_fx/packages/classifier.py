@@ -1,0 +1,78 @@
+"""A package that classifies pictures: what batch jobs, the service and the command line ask of one."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import torch
+
+from ..models.classes import class_index
+from ..models.images import Preprocessing, fitting
+from ..program.program import Program
+from .package import load
+
+
+class Classifier:
+    """A loaded package of one float32 input [B, channels, height, width], one output [B, classes] and class targets.
+
+    Attributes:
+        program, manifest: the package's.
+        class_names: where the package names its classes, else None.
+        preprocessing: what a picture becomes, pixels in [-1, 1]: what the manifest records, or, where it records nothing, a
+            picture that just covers the input. None where the input has neither 3 channels nor 1.
+
+    Raises:
+        ValueError: the program is another.
+    """
+
+    def __init__(self, program: Program) -> None:
+        shape = list(program.shapes[0])
+        if not program.single or program.target != "class" or len(shape) != 3 or program.dtypes[0] != torch.float32:
+            raise ValueError(
+                "expected a package of one float32 input [B, channels, height, width] and class targets; this one takes "
+                f"{[list(s) for s in program.shapes]}, {program.target} targets"
+            )
+        if len(program.tensors) != 1 or len(program.output_shape) != 1:
+            raise ValueError(f"expected a package of one output [B, classes]; this one's is {['B', *program.output_shape]}")
+        self.program = program
+        self.manifest: dict[str, Any] = program.manifest or {}
+        self.class_names: list[str] | None = self.manifest.get("class_names")
+        channels, height, width = shape
+        recorded = self.manifest.get("preprocessing")
+        of_pictures = fitting(height if height == width else (height, width), channels) if channels in (1, 3) else None
+        self.preprocessing = of_pictures if recorded is None else Preprocessing.recorded(recorded)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], *, device: str | None = None, threads: int | None = None) -> Classifier:
+        """Returns the package at `path`; arguments and errors as of `load`, and ValueError where it is another program."""
+        return cls(load(path, device=device, threads=threads))
+
+    def for_pictures(self) -> Preprocessing:
+        """Returns the preprocessing; ValueError where the package takes no pictures."""
+        if self.preprocessing is None:
+            raise ValueError(f"this package takes {list(self.program.shapes[0])}, which are no pictures of 3 channels or 1")
+        return self.preprocessing
+
+    @property
+    def classes(self) -> int:
+        return self.program.output_shape[0]
+
+    def label(self, index: int) -> str:
+        """Returns the name of a class, or its number where the package names none."""
+        return self.class_names[index] if self.class_names else str(index)
+
+    def target(self, text: str | None) -> int:
+        """Returns the number of the class that a name or a number stands for; -1, the predicted class, for None.
+
+        Raises:
+            ValueError: no class is called so.
+            IndexError: a number that no class has.
+        """
+        if text is None:
+            return -1
+        if not text.isdecimal() or (self.class_names and text in self.class_names):
+            return class_index(text, self.class_names)
+        if int(text) >= self.classes:
+            raise IndexError(f"target {text} is outside 0 to {self.classes - 1}, the classes of the package")
+        return int(text)
