@@ -1,4 +1,4 @@
-"""Pictures of maps: `sp_fx.figures.drawing` and `sp_fx.figures.animation` under the name that users import."""
+"""Pictures of maps: `drawing`, `layouts` and `animation` of `sp_fx.figures` under the name that users import."""
 
 from .figures.animation import animate
 from .figures.drawing import (
@@ -10,12 +10,8 @@ from .figures.drawing import (
     SLOPE,
     Cell,
     as_image,
-    ascent,
     blurred,
-    explanation,
-    grid,
     overlay,
-    path,
     picture,
     product,
     robust_limit,
@@ -24,6 +20,7 @@ from .figures.drawing import (
     signed_map,
     table,
 )
+from .figures.layouts import ascent, explanation, grid, path
 
 __all__ = [
     "ACTIVATION",

@@ -1,1 +1,2 @@
-"""Pictures in, pictures of maps out: `images` and `models` load, `drawing` and `map_png` draw, `records` and `demo` do both."""
+"""Maps as figures: `drawing` has the cells, `layouts` figures of several, `animation` moving ones, `showing` what notebooks show;
+`map_png` is small and fast; `records` and `demo` explain pictures and write what came of it."""

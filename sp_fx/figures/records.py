@@ -18,7 +18,8 @@ from ..models.classes import class_index
 from ..models.images import Picture
 from ..program.program import Program
 from ..targets import looks_one_hot, primary
-from .drawing import CHANGE, SLOPE, Cell, overlay, path, picture, product, signed_map, table
+from .drawing import CHANGE, SLOPE, Cell, overlay, picture, product, signed_map, table
+from .layouts import path
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import SLOPE, Unit, explained, save, table
+from .drawing import SLOPE, Unit, as_png, save, table
+from .layouts import explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,9 +36,7 @@ class Shown:
 
     def _repr_png_(self) -> bytes:
         """Returns the figure as a PNG, by which every notebook shows it."""
-        out = io.BytesIO()
-        self.figure.savefig(out, format="png", bbox_inches="tight", pad_inches=0.05)
-        return out.getvalue()
+        return as_png(self.figure)
 
     def save(self, file: str | PathLike[str], about: Mapping[str, Any] | None = None) -> None:
         """Write the figure, in the format that the name of `file` ends on, such as png, jpg, pdf or svg; `about` says where it
