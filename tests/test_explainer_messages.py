@@ -45,9 +45,7 @@ def test_a_forgotten_batch_axis(name, call, ran):
 
 
 def test_a_forgotten_batch_axis_of_the_example():
-    with pytest.raises(
-        sp_fx.CaptureError, match="batch axis was forgotten: got .3, 64, 64., where the model takes .1, 3, 64, 64."
-    ):
+    with pytest.raises(sp_fx.CaptureError, match=r"axis was forgotten: got .3, 64, 64., where the model takes .1, 3, 64, 64."):
         sp_fx.transform(fill(torchvision.models.resnet18()), example_inputs=torch.randn(3, 64, 64))
 
 
@@ -74,14 +72,14 @@ def test_what_was_tried_is_not_kept():
 
 
 def test_a_picture_s_path_in_place_of_its_pixels():
-    with pytest.raises(TypeError, match="got str; sp_fx.read_picture.path, size. makes one of a picture file"):
+    with pytest.raises(TypeError, match=r"got str; sp_fx.read_picture.path, size. makes one of a picture file"):
         sp_fx.transform(fill(PLAIN)).pullback("photo.jpg")
 
 
 def test_a_named_model_or_its_name_in_place_of_the_module():
-    with pytest.raises(TypeError, match="got NamedModel; pass its .model"):
+    with pytest.raises(TypeError, match=r"got NamedModel; pass its .model"):
         sp_fx.transform(sp_fx.models.load("zoo/residual_cnn"))
-    with pytest.raises(TypeError, match="got str; sp_fx.models.load.name..model is one by name"):
+    with pytest.raises(TypeError, match=r"got str; sp_fx.models.load.name..model is one by name"):
         sp_fx.transform("resnet50")
 
 

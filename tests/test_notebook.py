@@ -15,7 +15,9 @@ OFFLINE = "import socket\nsocket.socket.connect = lambda *_: (_ for _ in ()).thr
 
 
 def outputs_of(notebook, kind):
-    return [output["data"][kind] for cell in notebook.cells for output in cell.get("outputs", []) if kind in output.get("data", {})]
+    return [
+        output["data"][kind] for cell in notebook.cells for output in cell.get("outputs", []) if kind in output.get("data", {})
+    ]
 
 
 def test_the_first_minutes(tmp_path):
