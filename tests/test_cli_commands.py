@@ -1,6 +1,7 @@
 """The commands, on models with seeded weights and on pictures drawn here."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 import sp_fx
-from command import SCENES, explain, explain_scenes, record, write_inputs
+from command import SCENES, explain, explain_scenes, explained, in_folder, record, write_inputs, write_own
 from sp_fx import zoo
 from sp_fx.cli.commands import main
 
@@ -142,10 +143,17 @@ def test_requests_that_cannot_be_met(here, tmp_path, capsys, case):
 
 
 def test_weights_that_cannot_be_downloaded(here, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    """Whether nothing answers, or the download breaks off: one line."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
     assert main(["explain", str(here / "colour.png"), "--model", "resnet18", "--out", str(tmp_path)]) == 2
-    assert "weights of resnet18 could not be downloaded (no network); pass a file with --weights FILE" in capsys.readouterr().err
+    reason = "https://download.pytorch.org/models/resnet18-f37072fd.pth cannot be reached: no network"
+    said = f"sp-fx: the weights of resnet18 could not be downloaded ({reason}); pass a file with --weights FILE\n"
+    assert capsys.readouterr() == ("", said)
+    monkeypatch.setattr("sp_fx.models.published.unreachable", lambda address: None)
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("it broke off")))
+    assert main(["explain", str(here / "colour.png"), "--model", "resnet18", "--out", str(tmp_path)]) == 2
+    assert "weights of resnet18 could not be downloaded (it broke off); pass a file" in capsys.readouterr().err
 
 
 def test_damaged_weights(here, tmp_path, capsys):
@@ -193,3 +201,94 @@ def test_real_network_on_photographs(tmp_path):
     classes = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
     found = [record(tmp_path, p.stem)["prediction"][0]["index"] for p in photos]
     assert len(list(tmp_path.glob("*.png"))) == 10 and sum(a == b for a, b in zip(found, classes)) == 4
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return write_own(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def own_folder(shared, monkeypatch):
+    yield from in_folder(shared, monkeypatch)
+
+
+OF_ONES_OWN = {
+    "no model": (["--model", "resnet5"], "torchvision has no classification model 'resnet5'; the nearest: resnet50, resnet152"),
+    "no function": (["--model", "own_nets:nett"], "own_nets has no function 'nett'; it has "),
+    "no argument": (["--model", "own_nets:net?depth=3"], "takes no argument 'depth'; it takes num_classes, channels"),
+    "a near argument": (["--model", "own_nets:net?num_clases=3"], "did you mean num_classes? it takes num_classes, channels"),
+    "no file": (["--model", "nowhere.py:net"], "nowhere.py:net: there is no file nowhere.py"),
+    "no module": (["--model", "nowhere:net"], "nowhere:net: there is no module 'nowhere' in "),
+    "four channels": (["--model", "own_nets:four_channels"], "its first convolution reads 4 channels, and pictures have 3, or 1"),
+    "no convolution": (["--model", "own_nets:flat"], "does not take pictures as [1, 3, 32, 32]: "),
+    "another size": (
+        ["--model", "own_nets:vit", "--input-size", "48"],
+        "does not take pictures as [1, 3, 48, 48]: Wrong image h",
+    ),
+    "two tensors": (["--model", "own_nets:two_tensors"], "the model returns a tuple with the tensors out[0], out[1]"),
+    "one axis": (["--model", "own_nets:one_axis"], "expected class scores ["),
+    "NaN": (["--model", "own_nets:nan"], "the model's scores are not finite: NaN or infinity"),
+    "a folder": (["--model", "more"], "more is a folder, and no network; one of Hugging Face's is named hf/more"),
+    "a folder of weights": (["--weights", "more"], "more is a folder, and weights are a file"),
+    "a folder as a module": (["--model", "more/it.pt"], "no model file at more/it.pt"),
+    "no package": (["--model", "gone.onnx"], "gone.onnx"),
+    "names of others": (["--class-names", "three.txt"], "there are 3 class names, and the model has 4 classes"),
+    "no names": (["--class-names", "gone.txt"], "no file of class names at gone.txt"),
+    "a mean alone": (["--mean", "0.5"], "mean and std go together; got mean=[0.5], std=None"),
+    "two means": (["--mean", "0.5,0.4", "--std", "1"], "expected one mean for all channels or one for each of 3, got 2"),
+    "a mean of bytes": (
+        ["--mean", "124,116,104", "--std", "58"],
+        "a mean is one of pixels from 0 to 1, got [124.0, 116.0, 104.0]",
+    ),
+    "no deviation": (["--mean", "0.5", "--std", "0"], "a std is above 0 for each channel, got [0.0, 0.0, 0.0]"),
+    "three pixels": (["--pixels", "0,1,2"], "--pixels takes two numbers, what the network takes for black and white; got 3"),
+    "pixels reversed": (["--pixels", "1,-1"], "pixels are (low, high), such as (0, 255) or (-1, 1), with low below high"),
+    "too small": (["--resize", "20"], "a picture resized to 20 does not cover the crop of 32: resize is at least that"),
+    "num_classes of a file": (["--model", "mine.pt", "--num-classes", "3"], "has the classes that it has"),
+    "num_classes published": (["--model", "resnet18", "--num-classes", "3"], "num_classes=3 needs weights of such a network"),
+    "a mean of the zoo": (
+        ["--model", "zoo/residual_cnn", "--pixels", "0,1"],
+        "take pixels as they are: no num_classes, mean or std",
+    ),
+    "a negative class": (["--target=-1"], "a class is a number from 0 on, or a name; got -1"),
+    "a class too many": (["--target", "4"], "target 4 is outside 0 to 3, the classes of the model"),
+    "an unnamed class": (["--target", "cat"], "the names of this model's classes are not known: pass an index instead of 'cat'"),
+    "text": (["--model", "all_minilm_l6_v2"], "all_minilm_l6_v2 is a network for text"),
+}
+
+
+@pytest.mark.parametrize("case", OF_ONES_OWN)
+def test_requests_of_ones_own_that_cannot_be_met(own_folder, tmp_path, case, capsys, monkeypatch):
+    given, message = OF_ONES_OWN[case]
+    (tmp_path / "three.txt").write_text("cat\ndog\nfish")
+    given = [str(tmp_path / each) if each == "three.txt" else each for each in given]
+    assert main(["explain", "high.jpg", "--model", "own_nets:net", "--input-size", "32", "--out", str(tmp_path), *given]) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and message in told.err
+    said = [line for line in told.err.splitlines() if "assumed" not in line]
+    assert len(said) == 1 and said[0].startswith("sp-fx: ")
+
+
+def test_overrides_that_fit_nothing_name_the_nearest(own_folder, tmp_path, capsys):
+    (tmp_path / "deep_nets.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(12)]\n"
+        "    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
+    )
+    given = ["--temperature", "model.20.1=0.5", "--pixels=0,1"]
+    assert explained(tmp_path, *given, model=f"{tmp_path}/deep_nets.py:net") == 2
+    told = capsys.readouterr().err
+    assert "'model.20.1' fits no gate of this model" in told and told.count("\n") == 1
+    shown = [int(place.split(".")[1]) for place in told.split(" are at: ")[1].split(", ")]
+    assert len(shown) == 5 and shown == sorted(shown) and set(shown) <= set(range(12)), told
+
+
+def test_a_module_that_is_missing_is_no_matter_of_extras(tmp_path, monkeypatch, capsys):
+    (tmp_path / "needs_more.py").write_text("import not_there_at_all\n")
+    (tmp_path / "needs_timm.py").write_text("raise ModuleNotFoundError(\"No module named 'timm'\", name='timm')\n")
+    for file, hint in (("needs_more", False), ("needs_timm", True)):
+        assert main(["report", "--model", f"{tmp_path}/{file}.py:net"]) == 2
+        assert ("this command needs an extra" in capsys.readouterr().err) is hint
+        assert file not in sys.modules  # a file that has failed is read anew

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,10 @@ import torch
 
 import sp_fx
 from helpers import relative
-from shipped import rewritten
-from sp_fx.packages import manifest
-from sp_fx.packages import onnx as package_onnx
+from shipped import batches_in, check_equal, draw, processes, resealed, rewritten, start, until
+from sp_fx.cli.commands import main
 
-onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not EXAMPLES.exists(), reason="the examples are not beside these tests")]
 NO_TORCH = """
@@ -50,14 +48,11 @@ def test_onnx_runtime_where_torch_cannot_be_imported(graph_file, tmp_path):
     assert relative(torch.from_numpy(found["map"]), explainer.pullback(x, 2)) <= 1e-4
     body, weights = path.read_bytes(), explainer.head.bias.detach().numpy().tobytes()
     assert weights in body
-    other = package_onnx.manifest_in(body, path)
-    other["probe"]["maps"][0].reverse()
-    tail = onnx.ModelProto()
-    tail.metadata_props.add(key="sp_fx", value=json.dumps(manifest.sealed(other)))
+    other = resealed(path, tmp_path / "other.onnx", lambda m: m["probe"]["maps"][0].reverse())
     for altered, said in (
         (body.replace(weights, weights[:4] * 5), "was altered after it was written"),
         (re.sub(rb'("maps": \[\[-?)\d', rb"\g<1>9", body, count=1), "was altered after it was written"),
-        (body[: other["digest"]["bytes"]] + tail.SerializeToString(), "does not answer its probe"),
+        (other.read_bytes(), "does not answer its probe"),
     ):
         (tmp_path / "altered.onnx").write_bytes(altered)
         assert said in run(tmp_path / "altered.onnx").stderr
@@ -98,106 +93,79 @@ def test_cpp(pt2, tmp_path):
     assert run(path).returncode == 1 and run(tmp_path / "none.pt2").returncode == 1
 
 
-def pictures(folder, count):
-    """Drawn scenes as PNG, of which number 5 is cut short and number 6 is text."""
-    from PIL import Image
+@pytest.fixture
+def job(graph_file, tmp_path):
+    """A calm run over pictures, and the command of another with its folder: `job(count, *options)`."""
 
-    from sp_fx import zoo
+    def begun(count, *options):
+        folder, calm, out = draw(tmp_path / "pictures", count), tmp_path / "calm", tmp_path / "out"
+        assert main(["batch", str(graph_file[2]), str(folder), "--out", str(calm)]) == 1
+        return calm, out, ["-m", "sp_fx", "batch", graph_file[2], folder, "--out", out, *options]
 
-    folder.mkdir()
-    for i, pixels in enumerate(zoo.draw(7, count, size=32).pixels):
-        Image.fromarray(((pixels + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(folder / f"{i:05d}.png")
-    (folder / "00005.png").write_bytes((folder / "00005.png").read_bytes()[:200])
-    (folder / "00006.png").write_text("cat")
-    return folder
+    before = torch.get_num_threads()
+    yield begun
+    torch.set_num_threads(before)
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", "--standalone"]
 
 
 @pytest.mark.parametrize("count", [2000])
-def test_a_killed_batch_job_goes_on(graph_file, tmp_path, count):
-    _, _, path = graph_file
-    folder = pictures(tmp_path / "pictures", count)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "3", "--standalone"]
-
-    def start(out):
-        command = [*torchrun, EXAMPLES / "torchrun_batch.py", path, folder, out]
-        with (tmp_path / f"{out.name}.log").open("w") as log:
-            return subprocess.Popen(command, start_new_session=True, stderr=log)
-
-    assert start(tmp_path / "calm").wait(300) == 0
-    job, out = start(tmp_path / "out"), tmp_path / "out"
-    until = time.monotonic() + 120
-    while len(list(out.glob("batch_*.npz"))) < 20 and time.monotonic() < until:
-        time.sleep(0.02)
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(job.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(found.stdout.split()[0]), signal.SIGKILL)  # one of the two workers
-    assert 0 < len(list(out.glob("batch_*.npz"))) < count // 8
-    assert job.wait(300) == 0
-    assert "(exitcode: -9)" in (tmp_path / "out.log").read_text()
-
-    names, errors = [], {}
-    for file in sorted((tmp_path / "calm").glob("batch_*.npz")):
-        calm, other = np.load(file), np.load(out / file.name)
-        assert calm.files == other.files
-        assert all(calm[key].tobytes() == other[key].tobytes() for key in calm.files)
-        names += other["names"].tolist()
-        errors |= {n: e for n, e in zip(other["names"].tolist(), other["errors"].tolist()) if e}
-    assert names == [f"{i:05d}.png" for i in range(count)]
-    assert errors.keys() == {"00005.png", "00006.png"}
-    assert len(list(out.glob("batch_*.npz"))) == count // 8
+def test_a_killed_batch_job_under_torchrun_goes_on(job, tmp_path, count):
+    """One of two workers is killed, then the job as a whole, which is started again."""
+    calm, out, command = job(count)
+    command, log = [sys.executable, *TORCHRUN, *command], tmp_path / "log"
+    running = start(command, log)
+    until(lambda: batches_in(out) >= 20)
+    os.kill(processes(str(out), "RANK=0\0")[0], signal.SIGKILL)
+    until(lambda: "(exitcode: -9)" in log.read_text())
+    there = batches_in(out)
+    until(lambda: batches_in(out) > there)
+    assert batches_in(out) < count // 8
+    kill_all(running, str(out))
+    assert batches_in(out) < count // 8
+    assert start(command, log).wait(300) == 0
+    check_equal(calm, out, count)
 
 
-def ray_actors(mark):
-    """Process ids of the actors of the job that was started with SP_FX_MARK=`mark`."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            named = b"MapWorker" in (folder / "cmdline").read_bytes()
-            if named and f"SP_FX_MARK={mark}".encode() in (folder / "environ").read_bytes():
-                found.append(int(folder.name))
-        except OSError:  # it has ended
-            continue
-    return found
+@pytest.mark.parametrize("options", [[], ["--workers", "2"]])
+@pytest.mark.parametrize("count", [2000])
+def test_a_killed_batch_job_goes_on(job, tmp_path, count, options):
+    calm, out, command = job(count, *options)
+    command, log = [sys.executable, *command], tmp_path / "log"
+    running = start(command, log)
+    until(lambda: batches_in(out) >= 20)
+    if options:
+        os.kill(processes(str(out), "RANK=1\0")[0], signal.SIGKILL)
+        until(lambda: "worker 1 was killed by SIGKILL, and is started again" in log.read_text())
+        there = batches_in(out)
+        until(lambda: batches_in(out) > there)
+    kill_all(running, str(out))
+    assert batches_in(out) < count // 8
+    assert start(command, log).wait(300) == 1  # two pictures could not be read
+    check_equal(calm, out, count)
 
 
 @pytest.mark.parametrize("count", [400, 2000])
-def test_a_ray_job_goes_on(graph_file, tmp_path, count):
-    """One of two actors is killed, then the job as a whole, which is started again."""
+def test_a_killed_batch_job_on_ray_goes_on(job, tmp_path, count):
     pytest.importorskip("ray.data")
-    from pyarrow import parquet
+    calm, out, command = job(count, "--ray", "--workers", "2", "--json")
+    command, log, mark = [sys.executable, *command], tmp_path / "log", f"SP_FX_MARK={out}"
+    more = {"env": {**os.environ, "SP_FX_MARK": str(out), "RAY_memory_monitor_refresh_ms": "0"}}
+    running = start(command, log, **more)
+    until(lambda: batches_in(out) >= 5)
+    os.kill(processes(mark, "MapWorker")[0], signal.SIGKILL)
+    until(lambda: batches_in(out) >= count // 8 // 2)
+    kill_all(running, mark)
+    assert count // 8 // 2 <= batches_in(out) < count // 8
+    assert start(command, log, **more).wait(300) == 1
+    check_equal(calm, out, count)
+    assert json.loads(log.read_text().splitlines()[-1])["pictures"] == count
 
-    folder = pictures(tmp_path / "pictures", count)
 
-    def start(out):
-        command = [sys.executable, EXAMPLES / "ray_batch.py", graph_file[2], folder, out]
-        with (tmp_path / f"{out.name}.log").open("a") as log:
-            mark = {**os.environ, "SP_FX_MARK": str(out), "RAY_memory_monitor_refresh_ms": "0"}
-            return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=mark)
-
-    def until(done, seconds=200):
-        end = time.monotonic() + seconds
-        while not done():
-            assert time.monotonic() < end
-            time.sleep(0.05)
-
-    assert start(tmp_path / "calm").wait(500) == 0
-    out = tmp_path / "out"
-    written = lambda: len(list(out.glob("maps/*.parquet")))  # noqa: E731
-    job = start(out)
-    until(lambda: written() >= 5)
-    os.kill(ray_actors(out)[0], signal.SIGKILL)
-    until(lambda: written() >= count // 8 // 2)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    until(lambda: not ray_actors(out))
-    before = written()
-    assert count // 8 // 2 <= before < count // 8
-    assert start(out).wait(500) == 0
-
-    order = [("id", "ascending"), ("name", "ascending")]
-    calm, other = (parquet.read_table(folder / "maps").sort_by(order) for folder in (tmp_path / "calm", out))
-    assert other["name"].to_pylist() == [f"{i:05d}.png" for i in range(count)]
-    assert other["id"].to_pylist() == [i // 8 for i in range(count)]
-    assert calm.combine_chunks().equals(other.combine_chunks())
-    errors = {n: e for n, e in zip(other["name"].to_pylist(), other["error"].to_pylist()) if e}
-    assert errors.keys() == {"00005.png", "00006.png"}
-    assert written() <= count // 8 + 1 and json.loads(other["provenance"][0].as_py())["batch"] == 8
+def kill_all(running, mark):
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    for process in processes(mark, "sp_fx"):  # torchrun's workers are in groups of their own
+        os.kill(process, signal.SIGKILL)
+    until(lambda: not processes(mark))

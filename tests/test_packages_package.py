@@ -76,6 +76,18 @@ def test_onnx_takes_means_without_loss(interpreted, tmp_path):
     assert relative(loaded(x, 0)[1].double(), exact) <= 2e-6
 
 
+def test_onnx_takes_a_mean_of_a_mean(interpreted, tmp_path):
+    class Twice(nn.Module):
+        def forward(self, x):
+            rows = F.gelu(x).mean((2, 3))
+            return rows * rows.mean(1, keepdim=True) + x.mean(3).mean((1, 2), keepdim=True)[..., 0]
+
+    x = torch.randn(2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    explainer = sp_fx.transform(Twice().eval())
+    outputs, maps = sp_fx.load(explainer.compile(example_inputs=x).save(tmp_path / "a.onnx"))(x, 1)
+    assert relative(outputs, explainer(x)) <= 1e-5 and relative(maps, explainer.pullback(x, 1)) <= 1e-5
+
+
 METHODS = [
     ("double_pullback", {"step": 1.5}),
     ("ascend", {"steps": 3, "bounds": (-1.0, 1.0), "radius": 2.0}),

@@ -6,6 +6,7 @@ import io
 import threading
 import time
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,10 +14,12 @@ import torch
 
 from helpers import relative
 from shipped import as_graph, small
+from sp_fx.models.images import fitting
 from sp_fx.packages import manifest
 from sp_fx.serving.http import application
 from sp_fx.serving.requests import Limits, Refused
 from sp_fx.serving.service import Served
+from sp_fx.serving.uploads import PictureError, decode
 
 pytest.importorskip("uvicorn")
 Image = pytest.importorskip("PIL.Image")
@@ -146,6 +149,13 @@ def test_requests_share_batches(made):
 # -- what strangers send
 
 
+def ribbon(width, height, kind="PNG"):
+    """A picture in few bytes that grows as it is resized until it covers a square."""
+    out = io.BytesIO()
+    Image.new("RGB", (width, height), "red").save(out, kind)
+    return out.getvalue()
+
+
 def bomb(side):
     """A PNG that says it has side x side pixels, in a few hundred bytes."""
 
@@ -173,6 +183,11 @@ ABUSE = {
     "50 MB": (dict(content=bytes(50_000_000), headers=IMAGE), 413, "limit"),
     "a bomb": (dict(content=bomb(30_000), headers=IMAGE), 413, "limit"),
     "a lesser bomb": (dict(content=bomb(3_000), headers=IMAGE), 413, "3000 x 3000"),
+    "a ribbon": (dict(content=ribbon(20_000, 2), headers=IMAGE), 413, "resized to 160000 x 16"),
+    "a pole": (dict(content=ribbon(2, 20_000), headers=IMAGE), 413, "resized to 16 x 160000"),
+    "a large integer": (dict(content=b'{"instances": [' + b"9" * 400 + b"]}", headers=JSON), 400, "array of numbers"),
+    "a large confidence": (dict(json={"instances": GOOD, "parameters": {"below": 10**400}}), 400, "below"),
+    "a target of many digits": (dict(json={"instances": GOOD, "parameters": {"target": "0" * 12 + "4"}}), 400, "unknown target"),
     "a truncated JPEG": (dict(content=jpeg()[:-300], headers=IMAGE), 400, "not a whole picture"),
     "no picture": (dict(content=b"cat", headers=IMAGE), 400, "not a whole picture"),
     "another type": (dict(content=b"cat", headers={"Content-Type": "application/x-pickle"}), 415, "application/json"),
@@ -196,6 +211,37 @@ def test_abuse_is_answered_and_the_next_request_served(running, case):
     except httpx.WriteError:  # the service has answered and hung up before 50 MB were sent
         assert case == "50 MB"
     assert running.post("predict", {"instances": GOOD}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "size, preprocessing, taken",
+    [
+        ((20_000, 2), fitting(224), False),  # it would cover the square as 2240000 x 224
+        ((1400, 20), fitting(224), False),
+        ((300, 20), fitting(224), True),
+        ((2, 500_000), replace(fitting(224), squash=True), False),  # by way of 224 x 500000
+        ((500_000, 2), replace(fitting(224), squash=True), True),  # by way of 224 x 2
+        ((1000, 900), replace(fitting(224), squash=True), True),
+        ((1000, 1000), fitting((10, 1000)), True),
+    ],
+)
+def test_nothing_is_resized_beyond_the_limit(size, preprocessing, taken, monkeypatch):
+    """What pillow is asked to make, whichever side it begins with, stays below the service's own limit."""
+    made, resize = [], Image.Image.resize
+
+    def watched(image, to, *more):
+        made.extend([to[0] * to[1], to[0] * image.height])
+        return resize(image, to, *more)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    limit = 1 << 20
+    if taken:
+        assert decode(ribbon(*size), preprocessing, limit).shape == (3, *preprocessing.cropped)
+        assert max(made) <= limit
+    else:
+        with pytest.raises(PictureError, match=rf"would be resized to .*; at most {limit} are read") as refused:
+            decode(ribbon(*size), preprocessing, limit)
+        assert refused.value.too_large and not made
 
 
 def test_unknown_models_and_verbs(running):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,24 +20,83 @@ from ..build import transform
 from ..figures.records import rules_record
 from ..models.named import load_model
 from ..rewrite.report import Report
-from .explaining import blank, run_explain
+from .explaining import noise, printed_to_stderr, run_explain, takes_pixels
 from .packing import run_batch, run_compile
 from .parser import build_parser, options_of, rules_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, 1 where a picture failed, or 2 for a request that cannot be met."""
-    args = build_parser().parse_args(argv)
-    try:
-        return COMMANDS[args.command](args)
-    except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
-        print(f"sp-fx: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        extras = "'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, 'sp-fx[models]' for those in packages, 'sp-fx[serve]'"
-        hint = f"this command needs an extra: pip install {extras}"
-        print(f"sp-fx: {error}; {hint}", file=sys.stderr)
-        return 2
+    """Run the command; returns the exit status: 0, 1 where a picture failed, 2 for a request that cannot be met, 130 where it was
+    stopped by hand, 141 where nobody reads what it prints any more."""
+    args = build_parser().parse_args(joined(sys.argv[1:] if argv is None else argv))
+    unwatched()
+    with warnings.catch_warnings():
+        warnings.showwarning = shown(warnings.showwarning)
+        try:
+            status = COMMANDS[args.command](args)
+            sys.stdout.flush()  # where nobody reads it, this shows here and not when Python ends
+            return status
+        except KeyboardInterrupt:
+            print("sp-fx: stopped", file=sys.stderr)
+            return 130
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # else Python says so once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except ImportError as error:
+            hint = ""
+            if (error.name or "").split(".")[0] in EXTRAS:
+                hint = (
+                    "; this command needs an extra: pip install 'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, "
+                    "'sp-fx[models]' for those in packages, 'sp-fx[serve]'"
+                )
+            print(f"sp-fx: {one_line(error)}{hint}", file=sys.stderr)
+            return 2
+        except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
+            print(f"sp-fx: {one_line(error)}", file=sys.stderr)
+            return 2
+
+
+# What the extras bring. A module of one's own that is missing is no matter of theirs.
+EXTRAS = {
+    *("torchvision", "timm", "PIL", "matplotlib", "safetensors", "shtab", "transformers", "huggingface_hub", "skimage"),
+    *("efficientnet_lite_pytorch", "starlette", "uvicorn", "onnx", "onnxscript", "onnxruntime", "ray"),
+}
+
+
+def unwatched() -> None:
+    """No thread watches the bars of tqdm, which torch.fx makes too: where it ends while Python does, Python prints an error."""
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.monitor_interval = 0
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def shown(otherwise: Callable[..., None]) -> Callable[..., None]:
+    """Returns how warnings are printed: this package's own, which are for the user, as one line without a place in the code."""
+
+    def show(message: Any, category: Any, filename: str, *more: Any) -> None:
+        if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+            print(f"sp-fx: {one_line(message)}", file=sys.stderr)
+        else:
+            otherwise(message, category, filename, *more)
+
+    return show
+
+
+def joined(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with "--pixels -1,1" as "--pixels=-1,1", which argparse alone takes for an option."""
+    made: list[str] = []
+    for each in argv:
+        if made and made[-1] in ("--pixels", "--mean", "--std") and re.match(r"-[\d.]", each):
+            made[-1] += f"={each}"
+        else:
+            made.append(each)
+    return made
 
 
 # -- commands
@@ -86,8 +150,11 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    named = load_model(args.model, options_of(args), trained=False)
-    report = transform(named.model, rules=rules_of(args.rules, args.temperature), example_inputs=blank(named, 2)).report()
+    with printed_to_stderr(args.json):
+        named = load_model(args.model, options_of(args), trained=False)
+        with takes_pixels(named):
+            explainer = transform(named.model, rules=rules_of(args.rules, args.temperature), example_inputs=noise(named, 2))
+        report = explainer.report()
     print(json.dumps(report_record(report), indent=2) if args.json else report)
     return 0
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import glob
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -17,8 +18,10 @@ from ..build import transform
 from ..figures import records
 from ..figures.drawing import save
 from ..methods.ascent import Ascent
-from ..models.images import Picture, Preprocessing, pictures_in
+from ..models.images import Picture, Preprocessing
 from ..models.named import NamedModel, Options, load_model
+from ..models.own import PACKAGES
+from ..serving.folders.batches import pictures as folder_pictures
 from ..version import __version__
 from .parser import options_of, rules_of
 from .progress import Progress
@@ -37,32 +40,61 @@ class Subject:
 
 
 def run_explain(args: argparse.Namespace) -> int:
-    images = pictures_named(args.images)
-    subject = package(args) if Path(args.model).suffix in (".onnx", ".pt2") else model(args)
+    images = pictures_named(args.images, args.out)
+    printed = sys.stdout
+    with printed_to_stderr(args.json):
+        return explain(args, images, printed)
+
+
+def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> int:
+    subject = package(args) if Path(args.model).suffix in PACKAGES else model(args)
     targets = records.parse_targets(args.target or ["top1"], subject.labels)
     args.out.mkdir(parents=True, exist_ok=True)
     common = {**subject.facts, "device": str(args.device), "versions": {"sp_fx": __version__, "torch": torch.__version__}}
+    inputs = {path.resolve() for path in images}
     progress, failed, taken = Progress(len(images)), 0, set[str]()
-    for batch in batches(images, subject.preprocessing, args.batch_size):
-        readable = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
-        for path, error in batch:
-            if isinstance(error, Exception):  # one damaged file does not stop the others
-                progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
-                failed += 1
-        pictures = [picture for _, picture in readable]
-        results = [] if not pictures else records.explain_pictures(
-            subject.predict, subject.ways, pictures, subject.labels, targets, args.device, args.times_input, args.path
-        )  # fmt: skip
-        for (path, _), explained in zip(readable, results):
-            record = write(explained, path, free_name(path.stem, taken), common, args)
-            top = record["prediction"][0]
-            line = f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / record['figure']}"
-            progress.say(json.dumps(record) if args.json else line)
-        progress.advance(len(batch))
-    progress.end()
+    try:
+        for batch in batches(images, subject.preprocessing, args.batch_size):
+            readable = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
+            for path, error in batch:
+                if isinstance(error, Exception):  # one damaged file does not stop the others
+                    progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
+                    failed += 1
+            pictures = [picture for _, picture in readable]
+            results = [] if not pictures else records.explain_pictures(
+                subject.predict, subject.ways, pictures, subject.labels, targets, args.device, args.times_input, args.path
+            )  # fmt: skip
+            for (path, _), explained in zip(readable, results):
+                name = free_name(path.stem, taken)
+                refuse_overwriting(name, explained, args, inputs)
+                record = write(explained, path, name, common, args)
+                top = record["prediction"][0]
+                line = f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / record['figure']}"
+                progress.say(json.dumps(record) if args.json else line, printed)
+            progress.advance(len(batch))
+    finally:
+        progress.end()
     if failed:
         print(f"sp-fx: {failed} of {len(images)} pictures could not be read", file=sys.stderr)
     return 1 if failed else 0
+
+
+def printed_to_stderr(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """With JSON on stdout, what a model's own code prints goes to stderr."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
+
+
+def refuse_overwriting(name: str, explained: records.Explained, args: argparse.Namespace, inputs: set[Path]) -> None:
+    """Raises ValueError where the figure or a path would be written over one of the pictures."""
+    for file in names_of(name, len(explained.paths), args):
+        if (args.out / file).resolve() in inputs:
+            raise ValueError(f"{args.out / file} is one of the pictures, and the figure would be written over it: another --out")
+
+
+def names_of(name: str, paths: int, args: argparse.Namespace) -> list[str]:
+    """Returns the names of the figure and then, of each path, of its strip and its animation."""
+    stems = [f"{name}_path{number + 1}" if paths > 1 else f"{name}_path" for number in range(paths)]
+    return [f"{name}.{args.format}", *(f"{stem}.{ending}" for stem in stems for ending in (args.format, args.animation))]
 
 
 def write(
@@ -71,12 +103,10 @@ def write(
     """Write figure, record and paths of the picture at `path` under that name; returns the record."""
     from ..figures.animation import animate
 
-    figure = f"{name}.{args.format}"
+    figure, *files = names_of(name, len(explained.paths), args)
     record = {"image": path.name, "figure": figure, **common, **explained.record}
     climbs = []
-    for number, climb in enumerate(explained.paths):
-        stem = f"{name}_path{number + 1}" if len(explained.paths) > 1 else f"{name}_path"
-        strip, moving = f"{stem}.{args.format}", f"{stem}.{args.animation}"
+    for climb, strip, moving in zip(explained.paths, files[::2], files[1::2]):
         save(climb.strip, args.out / strip, record)
         animate(climb.iterates, args.out / moving, titles=climb.titles)
         climbs.append({"toward": climb.label, "strip": strip, "animation": moving})
@@ -95,8 +125,9 @@ def model(args: argparse.Namespace) -> Subject:
     named = load_model(args.model, options_of(args))
     say_assumed(named)
     net = named.model.to(args.device)
-    example = blank(named, 2).to(args.device)
-    explainers = {name: transform(net, rules=rules_of(name, args.temperature), example_inputs=example) for name in args.rules}
+    example = noise(named, 2).to(args.device)
+    with takes_pixels(named):
+        explainers = {name: transform(net, rules=rules_of(name, args.temperature), example_inputs=example) for name in args.rules}
     wanted = args.method or (["ascend"] if args.path else ["pullback"])
     if args.path and "ascend" not in wanted:
         raise ValueError("--path draws the steps of an ascent: add --method ascend")
@@ -112,6 +143,28 @@ def model(args: argparse.Namespace) -> Subject:
     return Subject(next(iter(explainers.values())), ways, named.preprocessing, named.labels, facts)
 
 
+@contextlib.contextmanager
+def takes_pixels(named: NamedModel) -> Iterator[None]:
+    """Raises ValueError in place of what a transform raises where the model itself fails on pictures of its size."""
+    try:
+        yield
+    except Exception:  # whatever a model's code raises
+        x = noise(named, 1).to(next((p.device for p in named.model.parameters()), "cpu"))
+        try:
+            with torch.no_grad():
+                named.model(x)
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            first = next((m for m in named.model.modules() if isinstance(m, torch.nn.Conv2d)), None)
+            hint = "--input-size N makes them N x N"
+            if first is None:
+                hint += "; a network of grey pictures that no convolution reads says so itself, in a NamedModel"
+            if first is not None and first.in_channels not in (1, 3):
+                hint = f"its first convolution reads {first.in_channels} channels, and pictures have 3, or 1 where they are grey"
+            raise ValueError(f"{named.name} does not take pictures as {list(x.shape)}: {reason}; {hint}") from error
+        raise
+
+
 def say_assumed(named: NamedModel) -> None:
     """Prints what nobody has said of the pixels that the model takes, and is taken for granted."""
     if named.assumed:
@@ -119,42 +172,39 @@ def say_assumed(named: NamedModel) -> None:
         print(f"sp-fx: {named.name} says nothing of its pixels; {assumed}", file=sys.stderr)
 
 
-def blank(named: NamedModel, count: int) -> torch.Tensor:
-    """Returns `count` grey pictures of the size that the model takes."""
-    return torch.zeros(count, len(named.preprocessing.mean), *named.preprocessing.cropped)
+def noise(named: NamedModel, count: int) -> torch.Tensor:
+    """Returns `count` pictures of noise, of the size that the model takes: on one colour a wrong graph may be right."""
+    shape = (count, len(named.preprocessing.mean), *named.preprocessing.cropped)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def package(args: argparse.Namespace) -> Subject:
     """Returns the package that `--model` names. What it explains by is in it: other options than these would be ignored."""
     from ..packages.classifier import Classifier
 
-    given = {
-        "--weights, --input-size and other options of a model": options_of(args) != Options(),
-        "--rules": args.rules != ["default"],
-        "--temperature": args.temperature,
-        "--method": args.method,
-        "--steps": args.steps,
-        "--step-size": args.step_size,
-        "--path": args.path,
-    }
-    ignored = [flag for flag, value in given.items() if value]
+    said, flags = options_of(args), ("rules", "temperature", "method", "steps", "step_size", "path")
+    given = {field.name: getattr(said, field.name) != field.default for field in fields(Options)}
+    given |= {flag: str(getattr(args, flag)) not in ("None", "False", "[]", "['default']") for flag in flags}  # 0.0 is given
+    ignored = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
     if ignored:
-        raise ValueError(f"{args.model} is a package, whose model, rules and method are what it was made with: no {ignored[0]}")
+        text = "is a package, whose model, rules and method are what it was made with"
+        raise ValueError(f"{args.model} {text}: no {', '.join(ignored)}")
     of_device = None if str(args.device) == "cpu" else str(args.device)
     classifier = Classifier.load(args.model, device=of_device)
     manifest, preprocessing = classifier.manifest, classifier.for_pictures()
     facts = {"model": manifest["model"], "package": Path(args.model).name, "weights_sha256": manifest["weights_sha256"],
              "preprocessing": asdict(preprocessing), "rules": manifest["rules"]}  # fmt: skip
-    ways = [records.way_of_package(classifier.program)]
+    ways = [records.way_of_package(classifier.program, classifier)]
     labels = None if classifier.class_names is None else tuple(classifier.class_names)
-    return Subject(lambda x: classifier.program(x)[0], ways, preprocessing, labels, facts)
+    return Subject(lambda x: classifier(x)[0], ways, preprocessing, labels, facts)
 
 
 # -- pictures
 
 
-def pictures_named(names: Sequence[str]) -> list[Path]:
-    """Returns the files that the arguments name: files, the pictures in folders, what patterns fit.
+def pictures_named(names: Sequence[str], out: Path) -> list[Path]:
+    """Returns the files that the arguments name: files, the pictures in folders, what patterns fit. What is in `out`, the folder
+    of the figures, is no picture of a folder that it is in.
 
     Raises:
         ValueError: a folder without pictures, or a pattern that fits nothing.
@@ -163,7 +213,9 @@ def pictures_named(names: Sequence[str]) -> list[Path]:
     for name in names:
         path = Path(name)
         if path.is_dir():
-            inside = pictures_in(path)
+            inside = folder_pictures(path)
+            if out.resolve() != path.resolve():
+                inside = [file for file in inside if not file.resolve().is_relative_to(out.resolve())]
             if not inside:
                 raise ValueError(f"there is no picture in the folder {name}")
             found += inside

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..build import transform
 from ..methods.ascent import Ascent
-from ..models.images import pictures_in
 from ..models.named import load_model
-from .explaining import blank, say_assumed
+from .explaining import noise, printed_to_stderr, say_assumed, takes_pixels
 from .parser import options_of, rules_of
 from .progress import Progress, Stages
+
+if TYPE_CHECKING:
+    from ..serving.folders.batches import Batches
+    from ..serving.folders.jobs import Share
 
 # Seconds that AOTInductor takes for a graph, on two cores of an AMD EPYC: so many, and so many for each call in it.
 AOT_SECONDS = (12.0, 0.045)
@@ -24,14 +29,31 @@ AOT_SECONDS = (12.0, 0.045)
 def run_compile(args: argparse.Namespace) -> int:
     if args.out.parent != Path() and not args.out.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {args.out.parent} to write {args.out.name} into")
+    if args.out.is_dir():
+        raise IsADirectoryError(f"{args.out} is a folder, and a package is a file")
+    if args.method != "ascend" and (args.steps, args.step_size) != (None, None):
+        raise ValueError(f"--steps and --step-size are of --method ascend; got --method {args.method}")
+    with printed_to_stderr(args.json):
+        path = compiled(args)
+    if args.json:
+        from ..packages.package import read_manifest
+
+        manifest = read_manifest(path)
+        print(json.dumps({key: value for key, value in manifest.items() if key != "probe"}, indent=2))
+    return 0
+
+
+def compiled(args: argparse.Namespace) -> Path:
+    """Returns the package that `sp-fx compile` asks for, which is written."""
     stages = Stages(quiet=args.json)
     with stages("load the model"):
         named = load_model(args.model, options_of(args))
-        net, x = named.model.to(args.device), blank(named, args.batch).to(args.device)
+        net, x = named.model.to(args.device), noise(named, args.batch).to(args.device)
     say_assumed(named)
-    with stages("transform it, and compare with it"):
+    with stages("transform it, and compare with it"), takes_pixels(named):
         explainer = transform(net, rules=rules_of(args.rules, args.temperature), example_inputs=x)
-        check_names(named.labels, explainer(x))
+        outputs = explainer(x)
+    check_names(named.labels, outputs)
     with stages("make one graph of the model and its explanation"):
         # By PyTorch op by op: what is saved is compiled when it is saved, if at all.
         program = explainer.compile(
@@ -44,13 +66,9 @@ def run_compile(args: argparse.Namespace) -> int:
     how = "to machine code" if args.out.suffix == ".pt2" else "to ONNX"
     with stages(f"compile {calls} calls {how}, write, load and try it", expected):
         path = program.save(args.out, class_names=named.labels, preprocessing=named.preprocessing)
-    stages.end(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; try it: sp-fx explain IMAGE --model {path} --out out")
-    if args.json:
-        from ..packages.package import read_manifest
-
-        manifest = read_manifest(path)
-        print(json.dumps({key: value for key, value in manifest.items() if key != "probe"}, indent=2))
-    return 0
+    how = f"explain IMAGE --model {path}" if program.dynamic_batch else f"batch {path} FOLDER --batch {args.batch}"
+    stages.end(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; try it: sp-fx {how} --out out")
+    return path
 
 
 def check_names(labels: tuple[str, ...] | None, outputs: Any) -> None:
@@ -64,8 +82,6 @@ def check_names(labels: tuple[str, ...] | None, outputs: Any) -> None:
 
 def ascent_options(args: argparse.Namespace, x: Any) -> dict[str, Any]:
     if args.method != "ascend":
-        if args.steps or args.step_size:
-            raise ValueError(f"--steps and --step-size are of --method ascend; got --method {args.method}")
         return {}
     steps = args.steps or 5
     return {"steps": steps, "step_size": Ascent(steps, args.step_size).length([x[:1]]), "bounds": (-1.0, 1.0)}
@@ -73,24 +89,21 @@ def ascent_options(args: argparse.Namespace, x: Any) -> dict[str, Any]:
 
 def run_batch(args: argparse.Namespace) -> int:
     from ..serving.folders import jobs
-    from ..serving.folders.batches import Batches, begin
-    from ..serving.folders.report import report
+    from ..serving.folders.batches import Batches, begin, pictures
+    from ..serving.folders.results import written
 
-    files = pictures_in(args.folder)
+    share = jobs.share_of(os.environ)
+    check_batch(args, share)
+    files = pictures(args.folder)
     if not files:
         raise ValueError(f"there is no picture in the folder {args.folder}")
-    share = jobs.rank_and_world()
-    several = args.workers > 1 and share is None
-    options = {"root": args.folder, "target": args.target, "device": args.device, "threads": args.threads}
+    device = args.device if share is None else jobs.own_device(args.package, args.device)
+    options = {"root": args.folder, "target": args.target, "device": device, "threads": args.threads}
     batches = Batches(args.package, files, args.batch, **options)
     out, count = begin(args.out, batches), len(batches)
-    there = jobs.written(batches, out)
     if share is not None:
-        rank, world = share
-        jobs.run_share(batches, out, rank, world)
-        if jobs.written(batches, out) == count and "SP_FX_PARENT" not in jobs.os.environ:  # the last of torchrun's
-            report(batches, out, args.page)
-        return 0
+        return run_one_of(args, batches, out, share)
+    there = len(written(out))
     if not args.json:
         going = f", of which {there} are there" if there else ""
         print(f"sp-fx: {len(files)} pictures in {count} batches{going}", file=sys.stderr)
@@ -101,40 +114,92 @@ def run_batch(args: argparse.Namespace) -> int:
 
     done(there)
     try:
-        if args.ray:
-            from ..serving.folders import ray_jobs
+        with jobs.told_to_end():
+            if there < count and args.ray:
+                from ..serving.folders import ray_jobs
 
-            shared = {**options, "root": args.folder.absolute()}
-            arguments = (args.package.absolute(), [file.absolute() for file in files], args.batch)
-            ray_jobs.run(out.absolute(), count, arguments, shared, args.workers, done)
-        elif several:
-            status = jobs.in_processes(again(args), args.workers, lambda: done(jobs.written(batches, out)), progress.say)
-            if status:
-                return status
-        else:
-            jobs.run_share(batches, out, done=done)
-    except KeyboardInterrupt:
+                ray_jobs.run(out, batches, {**options, "device": batches.classifier.program.device.type}, args.workers, done)
+            elif there < count and args.workers > 1:
+                say = lambda line: progress.say(line, sys.stderr)  # noqa: E731
+                status = jobs.in_processes(
+                    again(args), min(args.workers, count - there), lambda: done(len(written(out))), say
+                )  # fmt: skip
+                if status:
+                    return status
+            else:
+                jobs.run_share(batches, out, done=done)
+            progress.end()
+            return summed_up(args, batches, out)
+    except KeyboardInterrupt as error:
         progress.end()
-        print(f"sp-fx: stopped after {jobs.written(batches, out)} of {count} batches; the same command goes on", file=sys.stderr)
+        print(f"sp-fx: stopped after {len(written(out))} of {count} batches; the same command goes on", file=sys.stderr)
+        return 143 if isinstance(error, jobs.Terminated) else 130
+
+
+def check_batch(args: argparse.Namespace, share: Any) -> None:
+    """Raises ValueError for options that do not go together, before anything is loaded."""
+    if args.page < 0:
+        raise ValueError(f"--page is a number of pictures, 0 for no page; got {args.page}")
+    if args.ray and importlib.util.find_spec("ray") is None:
+        raise ValueError("--ray needs an extra: pip install 'sp-fx[ray]'")
+    if share is not None and (args.ray or args.workers > 1):
+        raise ValueError(
+            f"this is worker {share.rank} of {share.world}, as RANK and WORLD_SIZE in the environment say, and starts no "
+            f"{'actors' if args.ray else 'workers'} of its own: unset RANK, or leave {'--ray' if args.ray else '--workers'} out"
+        )
+
+
+def run_one_of(args: argparse.Namespace, batches: Batches, out: Path, share: Share) -> int:
+    """Do one worker's share, of torchrun's or of our own. Unreadable pictures are no failure of it, after which torchrun would
+    start it again."""
+    from ..serving.folders import jobs
+    from ..serving.folders.results import written
+
+    count, who = len(batches), f"sp-fx: worker {share.rank} of {share.world}"
+    if not share.ours:  # says so, since these variables may be left over in a shell
+        own = len(range(share.rank, count, share.world))
+        print(f"{who} ({own} of {count} batches) by RANK and WORLD_SIZE in the environment; unset RANK for all", file=sys.stderr)
+    try:
+        jobs.run_share(batches, out, share.rank, share.world)
+    except KeyboardInterrupt:
         return 130
-    progress.end()
+    if share.ours:
+        return 0
+    there = len(written(out))
+    if there == count:  # the last of torchrun's
+        summed_up(args, batches, out)
+    else:
+        print(f"{who} is done; {there} of {count} batches are there, and the last worker writes the page", file=sys.stderr)
+    return 0
+
+
+def summed_up(args: argparse.Namespace, batches: Batches, out: Path) -> int:
+    """Write the table and the page of a job whose batches are all there, and say what has come of it; returns the status."""
+    from ..serving.folders.report import report
+
     summary = report(batches, out, args.page)
     if args.json:
-        print(json.dumps({"out": str(out), **summary.record()}))
+        print(json.dumps({"out": printable(out), **summary.record()}))
         return 1 if summary.errors else 0
     for name, reason in summary.errors[:10]:
-        print(f"sp-fx: {name}: {reason}", file=sys.stderr)
+        print(f"sp-fx: {printable(name)}: {printable(reason)}", file=sys.stderr)
     if summary.errors:
-        more = f"; all are in {out / 'results.csv'}" if len(summary.errors) > 10 else ""
-        print(f"sp-fx: {len(summary.errors)} of {summary.pictures} pictures could not be read{more}", file=sys.stderr)
-    shown = f"; {out / 'index.html'} shows {summary.shown} of them" if args.page else ""
-    print(f"{summary.pictures - len(summary.errors)} pictures explained: {out / 'results.csv'}{shown}")
+        more = f"; all are in {printable(out / 'results.csv')}" if len(summary.errors) > 10 else ""
+        print(f"sp-fx: {len(summary.errors)} of {summary.pictures} pictures could not be explained{more}", file=sys.stderr)
+    shown = f"; {printable(out / 'index.html')} shows {summary.shown} of them" if args.page else ""
+    print(f"{summary.pictures - len(summary.errors)} pictures explained: {printable(out / 'results.csv')}{shown}")
     return 1 if summary.errors else 0
 
 
+def printable(name: object) -> str:
+    """Returns a name as one line of text: with escapes where it has line breaks, commands to a terminal, or bytes that are no
+    text."""
+    return str(name) if str(name).isprintable() else ascii(str(name))[1:-1]
+
+
 def again(args: argparse.Namespace) -> list[str]:
-    """Returns this command for one worker."""
-    given = [args.package, args.folder, "--out", args.out, "--batch", args.batch, "--threads", args.threads]
-    for flag, value in (("--target", args.target), ("--device", args.device)):
-        given += [flag, value] if value is not None else []
-    return [sys.executable, "-m", "sp_fx", "batch", *map(str, given)]
+    """Returns this command for one worker. Paths are absolute, since one may begin with a dash."""
+    command = [sys.executable, "-m", "sp_fx", "batch", str(args.package.absolute()), str(args.folder.absolute())]
+    given = {"out": args.out.absolute(), "batch": args.batch, "threads": args.threads}
+    given |= {"target": args.target, "device": args.device}
+    return command + [f"--{flag}={value}" for flag, value in given.items() if value is not None]

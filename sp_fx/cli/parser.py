@@ -22,12 +22,12 @@ MODELS = """\
 MODEL is one of
   resnet50                       a classifier of torchvision
   timm/pvt_v2_b1                 of timm
-  hf/NAME                        an image classifier of Hugging Face's hub, or of
-                                 a folder: hf/./mine
+  hf/NAME                        an image classifier of Hugging Face's hub, or
+                                 of a folder: hf/./mine
   zoo/residual_cnn               one that ships (also zoo/pyramid_transformer)
   efficientnet_lite0             one that a package carries (extra 'models')
   my_networks:resnet             what resnet() of my_networks.py returns;
-                                 my_networks:resnet?num_classes=5 passes arguments
+                                 arguments: my_networks:resnet?num_classes=5
   mine.pt                        a pickled module, with --trust-pickle
   package.onnx, package.pt2      a package that `sp-fx compile` wrote (explain)
 """
@@ -37,7 +37,7 @@ Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_pos
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `sp-fx COMMAND ...`."""
-    text = "Explain image classifiers by semantic pullbacks. `sp-fx COMMAND --help` says more."
+    text = "Explain image classifiers by semantic pullbacks. More: sp-fx COMMAND --help"
     top = argparse.ArgumentParser(prog="sp-fx", description=text, epilog=MODELS, formatter_class=Wide)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

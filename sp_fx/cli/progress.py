@@ -27,7 +27,7 @@ class Progress:
 
     def say(self, line: str, file: Any = None) -> None:
         self._clear()
-        print(line, file=file or sys.stdout, flush=self.shown)
+        print(line, file=file or sys.stdout, flush=True)  # whoever reads it, reads on
         self._draw()
 
     def advance(self, count: int) -> None:

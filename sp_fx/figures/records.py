@@ -14,7 +14,7 @@ from torch import Tensor
 from ..explainer import Explainer
 from ..gates.adjoints.row import Soft
 from ..gates.rules import Rules
-from ..models.classes import class_index
+from ..models.classes import class_index, probabilities
 from ..models.images import Picture
 from ..program.program import Program
 from ..targets import looks_one_hot, primary
@@ -38,9 +38,7 @@ def parse_targets(texts: Sequence[str], labels: Sequence[str] | None) -> list[Ta
     """
     targets: list[TargetSpec] = []
     for text in texts:
-        is_label = labels is not None and text in labels  # some labels have commas in them
-        for part in [text] if is_label else text.split(","):
-            part = part.strip()
+        for part in _parts(text, labels):
             if part.isdecimal() and not (labels is not None and part in labels):
                 targets.append(("index", int(part)))
             elif part.startswith("top") and part[3:].isdecimal():
@@ -50,6 +48,21 @@ def parse_targets(texts: Sequence[str], labels: Sequence[str] | None) -> list[Ta
             else:
                 targets.append(("index", class_index(part, labels)))
     return targets
+
+
+def _parts(text: str, labels: Sequence[str] | None) -> list[str]:
+    """Returns what commas separate in `text`, but for those within a label, as in "tench, Tinca tinca"."""
+
+    def folded(parts: Sequence[str]) -> str:
+        return ",".join(part.strip() for part in parts).casefold()
+
+    parts, found, start = text.split(","), list[str](), 0
+    with_commas = {folded(label.split(",")): label for label in labels or () if "," in label}
+    while start < len(parts):
+        end = next((end for end in range(len(parts), start + 1, -1) if folded(parts[start:end]) in with_commas), start + 1)
+        found.append(parts[start].strip() if end == start + 1 else with_commas[folded(parts[start:end])])
+        start = end
+    return found
 
 
 def rules_record(rules: Rules) -> dict[str, Any]:
@@ -96,11 +109,11 @@ def way_of(explainer: Explainer, method: str, options: Mapping[str, Any], rules:
     return Way(name, method, options, run, climb if method == "ascend" else None)
 
 
-def way_of_package(program: Program) -> Way:
-    """Returns the way of a package, whose method is the one that it was made with."""
+def way_of_package(program: Program, answer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Way:
+    """Returns the way of a package, whose method is the one that it was made with; `answer` gives its outputs and its maps."""
 
     def run(x: Tensor, classes: Tensor) -> Tensor:
-        return torch.stack([program(x, column.contiguous())[1] for column in classes.unbind(1)], 1)
+        return torch.stack([answer(x, column.contiguous())[1] for column in classes.unbind(1)], 1)
 
     return Way(program.method, program.method, program.arguments, run)
 
@@ -143,10 +156,10 @@ def explain_pictures(
         ValueError: its output is not finite, or has no single class axis; it has other classes than there are `labels`.
     """
     x = torch.stack([p.pixels for p in pictures]).to(device)
-    probabilities = probabilities_of(predict, x)
-    if labels is not None and len(labels) != probabilities.shape[1]:
-        raise ValueError(f"there are {len(labels)} class names, and the model has {probabilities.shape[1]} classes")
-    ranking = probabilities.argsort(-1, descending=True)
+    chances = probabilities_of(predict, x)
+    if labels is not None and len(labels) != chances.shape[1]:
+        raise ValueError(f"there are {len(labels)} class names, and the model has {chances.shape[1]} classes")
+    ranking = chances.argsort(-1, descending=True)
     indices = torch.tensor([[i for target in targets for i in _indices(target, order)] for order in ranking.tolist()])
     maps: dict[str, Tensor] = {}
     seconds: dict[str, float] = {}
@@ -167,7 +180,7 @@ def explain_pictures(
 
     def class_record(i: int, index: int) -> dict[str, Any]:
         label = labels[index] if labels is not None else f"class {index}"
-        return {"index": index, "label": label, "probability": round(probabilities[i, index].item(), 6)}
+        return {"index": index, "label": label, "probability": round(chances[i, index].item(), 6)}
 
     results = []
     for i, (shown, classes) in enumerate(zip(pictures, indices.tolist())):
@@ -213,10 +226,10 @@ def climb_of(
 ) -> Climb:
     """Returns the path of one ascent, with the probabilities, at each step, of the class that it climbs to and of the one that
     was predicted."""
-    probabilities = probabilities_of(predict, iterates.to(device))
+    chances = probabilities_of(predict, iterates.to(device))
     shown = {each["index"]: each["label"] for each in (target, predicted)}
-    strip = path(iterates, probabilities[:, list(shown)], list(shown.values()), title=f"toward {target['label']}")
-    numbers = probabilities[:, target["index"]].tolist()
+    strip = path(iterates, chances[:, list(shown)], list(shown.values()), title=f"toward {target['label']}")
+    numbers = chances[:, target["index"]].tolist()
     titles = [f"{f'step {k}' if k else 'start'}: {target['label']} {p:.2f}" for k, p in enumerate(numbers)]
     return Climb(target["label"], iterates, strip, titles)
 
@@ -230,7 +243,7 @@ def probabilities_of(predict: Callable[[Tensor], Any], x: Tensor) -> Tensor:
         raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {list(logits.shape)}")
     if not bool(logits.isfinite().all()):
         raise ValueError("the model's scores are not finite: NaN or infinity")
-    return logits.float().softmax(-1).cpu()
+    return probabilities(logits.float().cpu())
 
 
 def _indices(target: TargetSpec, ranking: list[int]) -> list[int]:

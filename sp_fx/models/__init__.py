@@ -20,7 +20,7 @@ __all__ = ["NAMES", "NamedModel", "Picture", "Preprocessing", "TextModel", "load
 
 
 def load(
-    name: str,
+    name: str | Path,
     weights: str | Path | None = None,
     input_size: int | None = None,
     *,
@@ -71,6 +71,7 @@ def load(
         ModuleNotFoundError: the package that has the network is not installed.
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
+    name = str(name)
     options = Options(weights, input_size, resize, num_classes, class_names, mean, std, pixels, trust_pickle)
     made = called(name, num_classes) if is_own(name) else None
     if name in TEXT or isinstance(made, TextModel):

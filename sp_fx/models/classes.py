@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 
 def class_index(name: str, labels: Sequence[str] | None) -> int:
     """Returns the index of the class called `name`: its label, or one of the synonyms that commas separate in it; case matters
@@ -16,6 +19,8 @@ def class_index(name: str, labels: Sequence[str] | None) -> int:
     Raises:
         ValueError: no class or several are called so (the nearest or all are named), or there are no labels.
     """
+    if name.startswith("-") and name[1:].isdecimal() and name not in (labels or ()):
+        raise ValueError(f"a class is a number from 0 on, or a name; got {name}")
     if labels is None:
         raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
     synonyms = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
@@ -32,9 +37,19 @@ def class_index(name: str, labels: Sequence[str] | None) -> int:
     raise ValueError(f"no class is called {name!r}; {hint}")
 
 
+def probabilities(scores: Tensor) -> Tensor:
+    """Returns the class probabilities of a model's scores [B, classes], shaped like them, each row by itself: their softmax; of a
+    single score its sigmoid, the softmax of which would always be 1; and rows that are probabilities already, as they are."""
+    if scores.shape[1] == 1:
+        return scores.sigmoid()
+    already = (scores >= 0).all(1, keepdim=True) & ((scores.sum(1, keepdim=True) - 1).abs() < 1e-3)
+    return torch.where(already, scores, scores.softmax(1))
+
+
 def read_class_names(path: str | PathLike[str]) -> tuple[str, ...]:
     """Returns the names of classes in a file, in the order of the model's outputs: text of one name a line, or JSON: a list, a
-    mapping from numbers to names, `{"0": "cat"}`, or from names to numbers, `{"cat": 0}`, as torchvision's `class_to_idx` is.
+    mapping from numbers to names, `{"0": "cat"}`, or from names to numbers, `{"cat": 0}`, as torchvision's `class_to_idx` is. Of
+    several names of a class, `{"0": ["n01440764", "tench"]}` as Keras' file of ImageNet has them, the last is taken.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -63,14 +78,17 @@ def read_class_names(path: str | PathLike[str]) -> tuple[str, ...]:
 
 def _names_in(content: object) -> list[str]:
     if isinstance(content, dict):
-        by_number = all(str(key).isdecimal() for key in content)
+        # Of {"7": 0, "3": 1}, the classes of folders named by digits, the keys are the names.
+        by_number = not all(isinstance(value, int) for value in content.values())
         try:
-            pairs = sorted((int(k), v) if by_number else (int(v), k) for k, v in content.items())
+            pairs = sorted(((int(k), v) if by_number else (v, k) for k, v in content.items()), key=lambda pair: pair[0])
         except (TypeError, ValueError):
             raise ValueError('a mapping is from numbers to names, {"0": "cat"}, or from names to numbers') from None
         if [number for number, _ in pairs] != list(range(len(pairs))):
             raise ValueError(f"the numbers of {len(pairs)} classes are 0 to {len(pairs) - 1}, each once")
         content = [name for _, name in pairs]
+    if isinstance(content, list):
+        content = [each[-1] if isinstance(each, list) and each else each for each in content]
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
         raise ValueError('expected a list of names, or a mapping such as {"0": "cat", "1": "dog"}')
     return content

@@ -14,6 +14,7 @@ centre (`Preprocessing`).
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -95,13 +96,32 @@ class Preprocessing:
         image, mode, conversions = read_rgb(path)
         return Picture(self.pixels(image), image.size, mode, conversions)
 
-    def pixels(self, image: PillowImage) -> Tensor:
-        """Returns an eight-bit RGB picture as the network's float32 [C, *crop] in [-1, 1]; ValueError where it would be huge."""
+    def resized(self, size: tuple[int, int], most: int | None = None) -> tuple[int, int]:
+        """Returns what a picture of `size` is resized to, both (width, height), before it is cropped.
+
+        Raises:
+            HugeError: more pixels than `most`, or `Image.MAX_IMAGE_PIXELS` where that is None, on the way: a ribbon of 20000 x 2
+                would cover 224 x 224 as 2240000 x 224.
+        """
         from PIL import Image
 
-        (rows, columns), (height, width) = _sides(self.resize), _sides(self.crop)
-        size = (columns, rows) if self.squash else covering(image.size, (columns, rows))
-        _check_pixels(*size, f"once it covers {columns} x {rows}, from {image.width} x {image.height},")
+        rows, columns = _sides(self.resize)
+        wide, high = (columns, rows) if self.squash else covering(size, (columns, rows))
+        most = Image.MAX_IMAGE_PIXELS if most is None else most
+        # Pillow makes a picture as wide as the result first, and as high as it was: of a squashed ribbon that is the larger one.
+        way = wide * max(high, size[1])
+        if most is not None and way > most:
+            raise HugeError(
+                f"a picture of {size[0]} x {size[1]} would be resized to {wide} x {high}, by way of {way} pixels; at most {most} "
+                "are read"
+            )
+        return wide, high
+
+    def pixels(self, image: PillowImage) -> Tensor:
+        """Returns an eight-bit RGB picture as the network's float32 [C, *crop] in [-1, 1]; HugeError as of `resized`."""
+        from PIL import Image
+
+        size, (height, width) = self.resized(image.size), self.cropped
         image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         image = image.crop((left, top, left + width, top + height))
@@ -139,12 +159,20 @@ def pictures_in(folder: str | PathLike[str]) -> list[Path]:
 
     Raises:
         NotADirectoryError: it is no folder.
+        OSError: it, or a folder in it, cannot be listed.
     """
     root = Path(folder)
     if not root.is_dir():
         raise NotADirectoryError(f"there is no folder {root}")
-    files = (file for file in root.rglob("*") if file.suffix.lower() in ENDINGS and file.is_file())
-    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(root).parts))
+    found: list[Path] = []
+    for place, folders, files in os.walk(root, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error  # a folder that cannot be listed, whose pictures would be left out without a word
 
 
 def read_picture(
@@ -194,6 +222,8 @@ def read_rgb(path: str | PathLike[str]) -> tuple[PillowImage, str, tuple[str, ..
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if not Path(path).is_file() and Path(path).exists():
+            raise OSError("it is a folder" if Path(path).is_dir() else "it is no file")  # a pipe would be waited for
         try:
             with Image.open(path) as file:
                 _check_pixels(*file.size)

@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import zoo
 from . import carried
 from .classes import read_class_names
 from .images import Preprocessing, Side
-from .own import called, is_file, is_own, pickled_model
+from .own import PACKAGES, called, is_file, is_own, pickled_model
 from .pixel_space import PixelSpace, pixel_space
-from .published import Published, huggingface_model, timm_model, torchvision_model
+from .published import Logits, Published, huggingface_model, huggingface_weights, timm_model, torchvision_model
 from .weights import classes_of, fitted, load_state, load_weights, read_state, weights_hash
 
 
@@ -75,11 +76,13 @@ class Options:
         """Returns the published preprocessing with what the caller says instead.
 
         Raises:
-            ValueError: a `std` that is not above 0, `pixels` of which the second is not above the first, a mean without a std,
-                or neither one number nor one a channel.
+            ValueError: a `std` that is not above 0, `pixels` of which the second is not above the first, a mean outside of them
+                or without a std, neither one number nor one a channel; a `resize` below the crop.
         """
-        crop: Side = self.input_size or published.crop
-        made = replace(published, resize=self.resize or proportional(published, crop), crop=crop)
+        crop: Side = published.crop if self.input_size is None else self.input_size
+        made = replace(published, resize=proportional(published, crop) if self.resize is None else self.resize, crop=crop)
+        if self.resize is not None and self.resize < max(made.cropped):
+            raise ValueError(f"a picture resized to {self.resize} does not cover the crop of {crop}: resize is at least that")
         if not self.normalises:
             return made
         low, high = self.pixels or (0.0, 1.0)
@@ -91,6 +94,10 @@ class Options:
         mean, std = _each(self.mean, 0.0, channels, "mean"), _each(self.std, 1.0, channels, "std")
         if not all(s > 0 for s in std):
             raise ValueError(f"a std is above 0 for each channel, got {list(std)}")
+        if not all(low <= m <= high for m in mean):
+            raise ValueError(
+                f"a mean is one of pixels from {low:g} to {high:g}, got {list(mean)}; pixels=(0, 255) are of that range"
+            )
         return replace(made, mean=tuple((m - low) / (high - low) for m in mean), std=tuple(s / (high - low) for s in std))
 
     def names(self) -> tuple[str, ...] | None:
@@ -140,7 +147,7 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
         if options.num_classes is not None or options.normalises:
             raise ValueError("the shipped networks have ten classes and take pixels as they are: no num_classes, mean or std")
         return _named(name, Published(zoo.load(name[4:], options.weights), ZOO, zoo.labels), options)
-    if Path(name).suffix in (".onnx", ".pt2"):
+    if Path(name).suffix in PACKAGES:
         raise ValueError(f"{name} is called as packages are, which need no model: sp_fx.load({name!r})")
     if Path(name).is_dir():
         raise IsADirectoryError(f"{name} is a folder, and no network; one of Hugging Face's is named hf/{name}")
@@ -155,7 +162,8 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
         published = maker(name, pretrained, options.num_classes)
     except OSError as error:  # those of a download
         reason = str(error).strip().split("\n")[0]
-        text = f"the weights of {name} could not be downloaded ({reason}); pass a file with --weights FILE"
+        instead = "name a folder that has them, hf/./FOLDER" if name.startswith("hf/") else "pass a file with --weights FILE"
+        text = f"the weights of {name} could not be downloaded ({reason}); {instead}"
         raise RuntimeError(text) from error
     if options.weights is not None:
         published = with_weights(published, options, lambda classes: maker(name, False, classes))
@@ -165,7 +173,10 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
 def with_weights(published: Published, options: Options, again: Callable[[int], Published]) -> Published:
     """Returns the network with the caller's weights, made `again` for as many classes as these have."""
     path = Path(options.weights or "")
-    state = fitted(read_state(path, options.trust_pickle), published.net)
+    state = read_state(path, options.trust_pickle)
+    if isinstance(published.net, Logits):
+        return huggingface_weights(published, state, path, options.num_classes)
+    state = fitted(state, published.net)
     classes = None if options.num_classes else classes_of(state, published.net)
     if classes is not None:
         published = replace(again(classes), labels=None)
@@ -180,7 +191,9 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         raise TypeError(
             f"{name} returns a torch.nn.Module, or a NamedModel or TextModel of sp_fx.models; got {type(made).__name__}"
         )
-    net: nn.Module = made if isinstance(made, nn.Module) else made.model
+    net = ready(made if isinstance(made, nn.Module) else made.model)
+    if isinstance(made, nn.Module):
+        made = net
     inside = net.model if isinstance(net, PixelSpace) else net  # a file has the weights of what the normalisation is in front of
     if options.weights is not None:
         load_weights(inside, Path(options.weights), options.trust_pickle)
@@ -196,15 +209,28 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
         return named if options.normalises else replace(named, assumed=f"mean {named.preprocessing.mean} and std "
                                                         f"{named.preprocessing.std} of pixels in [0, 1]")  # fmt: skip
-    if isinstance(made, PixelSpace) and options.input_size:
-        published = replace(published, resize=options.input_size)
+    if isinstance(made, PixelSpace) and options.input_size is not None:
+        published = replace(published, resize=options.input_size, crop=options.input_size)
     return NamedModel(name, net.eval(), options.preprocessing(published), options.names() or labels, _source(options, source))
+
+
+def ready(net: nn.Module) -> nn.Module:
+    """Returns the network inside what trains it in parallel or compiles it, in float32, as pixels are: many are saved in half
+    precision."""
+    while isinstance(net, nn.DataParallel | nn.parallel.DistributedDataParallel) or isinstance(
+        getattr(net, "_orig_mod", None), nn.Module
+    ):
+        inside = net._orig_mod if hasattr(net, "_orig_mod") else net.module
+        assert isinstance(inside, nn.Module)
+        net = inside
+    kinds = {p.dtype for p in net.parameters() if p.is_floating_point()}
+    return net.float() if len(kinds) == 1 and kinds != {torch.float32} else net
 
 
 def _assumed(net: nn.Module, options: Options) -> Preprocessing:
     """Returns what is assumed of a network of one's own: ImageNet's mean and deviation, or 0.5 for grey; the picture just covers
     the input."""
-    size = options.input_size or IMAGENET.crop
+    size: Side = IMAGENET.crop if options.input_size is None else options.input_size
     grey = grey_only(net)
     mean, std = ((0.5,), (0.5,)) if grey else (IMAGENET.mean, IMAGENET.std)
     return replace(IMAGENET, resize=size, crop=size, mean=mean, std=std)

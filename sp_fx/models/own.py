@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import importlib
 import importlib.util
@@ -14,21 +15,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from .weights import read_file, state_in
+from .published import torchvision_net
+from .weights import classes_of, fitted, read_file, state_in
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".safetensors")  # of files that hold a model or its weights
+PACKAGES = (".onnx", ".pt2")
 
 
 def is_own(name: str) -> bool:
     """Whether `name` is that of a function of the user's, not of a hub (`timm/hf-hub:...`)."""
-    return ":" in name and not name.startswith(("timm/", "hf/"))
+    return ":" in name and not name.startswith(("timm/", "hf/")) and not Path(name).is_file()
 
 
 def is_file(name: str) -> bool:
-    """Whether `name` is that of a file that holds a model."""
-    return not is_own(name) and name.lower().endswith(ENDINGS) and not name.startswith(("timm/", "hf/", "zoo/"))
+    """Whether `name` is that of a file that holds a model: there is one, however it is called (`best.pth.tar`), or it ends so."""
+    if name.startswith(("timm/", "hf/", "zoo/")) or Path(name).suffix in PACKAGES or is_own(name):
+        return False
+    return name.lower().endswith(ENDINGS) or Path(name).is_file()
 
 
 def called(spec: str, num_classes: int | None = None) -> Any:
@@ -64,11 +71,20 @@ def _module(name: str, place: str) -> Any:
         file = Path(name)
         if not file.is_file():
             raise ValueError(f"{place}: there is no file {name}")
+        if (folder := str(file.parent.absolute())) not in sys.path:
+            sys.path.append(folder)  # where it finds the files beside it, as when Python runs it
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(file.stem, module)  # where pickle and dataclasses look for its classes
-        spec.loader.exec_module(module)
+        before = sys.modules.get(file.stem)
+        if before is None or _file_of(before) == file.absolute():  # not in place of another of that name
+            sys.modules[file.stem] = module  # where pickle and dataclasses look for its classes
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            if sys.modules.get(file.stem) is module:
+                del sys.modules[file.stem]
+            raise
         return module
     if not all(part.isidentifier() for part in name.split(".")):
         raise ValueError(
@@ -82,6 +98,11 @@ def _module(name: str, place: str) -> Any:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             raise  # the module is there and misses another
         raise ValueError(f"{place}: there is no module {error.name!r} in {os.getcwd()}, nor installed") from error
+
+
+def _file_of(module: Any) -> Path | None:
+    file = getattr(module, "__file__", None)
+    return None if file is None else Path(file).absolute()
 
 
 def _literal(text: str) -> Any:
@@ -128,10 +149,38 @@ def pickled_model(path: Path, trust_pickle: bool) -> nn.Module:
 
 
 def _named(path: Path, state: dict[str, Any]) -> str:
-    from .published import architecture
-
     function = f"--model module:function --weights {path}, where the function makes the network"
     if (found := architecture(state)) is None:
         return f"name it: {function}"
     name, classes = found
     return f"they fit torchvision's {name} with {classes} classes: --model {name} --weights {path}; or {function}"
+
+
+def architecture(state: dict[str, Tensor]) -> tuple[str, int] | None:
+    """Returns the name of torchvision's classifier whose state dict has the names and shapes of `state`, but for the number of
+    classes, and that number; None where there is none or several, or torchvision is not installed."""
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    from torchvision import models
+
+    found = []
+    for name in models.list_models(module=models):
+        with _Empty(), contextlib.suppress(RuntimeError):
+            net = torchvision_net(name, None)
+            candidate = fitted(state, net)
+            own = net.state_dict()
+            if own.keys() == candidate.keys():
+                same = all(own[key].shape == candidate[key].shape for key in own)
+                if classes := 1000 if same else classes_of(candidate, net):
+                    found.append((name, classes))
+    return found[0] if len(found) == 1 else None
+
+
+class _Empty(TorchFunctionMode):
+    """Parameters have no values; what a network counts with while it is made, as RegNet's widths, has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = {"device": "meta"} | {key: value for key, value in kwargs.items() if value is not None}
+        return func(*args, **kwargs)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import os
+import pickle
+import pickletools
+import re
 import sys
+import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +24,12 @@ from .. import zoo
 # Wrappers and training loops put the weights under one of these, and one of these before every name.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema", "weights")
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
+# Heads that train GoogLeNet and Inception v3, and take no part in what they predict.
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+WITH_AUXILIARY = ("GoogLeNet", "Inception3", "InceptionV3")
+TORCH = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # what torch.save wrote first before it wrote archives
+# torchvision's files of DenseNets are from before its layers were renamed: "norm.1" is "norm1".
+OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
 
 
 def load_weights(net: nn.Module, path: Path, trust_pickle: bool = False) -> None:
@@ -33,9 +45,25 @@ def load_weights(net: nn.Module, path: Path, trust_pickle: bool = False) -> None
 
 def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load `state`, read at `path`; errors as of `load_weights`."""
-    check_fit(net, state, path)
+    try:
+        check_fit(net, state, path)
+    except ValueError:
+        # Some modules read the names of their older versions (torchvision's ViT): on a copy, since one that does not fit is left
+        # half loaded.
+        try:
+            copy.deepcopy(net).load_state_dict(dict(state))
+        except Exception:
+            state = {}
+        if not state:
+            raise
+        whole: Mapping[str, Tensor] = state
+    else:
+        # In the network's own dictionary, which says by which version of each module it was written (MNASNet asks), and has the
+        # counts that older ones lack.
+        whole = net.state_dict()
+        whole.update(state)
     zoo.store.check_finite(path, state)
-    net.load_state_dict(state)
+    net.load_state_dict(whole)
 
 
 def read_state(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
@@ -48,7 +76,8 @@ def read_state(path: Path, trust_pickle: bool = False) -> dict[str, Tensor]:
     content = read_file(path, trust_pickle)
     state = state_in(content)
     if state is None:
-        what = f"keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+        what = f"the entries {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else type(content).__name__
+        what = what if not isinstance(content, Mapping) or content else "an empty dictionary"
         raise ValueError(f"{path} holds no state dict, a mapping from names to tensors: got {what}")
     return state
 
@@ -67,6 +96,9 @@ def read_file(path: Path, trust_pickle: bool = False) -> Any:
         raise IsADirectoryError(f"{path} is a folder, and weights are a file{inside}")
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
+    with path.open("rb") as file:
+        if file.read(24).startswith(b"version https://git-lfs."):
+            raise ValueError(f"{path} is a pointer of Git LFS to a file that is not here: `git lfs pull` fetches it")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -83,7 +115,9 @@ def read_file(path: Path, trust_pickle: bool = False) -> Any:
     if trust_pickle:
         return unpickled(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other protocols of pickle
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and torch each have their own; all mean the same to the user
         if objects := pickled_objects(path):
             raise ValueError(
@@ -91,53 +125,103 @@ def read_file(path: Path, trust_pickle: bool = False) -> Any:
                 "runs code of whoever made the file. If you trust its maker: --trust-pickle (trust_pickle=True). Better: save "
                 "weights alone, torch.save(model.state_dict(), 'weights.pth')"
             ) from None
-        raise ValueError(f"{path} is no whole file of weights: {_line(error)}") from error
+        raise ValueError(f"{path} is no whole file of weights: {_unread(path, error)}") from error
 
 
 def unpickled(path: Path) -> Any:
-    """Returns what is pickled in the file, whose classes may be those of modules in the working folder; errors as `read_file`."""
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    """Returns what is pickled in the file, by `torch.save` or by `pickle` itself. Its classes may be those of modules in the
+    working folder or beside the file. Errors as of `read_file`."""
+    for folder in (os.getcwd(), str(path.parent.absolute())):
+        if folder not in sys.path:
+            sys.path.append(folder)
     try:
+        with path.open("rb") as file:
+            head = file.read(32)
+            if head.startswith(b"\x80") and TORCH not in head:  # torch.load would run it before it sees that it is not its own
+                file.seek(0)
+                return pickle.load(file)
         return torch.load(path, map_location="cpu", weights_only=False)
-    except (AttributeError, ModuleNotFoundError) as error:
-        raise ValueError(
-            f"{path} cannot be unpickled here: {_line(error)}. The classes of what is in it have to be importable: work in the "
-            "folder of their files, or install their package"
-        ) from error
+    except (AttributeError, ImportError) as error:
+        if "__main__" in str(error):
+            way = (
+                "The class is one of the script that made the file, and nothing else can import it: save weights alone there, "
+                "torch.save(model.state_dict(), ...), and name the function that makes the network, --model script.py:function"
+            )
+        else:
+            way = (
+                "The classes of what is in it have to be importable: work in the folder of their files, or install their package"
+            )
+        raise ValueError(f"{path} cannot be unpickled here: {_line(error)}. {way}") from error
     except Exception as error:
-        raise ValueError(f"{path} is no whole file of weights: {_line(error)}") from error
+        raise ValueError(f"{path} is no whole file of a model or weights: {_unread(path, error)}") from error
 
 
 def is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, OSError):  # none, or a damaged one
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
 def pickled_objects(path: Path) -> list[str]:
-    """Returns the classes and functions, by name, that unpickling the file would import beyond those that torch finds safe."""
+    """Returns the classes and functions, by name, that unpickling the file would import beyond those that torch finds safe.
+    Nothing of it is run."""
     try:
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
-    except Exception:  # no archive of torch.save, or a damaged one
-        return []
+    except Exception:  # no archive of today's torch.save: an older one's pickles, one after another, or a plain one
+        return _imports_of(path)
+
+
+def _imports_of(path: Path) -> list[str]:
+    found, recent = set[str](), [""]
+    memo: dict[Any, str] = {}
+    with path.open("rb") as file, contextlib.suppress(Exception):  # bytes that are no pickle end it
+        for _ in range(4):  # torch's has three more before the object
+            for code, argument, _position in pickletools.genops(file):
+                if code.name == "GLOBAL":
+                    found.add(str(argument).replace(" ", "."))
+                elif code.name == "STACK_GLOBAL":
+                    found.add(".".join(recent[-2:]))
+                elif code.name == "MEMOIZE":
+                    memo[len(memo)] = recent[-1]
+                elif code.name in ("BINPUT", "LONG_BINPUT"):
+                    memo[argument] = recent[-1]
+                elif code.name in ("BINGET", "LONG_BINGET"):
+                    recent.append(memo.get(argument, ""))
+                else:
+                    recent.append(argument if isinstance(argument, str) else "")
+    return sorted(name for name in found if not name.startswith(("collections.", "torch._utils.", "torch.FloatStorage")))
 
 
 def state_in(content: Any) -> dict[str, Tensor] | None:
-    """Returns the state dict in what a file holds: itself, an entry of a checkpoint, or the weights of a module; else None."""
+    """Returns the state dict in what a file holds: itself, also with a number or a text beside its tensors, an entry of a
+    checkpoint, or the weights of a module; else None."""
     if isinstance(content, nn.Module):
         return dict(content.state_dict())
     if not isinstance(content, Mapping) or not content:
         return None
-    if all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
-        return dict(content)
-    return next((state for key in ENTRIES if key in content and (state := state_in(content[key])) is not None), None)
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if len(tensors) == len(content):
+        return tensors
+    known = (state for key in ENTRIES if key in content and (state := state_in(content[key])) is not None)
+    if (first := next(known, None)) is not None:
+        return first
+    others = [value for value in content.values() if isinstance(value, nn.Module) or _is_state(value)]
+    if len(others) == 1:
+        return state_in(others[0])
+    return tensors if not others and len(tensors) > len(content) / 2 else None
+
+
+def _is_state(value: Any) -> bool:
+    pairs = value.items() if isinstance(value, Mapping) else ()
+    return bool(pairs) and all(isinstance(key, str) and isinstance(each, Tensor) for key, each in pairs)
 
 
 def fitted(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
     """Returns `state` without the prefix of a wrapper ("module.", "model.", ...) that all its names have and that `net` does not
-    know, and without the entries of other parts where only such a part, as "backbone.", is the network."""
+    know, and without the entries of other parts where only such a part, as "backbone.", is the network; and without the heads
+    that only train, where `net` is made without them."""
     known = net.state_dict().keys()
     for _ in range(3):  # "module.model." and the like
         if known & state.keys():
@@ -147,7 +231,9 @@ def fitted(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
             if part and (len(part) == len(state) or known <= part.keys()):
                 state = part
                 break
-    return state
+    if type(net).__name__ in WITH_AUXILIARY and not any(key.startswith(AUXILIARY) for key in known):
+        state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
+    return {key if key in known else OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def classes_of(state: Mapping[str, Tensor], net: nn.Module) -> int | None:
@@ -170,16 +256,34 @@ def check_fit(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     unknown = [key for key in state if key not in own]
     shapes = [f"{k} {list(state[k].shape)} where it has {list(own[k].shape)}" for k in own if k in state and
               own[k].shape != state[k].shape]  # fmt: skip
+    if missing or unknown or shapes:
+        raise unfit(net, path, len(state), missing, unknown, shapes, classes_of(state, net))
+
+
+def unfit(
+    net: nn.Module,
+    path: Path,
+    count: int,
+    missing: Sequence[str] = (),
+    unknown: Sequence[str] = (),
+    shapes: Sequence[str] = (),
+    classes: int | None = None,
+) -> ValueError:
+    """Returns the error for `count` tensors that are not those of `net`; `classes`, where they differ in nothing but that."""
     found = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for names, what in ((missing, "missing"), (unknown, "that it does not have"), (shapes, "of another shape"))
         if names
     ]
-    if found:
-        raise ValueError(
-            f"the weights in {path} do not fit {type(net).__name__}: {len(state)} tensors, of which {'; '.join(found)}. For a "
-            "network that was changed, such as one with another head, name the function that makes it: --model module:function"
-        )
+    hint = (
+        "For a network that was changed, such as one with another head, name the function that makes it: --model module:function"
+        if classes is None
+        else f"They are of a network with {classes} classes: --num-classes {classes} (num_classes={classes}), which the function "
+        "that makes it has to take"
+    )
+    return ValueError(
+        f"the weights in {path} do not fit {type(net).__name__}: {count} tensors, of which {'; '.join(found)}. {hint}"
+    )
 
 
 def weights_hash(net: nn.Module) -> str:
@@ -191,6 +295,14 @@ def weights_hash(net: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _unread(path: Path, error: BaseException) -> str:
+    """Returns why a file could not be read."""
+    if not path.stat().st_size:
+        return "it is empty"
+    archive = path.read_bytes()[:2] == b"PK"
+    return _line(error) if archive or isinstance(error, RuntimeError) else "torch.save has not written it so"
+
+
 def _line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its type where it has none."""
-    return str(error).strip().split("\n")[0][:300] or type(error).__name__
+    """Returns the first line of an error's message, without a terminal's colours, or its type where it has none."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().split("\n")[0][:300] or type(error).__name__

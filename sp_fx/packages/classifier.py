@@ -6,10 +6,12 @@ from os import PathLike
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..models.classes import class_index
 from ..models.images import Preprocessing, fitting
 from ..program.program import Program
+from ..targets import primary
 from .package import load
 
 
@@ -42,11 +44,33 @@ class Classifier:
         recorded = self.manifest.get("preprocessing")
         of_pictures = fitting(height if height == width else (height, width), channels) if channels in (1, 3) else None
         self.preprocessing = of_pictures if recorded is None else Preprocessing.recorded(recorded)
+        if self.preprocessing is not None and [len(self.preprocessing.mean), *self.preprocessing.cropped] != shape:
+            made = [len(self.preprocessing.mean), *self.preprocessing.cropped]
+            raise ValueError(f"the manifest's preprocessing makes pictures of {made}, and the package takes {shape}")
 
     @classmethod
     def load(cls, path: str | PathLike[str], *, device: str | None = None, threads: int | None = None) -> Classifier:
         """Returns the package at `path`; arguments and errors as of `load`, and ValueError where it is another program."""
         return cls(load(path, device=device, threads=threads))
+
+    def __call__(self, x: Tensor, classes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns the scores [B, classes] and the maps of inputs `x`, for `classes` [B], the predicted ones where None or -1.
+
+        A package of a fixed batch runs in pieces, the last of which is filled up with copies of its last sample.
+        """
+        classes = torch.full((len(x),), -1) if classes is None else classes
+        if self.program.dynamic_batch:
+            outputs, maps = self.program(x, classes)
+            return primary(outputs), maps
+        size, scores, found = self.program.batch, list[Tensor](), list[Tensor]()
+        for start in range(0, len(x), size):
+            piece, aim = x[start : start + size], classes[start : start + size]
+            lack = size - len(piece)
+            filled = torch.cat([piece, piece[-1:].expand(lack, *piece.shape[1:])])
+            outputs, maps = self.program(filled, torch.cat([aim, aim[-1:].expand(lack)]))
+            scores.append(primary(outputs)[: len(piece)])
+            found.append(maps[: len(piece)])
+        return torch.cat(scores), torch.cat(found)
 
     def for_pictures(self) -> Preprocessing:
         """Returns the preprocessing; ValueError where the package takes no pictures."""

@@ -124,6 +124,7 @@ def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         with graph.graph.inserting_before(node):
             for axis in sorted((a % rank for a in axes), reverse=True):
                 x = graph.graph.call_function(node.target, (x, [axis], *keep), node.kwargs)
+        x.meta = dict(node.meta)  # the next mean may be of this one, and asks for its rank
         node.replace_all_uses_with(x)
         graph.graph.erase_node(node)
     graph.recompile()

@@ -68,7 +68,7 @@ class Parameters:
             if isinstance(below, bool):
                 raise TypeError
             below = None if below is None else float(below)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise Refused(400, f'"below" is a confidence from 0 to 1, got {str(below)[:50]!r}') from error
         if below is not None and not 0 <= below <= 1:
             raise Refused(400, f'"below" is a confidence from 0 to 1, got {below}')
@@ -117,7 +117,7 @@ class RequestReader:
         try:
             with np.errstate(over="ignore"):  # infinities are refused below
                 x = np.asarray(item, np.float32)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise Refused(400, f"an instance is an array of numbers of shape {list(self.shape)}: {str(error)[:100]}") from error
         if x.shape != self.shape:
             raise Refused(400, f"an instance has shape {list(self.shape)}, got {list(x.shape)}")
@@ -148,11 +148,11 @@ class RequestReader:
         if isinstance(item, str):
             if self.class_names and item in self.class_names:
                 return self.class_names.index(item)
-            if not item.isdecimal():
+            if not item.isdecimal() or len(item) > 12:
                 names = self.class_names
                 choices = f"one of {', '.join(names[:20])}" if names else "a number, since the package names no classes"
                 raise Refused(400, f"unknown target {item[:50]!r}: expected {choices}")
-            item = int(item[:12])
+            item = int(item)
         if isinstance(item, bool) or not isinstance(item, int) or not 0 <= item < self.classes:
             raise Refused(400, f"targets are 0 to {self.classes - 1}, got {item!r}"[:200])
         return item

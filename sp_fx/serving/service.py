@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..figures.map_png import map_png
+from ..models.classes import probabilities
 from ..packages.classifier import Classifier
 from ..program.program import Program
 from .batching import Batcher
@@ -37,16 +38,10 @@ class Served:
         self.metrics = RequestMetrics()
 
     def run(self, samples: Sequence[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns (logits [classes], map [channels, height, width]), float32, for each (pixels, class) pair.
-
-        A package of a fixed batch has its last places filled with copies of the last sample.
-        """
-        count = len(samples)
-        filled = [*samples, *[samples[-1]] * (0 if self.program.dynamic_batch else self.program.batch - count)]
-        x = torch.from_numpy(np.stack([pixels for pixels, _ in filled])).to(self.program.device)
-        outputs, maps = self.program(x, torch.tensor([target for _, target in filled]))
-        logits = torch.utils._pytree.tree_leaves(outputs)[0].float().cpu().numpy()
-        return list(zip(logits[:count], maps.float().cpu().numpy()[:count]))
+        """Returns (logits [classes], map [channels, height, width]), float32, for each (pixels, class) pair."""
+        x = torch.from_numpy(np.stack([pixels for pixels, _ in samples])).to(self.program.device)
+        logits, maps = self.classifier(x, torch.tensor([target for _, target in samples]))
+        return list(zip(logits.float().cpu().numpy(), maps.float().cpu().numpy()))
 
     def public_manifest(self) -> dict[str, Any]:
         """Returns the package's manifest without the entries that only a loader needs."""
@@ -71,13 +66,11 @@ class Served:
         return json.dumps(content, allow_nan=False).encode()
 
     def prediction(self, logits: np.ndarray) -> dict[str, Any]:
-        """Returns the JSON object of one prediction: class, label, confidence (its softmax), logits."""
+        """Returns the JSON object of one prediction: class, label, confidence (its probability), logits."""
         if not np.isfinite(logits).all():
             raise Refused(500, "the model's output is not finite for this input")
-        shifted = np.exp(logits.astype(np.float64) - logits.max())
-        probabilities = shifted / shifted.sum()
         best = int(logits.argmax())
-        label, confidence = self.classifier.label(best), float(probabilities[best])
+        label, confidence = self.classifier.label(best), probabilities(torch.from_numpy(logits).double()[None])[0, best].item()
         return {"class": best, "label": label, "confidence": confidence, "logits": logits.tolist()}
 
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class PictureError(ValueError):
 def decode(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> np.ndarray:
     """Returns the picture in `content` as `preprocessing` makes it of a file: float32 [channels, height, width] in [-1, 1].
 
-    The header is read first, and nothing is decoded beyond `max_pixels`.
+    The header is read first, and nothing is decoded or resized beyond `max_pixels`.
 
     Raises:
         PictureError: no picture of the known formats, a truncated one, or one of more pixels.
@@ -33,7 +33,9 @@ def decode(content: bytes, preprocessing: Preprocessing, max_pixels: int) -> np.
         file = Image.open(io.BytesIO(content), formats=FORMATS)
         if file.width * file.height > max_pixels:
             raise PictureError(f"a picture of {file.width} x {file.height} pixels, the limit is {max_pixels}", too_large=True)
-        picture, _ = to_rgb(ImageOps.exif_transpose(file))
+        turned = ImageOps.exif_transpose(file)
+        preprocessing.resized(turned.size, max_pixels)
+        picture, _ = to_rgb(turned)
         return preprocessing.pixels(picture).numpy()
     except PictureError:
         raise
