@@ -286,6 +286,7 @@ def test_five_classes_of_ones_own(name, side):
         for file in files:
             named = sp_fx.models.load(name, weights=file, input_size=side)
             assert named.labels is None and named.weights == file
+            assert ("transform_input=True, which its weights do not say" in named.assumed) == bool(options)
             assert torch.allclose(behind(named, x), want, rtol=1e-3, atol=1e-3 * want.abs().max()), file
 
 

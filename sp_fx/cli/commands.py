@@ -44,12 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except ImportError as error:
-            hint = ""
-            if (error.name or "").split(".")[0] in EXTRAS:
-                hint = (
-                    "; this command needs an extra: pip install 'sp-fx[vision]', 'sp-fx[demo]' for the shipped networks, "
-                    "'sp-fx[models]' for those in packages, 'sp-fx[serve]'"
-                )
+            extra = EXTRAS.get((error.name or "").split(".")[0])
+            hint = f"; this command needs an extra: pip install 'sp-fx[{extra}]'" if extra else ""
             print(f"sp-fx: {one_line(error)}{hint}", file=sys.stderr)
             return 2
         except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
@@ -57,10 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
 
 
-# What the extras bring. A module of one's own that is missing is no matter of theirs.
+# The extra that brings a module. One of the user's own that is missing is no matter of theirs.
 EXTRAS = {
-    *("torchvision", "timm", "PIL", "matplotlib", "safetensors", "shtab", "transformers", "huggingface_hub", "skimage"),
-    *("efficientnet_lite_pytorch", "starlette", "uvicorn", "onnx", "onnxscript", "onnxruntime", "ray"),
+    **dict.fromkeys(("torchvision", "timm", "PIL", "matplotlib", "safetensors", "shtab"), "vision"),
+    **dict.fromkeys(("transformers", "huggingface_hub", "skimage", "efficientnet_lite_pytorch"), "models"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    "ray": "ray",
 }
 
 

@@ -94,7 +94,10 @@ def refuse_overwriting(name: str, explained: records.Explained, args: argparse.N
 def names_of(name: str, paths: int, args: argparse.Namespace) -> list[str]:
     """Returns the names of the figure and then, of each path, of its strip and its animation."""
     stems = [f"{name}_path{number + 1}" if paths > 1 else f"{name}_path" for number in range(paths)]
-    return [f"{name}.{args.format}", *(f"{stem}.{ending}" for stem in stems for ending in (args.format, args.animation))]
+    return [
+        f"{name}.{args.format}",
+        *(f"{stem}.{ending}" for stem in stems for ending in (args.format, args.animation or "webp")),
+    ]
 
 
 def write(
@@ -129,6 +132,8 @@ def model(args: argparse.Namespace) -> Subject:
     with takes_pixels(named):
         explainers = {name: transform(net, rules=rules_of(name, args.temperature), example_inputs=example) for name in args.rules}
     wanted = args.method or (["ascend"] if args.path else ["pullback"])
+    if args.animation and not args.path:
+        raise ValueError("--animation says how --path is written: add --path")
     if args.path and "ascend" not in wanted:
         raise ValueError("--path draws the steps of an ascent: add --method ascend")
     steps = args.steps or 5
@@ -166,10 +171,9 @@ def takes_pixels(named: NamedModel) -> Iterator[None]:
 
 
 def say_assumed(named: NamedModel) -> None:
-    """Prints what nobody has said of the pixels that the model takes, and is taken for granted."""
+    """Prints what nobody has said of the model, and is taken for granted."""
     if named.assumed:
-        assumed = f"assumed: {named.assumed} (--mean, --std, --pixels say otherwise)"
-        print(f"sp-fx: {named.name} says nothing of its pixels; {assumed}", file=sys.stderr)
+        print(f"sp-fx: {named.name} {named.assumed}", file=sys.stderr)
 
 
 def noise(named: NamedModel, count: int) -> torch.Tensor:
@@ -182,7 +186,7 @@ def package(args: argparse.Namespace) -> Subject:
     """Returns the package that `--model` names. What it explains by is in it: other options than these would be ignored."""
     from ..packages.classifier import Classifier
 
-    said, flags = options_of(args), ("rules", "temperature", "method", "steps", "step_size", "path")
+    said, flags = options_of(args), ("rules", "temperature", "method", "steps", "step_size", "path", "animation")
     given = {field.name: getattr(said, field.name) != field.default for field in fields(Options)}
     given |= {flag: str(getattr(args, flag)) not in ("None", "False", "[]", "['default']") for flag in flags}  # 0.0 is given
     ignored = [f"--{name.replace('_', '-')}" for name, value in given.items() if value]

@@ -92,7 +92,7 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the figures and records")
     output.add_argument("--times-input", action="store_true", help="show each map times the pixels too")
     output.add_argument("--path", action="store_true", help="the steps of an ascent, as a strip and moving")
-    moving = output.add_argument("--animation", choices=("webp", "gif"), default="webp", metavar="F")
+    moving = output.add_argument("--animation", choices=("webp", "gif"), metavar="F")
     moving.help = "of --path: webp (the default) or gif"
     output.add_argument("--format", choices=FORMATS, default="png", metavar="F", help=f"{', '.join(FORMATS)} (png)")
     output.add_argument("--json", action="store_true", help="print each picture's record, a line of JSON")

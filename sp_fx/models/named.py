@@ -27,7 +27,8 @@ from .weights import classes_of, fitted, load_state, load_weights, read_state, w
 @dataclass(frozen=True)
 class NamedModel:
     """A network with its `preprocessing`: `model` takes pixels in [-1, 1]; `labels` names its classes where they are known;
-    `weights` says where they are from: "published", a file's name, or "none"; `assumed`, what nobody has said of the pixels."""
+    `weights` says where they are from: "published", a file's name, or "none"; `assumed`, in a sentence, what nobody has said of
+    it."""
 
     name: str
     model: nn.Module
@@ -167,7 +168,11 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
         raise RuntimeError(text) from error
     if options.weights is not None:
         published = with_weights(published, options, lambda classes: maker(name, False, classes))
-    return _named(name, published, options, "published" if pretrained else "none")
+    named = _named(name, published, options, "published" if pretrained else "none")
+    if options.weights is not None and getattr(published.net, "transform_input", False):
+        text = "is taken as published, with transform_input=True, which its weights do not say; for one that was trained without"
+        named = replace(named, assumed=f"{text} it name the function that makes it, --model module:function")
+    return named
 
 
 def with_weights(published: Published, options: Options, again: Callable[[int], Published]) -> Published:
@@ -207,8 +212,11 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         published, labels = replace(IMAGENET, mean=mean, std=std), None
     else:
         named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
-        return named if options.normalises else replace(named, assumed=f"mean {named.preprocessing.mean} and std "
-                                                        f"{named.preprocessing.std} of pixels in [0, 1]")  # fmt: skip
+        if options.normalises:
+            return named
+        mean, std = named.preprocessing.mean, named.preprocessing.std
+        assumed = f"assumed: mean {mean} and std {std} of pixels in [0, 1] (--mean, --std, --pixels say otherwise)"
+        return replace(named, assumed=f"says nothing of its pixels; {assumed}")
     if isinstance(made, PixelSpace) and options.input_size is not None:
         published = replace(published, resize=options.input_size, crop=options.input_size)
     return NamedModel(name, net.eval(), options.preprocessing(published), options.names() or labels, _source(options, source))
