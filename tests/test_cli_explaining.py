@@ -258,10 +258,10 @@ def test_few_classes_and_many_targets(here, tmp_path, classes, targets):
 
 
 def test_rules_side_by_side_and_temperatures_of_places(here, tmp_path, capsys):
-    given = ["--rules", "default,paper", "--temperature", "net.body.*=0.3", "--temperature", "relu=2"]
-    assert explained(tmp_path / "a", *given, model="own_nets:mapping") == 2  # as the model with its pixels is called
-    assert "'net.body.*' fits no gate of this model" in capsys.readouterr().err
-    given[3] = "model.net.body.1=0.3"
+    given = ["--rules", "default,paper", "--temperature", "net.nobody.*=0.3", "--temperature", "relu=2"]
+    assert explained(tmp_path / "a", *given, model="own_nets:mapping") == 2
+    assert "'net.nobody.*' fits no gate of this model" in capsys.readouterr().err
+    given[3] = "net.body.1=0.3"  # of the model within its pixels
     assert explained(tmp_path / "b", *given, model="own_nets:mapping") == 0
     record = json.loads((tmp_path / "b" / "high.json").read_text())
     assert [m["name"] for m in record["method"]] == ["pullback, default", "pullback, paper"]

@@ -92,3 +92,12 @@ def test_signs_and_commas_in_one_word_or_two():
 
     assert joined(["--pixels", "-1,1", "--mean", "-.5", "--std", "1"]) == ["--pixels=-1,1", "--mean=-.5", "--std", "1"]
     assert joined(["--pixels", "--json", "a", "-1,1"]) == ["--pixels", "--json", "a", "-1,1"] and joined([]) == []
+
+
+@pytest.mark.parametrize("given, near", [(["--mehtod", "ascend"], "; the nearest option is --method"), (["--xyz=1"], "")])
+def test_an_option_that_the_command_does_not_have(tmp_path, capsys, given, near):
+    with pytest.raises(SystemExit) as stopped:
+        explain(tmp_path, tmp_path, *given)
+    told = capsys.readouterr().err
+    assert stopped.value.code == 2 and told.startswith("usage: sp-fx explain ")
+    assert f"unrecognized arguments: {' '.join(given)}{near}\n" in told

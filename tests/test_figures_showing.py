@@ -182,8 +182,8 @@ def test_what_does_not_fit_is_named(k):
         (MAPS, {"captions": ["a"]}, "captions: expected 4, one for each picture, got 1"),
         (MAPS, {"captions": "a cat"}, "captions: expected 4, one for each picture, got 1"),
         (MANY, {"unit": [plot.SLOPE]}, "unit: expected 2, one for each of a picture's maps, got 1"),
-        ({"a": MAPS}, {"unit": {"b": None}}, r"unit: expected one for each of \['a'\], got them for \['b'\]"),
-        ({"a": MAPS, "b": MAPS}, {"unit": {"b": None}}, r"unit: expected one for each of \['a', 'b'\], got them for \['b'\]"),
+        ({"a": MAPS}, {"unit": {"b": None}}, r"unit: the titles are \['a'\], got a unit for \['b'\]"),
+        ({"a": MAPS, "b": MAPS}, {"unit": {"c": None}}, r"unit: the titles are \['a', 'b'\], got a unit for \['c'\]"),
     ],
 )
 def test_titles_captions_and_units_that_do_not_fit(maps, options, told):

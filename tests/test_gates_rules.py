@@ -239,3 +239,35 @@ def test_a_measured_scale_keeps_the_margin():
     measured, absolute = (sp_fx.transform(net, rules=r) for r in rules)
     assert torch.allclose(measured.pullback(x, 1), absolute.pullback(x, 1), rtol=1e-12, atol=0)
     assert pickle.loads(pickle.dumps(measured.report().rules)) == measured.report().rules
+
+
+class Stages(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1, self.layer4 = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x):
+        return self.layer4(self.layer1(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize("pattern", ["layer4.*", "layer4", "layer4.?"])
+def test_places_of_a_model_that_is_wrapped(pattern):
+    """`pixel_space` puts "model." before every place; overrides that are right of the model stay right."""
+    rules = sp_fx.Rules(overrides={pattern: 0.3})
+    wrapped = sp_fx.pixel_space(Stages(), [0.5] * 3, [0.2] * 3)
+    for model in (Stages(), wrapped, nn.Sequential(wrapped)):
+        found = {site.place: site.temperature for site in sp_fx.transform(model, rules=rules).report().sites if site.kind == "relu"}
+        assert len(found) == 4 and all((tau == 0.3) == ("layer4" in place) for place, tau in found.items())
+
+
+def test_places_in_several_wrapped_models():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = Stages(), Stages()
+
+        def forward(self, x):
+            return self.left(x) + self.right(x)
+
+    with pytest.raises(ValueError, match=r"'layer4\.\*' fits places in left, right; say which: left\.layer4\.\*"):
+        sp_fx.transform(Two(), rules=sp_fx.Rules(overrides={"layer4.*": 0.3}))

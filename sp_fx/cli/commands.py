@@ -22,13 +22,13 @@ from ..models.named import load_model
 from ..rewrite.report import Report
 from .explaining import noise, printed_to_stderr, run_explain, takes_pixels
 from .packing import run_batch, run_compile
-from .parser import build_parser, options_of, rules_of
+from .parser import build_parser, options_of, parsed, rules_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status: 0, 1 where a picture failed, 2 for a request that cannot be met, 130 where it was
     stopped by hand, 141 where nobody reads what it prints any more."""
-    args = build_parser().parse_args(joined(sys.argv[1:] if argv is None else argv))
+    args = parsed(joined(sys.argv[1:] if argv is None else argv))
     unwatched()
     with warnings.catch_warnings():
         warnings.showwarning = shown(warnings.showwarning)

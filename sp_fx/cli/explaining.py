@@ -131,7 +131,7 @@ def model(args: argparse.Namespace) -> Subject:
     example = noise(named, 2).to(args.device)
     with takes_pixels(named):
         explainers = {name: transform(net, rules=rules_of(name, args.temperature), example_inputs=example) for name in args.rules}
-    wanted = args.method or (["ascend"] if args.path else ["pullback"])
+    wanted = args.method or (["pullback", "ascend"] if args.path else ["pullback"])
     if args.animation and not args.path:
         raise ValueError("--animation says how --path is written: add --path")
     if args.path and "ascend" not in wanted:

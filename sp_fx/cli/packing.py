@@ -29,6 +29,9 @@ AOT_SECONDS = (12.0, 0.045)
 def run_compile(args: argparse.Namespace) -> int:
     if args.out.parent != Path() and not args.out.parent.is_dir():
         raise NotADirectoryError(f"there is no folder {args.out.parent} to write {args.out.name} into")
+    if (args.model is None) == (args.named is None):
+        raise ValueError("compile takes one model: sp-fx compile MODEL --out x.onnx; `sp-fx --help` lists their names")
+    args.model = args.named if args.model is None else args.model
     if args.out.is_dir():
         raise IsADirectoryError(f"{args.out} is a folder, and a package is a file")
     if args.method != "ascend" and (args.steps, args.step_size) != (None, None):
@@ -94,6 +97,9 @@ def run_batch(args: argparse.Namespace) -> int:
 
     share = jobs.share_of(os.environ)
     check_batch(args, share)
+    if not args.package.is_file() and args.package.suffix not in (".onnx", ".pt2"):
+        made = f"sp-fx compile {args.package} --out net.onnx makes one of a model"
+        raise ValueError(f"batch takes a package, *.onnx or *.pt2; got {args.package}: {made}")
     files = pictures(args.folder)
     if not files:
         raise ValueError(f"there is no picture in the folder {args.folder}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,18 @@ def build_parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """Returns the parsed arguments. What a command does not take ends the process with the nearest option that it does."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        (commands,) = (action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        command = commands[args.command]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], command._option_string_actions, 1)
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{f'; the nearest option is {near[0]}' if near else ''}")
+    return args
+
+
 def explain_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "Why a model sees what it sees in pictures: files, folders, 'photos/*.jpg'."
     parser.add_argument("images", nargs="+", metavar="IMAGE", help=argparse.SUPPRESS)
@@ -91,7 +105,7 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the figures and records")
     output.add_argument("--times-input", action="store_true", help="show each map times the pixels too")
-    output.add_argument("--path", action="store_true", help="the steps of an ascent, as a strip and moving")
+    output.add_argument("--path", action="store_true", help="an ascent too, and its steps, also moving")
     moving = output.add_argument("--animation", choices=("webp", "gif"), metavar="F")
     moving.help = "of --path: webp (the default) or gif"
     output.add_argument("--format", choices=FORMATS, default="png", metavar="F", help=f"{', '.join(FORMATS)} (png)")
@@ -102,7 +116,8 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
 
 def compile_options(parser: argparse.ArgumentParser) -> None:
     parser.description = "A model (`sp-fx --help` lists their names) and its explanation as one file."
-    parser.add_argument("model", metavar="MODEL", help=argparse.SUPPRESS)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a name, module:function, a file")
+    parser.add_argument("--model", dest="named", metavar="MODEL", help="the same, as the other commands have it")
     model_options(parser, named=False)
     rules_options(parser)
     made = parser.add_argument_group("package")

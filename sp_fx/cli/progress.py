@@ -71,15 +71,20 @@ class Stages:
             yield
             return
         about = f" (about {human(expected)})" if expected else ""
+
+        def spent() -> str:
+            seconds = time.perf_counter() - started
+            late = ", longer than expected" if expected and seconds > 1.5 * expected else ""
+            return f"{seconds:.0f} s{late}"
+
         started, ended = time.perf_counter(), threading.Event()
 
         def count() -> None:
             while not ended.wait(1.0 if self.terminal else LINE):
-                spent = f"{time.perf_counter() - started:.0f} s"
                 if self.terminal:
-                    print(f"\rsp-fx: {what}{about} ... {spent}\033[K", end="", file=sys.stderr, flush=True)
+                    print(f"\rsp-fx: {what}{about} ... {spent()}\033[K", end="", file=sys.stderr, flush=True)
                 else:
-                    print(f"sp-fx: {what}: {spent} so far{about}", file=sys.stderr, flush=True)
+                    print(f"sp-fx: ... {spent()} so far{about}", file=sys.stderr, flush=True)
 
         print(f"sp-fx: {what}{about} ...", end="" if self.terminal else "\n", file=sys.stderr, flush=True)
         counting = threading.Thread(target=count, daemon=True)

@@ -185,7 +185,7 @@ def explain_pictures(
     results = []
     for i, (shown, classes) in enumerate(zip(pictures, indices.tolist())):
         prediction = [class_record(i, index) for index in ranking[i, :5].tolist()]
-        target_records, rows = [], []
+        target_records, rows, steps = [], [], list[Climb]()
         for k, index in enumerate(classes):
             target = class_record(i, index)
             target["maps"] = {way.name: {"l2": maps[way.name][i, k].norm().item()} for way in ways}
@@ -201,7 +201,10 @@ def explain_pictures(
                 else:
                     cells.append(overlay(shown.pixels, map))
             target_records.append(target)
+            if index in classes[:k]:  # asked for by name, and predicted too: it is drawn once
+                continue
             rows.append(cells)
+            steps += [climb_of(predict, some[k][:, i], target, prediction[0], device) for some in climbs.values()]
         record = {
             "size": list(shown.size),
             "mode": shown.mode,
@@ -212,11 +215,6 @@ def explain_pictures(
             **({"times_input": True} if times_input else {}),
             "seconds": seconds,
         }
-        predicted = prediction[0]
-        steps = [
-            climb_of(predict, climb[:, i], target, predicted, device) for some in climbs.values() for climb, target in
-            zip(some, target_records)
-        ]  # fmt: skip
         results.append(Explained(record, table(rows), steps))
     return results
 

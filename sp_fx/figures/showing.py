@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import SLOPE, Unit, as_png, save, table
+from .drawing import ACTIVATION, SLOPE, Unit, as_png, save, table
 from .layouts import explained
 
 if TYPE_CHECKING:
@@ -67,7 +67,8 @@ def show(
         captions: one for each picture.
         unit: what a map's numbers are, such as those of `sp_fx.plot`: `SLOPE` of pullbacks and gradients, `PART` of integrated
             gradients and what else adds up to the score, `ACTIVATION` of class activation maps, `CHANGE` of what `ascend`
-            returns; None for none. One for all, one for each of a picture's maps, or by the titles.
+            returns; None for none. One for all, one for each of a picture's maps, or by their titles, `SLOPE` for the others. A
+            map of another height and width than its picture's is no slope.
         times_input: show the map times the pixels too, often the clearest picture of the object.
         blur: the standard deviation, in pixels of the map, of a Gaussian by which maps are smoothed, to be shown only.
 
@@ -107,7 +108,9 @@ def show(
     for k, title in enumerate(row_titles):
         i, j = divmod(k, each)
         try:
-            cells.append(explained(pictures[i], rows[i][j], title, units[k], names[i], times_input, blur))
+            # Of another height and width it is no gradient, but a class activation map or the like.
+            own = units[k] if units[k] != SLOPE or rows[i][j].shape[-2:] == pictures[i].shape[-2:] else None
+            cells.append(explained(pictures[i], rows[i][j], title, own, names[i], times_input and own != ACTIVATION, blur))
         except ValueError as error:
             raise ValueError(f"map {j} of picture {i}: {error}") from None
     return Shown(table(cells), total, count)
@@ -116,7 +119,8 @@ def show(
 def _tensor(array: Any, what: str) -> Tensor:
     """Returns a tensor or an array of floating point numbers, finite ones, as a tensor on the CPU."""
     if not isinstance(array, Tensor | np.ndarray):
-        raise ValueError(f"{what}: expected a tensor or a NumPy array, got {type(array).__name__}")
+        hint = "; sp_fx.read_picture(path, size) makes one of a picture file" if what == "x" else ""
+        raise ValueError(f"{what}: expected a tensor or a NumPy array, got {type(array).__name__}{hint}")
     if not (array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f"):
         raise ValueError(f"{what}: expected floating point numbers, got {array.dtype}")
     # Copied, since arrays may be read-only, upside down or of another machine's byte order.
@@ -194,7 +198,7 @@ def _units(unit: Units, titles: Sequence[str], each: int) -> list[Unit]:
     if unit is None or isinstance(unit, str):
         return [unit] * len(titles)
     if isinstance(unit, Mapping):
-        if set(unit) != set(titles):
-            raise ValueError(f"unit: expected one for each of {list(dict.fromkeys(titles))}, got them for {list(unit)}")
-        return [unit[title] for title in titles]
+        if unknown := [title for title in unit if title not in titles]:
+            raise ValueError(f"unit: the titles are {list(dict.fromkeys(titles))}, got a unit for {unknown}")
+        return [unit.get(title, SLOPE) for title in titles]
     return (_per("unit", unit, each, "of a picture's maps") or []) * (len(titles) // each)

@@ -183,11 +183,12 @@ class Rules:
         return value
 
     def resolved(self, gates: Iterable[Any]) -> Rules:
-        """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it) or the end
-        of one place (`"attn.softmax"`). `gates` are the sites of a report.
+        """These rules, with the full places in place of overrides that name a module (`"layer4"`: all that is in it), the end of
+        one place (`"attn.softmax"`), or places as the model has them that this one only wraps (`"layer4.*"` of what
+        `pixel_space` returns, whose own places are at `"model.layer4.*"`). `gates` are the sites of a report.
 
         Raises:
-            ValueError: an end that several places have; two overrides that name the same places.
+            ValueError: an end that several places have, or places in several modules; two overrides that name the same places.
         """
         known = sorted({site.place for site in gates if site.kind})
         overrides: dict[str, Any] = {}
@@ -203,6 +204,13 @@ class Rules:
                 raise ValueError(f"the override {pattern!r} is the end of {several}; say which, or '*.{pattern}'")
             elif ends:
                 full = ends[0]
+            elif outer := _outer(pattern, known):
+                if len(outer) > 1:
+                    raise ValueError(
+                        f"the override {pattern!r} fits places in {', '.join(outer)}; say which: {outer[0]}.{pattern}"
+                    )
+                inside = any(fnmatchcase(place, f"{outer[0]}.{pattern}") for place in known)
+                full = f"{outer[0]}.{pattern}" if inside else f"{outer[0]}.{pattern}.*"
             if full in overrides:
                 raise ValueError(f"the overrides {written[full]!r} and {pattern!r} are both for {full!r}: make them one")
             overrides[full], written[full] = override, pattern
@@ -276,6 +284,16 @@ def _checking_names(init: Callable[..., None]) -> Callable[..., None]:
 
 
 Rules.__init__ = _checking_names(Rules.__init__)  # type: ignore[method-assign]
+
+
+def _outer(pattern: str, places: Sequence[str]) -> list[str]:
+    """Returns the modules in which the pattern, or all that is in the module of that name, fits some of the places: `["model"]`
+    for `"layer4.*"` and `"layer4"`, where there is `"model.layer4.1.relu"`."""
+    modules = dict.fromkeys(".".join(place.split(".")[:n]) for place in places for n in range(1, place.count(".") + 1))
+    fitting = ((f"{module}.{pattern}", f"{module}.{pattern}.*") for module in modules)
+    return [
+        module for module, forms in zip(modules, fitting) if any(fnmatchcase(place, form) for form in forms for place in places)
+    ]
 
 
 def nearest(name: str, places: Iterable[str], cutoff: float = 0.0, count: int = 5) -> list[str]:

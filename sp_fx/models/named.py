@@ -149,7 +149,9 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
             raise ValueError("the shipped networks have ten classes and take pixels as they are: no num_classes, mean or std")
         return _named(name, Published(zoo.load(name[4:], options.weights), ZOO, zoo.labels), options)
     if Path(name).suffix in PACKAGES:
-        raise ValueError(f"{name} is called as packages are, which need no model: sp_fx.load({name!r})")
+        raise ValueError(
+            f"{name} is called as packages are, which have their model in them: sp_fx.load({name!r}), `sp-fx explain`"
+        )
     if Path(name).is_dir():
         raise IsADirectoryError(f"{name} is a folder, and no network; one of Hugging Face's is named hf/{name}")
     maker = _maker(name)
@@ -214,8 +216,10 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
         if options.normalises:
             return named
-        mean, std = named.preprocessing.mean, named.preprocessing.std
+        mean, std, size = named.preprocessing.mean, named.preprocessing.std, named.preprocessing.crop
         assumed = f"assumed: mean {mean} and std {std} of pixels in [0, 1] (--mean, --std, --pixels say otherwise)"
+        if options.input_size is None:
+            assumed += f", {size} x {size} of them (--input-size)"
         return replace(named, assumed=f"says nothing of its pixels; {assumed}")
     if isinstance(made, PixelSpace) and options.input_size is not None:
         published = replace(published, resize=options.input_size, crop=options.input_size)

@@ -134,6 +134,8 @@ def pickled_model(path: Path, trust_pickle: bool) -> nn.Module:
         ValueError: it holds weights alone (whose network, where torchvision has it, is named), several modules or none; or the
             pickle is not trusted (`weights.read_file`).
     """
+    if path.suffix == ".py":
+        raise ValueError(f"{path} is a file of Python: name the function in it that makes the network, {path}:function")
     try:
         content = read_file(path, trust_pickle)
     except FileNotFoundError:
