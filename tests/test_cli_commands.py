@@ -235,7 +235,7 @@ OF_ONES_OWN = {
     "no package": (["--model", "gone.onnx"], "gone.onnx"),
     "names of others": (["--class-names", "three.txt"], "there are 3 class names, and the model has 4 classes"),
     "no names": (["--class-names", "gone.txt"], "no file of class names at gone.txt"),
-    "a mean alone": (["--mean", "0.5"], "mean and std go together; got mean=[0.5], std=None"),
+    "a mean alone": (["--mean", "0.5"], "who says the mean says the std too, since they go together; got mean=[0.5], std=None"),
     "two means": (["--mean", "0.5,0.4", "--std", "1"], "expected one mean for all channels or one for each of 3, got 2"),
     "a mean of bytes": (
         ["--mean", "124,116,104", "--std", "58"],

@@ -256,7 +256,9 @@ def test_places_of_a_model_that_is_wrapped(pattern):
     rules = sp_fx.Rules(overrides={pattern: 0.3})
     wrapped = sp_fx.pixel_space(Stages(), [0.5] * 3, [0.2] * 3)
     for model in (Stages(), wrapped, nn.Sequential(wrapped)):
-        found = {site.place: site.temperature for site in sp_fx.transform(model, rules=rules).report().sites if site.kind == "relu"}
+        found = {
+            site.place: site.temperature for site in sp_fx.transform(model, rules=rules).report().sites if site.kind == "relu"
+        }
         assert len(found) == 4 and all((tau == 0.3) == ("layer4" in place) for place, tau in found.items())
 
 

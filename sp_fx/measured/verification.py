@@ -143,16 +143,21 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 
 def forgotten_axis(model: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """Says that the batch axis of the arguments was forgotten, where the model runs once they have one; "" where it does not."""
+    """Says that the batch axis of the arguments was forgotten, where the model fails on them and runs once they have one; ""
+    where it does not."""
     tensors = tensors_of(dict(arguments))
     if not any(t.is_floating_point() for t in tensors) or not all(t.dim() for t in tensors):
         return ""
     # A plain graph: an explainer's own call would ask this again.
     plain = fx.GraphModule(model, model.graph) if isinstance(model, fx.GraphModule) else model
-    with_axis = {name: rebuilt(value, lambda leaf: leaf[None] if isinstance(leaf, Tensor) else leaf) for name, value in
-                 arguments.items()}  # fmt: skip
+    # In memory of their own, or an error of how they lie there, as of a write into an expanded tensor, would be taken for one.
+    given = {name: rebuilt(value, lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf) for name, value in
+             arguments.items()}  # fmt: skip
+    # A batch of two: what is written for one row may run where there is one, as `h[:1].add_(h)` does.
+    with_axis = {name: rebuilt(value, lambda leaf: torch.stack([leaf, leaf]) if isinstance(leaf, Tensor) else leaf)
+                 for name, value in given.items()}  # fmt: skip
     try:
-        if own_error(plain, with_axis):
+        if not own_error(plain, given) or own_error(plain, with_axis):
             return ""
     except Exception:  # what cannot be run apart
         return ""

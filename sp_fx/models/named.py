@@ -90,7 +90,7 @@ class Options:
         if not high > low:
             raise ValueError(f"pixels are (low, high), such as (0, 255) or (-1, 1), with low below high; got {self.pixels}")
         if (self.mean is None) != (self.std is None):
-            raise ValueError(f"mean and std go together; got mean={self.mean}, std={self.std}")
+            raise ValueError(f"who says the mean says the std too, since they go together; got mean={self.mean}, std={self.std}")
         channels = len(published.mean)
         mean, std = _each(self.mean, 0.0, channels, "mean"), _each(self.std, 1.0, channels, "std")
         if not all(s > 0 for s in std):
@@ -216,14 +216,16 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
         if options.normalises:
             return named
-        mean, std, size = named.preprocessing.mean, named.preprocessing.std, named.preprocessing.crop
-        assumed = f"assumed: mean {mean} and std {std} of pixels in [0, 1] (--mean, --std, --pixels say otherwise)"
+        how = named.preprocessing
+        assumed = f"assumed: mean {how.mean} with deviation {how.std} of pixels in [0, 1] (--mean, --std, --pixels say otherwise)"
         if options.input_size is None:
-            assumed += f", {size} x {size} of them (--input-size)"
+            assumed += f", {how.crop} x {how.crop} of them (--input-size)"
         return replace(named, assumed=f"says nothing of its pixels; {assumed}")
     if isinstance(made, PixelSpace) and options.input_size is not None:
         published = replace(published, resize=options.input_size, crop=options.input_size)
-    return NamedModel(name, net.eval(), options.preprocessing(published), options.names() or labels, _source(options, source))
+    called_so = made.name if isinstance(made, NamedModel) else name
+    names = options.names() or labels
+    return NamedModel(called_so, net.eval(), options.preprocessing(published), names, _source(options, source))
 
 
 def ready(net: nn.Module) -> nn.Module:
