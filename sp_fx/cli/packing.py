@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -126,10 +127,9 @@ def run_batch(args: argparse.Namespace) -> int:
 
                 ray_jobs.run(out, batches, {**options, "device": batches.classifier.program.device.type}, args.workers, done)
             elif there < count and args.workers > 1:
-                say = lambda line: progress.say(line, sys.stderr)  # noqa: E731
-                status = jobs.in_processes(
-                    again(args), min(args.workers, count - there), lambda: done(len(written(out))), say
-                )  # fmt: skip
+                say = functools.partial(progress.say, file=sys.stderr)
+                workers = min(args.workers, count - there)
+                status = jobs.in_processes(again(args), workers, lambda: done(len(written(out))), say)
                 if status:
                     return status
             else:
