@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import sp_fx
 from sp_fx import zoo
 from sp_fx.models.classes import class_index
-from sp_fx.models.named import NamedModel, Options, load_model
+from sp_fx.models.named import NamedModel, load_model
+from sp_fx.models.options import Options
 from sp_fx.models.weights import weights_hash
 
 SEED = 2_025  # of the scenes; the zoo was trained on others, but the defaults of Rules were chosen on these

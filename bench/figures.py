@@ -23,9 +23,10 @@ from torch import Tensor
 
 import sp_fx
 from sp_fx import zoo
+from sp_fx.figures.drawing import reading
 from sp_fx.figures.records import rules_record
 from sp_fx.models.carried import imagenet_labels
-from sp_fx.plot import CHANGE, SLOPE, grid, picture, product, save, signed_map, table
+from sp_fx.plot import CHANGE, PART, SLOPE, grid, picture, product, save, signed_map, table
 
 COLUMNS = ("gradient", "SmoothGrad-50", "IG-50", "GuidedBackprop", "pullback", "double pullback", "ascent")
 TIMES = ("gradient", "pullback")  # shown times the input, too
@@ -45,7 +46,7 @@ def class_names(case: Case) -> dict[int, str]:
 def compare(case: Case, x: Tensor, target: Tensor, captions: list[str]):
     """Returns a figure with a row for each picture and a column for each method."""
     chosen, _ = methods(case.model, case.pixels, layer=case.layer)
-    units = {"IG-50": "share of the score", "ascent": CHANGE}
+    units = {"IG-50": PART, "ascent": CHANGE}
     maps = {name: InBatches(chosen[name], 4)(x, target) for name in COLUMNS if name in chosen}
     rows = []
     for i, caption in enumerate(captions):
@@ -55,7 +56,7 @@ def compare(case: Case, x: Tensor, target: Tensor, captions: list[str]):
             if name in TIMES:
                 cells.append(product(x[i], m[i], title=f"{name}, times the input" if i == 0 else ""))
         rows.append([picture(x[i], caption), *cells])
-    return table(rows, dpi=80)
+    return table(rows, note=reading([SLOPE, PART, CHANGE]), dpi=80)
 
 
 def accentuate(case: Case, explainer: sp_fx.Explainer, x: Tensor, target: Tensor, captions: list[str]):

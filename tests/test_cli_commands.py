@@ -150,7 +150,7 @@ def test_weights_that_cannot_be_downloaded(here, tmp_path, capsys, monkeypatch):
     reason = "https://download.pytorch.org/models/resnet18-f37072fd.pth cannot be reached: no network"
     said = f"sp-fx: the weights of resnet18 could not be downloaded ({reason}); pass a file with --weights FILE\n"
     assert capsys.readouterr() == ("", said)
-    monkeypatch.setattr("sp_fx.models.published.unreachable", lambda address: None)
+    monkeypatch.setattr("sp_fx.models.published.hub.unreachable", lambda address: None)
     monkeypatch.setattr("torch.hub.download_url_to_file", lambda *_, **__: (_ for _ in ()).throw(OSError("it broke off")))
     assert main(["explain", str(here / "colour.png"), "--model", "resnet18", "--out", str(tmp_path)]) == 2
     assert "weights of resnet18 could not be downloaded (it broke off); pass a file" in capsys.readouterr().err

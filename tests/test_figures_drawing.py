@@ -1,7 +1,10 @@
 """Figures: what is drawn is what was given, on axes that are as large as each other, with units and titles."""
 
+import io
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from PIL import Image
 
 import sp_fx
 from sp_fx import plot, zoo
+from sp_fx.figures.map_png import map_png
 
 X = torch.rand(4, 3, 20, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 MAPS = torch.randn(4, 3, 20, 24, generator=torch.Generator().manual_seed(1))
@@ -229,6 +233,48 @@ def test_long_names_do_not_shrink_pictures_nor_touch_each_other(rows):
     for k, box in enumerate(boxes):
         assert box.x0 >= frame.x0 and box.x1 <= frame.x1 and box.y0 >= frame.y0 and box.y1 <= frame.y1
         assert not any(box.overlaps(other) for other in boxes[k + 1 :])
+
+
+def test_a_note_says_what_red_and_blue_are():
+    x, map = torch.zeros(3, 8, 8), torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def note(*arguments, **options):
+        figure = plot.explanation(x, *arguments, **options)
+        return "" if figure._supxlabel is None else figure._supxlabel.get_text()
+
+    slope = "red: a brighter pixel there raises the class's score; blue: a darker pixel does"
+    assert note([map], ["a"]) == slope and note([map, map], ["a", "b"]) == slope
+    lines = note([map, map], ["a", "b"], unit=[plot.SLOPE, plot.CHANGE], times_input=True).splitlines()
+    assert lines[0] == f"{plot.SLOPE}: {slope}" and [line.split(":")[0] for line in lines] == [plot.SLOPE, plot.CHANGE, plot.PART]
+    assert note([map], ["a"], unit=None) == note([map], ["a"], unit="volts") == ""
+    assert plot.ascent([x], change=[map])._supxlabel.get_text() == "red: the pixel is made brighter; blue: it is made darker"
+    few = plot.table([[plot.signed_map(map)]], note=slope)  # one picture wide: in lines of its own
+    assert len(few._supxlabel.get_text().splitlines()) == 2
+    few.draw_without_rendering()
+    pictures = [plot.table([[plot.signed_map(map)] * 3], note=text) for text in ("", slope)]
+    sizes = []
+    for figure in pictures:
+        figure.draw_without_rendering()
+        sizes.append(figure.axes[0].get_window_extent().width)
+        bar = figure.axes[0].child_axes[0].get_tightbbox()
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
+    assert pictures[1]._supxlabel.get_window_extent().y1 < bar.y0  # below the units of the colour bars
+
+
+def test_maps_as_files_have_the_colours_of_figures():
+    """A service's PNG and the page's scale, which have no matplotlib to ask."""
+    import matplotlib
+
+    values = np.linspace(-1, 1, 255)
+    shown = np.array(Image.open(io.BytesIO(map_png(np.tile(values, (1, 300, 1))))).convert("RGB"))[0] / 255
+    limit = np.quantile(np.abs(np.tile(values, 300)), 0.995)
+    colours = matplotlib.colormaps[plot.DIVERGING](np.clip(values / limit, -1, 1) / 2 + 0.5)[:, :3]
+    assert np.abs(shown - colours).max() < 0.02  # of 256 steps, rounded twice
+    style = (Path(sp_fx.__file__).parent / "viewer" / "viewer.css").read_text()
+    (stops,) = re.findall(r"linear-gradient\(\s*90deg,\s*((?:#[0-9a-f]{6}[,\s]*){11})\)", style)
+    wanted = matplotlib.colormaps[plot.DIVERGING](np.linspace(0, 1, 11))[:, :3]
+    got = np.array([list(bytes.fromhex(stop[1:])) for stop in stops.replace(",", " ").split()]) / 255
+    assert np.abs(got - wanted).max() < 0.02
 
 
 def test_ascent_shows_before_after_and_the_change():

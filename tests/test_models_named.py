@@ -6,7 +6,8 @@ import torchvision
 
 from command import write_inputs
 from sp_fx.models.classes import class_index
-from sp_fx.models.named import Options, load_model
+from sp_fx.models.named import load_model
+from sp_fx.models.options import Options
 from sp_fx.models.weights import weights_hash
 
 

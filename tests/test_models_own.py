@@ -5,7 +5,8 @@ import torch
 
 import sp_fx
 from sp_fx.models import NamedModel
-from sp_fx.models.named import load_model, weights_hash
+from sp_fx.models.named import load_model
+from sp_fx.models.weights import weights_hash
 
 SOURCE = """
 from torch import nn

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 
 import sp_fx
 from helpers import fill
-from sp_fx.models import published
-from sp_fx.models.published import asked
+from sp_fx.models.published import hub
+from sp_fx.models.published.processors import asked
+from sp_fx.models.published.torchvision_models import torchvision_model
 
 transformers = pytest.importorskip("transformers")
 VIT = {
@@ -35,7 +36,7 @@ SIZES = [(75, 53), (41, 90), (64, 64), (33, 32), (21, 30)]
 @pytest.fixture(autouse=True)
 def quiet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with published.quiet():
+    with hub.quiet():
         yield
 
 
@@ -325,7 +326,7 @@ def test_torchvisions_own_files_have_older_names(name, older, monkeypatch):
 def test_pictures_become_what_torchvisions_transforms_make_of_them(name):
     entry = torchvision.models.get_model_weights(name).DEFAULT
     with torch.device("meta"):
-        prepared = published.torchvision_model(name, False).preprocessing
+        prepared = torchvision_model(name, False).preprocessing
     for size in ((333, 257), (201, 300)):
         image = picture(*size)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (prepared.mean, prepared.std))
@@ -366,7 +367,7 @@ def test_an_address_that_never_answers(monkeypatch):
     monkeypatch.setattr(
         "threading.Thread.join", lambda self, timeout=None, join=threading.Thread.join: join(self, timeout and 0.1)
     )
-    assert published.unreachable("https://nowhere.example") == "no answer within seven seconds" and len(asked_often) == 1
+    assert hub.unreachable("https://nowhere.example") == "no answer within seven seconds" and len(asked_often) == 1
     hanging.set()
 
 

@@ -123,7 +123,7 @@ def test_the_page_says_what_is_on_it():
     (note,) = (text for text in page.texts["p"] if "were explained" in text)
     assert note.startswith("1,202 pictures were explained. This page shows 2 of them; the other 1,200 are in ")
     assert "Net · pullback" in page.texts["p"]
-    assert "was made brighter" in gallery([], [], {}, unit=CHANGE)
+    assert "is made brighter" in gallery([], [], {}, unit=CHANGE)
     plain = gallery([entry(0)], [], {}, unit=SLOPE)
     assert "could not be explained" not in plain and "were explained" not in plain
 

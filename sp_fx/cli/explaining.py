@@ -19,7 +19,8 @@ from ..figures import records
 from ..figures.drawing import save
 from ..methods.ascent import Ascent
 from ..models.images import Picture, Preprocessing
-from ..models.named import NamedModel, Options, load_model
+from ..models.named import NamedModel, load_model
+from ..models.options import Options
 from ..models.own import PACKAGES
 from ..serving.folders.batches import pictures as folder_pictures
 from ..version import __version__
@@ -107,7 +108,7 @@ def write(
     from ..figures.animation import animate
 
     figure, *files = names_of(name, len(explained.paths), args)
-    record = {"image": path.name, "figure": figure, **common, **explained.record}
+    record = {"image": path.name, "figure": figure, **explained.record}
     climbs = []
     for climb, strip, moving in zip(explained.paths, files[::2], files[1::2]):
         save(climb.strip, args.out / strip, record)
@@ -115,6 +116,7 @@ def write(
         climbs.append({"toward": climb.label, "strip": strip, "animation": moving})
     if climbs:
         record["paths"] = climbs
+    record |= common
     save(explained.figure, args.out / figure, record)
     (args.out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
     return record

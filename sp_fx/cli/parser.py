@@ -15,7 +15,7 @@ import torch
 
 from ..figures import records
 from ..gates.rules import KINDS, Rules
-from ..models.named import Options
+from ..models.options import Options
 from ..version import __version__
 
 FORMATS = ("png", "jpg", "webp", "pdf", "svg")
@@ -93,11 +93,11 @@ def parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def explain_options(parser: argparse.ArgumentParser) -> None:
-    parser.description = "Why a model sees what it sees in pictures: files, folders, 'photos/*.jpg'."
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help=argparse.SUPPRESS)
+    parser.description = "Why a model sees what it sees in pictures."
     model_options(parser)
     rules_options(parser, several=True)
     shown = parser.add_argument_group("what is explained")
+    shown.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders, 'photos/*.jpg'")
     shown.add_argument("--target", action="append", metavar="T", help="class numbers or names, or topN, with commas (top1)")
     shown.add_argument("--method", type=methods, action="extend", metavar="M", help=f"{', '.join(records.METHODS)}")
     shown.add_argument("--steps", type=positive, metavar="N", help="of ascend (default: 5)")

@@ -18,7 +18,7 @@ from ..models.carried import installed
 from ..models.named import load_model
 from ..models.weights import weights_hash
 from ..version import __version__
-from .drawing import CHANGE, SLOPE, Cell, picture, product, save, signed_map, table
+from .drawing import CHANGE, PART, SLOPE, Cell, picture, product, reading, save, signed_map, table
 from .records import rules_record
 
 SEED = 7  # of the scenes; training drew others
@@ -40,7 +40,8 @@ def run_demo(out: Path, scenes: int = 3, format: str = "png") -> Path:
     path = out / f"demo.{format}"
     hashes = {name: weights_hash(zoo.load(name)) for name in zoo.NAMES}
     versions = {"sp_fx": __version__, "torch": torch.__version__}
-    save(table(rows), path, {"rules": rules_record(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
+    figure = table(rows, note=reading([SLOPE, CHANGE]))
+    save(figure, path, {"rules": rules_record(Rules()), "seed": SEED, "weights_sha256": hashes, "versions": versions})
     return path
 
 
@@ -82,7 +83,8 @@ def run_real(out: Path, format: str = "png") -> Path:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"demo_real.{format}"
     versions = {"sp_fx": __version__, "torch": torch.__version__}
-    save(table(rows), path, {**net.provenance(), "rules": rules_record(Rules()), "versions": versions})
+    figure = table(rows, note=reading([SLOPE, PART, CHANGE]))
+    save(figure, path, {**net.provenance(), "rules": rules_record(Rules()), "versions": versions})
     return path
 
 

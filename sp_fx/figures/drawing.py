@@ -13,7 +13,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,12 @@ PART = "part of the score"  # of either, times the input; of integrated gradient
 ACTIVATION = "weighted activation"  # of class activation maps: CAM, Grad-CAM and their like
 CHANGE = "change of pixel value"  # of ascents
 Unit = str | None
+READINGS = {  # what is red and what is blue in a map of that unit
+    SLOPE: ("a brighter pixel there raises the class's score", "a darker pixel does"),
+    PART: ("the pixel adds to the class's score", "it takes from it"),
+    ACTIVATION: ("the place speaks for the class", "it speaks against it"),
+    CHANGE: ("the pixel is made brighter", "it is made darker"),
+}
 ABOUT = {".png": "Comment", ".pdf": "Subject", ".svg": "Description"}  # the metadata field of each format for `about`
 CELL, MARGIN = 2.3, 0.7  # inches: the side of a picture, and what its title and colour bar take
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -224,8 +230,16 @@ def _finish(axis: Axes, title: str) -> None:
 # -- figures
 
 
-def table(rows: Sequence[Sequence[Cell | None]], title: str = "", dpi: int = 120) -> Figure:
-    """Returns a figure of rows of cells; None leaves a place empty. `save` writes it, and a notebook draws it."""
+def reading(units: Iterable[Unit]) -> str:
+    """Returns the note under maps of these units that says what red and blue are in each; "" where none is known."""
+    known = [unit for unit in dict.fromkeys(units) if unit in READINGS]
+    lines = ["red: {}; blue: {}".format(*READINGS[unit]) for unit in known]
+    return "\n".join(lines if len(known) == 1 else [f"{unit}: {line}" for unit, line in zip(known, lines)])
+
+
+def table(rows: Sequence[Sequence[Cell | None]], title: str = "", note: str = "", dpi: int = 120) -> Figure:
+    """Returns a figure of rows of cells; None leaves a place empty. `title` stands above them, `note` below. `save` writes
+    it, and a notebook draws it."""
     from matplotlib.figure import Figure
 
     columns = max(map(len, rows))
@@ -237,11 +251,14 @@ def table(rows: Sequence[Sequence[Cell | None]], title: str = "", dpi: int = 120
                 axis.set_axis_off()
             else:
                 cell(axis)
-    # Long names of classes take lines; the figure grows by them, so that the pictures do not shrink.
+    note = "\n".join(textwrap.fill(line, 44 * columns) for line in note.splitlines())
+    # Long names of classes and the note take lines; the figure grows by them, so that the pictures do not shrink.
     further = [max(axis.get_title().count("\n") for axis in row) for row in axes]
-    figure.set_figheight((CELL + MARGIN) * len(rows) + LINE * sum(further))
+    figure.set_figheight((CELL + MARGIN) * len(rows) + LINE * (sum(further) + len(note.splitlines())))
     if title:
         figure.suptitle(title, fontsize=10, parse_math=False)
+    if note:
+        figure.supxlabel(note, fontsize=6.5, parse_math=False)
     # A notebook asks for this, and draws figures without it only once pyplot has been imported.
     setattr(figure, "_repr_png_", functools.partial(as_png, figure))  # noqa: B010
     return figure

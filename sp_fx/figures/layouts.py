@@ -10,6 +10,7 @@ from torch import Tensor
 from .drawing import (
     CHANGE,
     LINES,
+    PART,
     SLOPE,
     Cell,
     Unit,
@@ -17,6 +18,7 @@ from .drawing import (
     overlay,
     picture,
     product,
+    reading,
     robust_limit,
     signed,
     signed_map,
@@ -51,7 +53,13 @@ def explanation(
     for what, got in (("titles", titles), ("units", units)):
         if len(got) != len(maps):
             raise ValueError(f"each map has a row, with its own title and unit: got {len(maps)} maps and {len(got)} {what}")
-    return table([explained(pixels, m, title, u, caption, times_input, blur) for m, title, u in zip(maps, titles, units)])
+    rows = [explained(pixels, m, title, u, caption, times_input, blur) for m, title, u in zip(maps, titles, units)]
+    return table(rows, note=reading(shown_units(units, times_input)))
+
+
+def shown_units(units: Sequence[Unit], times_input: bool) -> list[Unit]:
+    """Returns the units of rows of `explanation`, with that of their products."""
+    return [*units, PART] if times_input and SLOPE in units else list(units)
 
 
 def explained(
@@ -96,7 +104,7 @@ def ascent(
         signed(delta)  # refuses what is not finite
         _refuse_picture(x, delta)
         rows.append([picture(x, title), picture(x + delta, title_after), signed_map(delta, "change", CHANGE)])
-    return table(rows)
+    return table(rows, note=reading([CHANGE]))
 
 
 def _refuse_picture(before: Tensor, change: Tensor) -> None:
@@ -131,7 +139,7 @@ def grid(
             for k, (cell, name) in enumerate(zip(row, names))
         ]
         rows.append([picture(source, source_title), *cells])
-    return table(rows)
+    return table(rows, note=reading([unit]))
 
 
 def path(iterates: Tensor, probabilities: Tensor, names: Sequence[str], title: str = "") -> Figure:

@@ -7,7 +7,10 @@ import io
 import numpy as np
 
 SHADES = np.clip(np.arange(-128, 128) / 127, -1, 1)  # the value of each of the 256 colours, in units of the limit
-PALETTE = np.stack([1 + np.minimum(SHADES, 0), 1 - np.abs(SHADES), 1 - np.maximum(SHADES, 0)], -1)
+# ColorBrewer's eleven colours from blue over white to red, which `drawing.DIVERGING` has from matplotlib; a service has none.
+ANCHORS = "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f"
+COLOURS = np.array([list(bytes.fromhex(each)) for each in ANCHORS.split()])
+PALETTE = np.stack([np.interp(5 * SHADES + 5, range(11), channel) for channel in COLOURS.T], -1).round().astype(np.uint8)
 
 
 def robust_limit(values: np.ndarray) -> float:
@@ -16,8 +19,8 @@ def robust_limit(values: np.ndarray) -> float:
 
 
 def map_png(map: np.ndarray) -> bytes:
-    """Returns a signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero; the scale
-    ends at the 99.5th percentile of magnitudes, since a few pixels dwarf the rest.
+    """Returns a signed map [C, H, W] as a PNG of the sum over its channels: red above zero, blue below, white at zero, in the
+    colours of figures; the scale ends at the 99.5th percentile of magnitudes, since a few pixels dwarf the rest.
 
     It has a palette: 0.3 ms at 96 x 96, where full colour takes 1.3, more than all else of a service's reply.
     """
@@ -26,7 +29,7 @@ def map_png(map: np.ndarray) -> bytes:
     values = np.asarray(map, np.float64).sum(0)
     limit = robust_limit(values)
     image = Image.fromarray((np.clip(values / limit, -1, 1) * 127 + 128).round().astype(np.uint8), "L")
-    image.putpalette((PALETTE * 255).round().astype(np.uint8).tobytes())
+    image.putpalette(PALETTE.tobytes())
     out = io.BytesIO()
     image.save(out, "PNG", compress_level=1)
     return out.getvalue()

@@ -18,8 +18,8 @@ from ..models.classes import class_index, probabilities
 from ..models.images import Picture
 from ..program.program import Program
 from ..targets import looks_one_hot, primary
-from .drawing import CHANGE, SLOPE, Cell, overlay, picture, product, signed_map, table
-from .layouts import path
+from .drawing import CHANGE, SLOPE, Cell, overlay, picture, product, reading, signed_map, table
+from .layouts import path, shown_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -182,6 +182,7 @@ def explain_pictures(
         label = labels[index] if labels is not None else f"class {index}"
         return {"index": index, "label": label, "probability": round(chances[i, index].item(), 6)}
 
+    note = reading(shown_units([way.unit for way in ways], times_input))
     results = []
     for i, (shown, classes) in enumerate(zip(pictures, indices.tolist())):
         prediction = [class_record(i, index) for index in ranking[i, :5].tolist()]
@@ -215,7 +216,7 @@ def explain_pictures(
             **({"times_input": True} if times_input else {}),
             "seconds": seconds,
         }
-        results.append(Explained(record, table(rows), steps))
+        results.append(Explained(record, table(rows, note=note), steps))
     return results
 
 

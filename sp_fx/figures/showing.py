@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .drawing import ACTIVATION, SLOPE, Unit, as_png, save, table
-from .layouts import explained
+from .drawing import ACTIVATION, SLOPE, Unit, as_png, reading, save, table
+from .layouts import explained, shown_units
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,16 +104,17 @@ def show(
     row_titles = _titles(titles, each, count)
     names = _per("captions", [captions] if isinstance(captions, str) else captions, count, "picture") or [""] * count
     units = _units(unit, row_titles, each)
-    cells = []
+    cells, shown = [], list[Unit]()
     for k, title in enumerate(row_titles):
         i, j = divmod(k, each)
         try:
             # Of another height and width it is no gradient, but a class activation map or the like.
             own = units[k] if units[k] != SLOPE or rows[i][j].shape[-2:] == pictures[i].shape[-2:] else None
+            shown.append(own)
             cells.append(explained(pictures[i], rows[i][j], title, own, names[i], times_input and own != ACTIVATION, blur))
         except ValueError as error:
             raise ValueError(f"map {j} of picture {i}: {error}") from None
-    return Shown(table(cells), total, count)
+    return Shown(table(cells, note=reading(shown_units(shown, times_input))), total, count)
 
 
 def _tensor(array: Any, what: str) -> Tensor:

@@ -13,7 +13,8 @@ from pathlib import Path
 from .carried import NAMES, TEXT, TextModel, text_model
 from .classes import read_class_names
 from .images import Picture, Preprocessing
-from .named import NamedModel, Options, load_model, own_model
+from .named import NamedModel, load_model, own_model
+from .options import Options
 from .own import called, is_own
 
 __all__ = ["NAMES", "NamedModel", "Picture", "Preprocessing", "TextModel", "load", "read_class_names"]

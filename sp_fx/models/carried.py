@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .images import Preprocessing
-from .published import Published
+from .published.network import Published
 
 HALF = (0.5, 0.5, 0.5)
 

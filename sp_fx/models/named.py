@@ -6,7 +6,7 @@ The zoo's need the extra `demo`, those of `carried.py` `models`, others `vision`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from torch import nn
 
 from .. import zoo
 from . import carried
-from .classes import read_class_names
 from .images import Preprocessing, Side
+from .options import Options
 from .own import PACKAGES, called, is_file, is_own, pickled_model
 from .pixel_space import PixelSpace, pixel_space
-from .published import Logits, Published, huggingface_model, huggingface_weights, timm_model, torchvision_model
+from .published.huggingface import Logits, huggingface_model, huggingface_weights
+from .published.network import Published
+from .published.timm_models import timm_model
+from .published.torchvision_models import torchvision_model
 from .weights import classes_of, fitted, load_state, load_weights, read_state, weights_hash
 
 
@@ -41,90 +44,6 @@ class NamedModel:
         """Returns what a record says of the model."""
         return {"model": self.name, "weights": self.weights, "weights_sha256": weights_hash(self.model),
                 "preprocessing": asdict(self.preprocessing)}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller says of a network in place of what is published or assumed; None leaves that as it is.
-
-    Attributes:
-        weights: a file with a state dict (.safetensors, .pt, .pth, .bin, .ckpt).
-        input_size: side of the square crop, in pixels.
-        resize: what the shorter side becomes before the crop; None is `proportional`, and for a network of one's own
-            `input_size`.
-        num_classes: None is that of the weights' last layer.
-        class_names: the names, or a file of them (`classes.read_class_names`).
-        mean, std: of each channel of the pixels that the network takes, one number for all or one each.
-        pixels: (low, high): what the network takes for black and white before `mean` and `std`; None is (0, 1).
-        trust_pickle: whether files are unpickled, which runs code of whoever made them.
-    """
-
-    weights: str | Path | None = None
-    input_size: int | None = None
-    resize: int | None = None
-    num_classes: int | None = None
-    class_names: Sequence[str] | str | Path | None = None
-    mean: float | Sequence[float] | None = None
-    std: float | Sequence[float] | None = None
-    pixels: tuple[float, float] | None = None
-    trust_pickle: bool = False
-
-    @property
-    def normalises(self) -> bool:
-        return not (self.mean is None and self.std is None and self.pixels is None)
-
-    def preprocessing(self, published: Preprocessing) -> Preprocessing:
-        """Returns the published preprocessing with what the caller says instead.
-
-        Raises:
-            ValueError: a `std` that is not above 0, `pixels` of which the second is not above the first, a mean outside of them
-                or without a std, neither one number nor one a channel; a `resize` below the crop.
-        """
-        crop: Side = published.crop if self.input_size is None else self.input_size
-        made = replace(published, resize=proportional(published, crop) if self.resize is None else self.resize, crop=crop)
-        if self.resize is not None and self.resize < max(made.cropped):
-            raise ValueError(f"a picture resized to {self.resize} does not cover the crop of {crop}: resize is at least that")
-        if not self.normalises:
-            return made
-        low, high = self.pixels or (0.0, 1.0)
-        if not high > low:
-            raise ValueError(f"pixels are (low, high), such as (0, 255) or (-1, 1), with low below high; got {self.pixels}")
-        if (self.mean is None) != (self.std is None):
-            raise ValueError(f"who says the mean says the std too, since they go together; got mean={self.mean}, std={self.std}")
-        channels = len(published.mean)
-        mean, std = _each(self.mean, 0.0, channels, "mean"), _each(self.std, 1.0, channels, "std")
-        if not all(s > 0 for s in std):
-            raise ValueError(f"a std is above 0 for each channel, got {list(std)}")
-        if not all(low <= m <= high for m in mean):
-            raise ValueError(
-                f"a mean is one of pixels from {low:g} to {high:g}, got {list(mean)}; pixels=(0, 255) are of that range"
-            )
-        return replace(made, mean=tuple((m - low) / (high - low) for m in mean), std=tuple(s / (high - low) for s in std))
-
-    def names(self) -> tuple[str, ...] | None:
-        """Returns the caller's names of the classes."""
-        names = self.class_names
-        return read_class_names(names) if isinstance(names, str | Path) else None if names is None else tuple(names)
-
-
-def _each(values: float | Sequence[float] | None, default: float, channels: int, what: str) -> tuple[float, ...]:
-    if values is None:
-        return (default,) * channels
-    each = (float(values),) * channels if isinstance(values, int | float) else tuple(map(float, values))
-    each = each * channels if len(each) == 1 else each
-    if len(each) != channels:
-        raise ValueError(f"expected one {what} for all channels or one for each of {channels}, got {len(each)}")
-    return each
-
-
-def proportional(published: Preprocessing, crop: Side) -> Side:
-    """Returns what a picture is resized to for that crop: in the published proportion, but that a crop between the published one
-    and what it is cut from only takes more of it: 227 of 256, where 224 is published."""
-    sides = published.resize, published.crop, crop
-    resize, old, new = sides
-    if not isinstance(resize, int) or not isinstance(old, int) or not isinstance(new, int):
-        return resize if crop == published.crop else crop
-    return resize if old <= new <= resize and not published.squash else round(new * resize / old)
 
 
 IMAGENET = Preprocessing(224, 224, "bilinear", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

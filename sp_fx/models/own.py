@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .published import torchvision_net
+from .published.torchvision_models import torchvision_net
 from .weights import classes_of, fitted, read_file, state_in
 
 ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".safetensors")  # of files that hold a model or its weights

@@ -20,11 +20,9 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from ..figures.drawing import CHANGE
+from ..figures.drawing import READINGS
 
 OPEN_ERRORS = 5  # a longer table of errors starts folded, or the pictures would begin below the first screen
-SLOPES = {"Red": "a brighter pixel there raises the class's score", "Blue": "a darker pixel does", "White": "no effect"}
-CHANGES = {"Red": "the pixel was made brighter", "Blue": "the pixel was made darker", "White": "no change"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def gallery(
 
     `errors` are pairs (file name, reason). `about` is JSON about the job; the page's title names its `model` and `method`.
     `left_out` is how many further pictures were explained and are not on the page. `unit` is that of the maps' values, such as
-    `figures.drawing.SLOPE`.
+    `figures.drawing.SLOPE`; the legend says what red and blue are in it, where `READINGS` has it.
 
     Raises:
         ValueError: an entry with a number that is not finite.
@@ -78,7 +76,7 @@ def gallery(
         subject=" &middot; ".join(text(about[key]) for key in ("model", "method") if isinstance(about.get(key), str)),
         numbers=numbers(entries, errors),
         left_out=left_out_note(len(entries), left_out),
-        legend=terms(CHANGES if unit == CHANGE else SLOPES),
+        legend=terms(dict(zip(("Red", "Blue"), READINGS.get(unit, ())))),
         errors=errors_table(errors),
         about=terms(about),
     )

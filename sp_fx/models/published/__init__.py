@@ -1,0 +1,1 @@
+"""Networks that torchvision, timm and Hugging Face's hub publish, with the preprocessing and the classes of their weights."""
