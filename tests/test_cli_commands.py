@@ -31,7 +31,7 @@ def test_a_picture_and_a_record(here, tmp_path, method):
     found = record(tmp_path, "colour")
     assert found["image"] == "colour.png" and found["figure"] == "colour.png" and found["size"] == [160, 120]
     assert found["model"] == "squeezenet1_1" and [m["name"] for m in found["method"]] == [method]
-    published = {"resize": 73, "crop": 64, "interpolation": "bilinear"}
+    published = {"resize": 64, "crop": 64, "interpolation": "bilinear"}
     assert found["preprocessing"] == published | {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "squash": False}
     assert len(found["prediction"]) == 5 and found["targets"][0]["index"] == found["prediction"][0]["index"]
     assert found["targets"][0]["maps"][method]["l2"] > 0
@@ -228,7 +228,6 @@ OF_ONES_OWN = {
     ),
     "two tensors": (["--model", "own_nets:two_tensors"], "the model returns a tuple with the tensors out[0], out[1]"),
     "one axis": (["--model", "own_nets:one_axis"], "expected class scores ["),
-    "NaN": (["--model", "own_nets:nan"], "the model's scores are not finite: NaN or infinity"),
     "a folder": (["--model", "more"], "more is a folder, and no network; one of Hugging Face's is named hf/more"),
     "a folder of weights": (["--weights", "more"], "more is a folder, and weights are a file"),
     "a folder as a module": (["--model", "more/it.pt"], "no model file at more/it.pt"),
@@ -253,7 +252,7 @@ OF_ONES_OWN = {
     ),
     "a negative class": (["--target=-1"], "a class is a number from 0 on, or a name; got -1"),
     "a class too many": (["--target", "4"], "target 4 is outside 0 to 3, the classes of the model"),
-    "an unnamed class": (["--target", "cat"], "the names of this model's classes are not known: pass an index instead of 'cat'"),
+    "an unnamed class": (["--target", "cat"], "the names of this model's classes are not known: pass a number in place of 'cat'"),
     "text": (["--model", "all_minilm_l6_v2"], "all_minilm_l6_v2 is a network for text"),
 }
 
@@ -277,7 +276,7 @@ def test_overrides_that_fit_nothing_name_the_nearest(own_folder, tmp_path, capsy
         "    blocks = [nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()) for _ in range(12)]\n"
         "    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())\n"
     )
-    given = ["--temperature", "model.20.1=0.5", "--pixels=0,1"]
+    given = ["--temperature", "model.20.1=0.5", "--pixels=0,1", "--resize", "32"]
     assert explained(tmp_path, *given, model=f"{tmp_path}/deep_nets.py:net") == 2
     told = capsys.readouterr().err
     assert "'model.20.1' fits no gate of this model" in told and told.count("\n") == 1

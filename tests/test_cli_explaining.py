@@ -1,11 +1,13 @@
 """`sp-fx explain`: every spelling of a model, whose record has the model's own prediction; pictures as people name them; JSON."""
 
+import csv
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ import sp_fx
 from command import PICTURES, explained, in_folder, own, write_own
 from helpers import fill
 from sp_fx.cli.commands import main
+from sp_fx.serving.requests import Limits
+from sp_fx.serving.service import Served
 
 VIT = {
     "hidden_size": 32,
@@ -81,7 +85,8 @@ def test_a_function_of_a_file(here, tmp_path, spelling, monkeypatch, capsys):
     assert explained(tmp_path, model=spelling, images=pictures) == 0
     told = capsys.readouterr()
     assert (
-        told.err.startswith(f"sp-fx: {spelling} says nothing of its pixels; assumed: mean (0.485, ") and told.err.count("\n") == 1
+        told.err.startswith(f"sp-fx: {spelling} says nothing of its pixels; assumed: pictures just cover 32 x 32 (--input-size, ")
+        and told.err.count("\n") == 1
     )
     assert told.out.count("\n") == 2
     monkeypatch.chdir(here)
@@ -115,6 +120,56 @@ def test_one_score_is_yes_or_no(here, tmp_path):
         assert found == pytest.approx({0: want.item()}, abs=2e-4)
 
 
+@pytest.mark.parametrize("classes", [1, 4])
+def test_a_network_that_ends_with_sigmoids(here, tmp_path, classes):
+    """Its scores are the probabilities: no softmax, and no second sigmoid, of its package too, in a batch job and a service."""
+    model = f"own_nets:sigmoid?num_classes={classes}"
+    assert explained(tmp_path, model=model) == 0
+    net = own().net(classes)
+    wanted = [
+        net(T.normalize(T.to_tensor(T.center_crop(T.resize(Image.open(name).convert("RGB"), 32), 32)), *IMAGENET)[None])[0]
+        for name in PICTURES
+    ]
+    for found, want in zip(predicted(tmp_path), wanted, strict=True):
+        assert found == pytest.approx(dict(enumerate(want.sigmoid().tolist())), abs=2e-3)
+    path = str(tmp_path / "sigmoid.onnx")
+    assert main(["compile", model, "--input-size", "32", "--out", path]) == 0
+    assert main(["explain", *PICTURES, "--model", path, "--out", str(tmp_path / "of it")]) == 0
+    for found, want in zip(predicted(tmp_path / "of it"), wanted, strict=True):
+        assert found == pytest.approx(dict(enumerate(want.sigmoid().tolist())), abs=2e-3)
+    (tmp_path / "some").mkdir()
+    Image.open("high.jpg").save(tmp_path / "some" / "high.png")
+    assert main(["batch", path, str(tmp_path / "some"), "--out", str(tmp_path / "all")]) == 0
+    (row,) = csv.DictReader((tmp_path / "all" / "results.csv").open())
+    assert float(row["confidence"]) == pytest.approx(max(predicted(tmp_path, ["high.jpg"])[0].values()), abs=2e-3)
+    scores = wanted[1].sigmoid().detach()
+    assert Served(sp_fx.load(path), "it", Limits()).prediction(scores.numpy())["confidence"] == pytest.approx(scores.max().item())
+
+
+def test_one_picture_whose_scores_are_not_finite(here, tmp_path, capsys):
+    """It is named and counted, and the others are explained."""
+    Image.new("RGB", (40, 40), "green").save(tmp_path / "green.png")
+    given = [PICTURES[0], str(tmp_path / "green.png"), PICTURES[1]]
+    assert explained(tmp_path / "out", model="own_nets:dividing", images=given) == 1
+    told = capsys.readouterr()
+    assert told.out.count("\n") == 2 and "green.png: the model's scores of it are not finite: NaN or infinity" in told.err
+    assert told.err.endswith("1 of 3 pictures could not be explained\n")
+    agrees(tmp_path / "out", own_probabilities(own().net()))
+
+
+@pytest.mark.parametrize(("name", "said"), [("broken_value", "five is too few"), ("broken_key", "nothing")])
+def test_a_function_that_fails(here, tmp_path, name, said, capsys):
+    """Its own error, and where it comes from."""
+    line = next(i for i, text in enumerate(Path("own_nets.py").read_text().splitlines(), 1) if f"def {name}" in text)
+    if name == "broken_value":
+        assert explained(tmp_path, model=f"own_nets:{name}") == 2
+        assert capsys.readouterr().err == f"sp-fx: {said} (raised by own_nets:{name}, in {here}/own_nets.py:{line})\n"
+    else:
+        with pytest.raises(KeyError) as raised:
+            explained(tmp_path, model=f"own_nets:{name}")
+        assert raised.value.__notes__ == [f"raised by own_nets:{name}, in {here}/own_nets.py:{line}"]
+
+
 @pytest.mark.parametrize("name", ["normalised", "named"])
 def test_a_network_that_says_how_it_takes_pixels(here, tmp_path, name, capsys):
     wide = explained(tmp_path, model=f"own_nets:{name}", side=None if name == "named" else 32)
@@ -146,7 +201,8 @@ NORMALISED = {
 def test_what_is_said_of_its_pixels(here, tmp_path, case, capsys):
     given, how = NORMALISED[case]
     assert explained(tmp_path, *given, model="own_nets:net") == 0
-    assert ("assumed" in capsys.readouterr().err) == (case == "resized first")
+    said = capsys.readouterr().err  # of the size, or of the mean
+    assert ("mean (0.485" in said) == (case == "resized first") and ("just cover" in said) == (case != "resized first")
     agrees(tmp_path, own_probabilities(own().net(), **how))
 
 
@@ -311,13 +367,44 @@ def test_folders_patterns_and_files(here, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
-def test_no_picture_is_overwritten(here, tmp_path, format, capsys):
+def test_nothing_of_the_users_is_overwritten(here, tmp_path, format):
+    """Neither the picture nor what lies beside it; what an earlier run has written is."""
     path = tmp_path / f"photo.{format}"
     Image.open("high.jpg").save(path)
-    whole = path.read_bytes()
-    assert explained(tmp_path, "--format", format, model="own_nets:net", images=[str(path)]) == 2
-    assert f"photo.{format} is one of the pictures, and the figure would be written over it" in capsys.readouterr().err
-    assert path.read_bytes() == whole
+    Image.open("high.jpg").save(tmp_path / "other.png")
+    (tmp_path / "other.json").write_text('{"labels": ["a cat"], "versions": "2"}')
+    Image.open("high.jpg").save(tmp_path / "other.jpg")
+    theirs = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for _ in range(2):
+        given = [str(path), str(tmp_path / "other.jpg")]
+        assert explained(tmp_path, "--format", format, model="own_nets:net", images=given) == 0
+        found = {file.name for file in tmp_path.iterdir()} - {file.name for file in theirs}
+        assert found == {"other_2.json", f"other_2.{format}", "photo_2.json", f"photo_2.{format}"}
+        assert all(file.read_bytes() == content for file, content in theirs.items())
+    # The figures as pictures: they stay what they are, though the run before has written them.
+    figure = tmp_path / f"photo_2.{format}"
+    whole = figure.read_bytes()
+    assert explained(tmp_path, "--format", format, model="own_nets:net", images=[str(figure)]) == 0
+    assert figure.read_bytes() == whole and (tmp_path / f"photo_2_2.{format}").exists()
+
+
+def test_a_picture_called_as_the_path_of_another(here, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.png", "a_path.png"):
+        Image.open("high.jpg").save(tmp_path / "in" / name)
+    assert explained(tmp_path / "out", "--path", "--steps", "1", model="own_nets:net", images=[str(tmp_path / "in")]) == 0
+    records = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")}
+    assert {name: record["image"] for name, record in records.items()} == {"a": "a.png", "a_path_2": "a_path.png"}
+    files = [file for each in records.values() for file in (each["figure"], each["paths"][0]["strip"])]
+    assert len(set(files)) == 4 and all((tmp_path / "out" / file).exists() for file in files)
+
+
+def test_a_name_that_is_nearly_too_long(here, tmp_path):
+    name = "ä" * 120 + ".png"
+    Image.open("high.jpg").save(tmp_path / name)
+    assert explained(tmp_path / "out", "--path", "--steps", "1", model="own_nets:net", images=[str(tmp_path / name)]) == 0
+    (record,) = (tmp_path / "out").glob("*.json")
+    assert json.loads(record.read_text())["image"] == name and record.stem == "ä" * 100
 
 
 def test_pictures_that_there_are_not(here, tmp_path, capsys):
@@ -334,7 +421,7 @@ def test_pictures_that_there_are_not(here, tmp_path, capsys):
     told = capsys.readouterr()
     assert len(told.out.splitlines()) == 1 and json.loads(told.out)["image"] == "high.jpg"
     assert "skipped gone.png: " in told.err and "skipped own_nets.py: it is not a picture in any format that is read" in told.err
-    assert told.err.endswith("2 of 3 pictures could not be read\n")
+    assert told.err.endswith("2 of 3 pictures could not be explained\n")
 
 
 def test_json_lines_and_nothing_else(here, tmp_path, capsys):
@@ -358,14 +445,14 @@ class Gone(io.StringIO):
 
 def test_a_reader_that_goes(here, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", Gone())
-    assert explained(tmp_path, "--json", "--pixels", "0,1", "--batch-size", "1", model="own_nets:net") == 141
+    assert explained(tmp_path, "--json", "--pixels", "0,1", "--resize", "32", "--batch-size", "1", model="own_nets:net") == 141
     assert capsys.readouterr().err == ""
 
 
 def test_stopped_by_hand(here, tmp_path):
     """As the shell does it: one line, and the status of an interrupt."""
     command = [sys.executable, "-m", "sp_fx", "explain", *["high.jpg"] * 400, "--model", "own_nets:net", "--pixels=0,1",
-               "--input-size", "32", "--out", str(tmp_path), "--json", "--batch-size", "1"]  # fmt: skip
+               "--input-size", "32", "--squash", "--out", str(tmp_path), "--json", "--batch-size", "1"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert json.loads(running.stdout.readline())["image"] == "high.jpg"  # while it runs, not when it ends
         running.send_signal(signal.SIGINT)
@@ -386,3 +473,59 @@ def test_warnings_are_one_line(here, tmp_path, capsys):
     done = subprocess.run(command, capture_output=True, text=True)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 0 and line.startswith(f"sp-fx: hf/{tmp_path}/mine says nothing of its pictures")
+
+
+def test_what_is_assumed_of_weights_is_said(here, tmp_path, capsys):
+    """Of a published network's too: they do not say how pictures were prepared when they were trained."""
+    torch.save(fill(torchvision.models.squeezenet1_1(num_classes=3)).state_dict(), tmp_path / "w.pth")
+    given = {"model": "squeezenet1_1", "images": ["high.jpg"]}
+
+    def assumed(*more, side=64):
+        assert explained(tmp_path / "out", "--weights", str(tmp_path / "w.pth"), *more, side=side, **given) == 0
+        record = json.loads((tmp_path / "out" / "high.json").read_text())["preprocessing"]
+        return capsys.readouterr().err, (record["resize"], record["crop"], record["squash"])
+
+    said, how = assumed(side=None)
+    assert (
+        "squeezenet1_1 has weights that say nothing of pictures; assumed: of pictures resized to 256 the centre 224 x 224" in said
+    )
+    assert "mean (0.485, 0.456, 0.406) with deviation (0.229, 0.224, 0.225)" in said and how == (256, 224, False)
+    said, how = assumed()
+    assert "assumed: pictures just cover 64 x 64 (--input-size, --resize, --squash say otherwise); mean" in said
+    assert how == (64, 64, False)
+    said, how = assumed("--squash", "--mean", "0.5", "--std", "0.5")
+    assert said == "" and how == (64, 64, True)
+    said, how = assumed("--resize", "80", "--mean", "0.5", "--std", "0.5")
+    assert said == "" and how == (80, 64, False)
+
+
+def test_a_temperature_of_gates_that_there_are_not(here, tmp_path, capsys):
+    assert explained(tmp_path, "--temperature", "silu=3", "--temperature", "relu=3", model="own_nets:net") == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "assumed" not in line]
+    assert told == ["sp-fx: there is no silu gate in it, so that its temperature changes nothing; there are relu, stride"]
+
+
+NAMES = ["_ground", r"$\\x$ and $a_{$", "a$b$c", "__"]
+
+
+def test_an_ascent_that_ends_elsewhere_and_names_that_are_no_formulas(here, tmp_path):
+    (tmp_path / "names.json").write_text(json.dumps(NAMES))
+    given = (
+        "--class-names",
+        str(tmp_path / "names.json"),
+        "--path",
+        "--steps",
+        "1",
+        "--step-size",
+        "0.001",
+        "--target",
+        "0,1,2,3",
+    )
+    assert explained(tmp_path, *given, model="own_nets:net", images=["high.jpg"]) == 0
+    record = json.loads((tmp_path / "high.json").read_text())
+    best = record["prediction"][0]["index"]
+    for target in record["targets"]:
+        after = target["maps"]["ascend"]["prediction_after"]
+        assert after["index"] == best and after["label"] == NAMES[best]  # a step so small leads nowhere
+        assert target["label"] == NAMES[target["index"]]
+    assert [path["toward"] for path in record["paths"]] == NAMES

@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-OWN = ("packed_networks.py:net", "--input-size", "16", "--mean", "0.5", "--std", "0.25")
+OWN = ("packed_networks.py:net", "--input-size", "16", "--resize", "16", "--mean", "0.5", "--std", "0.25")
 
 
 def compiled(*given):
@@ -173,3 +174,41 @@ def test_another_ending_is_refused_by_the_parser(capsys):
 def test_what_is_printable():
     assert printable("ünï 😀.png") == "ünï 😀.png"
     assert printable("a\nb\x1b[2J\udcff") == r"a\nb\x1b[2J\udcff"
+
+
+def test_a_network_of_several_outputs(here, capsys):
+    """Its class scores are what is explained, by every command; what has none is refused before it is compiled."""
+    Path("more_nets.py").write_text(
+        "from torch import nn\n"
+        "from packed_networks import net\n"
+        "class Outputs(nn.Module):\n"
+        "    def __init__(self, make):\n"
+        "        super().__init__()\n"
+        "        self.net, self.make = net(), make\n"
+        "    def forward(self, x):\n"
+        "        return self.make(self.net(x))\n"
+        "def two(): return Outputs(lambda y: {'logits': y, 'twice': 2 * y})\n"
+        "def maps(): return Outputs(lambda y: y[..., None, None].expand(-1, -1, 2, 2) * 1.0)\n"
+    )
+    given = OWN[1:]
+    assert compiled("more_nets.py:maps", *given, "--out", "maps.onnx") == 2
+    assert "expected class scores [B, classes] of the model, got [4, 5, 2, 2]" in capsys.readouterr().err
+    assert compiled("more_nets.py:two", *given, "--out", "two.onnx") == compiled(*OWN, "--out", "one.onnx") == 0
+    Path("photos").mkdir()
+    Image.new("RGB", (30, 20), (200, 100, 50)).save("photos/a.png")
+    found = {}
+    for name in ("one", "two"):
+        assert main(["explain", "photos", "--model", f"{name}.onnx", "--out", f"of {name}"]) == 0
+        assert main(["batch", f"{name}.onnx", "photos", "--out", f"all of {name}"]) == 0
+        found[name] = json.loads(Path(f"of {name}/a.json").read_text())["prediction"]
+        (result,) = sp_fx.offline.results(f"all of {name}")
+        assert result.logits.shape == (5,)
+    assert found["one"] == found["two"]
+
+
+def test_what_torch_export_saves_is_no_package(here, capsys):
+    exported = torch.export.export(torch.nn.Sequential(torch.nn.Linear(3, 2)), (torch.ones(1, 3),))
+    torch.export.save(exported, "it.pt2")
+    Image.new("RGB", (30, 20)).save("a.png")
+    assert main(["explain", "a.png", "--model", "it.pt2", "--out", "out"]) == 2
+    assert "it has no manifest, as what torch.export.save writes has none; sp-fx compile MODEL" in capsys.readouterr().err

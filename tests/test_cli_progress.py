@@ -18,7 +18,7 @@ def test_a_bar_on_a_terminal_and_none_elsewhere(here, tmp_path, capsys, monkeypa
     assert explain_scenes(here, tmp_path, "--batch-size", "1", images=[*SCENES[:2], "broken.jpg"]) == 1
     shown = capsys.readouterr().err
     assert "] 0/3" in shown and "] 1/3, " in shown and " s left" in shown and f"[{'#' * 20:30}] 2/3" in shown
-    assert "\r\033[Ksp-fx: skipped" in shown and shown.endswith("1 of 3 pictures could not be read\n")
+    assert "\r\033[Ksp-fx: skipped" in shown and shown.endswith("1 of 3 pictures could not be explained\n")
     capsys.readouterr()
     Progress(1).advance(1)
     assert capsys.readouterr().err == ""  # one picture needs no bar

@@ -122,3 +122,29 @@ def test_a_program_that_is_not_compiled_equals_the_explainer(tmp_path):
     for batch in (x, x[:1], torch.cat([x, x, x])):
         logits, map = program(batch, 1)
         assert relative(logits, explainer(batch)) < 1e-6 and relative(map, explainer.pullback(batch, 1)) < 1e-5
+
+
+def test_a_state_dict_in_place_of_the_network():
+    with pytest.raises(TypeError, match=r"got OrderedDict; a state dict is loaded into the network that it is of, net"):
+        sp_fx.transform(fill(PLAIN).state_dict())
+
+
+def test_a_program_that_is_given_one_sample():
+    x = torch.randn(2, 3, 20, 20)
+    program = sp_fx.transform(fill(PLAIN)).compile(example_inputs=x, inductor=False)
+    with pytest.raises(ValueError, match=r"got .* on cpu: the batch axis was forgotten: pass x\[None\], a batch of one"):
+        program(x[0])
+    with pytest.raises(ValueError, match="compile another for these"):
+        program(x[:, :2])
+
+
+def test_a_report_explains_places_inside_of_a_wrapper():
+    net = nn.Sequential()
+    for name in ("low", "high"):
+        net.add_module(name, nn.Sequential(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU())))
+    report = sp_fx.transform(sp_fx.pixel_space(fill(net), (0.5,) * 3, (0.25,) * 3)).report()
+    for place in ("model.high.0.1", "high.0.1", "high.0", "high"):
+        (sentence,) = report.explain(place).splitlines()
+        assert "at model.high.0.1 " in sentence, place
+    with pytest.raises(ValueError, match="no gating call"):
+        report.explain("igh.0")

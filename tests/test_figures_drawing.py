@@ -350,7 +350,7 @@ def test_path_has_its_iterates_and_its_probabilities():
     assert [axis.get_title() for axis in axes[:4]] == ["start", "step 1", "step 2", "step 3"]
     assert np.allclose(axes[-1].images[0].get_array(), (X[3] - X[0]).sum(0).numpy(), atol=1e-5)
     curve = next(axis for axis in figure.axes if axis.lines)
-    assert [line.get_label() for line in curve.lines] == ["cat", "dog"]
+    assert [text.get_text() for text in curve.get_legend().get_texts()] == ["cat", "dog"]
     assert np.allclose(curve.lines[1].get_ydata(), chances[:, 1])
     for k in range(4):  # each step stands under its picture
         under = curve.transData.transform((k, 0))[0]

@@ -198,3 +198,12 @@ def test_too_many_rows():
         show(torch.zeros(33, 1, 2, 2), torch.zeros(33, 1, 2, 2))
     with pytest.raises(ValueError, match=r"1 pictures? with 40 maps each are 40 rows.*maps\[:, :8\]"):
         show(torch.zeros(1, 2, 2), torch.zeros(1, 40, 1, 2, 2))
+
+
+def test_titles_captions_and_units_of_any_kind():
+    x, map = torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert show(x, map, titles=[3], captions=[None]).figure.axes[1].get_title() == "3"
+    shown = show(x, {1: map, "b": map}, unit={1: plot.PART}).figure
+    assert shown._supxlabel.get_text().startswith("part of the score: red: ")
+    other = show(x, {"a": map, "b": map}, unit={"a": "activation"}).figure  # a unit that has no reading
+    assert other._supxlabel.get_text().startswith("score per unit of pixel value: red")

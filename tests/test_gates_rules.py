@@ -273,3 +273,16 @@ def test_places_in_several_wrapped_models():
 
     with pytest.raises(ValueError, match=r"'layer4\.\*' fits places in left, right; say which: left\.layer4\.\*"):
         sp_fx.transform(Two(), rules=sp_fx.Rules(overrides={"layer4.*": 0.3}))
+
+
+def test_an_override_of_gates_that_have_no_temperature():
+    """It would change nothing. Where others are among those that it fits, they have one."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.LayerNorm(7))
+    x = torch.randn(1, 3, 16, 16)
+    for place, value, said in (("0", 0.3, "override '0' at 0: a stride is 'smooth' or None"), ("0", "frozen", "a stride is"),
+                               ("2", 0.3, "override '2' at 2: a normalisation has no temperature"),
+                               ("2", Soft(0.3, 0.4), "a normalisation has no temperature")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            sp_fx.transform(net, rules=Rules(overrides={place: value}), example_inputs=x)
+    for rules in (Rules(overrides={"*": 0.3}), Rules(overrides={"0": None}), Rules(overrides={"2": "frozen"})):
+        sp_fx.transform(net, rules=rules, example_inputs=x)

@@ -97,6 +97,6 @@ def test_targets_that_are_none():
     for labels in (LABELS, None):
         with pytest.raises(ValueError, match="a class is a number from 0 on, or a name; got -1"):
             parse_targets(["-1"], labels)
-    with pytest.raises(ValueError, match="pass an index instead of 'red'"):
+    with pytest.raises(ValueError, match="pass a number in place of 'red', or say the names"):
         parse_targets(["red"], None)
     assert parse_targets(["top3,7"], None) == [("top", 3), ("index", 7)] and class_index("top1", ("top1",)) == 0

@@ -10,7 +10,8 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
-from sp_fx.models.images import Preprocessing, read_rgb
+import sp_fx
+from sp_fx.models.images import Preprocessing, pictures_in, read_rgb
 
 RNG = np.random.default_rng(0)
 COLOUR = RNG.integers(0, 256, (31, 40, 3), dtype=np.uint8)
@@ -191,3 +192,35 @@ def test_not_a_picture(tmp_path):
     for path in (tmp_path / "gone.png", tmp_path):
         with pytest.raises(OSError):
             read_rgb(path)
+
+
+def test_pictures_made_square_whatever_their_proportion(saved):
+    """As `torchvision.transforms.Resize((64, 64))` makes them."""
+    path = saved(Image.fromarray(COLOUR), "a.png")
+    for how, filter in (("bilinear", InterpolationMode.BILINEAR), ("bicubic", InterpolationMode.BICUBIC)):
+        wanted = T.pil_to_tensor(T.resize(Image.open(path), (64, 64), filter)).float() / 255 * 2 - 1
+        assert torch.equal(sp_fx.read_picture(path, 64, squash=True, interpolation=how)[0], wanted)
+
+
+def test_a_crop_that_is_not_covered(saved):
+    """It would get black borders."""
+    path = saved(Image.fromarray(COLOUR), "a.png")
+    for resize, crop in ((20, 32), ((32, 20), 32), ((40, 31), (40, 32)), (24, (32, 24))):
+        with pytest.raises(ValueError, match=r"does not cover the crop of .*: resize is at least that"):
+            sp_fx.read_picture(path, crop, resize=resize)
+    padded = Preprocessing(16, 32, "bilinear", (0.5,) * 3, (0.5,) * 3)(path)  # who says it gets it: torchvision does the same
+    assert bool((padded.pixels[:, :8] == -1).all()) and not bool((padded.pixels[:, 8:24] == -1).all())
+
+
+def test_folders_behind_links(saved, tmp_path):
+    """Each once, also where a link leads back."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near" / "in").mkdir(parents=True)
+    for place in ("far/a.png", "near/b.png", "near/in/c.png"):
+        Image.fromarray(COLOUR).save(tmp_path / place)
+    (tmp_path / "near" / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "near" / "twice").symlink_to(tmp_path / "far")
+    (tmp_path / "near" / "in" / "back").symlink_to(tmp_path / "near")
+    (tmp_path / "near" / "gone").symlink_to(tmp_path / "nowhere")
+    found = pictures_in(tmp_path / "near")
+    assert [path.relative_to(tmp_path / "near").as_posix() for path in found] == ["b.png", "in/c.png", "link/a.png"]

@@ -28,7 +28,7 @@ def test_class_names():
         class_index("tensh", labels)
     with pytest.raises(ValueError, match="no class is called 'xxxx'; it has 6, such as tench, Tinca tinca"):
         class_index("xxxx", labels)
-    with pytest.raises(ValueError, match="not known: pass an index instead of 'tench'"):
+    with pytest.raises(ValueError, match="not known: pass a number in place of 'tench'"):
         class_index("tench", None)
 
 

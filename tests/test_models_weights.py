@@ -285,7 +285,65 @@ def test_the_number_of_classes(small):
     assert classes_of(small.state_dict(), small) is None
     wide = {key: torch.zeros(9, *value.shape[1:]) if value.dim() == 4 else value for key, value in small.state_dict().items()}
     assert classes_of({**wide, "fc.weight": torch.zeros(5, 7), "fc.bias": torch.zeros(5)}, small) is None
-    assert fitted(before("other.", small.state_dict()), small).keys() == before("other.", small.state_dict()).keys()
+    older = {key: value for key, value in type(small)(5).state_dict().items() if not key.endswith("num_batches_tracked")}
+    assert classes_of(older, small) == 5 and classes_of({**older, "more": torch.ones(1)}, small) is None
+
+
+WRAPPED = {
+    "any name": lambda s: before("student.", s),
+    "four wrappers": lambda s: before("model._orig_mod.module.net.", s),
+    "compiled, in Lightning, with a loss": lambda s: {**before("net._orig_mod.", s), "criterion.weight": torch.ones(4)},
+    "a compiled part": lambda s: {key.replace("body.", "body._orig_mod."): value for key, value in s.items()},
+    "another head": lambda s: {**{k: v for k, v in before("a.b.", s).items() if "fc" not in k}, "a.b.head.weight": torch.ones(4)},
+}
+
+
+@pytest.mark.parametrize("case", WRAPPED)
+def test_what_wrappers_put_before_and_into_names(small, case):
+    state = small.state_dict()
+    found = fitted(WRAPPED[case](state), small)
+    wanted = state.keys() - {"fc.weight", "fc.bias"} | {"head.weight"} if case == "another head" else state.keys()
+    assert found.keys() == wanted and all(torch.equal(found[key], state[key]) for key in found.keys() & state.keys())
+
+
+def test_weights_that_are_there_twice(small, tmp_path):
+    state = small.state_dict()
+    torch.save({**before("student.", state), **before("teacher.", state)}, "two.pth")
+    with pytest.raises(ValueError, match=r"there several times, as student. and teacher.: save those of one part alone"):
+        sp_fx.models.load("small_networks:Small", weights="two.pth")
+    other = fill(type(small)(), seed=5).state_dict()
+    torch.save({"state_dict": state, "state_dict_ema": other}, "ema.pth")
+    with pytest.warns(UserWarning, match=r"weights as 'state_dict' and as 'state_dict_ema': 'state_dict' are taken"):
+        assert same(sp_fx.models.load("small_networks:Small", weights="ema.pth").model.model, small)
+
+
+def test_weights_of_quantised_networks(small):
+    state = small.state_dict()
+    whole = {k: (v.clamp(-1, 1) * 127).to(torch.int8) if v.dim() > 1 else v for k, v in state.items()}
+    torch.save(whole, "whole.pth")
+    with pytest.raises(ValueError, match=r"2 of the weights in .* are whole numbers.*body.0.weight is int8 where it has float32"):
+        sp_fx.models.load("small_networks:Small", weights="whole.pth")
+    quantised = {k: torch.quantize_per_tensor(v, 0.1, 0, torch.qint8) if v.dim() > 1 else v for k, v in state.items()}
+    torch.save(quantised, "quantised.pth")
+    with pytest.raises(ValueError, match=r"quantised: save those of the network before that") as raised:
+        sp_fx.models.load("small_networks:Small", weights="quantised.pth")
+    assert len(str(raised.value)) < 200
+
+
+def test_weights_of_another_network_that_torchvision_has(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setattr("torchvision.models.list_models", lambda module: ["alexnet", "resnet18", "squeezenet1_1"])  # for time
+    state = before("model.", torchvision.models.squeezenet1_1(num_classes=7).state_dict())
+    torch.save({"state_dict": state}, tmp_path / "w.ckpt")
+    with pytest.raises(ValueError, match=r"do not fit ResNet.*They fit torchvision's squeezenet1_1 with 7 classes: --model sq"):
+        sp_fx.models.load("resnet18", weights=tmp_path / "w.ckpt")
+
+
+def test_several_modules_in_one_file(small):
+    torch.save({"model": small, "ema": small}, "two.pt")
+    with pytest.raises(ValueError, match=r"two.pt holds several modules, model, ema: torch.save the one that is meant"):
+        sp_fx.models.load("two.pt", trust_pickle=True)
 
 
 @pytest.mark.parametrize("name", ["regnet_y_400mf"])

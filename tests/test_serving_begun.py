@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from shipped import eleven, packaged
 from sp_fx.cli.commands import main
@@ -201,3 +203,36 @@ def test_the_report_reads_no_more_maps_than_it_shows(graph_file, folder, tmp_pat
     monkeypatch.setattr("sp_fx.serving.folders.report.read", lambda file, *some: keys.append(some) or read(file, *some))
     assert report(batches, tmp_path, 3).shown == 3
     assert ["maps" in some for some in keys] == [True, True, False, False, False, False]
+
+
+def test_pictures_that_have_changed_since(graph_file, folder, tmp_path, capsys):
+    """As `make` does it: the batches of those that are younger than their results are made again, and what the page has."""
+    root, out = tmp_path / "pictures", tmp_path / "out"
+    shutil.copytree(folder, root)
+    whole_file = pictures(root)[9].read_bytes()
+    pictures(root)[9].write_bytes(whole_file[:50])
+    command = ["batch", str(graph_file[2]), str(root), "--out", str(out), "--batch", "2"]
+    assert main(command) == 1
+    before, shown = {r.name: r for r in results(out)}, {file.name: file.read_bytes() for file in (out / "page").iterdir()}
+    assert before[pictures(root)[9].name].error
+    old = {number: (out / f"batch_{number:06d}.npz").stat().st_mtime_ns for number in range(6)}
+    time.sleep(0.05)
+    pictures(root)[9].write_bytes(whole_file)  # mended
+    swapped = pictures(root)[0]
+    elsewhere = tmp_path / "red.png"  # an old file that is moved here
+    Image.new("RGB", (30, 30), "red").save(elsewhere)
+    os.utime(elsewhere, (1, 1))
+    elsewhere.replace(swapped)
+    capsys.readouterr()
+    main(command)
+    assert "6 batches, of which 4 are there; the pictures of 2 have changed, and they are made again" in capsys.readouterr().err
+    now = {number: (out / f"batch_{number:06d}.npz").stat().st_mtime_ns for number in range(6)}
+    assert {number for number in now if now[number] != old[number]} == {0, 4}
+    after = {r.name: r for r in results(out)}
+    assert not after[pictures(root)[9].name].error and (after[swapped.name].map != before[swapped.name].map).any()
+    again = {file.name: file.read_bytes() for file in (out / "page").iterdir()}
+    changed = {name for name in again if again[name] != shown.get(name)}
+    assert changed == {f"{number:06d}{ending}" for number in (0, 9) for ending in (".jpg", ".png", "_times_input.png")}
+    fresh = tmp_path / "fresh"
+    main([*command[:3], "--out", str(fresh), "--batch", "2"])
+    assert all((a.map == b.map).all() for a, b in zip(results(out), results(fresh)) if a.map is not None)

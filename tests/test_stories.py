@@ -55,8 +55,8 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch, capsys):
     assert [target["label"] for target in record["targets"]] == [seen["label"] for seen in record["prediction"][:3]]
     net = torchvision.models.resnet18(num_classes=5)
     net.load_state_dict(torch.load("mine.pth"))
-    image = Image.open("photos/00.png").resize((73, 73), Image.Resampling.BILINEAR)
-    x = T.center_crop(T.pil_to_tensor(image), 64)[None] / 255
+    image = Image.open("photos/00.png").resize((64, 64), Image.Resampling.BILINEAR)
+    x = T.pil_to_tensor(image)[None] / 255
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = net.eval()((x - mean) / std).softmax(1)[0]
     assert record["prediction"][0]["probability"] == pytest.approx(expected.max().item(), abs=1e-4)

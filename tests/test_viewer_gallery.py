@@ -61,7 +61,7 @@ def entry(i, name=None, label=None):
     label = f"class {i % 5}" if label is None else label
     top = ((label, 0.5 + i / 100), *((f"other {k}", 0.1) for k in range(4)))
     name = f"photo {i:02d}.jpg" if name is None else name
-    return Entry(name, i % 5, label, 0.5 + i / 100, label, top, f"pictures/{i} #.jpg", f"maps/{i}.png", 1e-7)
+    return Entry(name, i % 5, label, 0.5 + i / 100, label, top, f"pictures/{i} #.jpg", f"maps/{i}.png", 1e-7, f"maps/{i}x.png")
 
 
 def data(page):
@@ -79,7 +79,8 @@ def test_hostile_texts_stay_where_they_belong():
     for record, wanted in zip(found["entries"], entries, strict=True):
         assert record["picture"].startswith("./") and not set(record["picture"]) & set("\"'<> #?:\\")
         record["picture"] = unquote(record["picture"].removeprefix("./"), errors="surrogateescape")
-        record["map"] = unquote(record["map"].removeprefix("./"))
+        for kind in ("map", "product"):
+            record[kind] = unquote(record[kind].removeprefix("./"))
         assert record == json.loads(json.dumps(asdict(wanted)))
     assert {tag: tags.count(tag) for tag in set(tags) - {"div", "dl", "dt", "dd"}} == {
         tag: [t for t, _ in Page(tame).tags].count(tag) for tag in set(tags) - {"div", "dl", "dt", "dd"}
@@ -124,6 +125,8 @@ def test_the_page_says_what_is_on_it():
     assert note.startswith("1,202 pictures were explained. This page shows 2 of them; the other 1,200 are in ")
     assert "Net · pullback" in page.texts["p"]
     assert "is made brighter" in gallery([], [], {}, unit=CHANGE)
+    assert "adds to the class" in numbers["Times the input"]
+    assert "Times the input</dt>" not in gallery([replace(entry(0), product="")], [], {}, unit=CHANGE)
     plain = gallery([entry(0)], [], {}, unit=SLOPE)
     assert "could not be explained" not in plain and "were explained" not in plain
 
@@ -149,7 +152,8 @@ def dom(tmp_path):
             (tmp_path / folder).mkdir(exist_ok=True)
         for one in {one.picture: one for one in entries}.values():
             image.new("RGB", (8, 8), "green").save(tmp_path / one.picture)
-            (tmp_path / one.map).write_bytes(map_png(np.ones((3, 8, 8))))
+            for file in filter(None, (one.map, one.product)):
+                (tmp_path / file).write_bytes(map_png(np.ones((3, 8, 8))))
         (tmp_path / "index.html").write_text(gallery(entries, errors, {}, unit=SLOPE), "utf-8")
         options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=1280,900")
         run = subprocess.run(
@@ -192,6 +196,10 @@ def test_a_browser_shows_what_the_hash_asks_for(dom):
     assert "open" in attributes(page, "dialog")[0] and "photo 08.jpg" in page.texts["h2"] and "3 of 4" in page.texts["p"]
     assert page.texts["span"].count("58.0%") == 2  # on the card and in the dialog
     assert "+1.0 \u00d7 10\u207b\u2077" in page.texts["span"]
+    assert attributes(page, "img", alt="map of \u2068class 3\u2069 for \u2068photo 08.jpg\u2069, times the input")
+    assert "three" not in attributes(page, "div", kind="views")[0]["class"]
+    change = dom([replace(one, product="") for one in entries], "#picture=photo+08.jpg")  # an ascent's, which no pixels multiply
+    assert "hidden" in attributes(change, "figure")[2] and attributes(change, "div", kind="three")
     nothing = dom(entries, "#q=zebra&from=55")
     assert not attributes(nothing, "div", kind="card") and "0 of 20 pictures" in nothing.texts["p"]
     assert "hidden" not in attributes(nothing, "div", id="nothing")[0]

@@ -20,7 +20,7 @@ from ..build import transform
 from ..figures.records import rules_record
 from ..models.named import load_model
 from ..rewrite.report import Report
-from .explaining import noise, printed_to_stderr, run_explain, takes_pixels
+from .explaining import noise, printed_to_stderr, run_explain, say_unused, takes_pixels
 from .packing import run_batch, run_compile
 from .parser import build_parser, options_of, parsed, rules_of
 
@@ -49,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"sp-fx: {one_line(error)}{hint}", file=sys.stderr)
             return 2
         except (ValueError, IndexError, TypeError, RuntimeError, OSError) as error:
-            print(f"sp-fx: {one_line(error)}", file=sys.stderr)
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []) if note.startswith("raised by "))
+            print(f"sp-fx: {one_line(error)}{notes}", file=sys.stderr)
             return 2
 
 
@@ -115,6 +116,9 @@ def run_serve(args: argparse.Namespace) -> int:
         timeout=args.timeout,
     )
     program, name = load(args.package, device=args.device, threads=args.threads), args.name or args.package.stem
+    import starlette  # noqa: F401  # what is missing is said before the address is
+    import uvicorn  # noqa: F401
+
     print(f"sp-fx: {name} at http://{args.host}:{args.port}/v1/models/{name}:explain", flush=True)
     serve(program, name, args.host, args.port, limits)
     return 0
@@ -153,6 +157,7 @@ def run_report(args: argparse.Namespace) -> int:
         named = load_model(args.model, options_of(args), trained=False)
         with takes_pixels(named):
             explainer = transform(named.model, rules=rules_of(args.rules, args.temperature), example_inputs=noise(named, 2))
+        say_unused(args, explainer)
         report = explainer.report()
     print(json.dumps(report_record(report), indent=2) if args.json else report)
     return 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +19,7 @@ import torch
 from ..build import transform
 from ..figures import records
 from ..figures.drawing import save
+from ..gates.rules import KINDS
 from ..methods.ascent import Ascent
 from ..models.images import Picture, Preprocessing
 from ..models.named import NamedModel, load_model
@@ -27,13 +30,15 @@ from ..version import __version__
 from .parser import options_of, rules_of
 from .progress import Progress
 
+LONGEST = 200  # bytes of a picture's name that its figure takes over; most file systems take 255
+
 
 @dataclass(frozen=True)
 class Subject:
-    """What explains: the model as a function, its ways of explaining, how it takes pictures, its classes, and what records say
-    of it."""
+    """What explains: the model as a function to class probabilities, its ways of explaining, how it takes pictures, its classes,
+    and what records say of it."""
 
-    predict: Callable[..., Any]
+    predict: Callable[[torch.Tensor], torch.Tensor]
     ways: list[records.Way]
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
@@ -50,10 +55,12 @@ def run_explain(args: argparse.Namespace) -> int:
 def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> int:
     subject = package(args) if Path(args.model).suffix in PACKAGES else model(args)
     targets = records.parse_targets(args.target or ["top1"], subject.labels)
+    if args.out.exists() and not args.out.is_dir():
+        raise NotADirectoryError(f"{args.out} is a file, and --out is a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     common = {**subject.facts, "device": str(args.device), "versions": {"sp_fx": __version__, "torch": torch.__version__}}
-    inputs = {path.resolve() for path in images}
-    progress, failed, taken = Progress(len(images)), 0, set[str]()
+    progress, failed = Progress(len(images)), 0
+    taken = {path.name for path in images if path.resolve().parent == args.out.resolve()}  # pictures stay what they are
     try:
         for batch in batches(images, subject.preprocessing, args.batch_size):
             readable = [(path, picture) for path, picture in batch if not isinstance(picture, Exception)]
@@ -61,13 +68,16 @@ def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> in
                 if isinstance(error, Exception):  # one damaged file does not stop the others
                     progress.say(f"sp-fx: skipped {path}: {error}", sys.stderr)
                     failed += 1
-            pictures = [picture for _, picture in readable]
-            results = [] if not pictures else records.explain_pictures(
-                subject.predict, subject.ways, pictures, subject.labels, targets, args.device, args.times_input, args.path
+            results = records.explain_pictures(
+                subject.predict, subject.ways, [p for _, p in readable], subject.labels, targets, args.device, args.times_input,
+                args.path,
             )  # fmt: skip
             for (path, _), explained in zip(readable, results):
-                name = free_name(path.stem, taken)
-                refuse_overwriting(name, explained, args, inputs)
+                if isinstance(explained, Exception):
+                    progress.say(f"sp-fx: skipped {path}: {explained}", sys.stderr)
+                    failed += 1
+                    continue
+                name = free_name(path.stem, len(explained.paths), taken, args)
                 record = write(explained, path, name, common, args)
                 top = record["prediction"][0]
                 line = f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / record['figure']}"
@@ -76,20 +86,13 @@ def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> in
     finally:
         progress.end()
     if failed:
-        print(f"sp-fx: {failed} of {len(images)} pictures could not be read", file=sys.stderr)
+        print(f"sp-fx: {failed} of {len(images)} pictures could not be explained", file=sys.stderr)
     return 1 if failed else 0
 
 
 def printed_to_stderr(wanted: bool) -> contextlib.AbstractContextManager[Any]:
     """With JSON on stdout, what a model's own code prints goes to stderr."""
     return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
-
-
-def refuse_overwriting(name: str, explained: records.Explained, args: argparse.Namespace, inputs: set[Path]) -> None:
-    """Raises ValueError where the figure or a path would be written over one of the pictures."""
-    for file in names_of(name, len(explained.paths), args):
-        if (args.out / file).resolve() in inputs:
-            raise ValueError(f"{args.out / file} is one of the pictures, and the figure would be written over it: another --out")
 
 
 def names_of(name: str, paths: int, args: argparse.Namespace) -> list[str]:
@@ -133,6 +136,7 @@ def model(args: argparse.Namespace) -> Subject:
     example = noise(named, 2).to(args.device)
     with takes_pixels(named):
         explainers = {name: transform(net, rules=rules_of(name, args.temperature), example_inputs=example) for name in args.rules}
+    say_unused(args, next(iter(explainers.values())))
     wanted = args.method or (["pullback", "ascend"] if args.path else ["pullback"])
     if args.animation and not args.path:
         raise ValueError("--animation says how --path is written: add --path")
@@ -147,7 +151,8 @@ def model(args: argparse.Namespace) -> Subject:
     ]
     rules = {name: records.rules_record(explainer.report().rules) for name, explainer in explainers.items()}
     facts = {**named.provenance(), "rules": rules if len(rules) > 1 else next(iter(rules.values()))}
-    return Subject(next(iter(explainers.values())), ways, named.preprocessing, named.labels, facts)
+    predict = functools.partial(records.probabilities_of, next(iter(explainers.values())))
+    return Subject(predict, ways, named.preprocessing, named.labels, facts)
 
 
 @contextlib.contextmanager
@@ -178,6 +183,15 @@ def say_assumed(named: NamedModel) -> None:
         print(f"sp-fx: {named.name} {named.assumed}", file=sys.stderr)
 
 
+def say_unused(args: argparse.Namespace, explainer: Any) -> None:
+    """Prints which temperatures that were asked for are of kinds of which the model has no gate."""
+    there = sorted({site.kind for site in explainer.report().sites if site.kind})
+    for kind, _ in args.temperature:
+        if kind in KINDS and kind not in there:
+            text = f"there is no {kind} gate in it, so that its temperature changes nothing; there are {', '.join(there)}"
+            print(f"sp-fx: {text}", file=sys.stderr)
+
+
 def noise(named: NamedModel, count: int) -> torch.Tensor:
     """Returns `count` pictures of noise, of the size that the model takes: on one colour a wrong graph may be right."""
     shape = (count, len(named.preprocessing.mean), *named.preprocessing.cropped)
@@ -202,7 +216,9 @@ def package(args: argparse.Namespace) -> Subject:
              "preprocessing": asdict(preprocessing), "rules": manifest["rules"]}  # fmt: skip
     ways = [records.way_of_package(classifier.program, classifier)]
     labels = None if classifier.class_names is None else tuple(classifier.class_names)
-    return Subject(lambda x: classifier(x)[0], ways, preprocessing, labels, facts)
+    already = classifier.program.signature.probabilities
+    predict = functools.partial(records.probabilities_of, lambda x: classifier(x)[0], already=already)
+    return Subject(predict, ways, preprocessing, labels, facts)
 
 
 # -- pictures
@@ -247,11 +263,28 @@ def batches(paths: Sequence[Path], preprocessing: Preprocessing, size: int) -> I
         yield batch
 
 
-def free_name(stem: str, taken: set[str]) -> str:
-    """Returns `stem`, or `stem_2`, `stem_3`, ... where pictures of several folders share it, and adds it to `taken`."""
+def free_name(stem: str, paths: int, taken: set[str], args: argparse.Namespace) -> str:
+    """Returns `stem`, or `stem_2`, `stem_3`, ... where a file under that name is `taken` by another picture of this run, or is
+    there already and none that such a run has written; and adds its files to `taken`."""
+    while len(os.fsencode(stem)) > LONGEST:
+        stem = stem[:-1]
     name, number = stem, 1
-    while name in taken:
+    while True:
+        files = {f"{name}.json", *names_of(name, paths, args)}
+        if not taken & files and not {file for file in files - written_before(args.out, name) if (args.out / file).exists()}:
+            taken |= files
+            return name
         number += 1
         name = f"{stem}_{number}"
-    taken.add(name)
-    return name
+
+
+def written_before(out: Path, name: str) -> set[str]:
+    """Returns the names of the files that an earlier run has written to `out` under that name, as its record says."""
+    try:
+        record = json.loads((out / f"{name}.json").read_text())
+        if "sp_fx" not in record["versions"]:
+            return set()
+        paths = [each[what] for each in record.get("paths", []) for what in ("strip", "animation")]
+        return {f"{name}.json", record["figure"], *paths}
+    except (OSError, ValueError, TypeError, KeyError):  # none, or somebody else's
+        return set()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..build import transform
 from ..methods.ascent import Ascent
 from ..models.named import load_model
-from .explaining import noise, printed_to_stderr, say_assumed, takes_pixels
+from .explaining import noise, printed_to_stderr, say_assumed, say_unused, takes_pixels
 from .parser import options_of, rules_of
 from .progress import Progress, Stages
 
@@ -58,6 +58,7 @@ def compiled(args: argparse.Namespace) -> Path:
     with stages("transform it, and compare with it"), takes_pixels(named):
         explainer = transform(net, rules=rules_of(args.rules, args.temperature), example_inputs=x)
         outputs = explainer(x)
+    say_unused(args, explainer)
     check_names(named.labels, outputs)
     with stages("make one graph of the model and its explanation"):
         # By PyTorch op by op: what is saved is compiled when it is saved, if at all.
@@ -76,10 +77,13 @@ def compiled(args: argparse.Namespace) -> Path:
 
 
 def check_names(labels: tuple[str, ...] | None, outputs: Any) -> None:
-    """Raises ValueError where there are other class names than classes."""
+    """Raises ValueError where the model gives no class scores, or there are other class names than classes."""
     from ..targets import primary
 
-    classes = primary(outputs).shape[-1]
+    scores = primary(outputs)
+    if scores.dim() != 2:
+        raise ValueError(f"expected class scores [B, classes] of the model, got {list(scores.shape)}")
+    classes = scores.shape[-1]
     if labels is not None and len(labels) != classes:
         raise ValueError(f"there are {len(labels)} class names, and the model has {classes} classes")
 
@@ -93,7 +97,7 @@ def ascent_options(args: argparse.Namespace, x: Any) -> dict[str, Any]:
 
 def run_batch(args: argparse.Namespace) -> int:
     from ..serving.folders import jobs
-    from ..serving.folders.batches import Batches, begin, pictures
+    from ..serving.folders.batches import Batches, begin, forget_changed, pictures
     from ..serving.folders.results import written
 
     share = jobs.share_of(os.environ)
@@ -110,10 +114,13 @@ def run_batch(args: argparse.Namespace) -> int:
     out, count = begin(args.out, batches), len(batches)
     if share is not None:
         return run_one_of(args, batches, out, share)
+    changed = forget_changed(out, batches)
     there = len(written(out))
     if not args.json:
         going = f", of which {there} are there" if there else ""
-        print(f"sp-fx: {len(files)} pictures in {count} batches{going}", file=sys.stderr)
+        going += f"; the pictures of {changed} have changed, and they are made again" if changed else ""
+        of, are = f"{len(files)} picture{'s' * (len(files) > 1)}", f"{count} batch{'es' * (count > 1)}"
+        print(f"sp-fx: {of} in {are}{going}", file=sys.stderr)
     progress = Progress(count, "batches", always=not args.json)
 
     def done(now: int) -> None:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +169,7 @@ def model_options(parser: argparse.ArgumentParser, named: bool = True) -> None:
     group.add_argument("--class-names", type=Path, metavar="FILE", help="one name a line, or JSON")
     group.add_argument("--input-size", type=positive, metavar="N", help="side of the square crop, in pixels")
     group.add_argument("--resize", type=positive, metavar="N", help="what the shorter side becomes before that")
+    group.add_argument("--squash", action="store_true", help="no crop: whole pictures, made square")
     group.add_argument("--mean", type=numbers, metavar="M", help="of pixels, as 0.5 or 0.485,0.456,0.406")
     group.add_argument("--std", type=numbers, metavar="S", help="of pixels, likewise")
     group.add_argument("--pixels", type=numbers, metavar="L,H", help="black and white before that (0,1); --pixels=-1,1")
@@ -191,8 +192,8 @@ def options_of(args: argparse.Namespace) -> Options:
     pixels = args.pixels
     if pixels is not None and len(pixels) != 2:
         raise ValueError(f"--pixels takes two numbers, what the network takes for black and white; got {len(pixels)}")
-    return Options(args.weights, args.input_size, args.resize, args.num_classes, args.class_names, args.mean, args.std,
-                   None if pixels is None else (pixels[0], pixels[1]), args.trust_pickle)  # fmt: skip
+    given = {field.name: getattr(args, field.name) for field in fields(Options)}
+    return Options(**given | {"pixels": None if pixels is None else (pixels[0], pixels[1])})
 
 
 def rules_of(name: str, temperatures: list[tuple[str, Any]]) -> Rules:

@@ -232,9 +232,9 @@ def _finish(axis: Axes, title: str) -> None:
 
 def reading(units: Iterable[Unit]) -> str:
     """Returns the note under maps of these units that says what red and blue are in each; "" where none is known."""
-    known = [unit for unit in dict.fromkeys(units) if unit in READINGS]
-    lines = ["red: {}; blue: {}".format(*READINGS[unit]) for unit in known]
-    return "\n".join(lines if len(known) == 1 else [f"{unit}: {line}" for unit, line in zip(known, lines)])
+    units = dict.fromkeys(units)
+    lines = {unit: "red: {}; blue: {}".format(*READINGS[unit]) for unit in units if unit in READINGS}
+    return "\n".join(line if len(units) == 1 else f"{unit}: {line}" for unit, line in lines.items())
 
 
 def table(rows: Sequence[Sequence[Cell | None]], title: str = "", note: str = "", dpi: int = 120) -> Figure:

@@ -159,15 +159,15 @@ def path(iterates: Tensor, probabilities: Tensor, names: Sequence[str], title: s
     limit = robust_limit(*changes)
     pictures = [picture(x, f"step {k}" if k else "start") for k, x in enumerate(iterates)]
     maps = [signed_map(c, "", None if k else f"{CHANGE} since the start", limit) for k, c in enumerate(changes)]
-    figure = table([pictures, [None, *maps], []], title=title)
+    figure = table([pictures, [None, *maps], []], title=title, note=reading([CHANGE]))
     axes = figure.axes
     columns = len(iterates)
     cell = axes[2 * columns].get_subplotspec()
     assert cell is not None
     curve = figure.add_subplot(cell.get_gridspec()[2, :])
     values = probabilities.detach().float().cpu().numpy()
-    for class_values, name, colour, marker in zip(values.T, names, LINES, "osD^vPX"):
-        curve.plot(class_values, color=colour, marker=marker, markersize=4, label=name)
+    for class_values, colour, marker in zip(values.T, LINES, "osD^vPX"):
+        curve.plot(class_values, color=colour, marker=marker, markersize=4)
     curve.set_xlabel("step", fontsize=8)
     curve.set_ylabel("probability", fontsize=8)
     curve.set_ylim(-0.02, 1.02)
@@ -175,5 +175,11 @@ def path(iterates: Tensor, probabilities: Tensor, names: Sequence[str], title: s
     curve.set_xticks(range(columns))
     curve.tick_params(labelsize=7)
     curve.spines[["top", "right"]].set_visible(False)
-    curve.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    # A line whose name begins with "_" would have no entry, and a dollar would begin a formula.
+    legend = curve.legend(
+        curve.lines, [" "] * len(names), fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
+    for text, name in zip(legend.get_texts(), names):
+        text.set_parse_math(False)
+        text.set_text(name)
     return figure

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..explainer import Explainer
 from ..gates.adjoints.row import Soft
 from ..gates.rules import Rules
+from ..measured.sigmoids import Sigmoids
 from ..models.classes import class_index, probabilities
 from ..models.images import Picture
 from ..program.program import Program
@@ -138,7 +139,7 @@ class Explained:
 
 
 def explain_pictures(
-    predict: Callable[[Tensor], Any],
+    predict: Callable[[Tensor], Tensor],
     ways: Sequence[Way],
     pictures: Sequence[Picture],
     labels: Sequence[str] | None,
@@ -146,17 +147,25 @@ def explain_pictures(
     device: torch.device | str = "cpu",
     times_input: bool = False,
     paths: bool = False,
-) -> list[Explained]:
-    """Explain each of `pictures` in each of the `ways` for each of `targets`; `predict` is the model.
+) -> list[Explained | ValueError]:
+    """Explain each of `pictures` in each of the `ways` for each of `targets`; `predict` gives the model's class probabilities
+    [B, classes], as `probabilities_of` does. A picture of which they are not finite gets an error in place of an explanation.
 
     `device` is the model's. `times_input`: the figure shows each map times the pixels too. `paths`: the paths of ascents too.
 
     Raises:
         IndexError: a target that the model does not have.
-        ValueError: its output is not finite, or has no single class axis; it has other classes than there are `labels`.
+        ValueError: it has other classes than there are `labels`; what `predict` raises.
     """
+    if not pictures:
+        return []
     x = torch.stack([p.pixels for p in pictures]).to(device)
-    chances = probabilities_of(predict, x)
+    chances = predict(x)
+    if not bool((finite := chances.isfinite().all(1)).all()):
+        good = [p for p, fine in zip(pictures, finite.tolist()) if fine]
+        others = iter(explain_pictures(predict, ways, good, labels, targets, device, times_input, paths))
+        broken = ValueError("the model's scores of it are not finite: NaN or infinity")
+        return [next(others) if fine else broken for fine in finite.tolist()]
     if labels is not None and len(labels) != chances.shape[1]:
         raise ValueError(f"there are {len(labels)} class names, and the model has {chances.shape[1]} classes")
     ranking = chances.argsort(-1, descending=True)
@@ -176,19 +185,19 @@ def explain_pictures(
     for way in ways:
         if way.method == "ascend":
             moved = x[:, None].cpu() + maps[way.name]
-            after[way.name] = probabilities_of(predict, moved.flatten(0, 1).to(device)).view(*indices.shape, -1)
+            after[way.name] = predict(moved.flatten(0, 1).to(device)).view(*indices.shape, -1)
 
-    def class_record(i: int, index: int) -> dict[str, Any]:
+    def class_record(of: Tensor, index: int) -> dict[str, Any]:
         label = labels[index] if labels is not None else f"class {index}"
-        return {"index": index, "label": label, "probability": round(chances[i, index].item(), 6)}
+        return {"index": index, "label": label, "probability": round(of[index].item(), 6)}
 
     note = reading(shown_units([way.unit for way in ways], times_input))
-    results = []
+    results = list[Explained | ValueError]()
     for i, (shown, classes) in enumerate(zip(pictures, indices.tolist())):
-        prediction = [class_record(i, index) for index in ranking[i, :5].tolist()]
+        prediction = [class_record(chances[i], index) for index in ranking[i, :5].tolist()]
         target_records, rows, steps = [], [], list[Climb]()
         for k, index in enumerate(classes):
-            target = class_record(i, index)
+            target = class_record(chances[i], index)
             target["maps"] = {way.name: {"l2": maps[way.name][i, k].norm().item()} for way in ways}
             cells: list[Cell] = [picture(shown.pixels, "predicted: {label} ({probability:.2f})".format(**prediction[0]))]
             for way in ways:
@@ -197,15 +206,24 @@ def explain_pictures(
                 if times_input:
                     cells.append(product(shown.pixels, map, unit=way.unit))
                 if way.method == "ascend":
-                    then = target["maps"][way.name]["probability_after"] = round(after[way.name][i, k, index].item(), 6)
-                    cells.append(picture(shown.pixels + map, f"after {way.options['steps']} steps: {then:.2f}"))
+                    then = after[way.name][i, k]
+                    wins = class_record(then, int(then.argmax()))
+                    told = {"probability_after": round(then[index].item(), 6), "prediction_after": wins}
+                    target["maps"][way.name] |= told
+                    title = f"after {way.options['steps']} steps: {then[index]:.2f}"
+                    if wins["index"] != index:  # its score has risen, and another's more
+                        title += "\nnow {label} ({probability:.2f})".format(**wins)
+                    cells.append(picture(shown.pixels + map, title))
                 else:
                     cells.append(overlay(shown.pixels, map))
             target_records.append(target)
             if index in classes[:k]:  # asked for by name, and predicted too: it is drawn once
                 continue
             rows.append(cells)
-            steps += [climb_of(predict, some[k][:, i], target, prediction[0], device) for some in climbs.values()]
+            steps += [
+                climb_of(some[k][:, i], predict(some[k][:, i].to(device)), class_record, (index, prediction[0]["index"]))
+                for some in climbs.values()
+            ]
         record = {
             "size": list(shown.size),
             "mode": shown.mode,
@@ -221,28 +239,28 @@ def explain_pictures(
 
 
 def climb_of(
-    predict: Callable[[Tensor], Any], iterates: Tensor, target: dict[str, Any], predicted: dict[str, Any], device: Any
+    iterates: Tensor, chances: Tensor, named: Callable[[Tensor, int], dict[str, Any]], classes: tuple[int, int]
 ) -> Climb:
-    """Returns the path of one ascent, with the probabilities, at each step, of the class that it climbs to and of the one that
-    was predicted."""
-    chances = probabilities_of(predict, iterates.to(device))
-    shown = {each["index"]: each["label"] for each in (target, predicted)}
-    strip = path(iterates, chances[:, list(shown)], list(shown.values()), title=f"toward {target['label']}")
-    numbers = chances[:, target["index"]].tolist()
-    titles = [f"{f'step {k}' if k else 'start'}: {target['label']} {p:.2f}" for k, p in enumerate(numbers)]
-    return Climb(target["label"], iterates, strip, titles)
+    """Returns the path of one ascent, with the `chances` [K + 1, classes] at each step: of the class that it climbs to, of the
+    one that was predicted (both are `classes`), and of the one that is predicted at its end. `named` makes records of classes."""
+    toward = classes[0]
+    shown = {index: named(chances[-1], index)["label"] for index in (*classes, int(chances[-1].argmax()))}
+    strip = path(iterates, chances[:, list(shown)], list(shown.values()), title=f"toward {shown[toward]}")
+    numbers = chances[:, toward].tolist()
+    titles = [f"{f'step {k}' if k else 'start'}: {shown[toward]} {p:.2f}" for k, p in enumerate(numbers)]
+    return Climb(shown[toward], iterates, strip, titles)
 
 
-def probabilities_of(predict: Callable[[Tensor], Any], x: Tensor) -> Tensor:
-    """Returns the probabilities [B, classes] of a model of class scores, on the CPU; ValueError for another output."""
-    with torch.no_grad():
-        outputs = predict(x)
+def probabilities_of(model: Callable[[Tensor], Any], x: Tensor, already: bool | None = None) -> Tensor:
+    """Returns the probabilities [B, classes] of a model of class scores, on the CPU; ValueError for another output. Rows of
+    scores that are not finite are NaN. `already` says whether scores are probabilities; None looks what the model ends with."""
+    with torch.no_grad(), Sigmoids() as sigmoids:
+        outputs = model(x)
     logits = outputs if isinstance(outputs, Tensor) else primary(outputs)
     if logits.dim() != 2:
         raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {list(logits.shape)}")
-    if not bool(logits.isfinite().all()):
-        raise ValueError("the model's scores are not finite: NaN or infinity")
-    return probabilities(logits.float().cpu())
+    found = probabilities(logits.float().cpu(), sigmoids.gave(logits) if already is None else already)
+    return torch.where(logits.isfinite().all(1, keepdim=True).cpu(), found, torch.nan)
 
 
 def _indices(target: TargetSpec, ranking: list[int]) -> list[int]:

@@ -102,7 +102,8 @@ def show(
             + ("some, x[:8] and maps[:8]" if count > 1 else "some of the maps, maps[:, :8]")
         )
     row_titles = _titles(titles, each, count)
-    names = _per("captions", [captions] if isinstance(captions, str) else captions, count, "picture") or [""] * count
+    given = _per("captions", [captions] if isinstance(captions, str) else captions, count, "picture") or [""] * count
+    names = ["" if caption is None else str(caption) for caption in given]
     units = _units(unit, row_titles, each)
     cells, shown = [], list[Unit]()
     for k, title in enumerate(row_titles):
@@ -185,7 +186,7 @@ def _titles(titles: str | Sequence[str] | None, each: int, count: int) -> list[s
     """Returns a title for each row of `count` pictures with `each` maps."""
     if titles is None:
         return [f"map {j}" if each > 1 else "map" for j in range(each)] * count
-    given = [titles] if isinstance(titles, str) else list(titles)
+    given = [titles] if isinstance(titles, str) else list(map(str, titles))
     if len(given) == each * count:
         return given
     if len(given) != each:
@@ -199,7 +200,8 @@ def _units(unit: Units, titles: Sequence[str], each: int) -> list[Unit]:
     if unit is None or isinstance(unit, str):
         return [unit] * len(titles)
     if isinstance(unit, Mapping):
-        if unknown := [title for title in unit if title not in titles]:
+        named = {str(title): own for title, own in unit.items()}
+        if unknown := [title for title in named if title not in titles]:
             raise ValueError(f"unit: the titles are {list(dict.fromkeys(titles))}, got a unit for {unknown}")
-        return [unit.get(title, SLOPE) for title in titles]
+        return [named.get(title, SLOPE) for title in titles]
     return (_per("unit", unit, each, "of a picture's maps") or []) * (len(titles) // each)

@@ -217,12 +217,16 @@ class Rules:
         return self if overrides == dict(self.overrides) else replace(self, overrides=overrides)
 
     def check_places(self, gates: Iterable[Any]) -> None:
-        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of the `gates`, sites of a report."""
-        known = sorted({site.place for site in gates if site.kind})
+        """Raise ValueError if a pattern of the overrides, or a measured scale, fits none of the `gates`, sites of a report; or if
+        an override sets a temperature where no gate has one."""
+        kinds = {(site.place, site.kind): None for site in gates if site.kind}
+        known = sorted({place for place, _ in kinds})
         unknown = [place for place in self.scale if place not in known] if isinstance(self.scale, Mapping) else []
         if unknown:
             raise ValueError(f"scales were measured at {', '.join(unknown)}, where this model has no gate: another model's?")
-        for pattern in self.overrides:
+        for pattern, override in self.overrides.items():
+            if not isinstance(override, Mapping):
+                _check_some(pattern, override, [(place, kind) for place, kind in kinds if fnmatchcase(place, pattern)])
             if not any(fnmatchcase(place, pattern) for place in known):
                 near = nearest(pattern, known)
                 places = f"the nearest of its {len(known)} gates are at" if len(near) < len(known) else "its gates are at"
@@ -340,6 +344,18 @@ def _check(where: str, kind: str, tau: object) -> None:
     if isinstance(tau, bool) or not isinstance(tau, int | float) or not (0 < tau < math.inf):
         choices = "a finite temperature above 0, 'frozen' (hard gate) or None (plain derivative)"
         raise ValueError(f"{where}: expected {choices}, got {tau!r}")
+
+
+def _check_some(pattern: str, override: Any, gates: Sequence[tuple[str, str]]) -> None:
+    """Raise unless one of the `gates` (place, kind) that the override fits may have that value: `layer4.*` has strides too."""
+    refused = None
+    for place, kind in gates:
+        try:
+            return _check(f"override {pattern!r} at {place}", kind, override.tau if isinstance(override, Soft) else override)
+        except ValueError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _check_soft(where: str, kind: str, soft: Soft) -> None:

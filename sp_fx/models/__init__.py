@@ -26,6 +26,7 @@ def load(
     input_size: int | None = None,
     *,
     resize: int | None = None,
+    squash: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] | str | Path | None = None,
     mean: float | Sequence[float] | None = None,
@@ -55,8 +56,10 @@ def load(
         weights: a state dict of your own (.safetensors, .pt, .pth, .bin, .ckpt) in place of the published one; one for another
             number of classes makes a network of that number.
         input_size: side of the square crop, in pixels; None is the published one.
-        resize: what the shorter side becomes before that, in pixels; None is the published proportion, and for a network of your
-            own `input_size`.
+        resize: what the shorter side becomes before that, in pixels; None is the published proportion, and for a network or
+            weights of your own `input_size`.
+        squash: pictures are resized to the square whatever their proportion, as `torchvision.transforms.Resize((N, N))` does it,
+            and nothing is cut off.
         num_classes: of networks that are made; None is that of the weights.
         class_names: the names of the classes, or a file of them (`read_class_names`).
         mean, std: of each channel, or one number for all, by which the network's pixels are normalised.
@@ -73,7 +76,7 @@ def load(
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
     name = str(name)
-    options = Options(weights, input_size, resize, num_classes, class_names, mean, std, pixels, trust_pickle)
+    options = Options(weights, input_size, resize, squash, num_classes, class_names, mean, std, pixels, trust_pickle)
     made = called(name, num_classes) if is_own(name) else None
     if name in TEXT or isinstance(made, TextModel):
         if options != Options():

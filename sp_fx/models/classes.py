@@ -22,7 +22,10 @@ def class_index(name: str, labels: Sequence[str] | None) -> int:
     if name.startswith("-") and name[1:].isdecimal() and name not in (labels or ()):
         raise ValueError(f"a class is a number from 0 on, or a name; got {name}")
     if labels is None:
-        raise ValueError(f"the names of this model's classes are not known: pass an index instead of {name!r}")
+        raise ValueError(
+            f"the names of this model's classes are not known: pass a number in place of {name!r}, or say the names "
+            "(--class-names FILE)"
+        )
     synonyms = [(i, synonym) for i, label in enumerate(labels) for synonym in dict.fromkeys([label, *label.split(", ")])]
     for fold in (str, str.casefold):
         matches = sorted({i for i, synonym in synonyms if fold(synonym) == fold(name)})
@@ -37,13 +40,16 @@ def class_index(name: str, labels: Sequence[str] | None) -> int:
     raise ValueError(f"no class is called {name!r}; {hint}")
 
 
-def probabilities(scores: Tensor) -> Tensor:
+def probabilities(scores: Tensor, already: bool = False) -> Tensor:
     """Returns the class probabilities of a model's scores [B, classes], shaped like them, each row by itself: their softmax; of a
-    single score its sigmoid, the softmax of which would always be 1; and rows that are probabilities already, as they are."""
+    single score its sigmoid, the softmax of which would always be 1; and rows that are probabilities already, as they are, which
+    those that sum to 1 show, and `already` says of the others, each class's own by a sigmoid."""
+    if already:
+        return scores
     if scores.shape[1] == 1:
         return scores.sigmoid()
-    already = (scores >= 0).all(1, keepdim=True) & ((scores.sum(1, keepdim=True) - 1).abs() < 1e-3)
-    return torch.where(already, scores, scores.softmax(1))
+    sums = (scores >= 0).all(1, keepdim=True) & ((scores.sum(1, keepdim=True) - 1).abs() < 1e-3)
+    return torch.where(sums, scores, scores.softmax(1))
 
 
 def read_class_names(path: str | PathLike[str]) -> tuple[str, ...]:

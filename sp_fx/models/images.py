@@ -48,7 +48,8 @@ class Picture:
 @dataclass(frozen=True)
 class Preprocessing:
     """What a picture becomes for a network: resized until it just covers `resize`, and its centre cropped to `crop`. Both are the
-    side of a square, in pixels, or (height, width): 256 and 224 make the shorter side 256. The command line, Python, batch jobs
+    side of a square, in pixels, or (height, width): 256 and 224 make the shorter side 256. A crop that is larger than the resized
+    picture has black borders, as torchvision's and some of transformers' have. The command line, Python, batch jobs
     and the service all prepare pictures by this class, and packages record it.
 
     Attributes:
@@ -155,7 +156,7 @@ def _sides(side: Side) -> tuple[int, int]:
 
 def pictures_in(folder: str | PathLike[str]) -> list[Path]:
     """Returns the files in a folder, and in the folders in it, that end as pictures do (`ENDINGS`), sorted by name; hidden ones
-    are left out.
+    are left out. Links to folders are followed, and a folder that is there twice is taken once.
 
     Raises:
         NotADirectoryError: it is no folder.
@@ -164,9 +165,11 @@ def pictures_in(folder: str | PathLike[str]) -> list[Path]:
     root = Path(folder)
     if not root.is_dir():
         raise NotADirectoryError(f"there is no folder {root}")
-    found: list[Path] = []
-    for place, folders, files in os.walk(root, onerror=_raise):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    found, seen = list[Path](), {root.resolve()}
+    for place, folders, files in os.walk(root, onerror=_raise, followlinks=True):
+        inside = {Path(place, name).resolve(): name for name in sorted(folders, reverse=True) if not name.startswith(".")}
+        folders[:] = sorted(name for path, name in inside.items() if path not in seen)  # a link may lead back to where it is
+        seen |= inside.keys()
         found += [Path(place, name) for name in files if name.lower().endswith(ENDINGS) and not name.startswith(".")]
     return sorted(found)
 
@@ -180,6 +183,7 @@ def read_picture(
     size: Side | Preprocessing = 224,
     *,
     resize: Side | None = None,
+    squash: bool = False,
     interpolation: str = "bilinear",
     channels: int = 3,
 ) -> Tensor:
@@ -193,6 +197,7 @@ def read_picture(
         size: side of the square, or (height, width), in pixels; or a network's own `Preprocessing`, which says it all:
             `sp_fx.read_picture("cat.jpg", net.preprocessing)`.
         resize: in pixels; None is `size`. Networks of torchvision were mostly tested at 256 for 224.
+        squash: the picture is resized to `size` whatever its proportion, as `torchvision.transforms.Resize((224, 224))` does it.
         interpolation: one of `FILTERS`.
         channels: 3, or 1 for grey.
 
@@ -201,12 +206,14 @@ def read_picture(
         ValueError: a picture that is refused, an empty list, or another `size`, `resize`, `interpolation` or `channels`.
     """
     if isinstance(size, Preprocessing):
-        if resize is not None:
-            raise ValueError("a Preprocessing says how pictures are resized: pass it without resize")
+        if resize is not None or squash:
+            raise ValueError("a Preprocessing says how pictures are resized: pass it without resize and squash")
         preprocessing = size
     else:
         fitted = fitting(size, channels)
-        preprocessing = replace(fitted, resize=size if resize is None else resize, interpolation=interpolation)
+        preprocessing = replace(fitted, resize=size if resize is None else resize, squash=squash, interpolation=interpolation)
+        if any(side < wanted for side, wanted in zip(_sides(preprocessing.resize), preprocessing.cropped)):
+            raise ValueError(f"a picture resized to {resize} does not cover the crop of {size}: resize is at least that")
     paths = [path] if isinstance(path, str | PathLike) else list(path)
     if not paths:
         raise ValueError("no picture: the list of paths is empty")

@@ -18,7 +18,7 @@ from .. import zoo
 from . import carried
 from .images import Preprocessing, Side
 from .options import Options
-from .own import PACKAGES, called, is_file, is_own, pickled_model
+from .own import PACKAGES, architecture, called, is_file, is_own, pickled_model
 from .pixel_space import PixelSpace, pixel_space
 from .published.huggingface import Logits, huggingface_model, huggingface_weights
 from .published.network import Published
@@ -90,10 +90,14 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
     if options.weights is not None:
         published = with_weights(published, options, lambda classes: maker(name, False, classes))
     named = _named(name, published, options, "published" if pretrained else "none")
-    if options.weights is not None and getattr(published.net, "transform_input", False):
+    if options.weights is None:
+        return named
+    unsaid = options.unsaid(named.preprocessing)
+    assumed = f"has weights that say nothing of pictures; assumed: {unsaid}" if unsaid else ""
+    if getattr(published.net, "transform_input", False):
         text = "is taken as published, with transform_input=True, which its weights do not say; for one that was trained without"
-        named = replace(named, assumed=f"{text} it name the function that makes it, --model module:function")
-    return named
+        assumed = "; ".join(filter(None, [f"{text} it name the function that makes it, --model module:function", assumed]))
+    return replace(named, assumed=assumed)
 
 
 def with_weights(published: Published, options: Options, again: Callable[[int], Published]) -> Published:
@@ -106,7 +110,13 @@ def with_weights(published: Published, options: Options, again: Callable[[int], 
     classes = None if options.num_classes else classes_of(state, published.net)
     if classes is not None:
         published = replace(again(classes), labels=None)
-    load_state(published.net, state, path)
+    try:
+        load_state(published.net, state, path)
+    except ValueError as error:
+        if (found := architecture(state)) is None:
+            raise
+        name, classes = found
+        raise ValueError(f"{error}. They fit torchvision's {name} with {classes} classes: --model {name}") from None
     return published
 
 
@@ -133,13 +143,8 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         published, labels = replace(IMAGENET, mean=mean, std=std), None
     else:
         named = _named(name, Published(inside, _assumed(inside, options), None), options, source)
-        if options.normalises:
-            return named
-        how = named.preprocessing
-        assumed = f"assumed: mean {how.mean} with deviation {how.std} of pixels in [0, 1] (--mean, --std, --pixels say otherwise)"
-        if options.input_size is None:
-            assumed += f", {how.crop} x {how.crop} of them (--input-size)"
-        return replace(named, assumed=f"says nothing of its pixels; {assumed}")
+        unsaid = options.unsaid(named.preprocessing)
+        return replace(named, assumed=f"says nothing of its pixels; assumed: {unsaid}" if unsaid else "")
     if isinstance(made, PixelSpace) and options.input_size is not None:
         published = replace(published, resize=options.input_size, crop=options.input_size)
     called_so = made.name if isinstance(made, NamedModel) else name

@@ -18,6 +18,7 @@ class Options:
     weights: str | Path | None = None
     input_size: int | None = None
     resize: int | None = None
+    squash: bool = False
     num_classes: int | None = None
     class_names: Sequence[str] | str | Path | None = None
     mean: float | Sequence[float] | None = None
@@ -37,9 +38,10 @@ class Options:
                 or without a std, neither one number nor one a channel; a `resize` below the crop.
         """
         crop: Side = published.crop if self.input_size is None else self.input_size
-        made = replace(published, resize=proportional(published, crop) if self.resize is None else self.resize, crop=crop)
-        if self.resize is not None and self.resize < max(made.cropped):
+        resize = self.resize or (crop if self.squash else resized_for(published, crop, self.weights is not None))
+        if self.resize is not None and self.resize < (crop if isinstance(crop, int) else max(crop)):
             raise ValueError(f"a picture resized to {self.resize} does not cover the crop of {crop}: resize is at least that")
+        made = replace(published, resize=resize, crop=crop, squash=published.squash or self.squash)
         if not self.normalises:
             return made
         low, high = self.pixels or (0.0, 1.0)
@@ -57,6 +59,22 @@ class Options:
             )
         return replace(made, mean=tuple((m - low) / (high - low) for m in mean), std=tuple(s / (high - low) for s in std))
 
+    def unsaid(self, used: Preprocessing) -> str:
+        """Returns, in words, what of the preprocessing that is used the caller has not said; "" where it was all said."""
+        found = []
+        if self.resize is None and not self.squash:
+            crop = " x ".join(map(str, used.cropped))
+            if used.squash:
+                how = f"pictures are squashed to {crop}"
+            elif used.resize == used.crop:
+                how = f"pictures just cover {crop}"
+            else:
+                how = f"of pictures resized to {used.resize} the centre {crop}"
+            found.append(f"{how} (--input-size, --resize, --squash say otherwise)")
+        if not self.normalises:
+            found.append(f"mean {used.mean} with deviation {used.std} of pixels in [0, 1] (--mean, --std, --pixels)")
+        return "; ".join(found)
+
     def names(self) -> tuple[str, ...] | None:
         """Returns the caller's names of the classes."""
         names = self.class_names
@@ -73,11 +91,13 @@ def _each(values: float | Sequence[float] | None, default: float, channels: int,
     return each
 
 
-def proportional(published: Preprocessing, crop: Side) -> Side:
-    """Returns what a picture is resized to for that crop: in the published proportion, but that a crop between the published one
-    and what it is cut from only takes more of it: 227 of 256, where 224 is published."""
-    sides = published.resize, published.crop, crop
-    resize, old, new = sides
-    if not isinstance(resize, int) or not isinstance(old, int) or not isinstance(new, int):
-        return resize if crop == published.crop else crop
-    return resize if old <= new <= resize and not published.squash else round(new * resize / old)
+def resized_for(published: Preprocessing, crop: Side, own: bool) -> Side:
+    """Returns what a picture is resized to for that crop. A crop between the published one and what it is cut from only takes
+    more of it: 227 of 256, where 224 is published. For another, the published proportion; for weights of the caller's `own` the
+    crop itself, since networks that were fine-tuned at 64 pixels rarely saw the centre of 73."""
+    resize, old, new = published.resize, published.crop, crop
+    if crop == old or not (isinstance(resize, int) and isinstance(old, int) and isinstance(new, int)):
+        return resize if crop == old else crop
+    if old <= new <= resize and not published.squash:
+        return resize
+    return new if own else round(new * resize / old)

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,12 @@ def called(spec: str, num_classes: int | None = None) -> Any:
         own = [n for n, value in vars(module).items() if callable(value) and getattr(value, "__module__", "") == module.__name__]
         raise ValueError(f"{name} has no function {attribute!r}; it has {', '.join(sorted(own)) or 'none'}")
     _check_arguments(made, arguments, place)
-    return made(**arguments)
+    try:
+        return made(**arguments)
+    except Exception as error:  # whose message alone would not say whose it is
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        error.add_note(f"raised by {place}, in {frame.filename}:{frame.lineno}")
+        raise
 
 
 def _module(name: str, place: str) -> Any:
@@ -145,6 +151,9 @@ def pickled_model(path: Path, trust_pickle: bool) -> nn.Module:
     modules = [v for v in content.values() if isinstance(v, nn.Module)] if isinstance(content, Mapping) else []
     if len(modules) == 1:
         return modules[0]
+    if modules:
+        names = [str(key) for key, value in content.items() if isinstance(value, nn.Module)]
+        raise ValueError(f"{path} holds several modules, {', '.join(names)}: torch.save the one that is meant")
     if (state := state_in(content)) is None:
         raise ValueError(f"{path} holds no model: got {type(content).__name__}, where a torch.nn.Module was expected")
     raise ValueError(f"{path} holds weights alone, and not the network that they are of; {_named(path, state)}")
@@ -167,7 +176,7 @@ def architecture(state: dict[str, Tensor]) -> tuple[str, int] | None:
 
     found = []
     for name in models.list_models(module=models):
-        with _Empty(), contextlib.suppress(RuntimeError):
+        with _Empty(), contextlib.suppress(RuntimeError, ValueError):
             net = torchvision_net(name, None)
             candidate = fitted(state, net)
             own = net.state_dict()

@@ -12,7 +12,7 @@ import re
 import sys
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from .. import zoo
 
-# Wrappers and training loops put the weights under one of these, and one of these before every name.
+# Training loops put the weights under one of these.
 ENTRIES = ("state_dict", "model_state_dict", "model", "net", "ema_state_dict", "state_dict_ema", "model_ema", "weights")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.")
 # Heads that train GoogLeNet and Inception v3, and take no part in what they predict.
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
 WITH_AUXILIARY = ("GoogLeNet", "Inception3", "InceptionV3")
+COMPILED = "_orig_mod."  # what torch.compile puts before the names of what it has compiled
+COUNTED = "num_batches_tracked"  # of a batch norm, since torch 0.4; the count decides nothing in eval mode
 TORCH = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # what torch.save wrote first before it wrote archives
 # torchvision's files of DenseNets are from before its layers were renamed: "norm.1" is "norm1".
 OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
@@ -45,6 +46,7 @@ def load_weights(net: nn.Module, path: Path, trust_pickle: bool = False) -> None
 
 def load_state(net: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load `state`, read at `path`; errors as of `load_weights`."""
+    check_kinds(net, state, path)
     try:
         check_fit(net, state, path)
     except ValueError:
@@ -204,9 +206,16 @@ def state_in(content: Any) -> dict[str, Tensor] | None:
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if len(tensors) == len(content):
         return tensors
-    known = (state for key in ENTRIES if key in content and (state := state_in(content[key])) is not None)
-    if (first := next(known, None)) is not None:
-        return first
+    known = {key: state for key in ENTRIES if key in content and (state := state_in(content[key])) is not None}
+    if known:
+        if len(known) > 1:
+            first, *others = known
+            warnings.warn(
+                f"the file has weights as {first!r} and as {', '.join(map(repr, others))}: {first!r} are taken; save the others "
+                "alone where they are meant",
+                stacklevel=2,
+            )
+        return next(iter(known.values()))
     others = [value for value in content.values() if isinstance(value, nn.Module) or _is_state(value)]
     if len(others) == 1:
         return state_in(others[0])
@@ -219,43 +228,71 @@ def _is_state(value: Any) -> bool:
 
 
 def fitted(state: dict[str, Tensor], net: nn.Module) -> dict[str, Tensor]:
-    """Returns `state` without the prefix of a wrapper ("module.", "model.", ...) that all its names have and that `net` does not
-    know, and without the entries of other parts where only such a part, as "backbone.", is the network; and without the heads
-    that only train, where `net` is made without them."""
+    """Returns `state` with the names that `net` has: without what wrappers and training loops put before them ("module.",
+    "model.net.") or, as torch.compile does, into them ("_orig_mod."); without the entries of other parts, such as a loss, where
+    only those behind such a prefix are the network's; and without the heads that only train, where `net` is made without them."""
     known = net.state_dict().keys()
-    for _ in range(3):  # "module.model." and the like
-        if known & state.keys():
-            break
-        for prefix in PREFIXES:
-            part = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            if part and (len(part) == len(state) or known <= part.keys()):
-                state = part
-                break
+    if not any(COMPILED in key for key in known):
+        state = {key.replace(COMPILED, ""): value for key, value in state.items()}
+    prefix = prefix_of(state, known)
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if type(net).__name__ in WITH_AUXILIARY and not any(key.startswith(AUXILIARY) for key in known):
         state = {key: value for key, value in state.items() if not key.startswith(AUXILIARY)}
     return {key if key in known else OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
+
+
+def prefix_of(state: Mapping[str, Tensor], known: KeysView[str]) -> str:
+    """Returns what stands before the `known` names in `state`, for at least half of them; "" where they are there as they are, or
+    not at all.
+
+    Raises:
+        ValueError: they are there behind several prefixes, as those of a student and its teacher.
+    """
+    if 2 * len(known & state.keys()) >= len(known):
+        return ""
+    # Some of the names, spread over the network, show what may stand before them, and all of them what does.
+    some = [name for name in list(known)[:: max(1, len(known) // 20)] if not name.endswith(COUNTED)]
+    prefixes = {key.removesuffix(name) for name in some for key in state if key.endswith(f".{name}")}
+    counts = {prefix: sum(prefix + name in state for name in known) for prefix in sorted(prefixes)}
+    best = [prefix for prefix, count in counts.items() if 2 * count >= len(known) and count == max(counts.values())]
+    if len(best) > 1:
+        raise ValueError(f"the weights are there several times, as {' and '.join(best)}: save those of one part alone")
+    return best[0] if best else ""
 
 
 def classes_of(state: Mapping[str, Tensor], net: nn.Module) -> int | None:
     """Returns the number of classes that `state` has where it differs from `net` in nothing but their number, which its last
     layers have on axis 0: `fc.weight` [5, 512] and `fc.bias` [5] in place of [1000, 512] and [1000]; else None."""
     own = net.state_dict()
-    if own.keys() != state.keys():
+    if any(not key.endswith(COUNTED) for key in own.keys() ^ state.keys()):
         return None
-    changed = [(own[key].shape, state[key].shape) for key in own if own[key].shape != state[key].shape]
+    changed = [(own[key].shape, state[key].shape) for key in own if key in state and own[key].shape != state[key].shape]
     counts = {(old[:1], new[:1]) for old, new in changed}
     same = all(len(old) == len(new) and len(old) and old[1:] == new[1:] for old, new in changed)
     return next(iter(counts))[1][0] if same and len(counts) == 1 else None
 
 
+def check_kinds(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises ValueError where floating point weights are quantised numbers in `state`, which would be copied as they are."""
+    own = net.state_dict()
+    both = [key for key in own if key in state and own[key].is_floating_point()]
+    if any(state[key].is_quantized for key in both):
+        raise ValueError(f"the weights in {path} are quantised: save those of the network before that, or tensor.dequantize()")
+    whole = [key for key in both if not state[key].is_floating_point()]
+    if whole:
+        raise ValueError(
+            f"{len(whole)} of the weights in {path} are whole numbers, as of a quantised network, whose scales are not there: "
+            f"{whole[0]} is {str(state[whole[0]].dtype)[6:]} where it has {str(own[whole[0]].dtype)[6:]}"
+        )
+
+
 def check_fit(net: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     """Raises ValueError, with what is missing, unknown or of another shape, where `state` is not that of `net`."""
     own = net.state_dict()
-    # A batch norm counts its batches only since torch 0.4, and the count decides nothing in eval mode.
-    missing = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    missing = [key for key in own if key not in state and not key.endswith(COUNTED)]
     unknown = [key for key in state if key not in own]
-    shapes = [f"{k} {list(state[k].shape)} where it has {list(own[k].shape)}" for k in own if k in state and
-              own[k].shape != state[k].shape]  # fmt: skip
+    both = [key for key in own if key in state]
+    shapes = [f"{k} {list(state[k].shape)} where it has {list(own[k].shape)}" for k in both if own[k].shape != state[k].shape]
     if missing or unknown or shapes:
         raise unfit(net, path, len(state), missing, unknown, shapes, classes_of(state, net))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.classes import class_index
+from ..models.classes import class_index, probabilities
 from ..models.images import Preprocessing, fitting
 from ..program.program import Program
 from ..targets import primary
@@ -16,7 +16,8 @@ from .package import load
 
 
 class Classifier:
-    """A loaded package of one float32 input [B, channels, height, width], one output [B, classes] and class targets.
+    """A loaded package of one float32 input [B, channels, height, width], class scores [B, classes], alone or among other
+    outputs, and class targets.
 
     Attributes:
         program, manifest: the package's.
@@ -35,8 +36,8 @@ class Classifier:
                 "expected a package of one float32 input [B, channels, height, width] and class targets; this one takes "
                 f"{[list(s) for s in program.shapes]}, {program.target} targets"
             )
-        if len(program.tensors) != 1 or len(program.output_shape) != 1:
-            raise ValueError(f"expected a package of one output [B, classes]; this one's is {['B', *program.output_shape]}")
+        if len(program.output_shape) != 1:
+            raise ValueError(f"expected a package of class scores [B, classes]; this one's are {['B', *program.output_shape]}")
         self.program = program
         self.manifest: dict[str, Any] = program.manifest or {}
         self.class_names: list[str] | None = self.manifest.get("class_names")
@@ -77,6 +78,10 @@ class Classifier:
         if self.preprocessing is None:
             raise ValueError(f"this package takes {list(self.program.shapes[0])}, which are no pictures of 3 channels or 1")
         return self.preprocessing
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """Returns the class probabilities of scores [B, classes], shaped like them."""
+        return probabilities(scores, self.program.signature.probabilities)
 
     @property
     def classes(self) -> int:

@@ -68,6 +68,7 @@ def describe(
         "output_tensors": signature.slots,
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
+        "output_probabilities": signature.probabilities,
         "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
         "target_dtype": dtype_name(signature.target_dtype),
         "input_space": input_space,
@@ -108,6 +109,7 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         constants=manifest["output_constants"],
         slots=manifest["output_tensors"],
         output_shape=torch.Size(manifest["output_shape"]),
+        probabilities=manifest.get("output_probabilities", False),
     )
     return Program(signature, run, manifest=manifest)
 

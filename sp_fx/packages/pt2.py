@@ -66,7 +66,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
         place = metadata_place(members)
         manifest = json.loads(json.loads(members.pop(place))["sp_fx"])
     except (zipfile.BadZipFile, EOFError, StopIteration, KeyError, ValueError, OSError, NotImplementedError) as error:
-        raise PackageError(f"{path} is not a whole package of this library: {type(error).__name__}: {error}") from error
+        what = "it has no manifest, as what torch.export.save writes has none" if isinstance(error, StopIteration) else ""
+        raise PackageError(
+            f"{path} is not a whole package of this library: {what or f'{type(error).__name__}: {error}'}; "
+            "sp-fx compile MODEL --out net.pt2 makes one"
+        ) from error
     if digest_of(members) != manifest.get("digest"):
         raise PackageError(f"{path} was altered after it was written: its members have another digest than its manifest says")
     return verified(manifest, path)

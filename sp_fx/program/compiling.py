@@ -14,6 +14,7 @@ from ..capture.capture import tracing
 from ..containers import slotted, tensors_of
 from ..gates.adjoints.row import FROZEN
 from ..gates.table import THRESHOLDLESS
+from ..measured.sigmoids import Sigmoids
 from ..methods.ascent import Ascent
 from ..methods.captured import CapturedModule
 from ..methods.pullbacks import ascend, double_pullback, pullback
@@ -70,7 +71,8 @@ def build(
         if ascent is not None:
             ascent.check([x for x in example if x.is_floating_point()])
         module = module.for_call(*example)
-        outputs = module(*example)
+        with Sigmoids() as sigmoids:
+            outputs = module(*example)
         y = explained_output(outputs, target)
         skeleton, leaves = slotted(outputs)
         signature = Signature(
@@ -92,6 +94,7 @@ def build(
             constants=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             slots=[i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)],
             output_shape=y.shape[1:],
+            probabilities=sigmoids.gave(y),
         )
         starts = [example[i] for i in signature.explained] if signature.looped else []
         tensors = [*example, *starts, example_target(signature, y)]

@@ -38,6 +38,7 @@ class Signature:
         skeleton, constants, slots: the model's output, with a numbered `Slot` in place of each leaf; the leaves that are no
             tensors; and the numbers of those that are.
         output_shape: of one sample of the output that is explained.
+        probabilities: whether that output are probabilities, by a sigmoid that the model ends with.
     """
 
     method: str
@@ -58,6 +59,7 @@ class Signature:
     constants: list[Any]
     slots: list[int]
     output_shape: torch.Size
+    probabilities: bool = False
 
     @property
     def explained(self) -> list[int]:
@@ -76,9 +78,10 @@ class Signature:
         layout = [(x.shape[1:], x.dtype, x.device) for x in inputs]
         if layout != [(shape, dtype, self.device) for shape, dtype in zip(self.shapes, self.dtypes)]:
             made = ", ".join(f"{dtype} {['B', *shape]}" for shape, dtype in zip(self.shapes, self.dtypes)).replace("'", "")
+            forgotten = [x.shape for x in inputs] == self.shapes
+            remedy = "the batch axis was forgotten: pass x[None], a batch of one" if forgotten else "compile another for these"
             raise ValueError(
-                f"this program was made for {made} on {self.device}; got {described(inputs)} on {inputs[0].device}. "
-                "Compile another for these inputs"
+                f"this program was made for {made} on {self.device}; got {described(inputs)} on {inputs[0].device}: {remedy}"
             )
         batches = {x.shape[0] for x in inputs}
         if len(batches) > 1 or 0 in batches:

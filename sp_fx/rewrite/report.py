@@ -144,7 +144,8 @@ class Report:
         places = [site.place for site in self.sites]
         at = [s for s in self.sites if s.place == place] or [s for s in self.sites if s.place.partition("#")[0] == place]
         at = at or [s for s in self.sites if s.place.startswith(f"{place}.")]
-        at = at or [s for s in self.sites if s.place.endswith(f".{place}")]
+        # Inside of a wrapper, as `pixel_space` is.
+        at = at or [s for s in self.sites if s.place.endswith(f".{place}") or f".{place}." in f".{s.place.partition('#')[0]}."]
         if not at:
             near = ", ".join(difflib.get_close_matches(str(place), places, 5, 0.4) or places[:5]) or "none"
             raise ValueError(

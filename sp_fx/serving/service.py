@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from ..figures.map_png import map_png
-from ..models.classes import probabilities
 from ..packages.classifier import Classifier
 from ..program.program import Program
 from .batching import Batcher
@@ -23,7 +22,7 @@ class Served:
     """A loaded package called `name`, with the reader of its requests, its batcher, and its metrics.
 
     Raises:
-        ValueError: the package has several inputs or outputs, an input that is not float32 [C, H, W], or no class targets.
+        ValueError: the package has several inputs, an input that is not float32 [C, H, W], or no class targets.
     """
 
     def __init__(self, program: Program, name: str, limits: Limits) -> None:
@@ -70,7 +69,8 @@ class Served:
         if not np.isfinite(logits).all():
             raise Refused(500, "the model's output is not finite for this input")
         best = int(logits.argmax())
-        label, confidence = self.classifier.label(best), probabilities(torch.from_numpy(logits).double()[None])[0, best].item()
+        chances = self.classifier.probabilities(torch.from_numpy(logits).double()[None])[0]
+        label, confidence = self.classifier.label(best), chances[best].item()
         return {"class": best, "label": label, "confidence": confidence, "logits": logits.tolist()}
 
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:

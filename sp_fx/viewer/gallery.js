@@ -243,7 +243,7 @@
     for (const [id, step] of [["previous", -1], ["next", 1]]) {
       const neighbour = place < 0 ? undefined : matched[place + step];
       $(id).setAttribute("aria-disabled", String(!neighbour)); // not disabled, which would lose the focus
-      if (neighbour) for (const src of [neighbour.picture, neighbour.map]) new Image().src = src;
+      if (neighbour) for (const src of [neighbour.picture, neighbour.map, neighbour.product]) if (src) new Image().src = src;
     }
     panel.show(shown);
     if (!dialog.open) dialog.showModal();

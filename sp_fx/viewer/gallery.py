@@ -20,7 +20,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from ..figures.drawing import READINGS
+from ..figures.drawing import PART, READINGS
 
 OPEN_ERRORS = 5  # a longer table of errors starts folded, or the pictures would begin below the first screen
 
@@ -39,6 +39,7 @@ class Entry:
         picture: the path, relative to the page, of a JPEG of what the network saw; not yet quoted as a URL.
         map: likewise of a PNG of the map.
         limit: the value at which the map's colours end.
+        product: likewise of the map times the pixels, "" where there is none, as of a change.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entry:
     picture: str
     map: str
     limit: float
+    product: str = ""
 
 
 def gallery(
@@ -76,10 +78,16 @@ def gallery(
         subject=" &middot; ".join(text(about[key]) for key in ("model", "method") if isinstance(about.get(key), str)),
         numbers=numbers(entries, errors),
         left_out=left_out_note(len(entries), left_out),
-        legend=terms(dict(zip(("Red", "Blue"), READINGS.get(unit, ())))),
+        legend=terms(legend(unit, any(entry.product for entry in entries))),
         errors=errors_table(errors),
         about=terms(about),
     )
+
+
+def legend(unit: str, products: bool) -> dict[str, str]:
+    """Returns what red and blue are in maps of that unit, and in their products with the pixels."""
+    of_maps = dict(zip(("Red", "Blue"), READINGS.get(unit, ())))
+    return {**of_maps, "Times the input": "red: {}; blue: {}".format(*READINGS[PART])} if products else of_maps
 
 
 def asset(name: str) -> str:
@@ -95,7 +103,8 @@ def entry_record(entry: Entry) -> dict[str, Any]:
     """
     if not all(map(math.isfinite, (entry.confidence, entry.limit, *(p for _, p in entry.top)))):
         raise ValueError(f"{entry.name!r} has numbers that are not finite: {entry.confidence}, {entry.limit} or in {entry.top}")
-    return {**asdict(entry), "picture": address(entry.picture), "map": address(entry.map)}
+    paths = {"picture": entry.picture, "map": entry.map, "product": entry.product}
+    return {**asdict(entry), **{name: path and address(path) for name, path in paths.items()}}
 
 
 def address(path: str) -> str:

@@ -58,6 +58,8 @@ const viewer = (() => {
   const picture = (entry, options) => image("picture", entry.picture, pictureAlt(entry), options);
   const map = (entry, options) => image("map", entry.map, mapAlt(entry), options);
 
+  const product = (entry, options) => image("map", entry.product, mapAlt(entry) + ", times the input", options);
+
   /* The picture in pale grey with the map multiplied over it; --map-opacity of an ancestor says how strongly. */
   function overlay(entry, options) {
     const alt = mapAlt(entry) + ", over the picture";
@@ -114,12 +116,14 @@ const viewer = (() => {
     };
     const [pictureFrame, pictureFigure] = figure("Network input");
     const [mapFrame, mapFigure] = figure("Map");
+    const [productFrame, productFigure] = figure("Times the input");
     const [overlayFrame, overlayFigure] = figure("Overlay", opacitySlider(root));
+    const views = element("div", { className: "views" }, pictureFigure, mapFigure, productFigure, overlayFigure);
     const prediction = element("div");
     const target = element("p", { className: "target" });
     const colours = element("div");
     root.append(
-      element("div", { className: "views" }, pictureFigure, mapFigure, overlayFigure),
+      views,
       element("div", { className: "facts" },
         element("section", {}, element("h3", {}, "Likeliest classes"), prediction),
         element("section", {}, element("h3", {}, "The map explains"), target, colours)));
@@ -129,6 +133,9 @@ const viewer = (() => {
       pictureFrame.replaceChildren(picture(entry, { size }));
       mapFrame.replaceChildren(map(entry, { size }));
       overlayFrame.replaceChildren(overlay(entry, { size }));
+      productFigure.hidden = !entry.product; // a change has none
+      views.classList.toggle("three", !entry.product);
+      productFrame.replaceChildren(...entry.product ? [product(entry, { size })] : []);
       prediction.replaceChildren(bars(entry.top));
       const also = entry.target === entry.label ? "the predicted class" : "not the predicted class";
       target.replaceChildren(element("bdi", {}, named(entry.target)), element("small", {}, also));

@@ -16,7 +16,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -323,6 +323,8 @@ def traceable(module: Any) -> nn.Module:
         inside = isinstance(getattr(module, "model", None), nn.Module)  # as in what sp_fx.models.load returns
         by_name = "; sp_fx.models.load(name).model is one by name" if isinstance(module, str) else ""
         hint = "; pass its .model" if inside else by_name
+        if isinstance(module, Mapping):
+            hint = "; a state dict is loaded into the network that it is of, net.load_state_dict(...), and that is transformed"
         raise TypeError(f"expected a torch.nn.Module to transform, got {type(module).__name__}{hint}")
     module = unwrapped(module)
     if isinstance(module, torch.jit.ScriptModule):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...zoo.store import check_finite
 from ..images import Preprocessing
-from ..weights import unfit
+from ..weights import COUNTED, unfit
 from .hub import one_try, quiet
 from .network import Published
 from .processors import asked
@@ -75,7 +75,7 @@ def _huggingface_net(name: str, pretrained: bool, num_classes: int | None) -> tu
     try:
         if pretrained:
             net, info = make.from_pretrained(name, config=config, trust_remote_code=False, output_loading_info=True)
-            missing = {key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")}
+            missing = {key for key in info["missing_keys"] if not key.endswith(COUNTED)}
         else:
             net = make.from_config(config, trust_remote_code=False)
     except ValueError as error:
@@ -136,7 +136,7 @@ def huggingface_weights(published: Published, state: dict[str, Tensor], path: Pa
         net, info = made()
         published = replace(published, labels=None)
         mismatched = [(key, tuple(theirs), tuple(own)) for key, theirs, own in info["mismatched_keys"]]
-    missing = [key for key in info["missing_keys"] if not key.endswith("num_batches_tracked")]
+    missing = [key for key in info["missing_keys"] if not key.endswith(COUNTED)]
     shapes = [f"{key} {list(theirs)} where it has {list(own)}" for key, theirs, own in mismatched]
     if missing or info["unexpected_keys"] or shapes:
         raise unfit(net, path, len(state), sorted(missing), sorted(info["unexpected_keys"]), shapes)

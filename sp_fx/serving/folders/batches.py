@@ -25,7 +25,7 @@ import torch
 from ...models.images import pictures_in
 from ...packages.classifier import Classifier
 from ...targets import primary
-from .results import batch_file
+from .results import batch_file, written
 
 PAGE = "page"  # the folder, in that of a job, with the pictures of its page
 
@@ -131,6 +131,10 @@ class Batches:
         scaled = (maps / np.where(scales > 0, scales, 1)[:, None, None, None]).astype(np.float16)
         return {"names": np.array(names), "errors": np.array(errors), "logits": logits, "maps": scaled, "scales": scales}
 
+    def files_of(self, number: int) -> list[Path]:
+        """Returns the pictures of batch `number`."""
+        return self.files[self._part(number)]
+
     def names_of(self, number: int) -> list[str]:
         """Returns the names of the pictures of batch `number`."""
         return self.names[self._part(number)]
@@ -184,6 +188,30 @@ def begin(out: str | os.PathLike[str], batches: Batches) -> Path:
     if differences := sorted(key for key in job.keys() | begun.keys() if job.get(key) != begun.get(key)):
         raise ValueError(f"{out} was begun by a job that differs in {', '.join(differences)}: give this one a folder of its own")
     return out
+
+
+def forget_changed(out: Path, batches: Batches) -> int:
+    """Remove those batches of a job that are older than one of their pictures, as `make` does, and what the page has of them;
+    returns how many. A picture is as old as its content, or its place here, whichever is younger."""
+    forgotten = 0
+    for number in sorted(written(out)):
+        file, first = batch_file(out, number), number * batches.batch
+        if any(age(picture) > file.stat().st_mtime for picture in batches.files_of(number)):
+            for i in range(first, first + len(batches.files_of(number))):
+                for shown in (out / PAGE).glob(f"{i:06d}*"):
+                    shown.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+            forgotten += 1
+    return forgotten
+
+
+def age(picture: Path) -> float:
+    """Returns when a picture was last changed or put where it is, in seconds since 1970; 0 where there is none."""
+    try:
+        status = picture.stat()
+    except OSError:
+        return 0.0
+    return max(status.st_mtime, status.st_ctime)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

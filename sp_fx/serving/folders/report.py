@@ -16,7 +16,6 @@ import torch
 
 from ...figures.drawing import CHANGE, SLOPE
 from ...figures.map_png import map_png, robust_limit
-from ...models.classes import probabilities
 from ...viewer.gallery import Entry, gallery
 from .batches import PAGE, Batches, sweep, write_atomically
 from .results import Result, batch_file, maps, read
@@ -52,7 +51,7 @@ def report(batches: Batches, out: Path, most: int) -> Summary:
             errors.append((result.name, result.error))
             rows.append([result.name, "", "", "", result.error])
             continue
-        chances = probabilities(torch.from_numpy(result.logits).double()[None])[0].numpy()
+        chances = classifier.probabilities(torch.from_numpy(result.logits).double()[None])[0].numpy()
         best = int(chances.argmax())
         rows.append([result.name, str(best), classifier.label(best), f"{chances[best]:.6f}", ""])
         if len(entries) < most and (shown := entry(batches, number, result, chances, out)):
@@ -87,14 +86,16 @@ def entry(batches: Batches, number: int, result: Result, chances: np.ndarray, ou
     classifier = batches.classifier
     assert result.map is not None
     picture, map = f"{PAGE}/{number:06d}.jpg", f"{PAGE}/{number:06d}.png"
-    if not (out / picture).exists():
+    product = "" if classifier.program.method == "ascend" else f"{PAGE}/{number:06d}_times_input.png"
+    missing = [file for file in (picture, map, product) if file and not (out / file).exists()]
+    if missing:
         try:
             pixels = batches.preprocessing(batches.files[number]).pixels
         except (OSError, ValueError):
             return None
-        write_atomically(out / picture, jpeg(pixels))
-    if not (out / map).exists():
-        write_atomically(out / map, map_png(result.map))
+        for file in missing:
+            values = result.map if file == map else result.map * pixels.numpy()
+            write_atomically(out / file, jpeg(pixels) if file == picture else map_png(values))
     best = int(chances.argmax())
     likeliest = np.argsort(-chances, kind="stable")[:5].tolist()
     return Entry(
@@ -107,6 +108,7 @@ def entry(batches: Batches, number: int, result: Result, chances: np.ndarray, ou
         picture=picture,
         map=map,
         limit=robust_limit(result.map.astype(np.float64).sum(0)),
+        product=product,
     )
 
 
