@@ -1,6 +1,7 @@
 """`sp-fx explain`: every spelling of a model, whose record has the model's own prediction; pictures as people name them; JSON."""
 
 import csv
+import errno
 import io
 import json
 import os
@@ -121,29 +122,36 @@ def test_one_score_is_yes_or_no(here, tmp_path):
 
 
 @pytest.mark.parametrize("classes", [1, 4])
-def test_a_network_that_ends_with_sigmoids(here, tmp_path, classes):
-    """Its scores are the probabilities: no softmax, and no second sigmoid, of its package too, in a batch job and a service."""
-    model = f"own_nets:sigmoid?num_classes={classes}"
-    assert explained(tmp_path, model=model) == 0
+@pytest.mark.parametrize("ends", [True, False])
+def test_classes_that_do_not_exclude_each_other(here, tmp_path, classes, ends):
+    """The probability of each is the sigmoid of its score, once: of its package too, in a batch job and a service. A network that
+    ends with sigmoids shows it; of another `--multi-label` says it."""
+    model, said = (f"own_nets:sigmoid?num_classes={classes}", []) if ends else ("own_nets:net", ["--multi-label"])
+    said += [] if ends else ["--num-classes", str(classes)]
+    assert explained(tmp_path, *said, model=model) == 0
     net = own().net(classes)
-    wanted = [
+    scores = [
         net(T.normalize(T.to_tensor(T.center_crop(T.resize(Image.open(name).convert("RGB"), 32), 32)), *IMAGENET)[None])[0]
         for name in PICTURES
     ]
+    wanted = [dict(enumerate(each.sigmoid().tolist())) for each in scores]
     for found, want in zip(predicted(tmp_path), wanted, strict=True):
-        assert found == pytest.approx(dict(enumerate(want.sigmoid().tolist())), abs=2e-3)
-    path = str(tmp_path / "sigmoid.onnx")
-    assert main(["compile", model, "--input-size", "32", "--out", path]) == 0
+        assert found == pytest.approx(want, abs=2e-3)
+    path = str(tmp_path / "net.onnx")
+    assert main(["compile", model, *said, "--input-size", "32", "--out", path]) == 0
     assert main(["explain", *PICTURES, "--model", path, "--out", str(tmp_path / "of it")]) == 0
     for found, want in zip(predicted(tmp_path / "of it"), wanted, strict=True):
-        assert found == pytest.approx(dict(enumerate(want.sigmoid().tolist())), abs=2e-3)
+        assert found == pytest.approx(want, abs=2e-3)
+    same = [json.loads((tmp_path / place / "high.json").read_text())["rules"] for place in ("", "of it")]
+    assert same[0] == same[1] and same[0]["relu"] == sp_fx.Rules().relu
     (tmp_path / "some").mkdir()
     Image.open("high.jpg").save(tmp_path / "some" / "high.png")
     assert main(["batch", path, str(tmp_path / "some"), "--out", str(tmp_path / "all")]) == 0
     (row,) = csv.DictReader((tmp_path / "all" / "results.csv").open())
-    assert float(row["confidence"]) == pytest.approx(max(predicted(tmp_path, ["high.jpg"])[0].values()), abs=2e-3)
-    scores = wanted[1].sigmoid().detach()
-    assert Served(sp_fx.load(path), "it", Limits()).prediction(scores.numpy())["confidence"] == pytest.approx(scores.max().item())
+    assert float(row["confidence"]) == pytest.approx(max(wanted[1].values()), abs=2e-3)
+    given = scores[1].sigmoid() if ends else scores[1]
+    prediction = Served(sp_fx.load(path), "it", Limits()).prediction(given.detach().numpy())
+    assert prediction["confidence"] == pytest.approx(max(wanted[1].values()), abs=1e-6)
 
 
 def test_one_picture_whose_scores_are_not_finite(here, tmp_path, capsys):
@@ -529,3 +537,14 @@ def test_an_ascent_that_ends_elsewhere_and_names_that_are_no_formulas(here, tmp_
         assert after["index"] == best and after["label"] == NAMES[best]  # a step so small leads nowhere
         assert target["label"] == NAMES[target["index"]]
     assert [path["toward"] for path in record["paths"]] == NAMES
+
+
+def test_a_full_disk_is_named(here, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("sp_fx.cli.explaining.save", full)
+    assert explained(tmp_path, model="own_nets:net", images=["high.jpg"]) == 2
+    assert f"No space left on device: '{tmp_path / 'high'}'" in capsys.readouterr().err
+    assert explained(here / "high.jpg", model="own_nets:net") == 2
+    assert "high.jpg is a file, and --out is a folder" in capsys.readouterr().err

@@ -163,6 +163,13 @@ def vit(classes=3, **more):
     return transformers.ViTConfig(**VIT, num_labels=classes, **more)
 
 
+def test_classes_that_do_not_exclude_each_other():
+    """As the repository's configuration says."""
+    for kind, several in (("multi_label_classification", True), ("single_label_classification", False), (None, False)):
+        folder(vit(problem_type=kind), transformers.ViTImageProcessorPil(**SQUARE))
+        assert sp_fx.models.load("hf/./it").multi_label is several
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_becomes_float32(dtype):
     net = folder(vit(), transformers.ViTImageProcessorPil(**SQUARE), dtype)

@@ -1,5 +1,6 @@
 """Packages: what is loaded answers as the explainer does, and what may not be served is refused."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -330,3 +331,29 @@ def test_a_package_needs_no_model_code(pt2, tmp_path):
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert process.stdout.strip() == str(tuple(x.shape)), process.stderr
+
+
+def test_a_network_that_magnifies_rounding_is_not_packaged(tmp_path, monkeypatch):
+    """The engine's other order of sums, here made by hand; nothing is left of the file."""
+    *_, program = small()
+    load_graph = package.onnx.load_graph
+
+    def otherwise(path, device, threads):
+        manifest, run = load_graph(path, device, threads)
+        return manifest, lambda *tensors: [1.01 * result for result in run(*tensors)]
+
+    monkeypatch.setattr(package.onnx, "load_graph", otherwise)
+    with pytest.raises(sp_fx.PackageError, match=r"/a\.onnx does not answer its probe.*the network magnifies rounding that far"):
+        program.save(tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    *_, program = small()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(package.onnx, "write", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a\.onnx'"):
+        program.save(tmp_path / "a.onnx")

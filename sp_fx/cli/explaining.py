@@ -78,7 +78,12 @@ def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> in
                     failed += 1
                     continue
                 name = free_name(path.stem, len(explained.paths), taken, args)
-                record = write(explained, path, name, common, args)
+                try:
+                    record = write(explained, path, name, common, args)
+                except OSError as error:
+                    if error.filename is None:  # a full disk names no file
+                        raise OSError(error.errno, error.strerror, str(args.out / name)) from error
+                    raise
                 top = record["prediction"][0]
                 line = f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / record['figure']}"
                 progress.say(json.dumps(record) if args.json else line, printed)
@@ -151,7 +156,8 @@ def model(args: argparse.Namespace) -> Subject:
     ]
     rules = {name: records.rules_record(explainer.report().rules) for name, explainer in explainers.items()}
     facts = {**named.provenance(), "rules": rules if len(rules) > 1 else next(iter(rules.values()))}
-    predict = functools.partial(records.probabilities_of, next(iter(explainers.values())))
+    by = "sigmoid" if named.multi_label else "softmax"
+    predict = functools.partial(records.probabilities_of, next(iter(explainers.values())), by=by)
     return Subject(predict, ways, named.preprocessing, named.labels, facts)
 
 
@@ -168,7 +174,7 @@ def takes_pixels(named: NamedModel) -> Iterator[None]:
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             first = next((m for m in named.model.modules() if isinstance(m, torch.nn.Conv2d)), None)
-            hint = "--input-size N makes them N x N"
+            hint = "if they are of another size, --input-size N makes them N x N"
             if first is None:
                 hint += "; a network of grey pictures that no convolution reads says so itself, in a NamedModel"
             if first is not None and first.in_channels not in (1, 3):
@@ -213,11 +219,11 @@ def package(args: argparse.Namespace) -> Subject:
     classifier = Classifier.load(args.model, device=of_device)
     manifest, preprocessing = classifier.manifest, classifier.for_pictures()
     facts = {"model": manifest["model"], "package": Path(args.model).name, "weights_sha256": manifest["weights_sha256"],
-             "preprocessing": asdict(preprocessing), "rules": manifest["rules"]}  # fmt: skip
+             "preprocessing": asdict(preprocessing), "rules": manifest.get("temperatures", manifest["rules"])}  # fmt: skip
     ways = [records.way_of_package(classifier.program, classifier)]
     labels = None if classifier.class_names is None else tuple(classifier.class_names)
-    already = classifier.program.signature.probabilities
-    predict = functools.partial(records.probabilities_of, lambda x: classifier(x)[0], already=already)
+    by = classifier.program.signature.probabilities
+    predict = functools.partial(records.probabilities_of, lambda x: classifier(x)[0], by=by)
     return Subject(predict, ways, preprocessing, labels, facts)
 
 

@@ -70,7 +70,7 @@ def compiled(args: argparse.Namespace) -> Path:
     first, each = SECONDS[args.out.suffix]
     how = "to machine code" if args.out.suffix == ".pt2" else "to ONNX"
     with stages(f"compile {calls} calls {how}, write, load and try it", first + each * calls):
-        path = program.save(args.out, class_names=named.labels, preprocessing=named.preprocessing)
+        path = program.save(args.out, class_names=named.labels, preprocessing=named.preprocessing, multi_label=named.multi_label)
     how = f"explain IMAGE --model {path}" if program.dynamic_batch else f"batch {path} FOLDER --batch {args.batch}"
     stages.end(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; try it: sp-fx {how} --out out")
     return path

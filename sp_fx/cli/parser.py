@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str, usage: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=help, usage=f"sp-fx {name} {usage}", formatter_class=Formatter)
+        made = commands.add_parser(name, help=help, usage=f"sp-fx {name} {usage}", formatter_class=Formatter, add_help=False)
         made.description = f"{help[0].upper()}{help[1:]}."
         return made
 
@@ -77,6 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     completion = command("completion", "completion for a shell", 'SHELL, as in eval "$(sp-fx completion bash)"')
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    for made in commands.choices.values():  # in the last group, where it takes one line
+        made._action_groups[-1].add_argument("-h", "--help", action="help", help="show this text")
     return top
 
 
@@ -167,6 +169,7 @@ def model_options(parser: argparse.ArgumentParser, named: bool = True) -> None:
     group.add_argument("--weights", type=Path, metavar="FILE", help="a state dict; its classes are counted")
     group.add_argument("--num-classes", type=positive, metavar="N", help="of the network that is made")
     group.add_argument("--class-names", type=Path, metavar="FILE", help="one name a line, or JSON")
+    group.add_argument("--multi-label", action="store_true", help="classes do not exclude each other")
     group.add_argument("--input-size", type=positive, metavar="N", help="side of the square crop, in pixels")
     group.add_argument("--resize", type=positive, metavar="N", help="what the shorter side becomes before that")
     group.add_argument("--squash", action="store_true", help="no crop: whole pictures, made square")

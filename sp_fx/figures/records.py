@@ -212,7 +212,8 @@ def explain_pictures(
                     target["maps"][way.name] |= told
                     title = f"after {way.options['steps']} steps: {then[index]:.2f}"
                     if wins["index"] != index:  # its score has risen, and another's more
-                        title += "\nnow {label} ({probability:.2f})".format(**wins)
+                        word = "still" if wins["index"] == prediction[0]["index"] else "now"
+                        title += f"\n{word} {wins['label']} ({wins['probability']:.2f})"
                     cells.append(picture(shown.pixels + map, title))
                 else:
                     cells.append(overlay(shown.pixels, map))
@@ -251,15 +252,15 @@ def climb_of(
     return Climb(shown[toward], iterates, strip, titles)
 
 
-def probabilities_of(model: Callable[[Tensor], Any], x: Tensor, already: bool | None = None) -> Tensor:
+def probabilities_of(model: Callable[[Tensor], Any], x: Tensor, by: str = "softmax") -> Tensor:
     """Returns the probabilities [B, classes] of a model of class scores, on the CPU; ValueError for another output. Rows of
-    scores that are not finite are NaN. `already` says whether scores are probabilities; None looks what the model ends with."""
+    scores that are not finite are NaN. `by` is what makes probabilities of scores, but of those that a sigmoid has given."""
     with torch.no_grad(), Sigmoids() as sigmoids:
         outputs = model(x)
     logits = outputs if isinstance(outputs, Tensor) else primary(outputs)
     if logits.dim() != 2:
         raise ValueError(f"expected class scores [{len(x)}, classes] of the model, got {list(logits.shape)}")
-    found = probabilities(logits.float().cpu(), sigmoids.gave(logits) if already is None else already)
+    found = probabilities(logits.float().cpu(), "none" if sigmoids.gave(logits) else by)
     return torch.where(logits.isfinite().all(1, keepdim=True).cpu(), found, torch.nan)
 
 

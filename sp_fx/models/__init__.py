@@ -29,6 +29,7 @@ def load(
     squash: bool = False,
     num_classes: int | None = None,
     class_names: Sequence[str] | str | Path | None = None,
+    multi_label: bool = False,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
     pixels: tuple[float, float] | None = None,
@@ -62,6 +63,8 @@ def load(
             and nothing is cut off.
         num_classes: of networks that are made; None is that of the weights.
         class_names: the names of the classes, or a file of them (`read_class_names`).
+        multi_label: the classes do not exclude each other, as in a network that was trained by `BCEWithLogitsLoss`: the
+            probability of each is the sigmoid of its score. Hugging Face's say it themselves.
         mean, std: of each channel, or one number for all, by which the network's pixels are normalised.
         pixels: (low, high), what the network takes for black and white before that, such as (0, 255) or (-1, 1); None is (0, 1).
             `pixels=(0, 1)` alone is a network without mean and std.
@@ -76,7 +79,7 @@ def load(
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
     name = str(name)
-    options = Options(weights, input_size, resize, squash, num_classes, class_names, mean, std, pixels, trust_pickle)
+    options = Options(weights, input_size, resize, squash, num_classes, class_names, multi_label, mean, std, pixels, trust_pickle)
     made = called(name, num_classes) if is_own(name) else None
     if name in TEXT or isinstance(made, TextModel):
         if options != Options():

@@ -40,13 +40,15 @@ def class_index(name: str, labels: Sequence[str] | None) -> int:
     raise ValueError(f"no class is called {name!r}; {hint}")
 
 
-def probabilities(scores: Tensor, already: bool = False) -> Tensor:
-    """Returns the class probabilities of a model's scores [B, classes], shaped like them, each row by itself: their softmax; of a
-    single score its sigmoid, the softmax of which would always be 1; and rows that are probabilities already, as they are, which
-    those that sum to 1 show, and `already` says of the others, each class's own by a sigmoid."""
-    if already:
+def probabilities(scores: Tensor, by: str = "softmax") -> Tensor:
+    """Returns the class probabilities of a model's scores [B, classes], shaped like them, each row by itself.
+
+    `by` "softmax": of classes that exclude each other; of a single score the sigmoid, since its softmax would always be 1, and
+    rows that sum to 1 already, as they are. "sigmoid": of a multi-label network, each class's own. "none": they are that.
+    """
+    if by == "none":
         return scores
-    if scores.shape[1] == 1:
+    if by == "sigmoid" or scores.shape[1] == 1:
         return scores.sigmoid()
     sums = (scores >= 0).all(1, keepdim=True) & ((scores.sum(1, keepdim=True) - 1).abs() < 1e-3)
     return torch.where(sums, scores, scores.softmax(1))

@@ -31,7 +31,7 @@ from .weights import classes_of, fitted, load_state, load_weights, read_state, w
 class NamedModel:
     """A network with its `preprocessing`: `model` takes pixels in [-1, 1]; `labels` names its classes where they are known;
     `weights` says where they are from: "published", a file's name, or "none"; `assumed`, in a sentence, what nobody has said of
-    it."""
+    it; `multi_label`, that its classes do not exclude each other, so that the probability of each is the sigmoid of its score."""
 
     name: str
     model: nn.Module
@@ -39,6 +39,7 @@ class NamedModel:
     labels: tuple[str, ...] | None
     weights: str
     assumed: str = ""
+    multi_label: bool = False
 
     def provenance(self) -> dict[str, Any]:
         """Returns what a record says of the model."""
@@ -149,7 +150,9 @@ def own_model(name: str, made: Any, options: Options | None = None) -> NamedMode
         published = replace(published, resize=options.input_size, crop=options.input_size)
     called_so = made.name if isinstance(made, NamedModel) else name
     names = options.names() or labels
-    return NamedModel(called_so, net.eval(), options.preprocessing(published), names, _source(options, source))
+    several = options.multi_label or (isinstance(made, NamedModel) and made.multi_label)
+    how = options.preprocessing(published)
+    return NamedModel(called_so, net.eval(), how, names, _source(options, source), multi_label=several)
 
 
 def ready(net: nn.Module) -> nn.Module:
@@ -185,7 +188,9 @@ def _named(name: str, published: Published, options: Options, source: str = "pub
     labels = options.names() or published.labels
     if options.class_names is None and labels and options.num_classes not in (None, len(labels)):
         labels = None
-    return NamedModel(name, _of_pixels(published.net, preprocessing), preprocessing, labels, _source(options, source))
+    several = options.multi_label or published.multi_label
+    net = _of_pixels(published.net, preprocessing)
+    return NamedModel(name, net, preprocessing, labels, _source(options, source), multi_label=several)
 
 
 def _source(options: Options, otherwise: str) -> str:

@@ -21,6 +21,7 @@ class Options:
     squash: bool = False
     num_classes: int | None = None
     class_names: Sequence[str] | str | Path | None = None
+    multi_label: bool = False
     mean: float | Sequence[float] | None = None
     std: float | Sequence[float] | None = None
     pixels: tuple[float, float] | None = None

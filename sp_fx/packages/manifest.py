@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..containers import Slot
+from ..figures.records import rules_record
 from ..methods.ascent import Ascent
 from ..program.program import Program
 from ..program.signature import Run, Signature
@@ -36,6 +37,7 @@ def describe(
     class_names: Sequence[str] | None = None,
     input_space: str | None = None,
     preprocessing: Any = None,
+    multi_label: bool = False,
 ) -> dict[str, Any]:
     """Returns the manifest of a program that is saved as `suffix`, but for the digest of the file that it will travel in.
 
@@ -53,6 +55,7 @@ def describe(
         "engine": {".pt2": "aotinductor", ".onnx": "onnxruntime"}[suffix],
         "model": program.report.model,
         "rules": str(program.report.rules),
+        "temperatures": rules_record(program.report.rules),
         "method": signature.method,
         "arguments": encoded_numbers({k: v for k, v in signature.arguments.items() if k != "bounds"}),
         "ascent": signature.ascent and encoded_ascent(signature.ascent),
@@ -68,7 +71,7 @@ def describe(
         "output_tensors": signature.slots,
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
-        "output_probabilities": signature.probabilities,
+        "output_probabilities": "sigmoid" if multi_label and signature.probabilities == "softmax" else signature.probabilities,
         "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
         "target_dtype": dtype_name(signature.target_dtype),
         "input_space": input_space,
@@ -109,7 +112,7 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         constants=manifest["output_constants"],
         slots=manifest["output_tensors"],
         output_shape=torch.Size(manifest["output_shape"]),
-        probabilities=manifest.get("output_probabilities", False),
+        probabilities=manifest.get("output_probabilities", "softmax"),
     )
     return Program(signature, run, manifest=manifest)
 

@@ -18,7 +18,7 @@ from ..program.program import Program, saves_programs
 from . import onnx, pt2
 from .errors import PackageError
 from .manifest import describe, program_from
-from .probe import check_answer
+from .probe import ANSWER, check_answer
 
 ENGINES = {".pt2": pt2, ".onnx": onnx}
 
@@ -31,6 +31,7 @@ def save(
     class_names: Sequence[str] | None = None,
     input_space: str | None = None,
     preprocessing: Preprocessing | None = None,
+    multi_label: bool = False,
 ) -> Path:
     """Write `program` to `path`, which ends in `.pt2` or `.onnx`, and check that what was written answers as the program does.
 
@@ -39,6 +40,8 @@ def save(
         input_space: what the inputs are, in words, such as "RGB pixels in [-1, 1]"; that, where `preprocessing` is given.
         preprocessing: what a picture becomes for this model, pixels in [-1, 1] (`sp_fx.models.load(...).preprocessing`). Batch
             jobs and the service prepare pictures by it; without it a picture is resized until it just covers the input.
+        multi_label: the classes do not exclude each other: the probability of each is the sigmoid of its score. What ends with a
+            sigmoid of its own is seen to.
 
     Raises:
         ValueError: another ending, class names that are not one a class, or a preprocessing for inputs of another shape.
@@ -63,12 +66,24 @@ def save(
                 f"{', '.join(str(list(shape)) for shape in program.shapes)}"
             )
         input_space = input_space or f"{'RGB' if channels == 3 else 'grey'} pixels in [-1, 1]"
-    manifest = describe(program, path.suffix, class_names, input_space, preprocessing)
+    manifest = describe(program, path.suffix, class_names, input_space, preprocessing, multi_label)
     draft = path.with_name(f".{path.name}.part{path.suffix}")
     try:
         ENGINES[path.suffix].write(program, draft, manifest)
         load(draft, device=None if path.suffix == ".onnx" else str(program.device))  # ONNX Runtime runs on the CPU here
         draft.replace(path)
+    except PackageError as error:
+        text = str(error).replace(str(draft), str(path))
+        if ANSWER in text:
+            text += (
+                ". Its engine sums in another order than PyTorch, and the network magnifies rounding that far on the probe, "
+                "which is noise: weights that were trained little, or batch norms that have seen few pictures, do so"
+            )
+        raise PackageError(text) from error
+    except OSError as error:
+        if error.filename is None:  # a full disk names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         draft.unlink(missing_ok=True)
     return path

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from ..program.program import Program
 from .errors import PackageError
 
+ANSWER = "does not answer its probe as it did when it was made"
 SKETCH = 256  # numbers that stand for a map
 
 
@@ -71,6 +72,6 @@ def check_answer(program: Program, path: Path) -> None:
             error = float(np.linalg.norm(got - want) / max(float(np.linalg.norm(want)), 1e-30))
             if not error <= packaged["tolerance"]:
                 raise PackageError(
-                    f"{path} does not answer its probe as it did when it was made: the {kind} differ by {error:.1e} in relative "
+                    f"{path} {ANSWER}: the {kind} differ by {error:.1e} in relative "
                     f"L2 distance, where {packaged['tolerance']:.0e} is allowed; it is not served"
                 )

@@ -94,7 +94,7 @@ def build(
             constants=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
             slots=[i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)],
             output_shape=y.shape[1:],
-            probabilities=sigmoids.gave(y),
+            probabilities="none" if sigmoids.gave(y) else "softmax",
         )
         starts = [example[i] for i in signature.explained] if signature.looped else []
         tensors = [*example, *starts, example_target(signature, y)]

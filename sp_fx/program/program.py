@@ -113,10 +113,12 @@ class Program:
         class_names: Sequence[str] | None = None,
         input_space: str | None = None,
         preprocessing: Any = None,
+        multi_label: bool = False,
     ) -> Path:
         """Write the program to `path` as a package that `sp_fx.load` reads: `.pt2` or `.onnx`. See `package.save`."""
         assert _save is not None  # registered when sp_fx is imported
-        return _save(self, path, class_names=class_names, input_space=input_space, preprocessing=preprocessing)
+        said = {"class_names": class_names, "input_space": input_space, "preprocessing": preprocessing}
+        return _save(self, path, **said, multi_label=multi_label)
 
 
 Save = TypeVar("Save", bound=Callable[..., Path])

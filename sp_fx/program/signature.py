@@ -38,7 +38,8 @@ class Signature:
         skeleton, constants, slots: the model's output, with a numbered `Slot` in place of each leaf; the leaves that are no
             tensors; and the numbers of those that are.
         output_shape: of one sample of the output that is explained.
-        probabilities: whether that output are probabilities, by a sigmoid that the model ends with.
+        probabilities: what makes probabilities of it: "softmax", or "none" where the model ends with a sigmoid of its own; of a
+            package also "sigmoid" (`models.classes.probabilities`).
     """
 
     method: str
@@ -59,7 +60,7 @@ class Signature:
     constants: list[Any]
     slots: list[int]
     output_shape: torch.Size
-    probabilities: bool = False
+    probabilities: str = "softmax"
 
     @property
     def explained(self) -> list[int]:

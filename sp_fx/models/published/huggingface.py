@@ -53,7 +53,8 @@ def huggingface_model(name: str, pretrained: bool, num_classes: int | None = Non
         preprocessing, bgr = _of_processor(name, config)
     names = [config.id2label[i] for i in sorted(config.id2label)]
     generic = all(label == f"LABEL_{i}" for i, label in enumerate(names))
-    return Published(Logits(net, bgr), preprocessing, None if generic else tuple(names))
+    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    return Published(Logits(net, bgr), preprocessing, None if generic else tuple(names), several)
 
 
 def _huggingface_net(name: str, pretrained: bool, num_classes: int | None) -> tuple[nn.Module, Any]:

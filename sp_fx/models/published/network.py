@@ -17,6 +17,7 @@ class Published:
     net: nn.Module
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
+    multi_label: bool = False
 
 
 def nearest(name: str, known: list[str], prefix: str = "") -> str:
