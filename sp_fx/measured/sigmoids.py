@@ -28,6 +28,6 @@ class Sigmoids(TorchDispatchMode):
 
     def gave(self, scores: Tensor) -> bool:
         """Whether a sigmoid gave these numbers, whatever shape or type they have been given since."""
-        flat = scores.detach().double().flatten()
-        same = (each for each in self.found if each.numel() == len(flat))
-        return len(flat) > 0 and any(torch.allclose(each.double().flatten(), flat, rtol=1e-2, atol=0) for each in same)
+        flat = scores.detach().cpu().double().flatten()  # not every device has float64
+        same = (each.cpu().double().flatten() for each in self.found if each.numel() == len(flat))
+        return len(flat) > 0 and any(torch.allclose(each, flat, rtol=1e-2, atol=0) for each in same)
