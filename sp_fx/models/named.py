@@ -24,7 +24,7 @@ from .published.huggingface import Logits, huggingface_model, huggingface_weight
 from .published.network import Published
 from .published.timm_models import timm_model
 from .published.torchvision_models import torchvision_model
-from .weights import classes_of, fitted, load_state, load_weights, read_state, weights_hash
+from .weights import UnfitError, classes_of, fitted, load_state, load_weights, read_state, weights_hash
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,11 @@ def with_weights(published: Published, options: Options, again: Callable[[int], 
         published = replace(again(classes), labels=None)
     try:
         load_state(published.net, state, path)
-    except ValueError as error:
+    except UnfitError as error:
         if (found := architecture(state)) is None:
             raise
         name, classes = found
-        raise ValueError(f"{error}. They fit torchvision's {name} with {classes} classes: --model {name}") from None
+        raise UnfitError(f"{error}. They fit torchvision's {name} with {classes} classes: --model {name}") from None
     return published
 
 

@@ -33,6 +33,10 @@ TORCH = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")  # what torch.save wrote f
 OLD_DENSENET = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
 
 
+class UnfitError(ValueError):
+    """Weights are those of another network."""
+
+
 def load_weights(net: nn.Module, path: Path, trust_pickle: bool = False) -> None:
     """Load the weights at `path` (.safetensors, or what `torch.save` has written) into `net`, which stays as it is where they do
     not fit.
@@ -305,7 +309,7 @@ def unfit(
     unknown: Sequence[str] = (),
     shapes: Sequence[str] = (),
     classes: int | None = None,
-) -> ValueError:
+) -> UnfitError:
     """Returns the error for `count` tensors that are not those of `net`; `classes`, where they differ in nothing but that."""
     found = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
@@ -318,7 +322,7 @@ def unfit(
         else f"They are of a network with {classes} classes: --num-classes {classes} (num_classes={classes}), which the function "
         "that makes it has to take"
     )
-    return ValueError(
+    return UnfitError(
         f"the weights in {path} do not fit {type(net).__name__}: {count} tensors, of which {'; '.join(found)}. {hint}"
     )
 
