@@ -115,7 +115,7 @@ def draw(folder, count, side=32):
     g = np.random.default_rng(0)
     for i in range(count):
         coarse = Image.fromarray(g.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.png")
+        coarse.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:05d}.png", compress_level=1)
     (folder / "00005.png").write_bytes((folder / "00005.png").read_bytes()[:100])
     (folder / "00006.png").write_text("cat")
     return folder

@@ -27,7 +27,7 @@ def threads():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Forty pictures that take so long to read that a job can be killed between them."""
-    return draw(tmp_path_factory.mktemp("job") / "pictures", 40, side=900)
+    return draw(tmp_path_factory.mktemp("job") / "pictures", 40, side=1800)
 
 
 def test_a_killed_job_goes_on(graph_file, folder, tmp_path):
