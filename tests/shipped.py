@@ -1,7 +1,9 @@
 """What the tests of packages share: a small program, a package that was tampered with, and batch jobs that are killed."""
 
 import csv
+import functools
 import json
+import signal
 import subprocess
 import time
 import zipfile
@@ -134,9 +136,13 @@ def eleven(folder):
 
 
 def start(command, log, **more):
-    """The command in a process group of its own, so that all of it can be killed; what it says is added to `log`."""
+    """The command in a process group of its own, so that all of it can be killed; what it says is added to `log`. It hears
+    Ctrl-C, which shells let those commands ignore that run in the background, as these tests may do."""
+    hears = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with log.open("a") as said:
-        return subprocess.Popen(list(map(str, command)), start_new_session=True, stdout=said, stderr=said, **more)
+        return subprocess.Popen(
+            list(map(str, command)), start_new_session=True, stdout=said, stderr=said, preexec_fn=hears, **more
+        )
 
 
 def until(done, seconds=120):
