@@ -116,10 +116,6 @@ def run_serve(args: argparse.Namespace) -> int:
         timeout=args.timeout,
     )
     program, name = load(args.package, device=args.device, threads=args.threads), args.name or args.package.stem
-    import starlette  # noqa: F401  # what is missing is said before the address is
-    import uvicorn  # noqa: F401
-
-    print(f"sp-fx: {name} at http://{args.host}:{args.port}/v1/models/{name}:explain", flush=True)
     serve(program, name, args.host, args.port, limits)
     return 0
 

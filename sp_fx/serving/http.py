@@ -149,10 +149,11 @@ async def disconnected(request: Any) -> None:
 
 
 def serve(program: Program, name: str, host: str, port: int, limits: Limits) -> None:
-    """Serve until SIGINT or SIGTERM: then take no more, answer what waits, and return."""
+    """Print the address, and serve until SIGINT or SIGTERM: then take no more, answer what waits, and return."""
     import uvicorn
 
-    app = application(Served(program, name, limits))
+    app = application(Served(program, name, limits))  # needs the extra `serve` too: what is missing comes before the address
+    print(f"sp-fx: {name} at http://{host}:{port}/v1/models/{name}:explain", flush=True)
     uvicorn.run(
         app,
         host=host,
