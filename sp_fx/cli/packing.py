@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -173,7 +174,10 @@ def run_one_of(args: argparse.Namespace, batches: Batches, out: Path, share: Sha
         own = len(range(share.rank, count, share.world))
         print(f"{who} ({own} of {count} batches) by RANK and WORLD_SIZE in the environment; unset RANK for all", file=sys.stderr)
     try:
-        jobs.run_share(batches, out, share.rank, share.world)
+        with jobs.told_to_end():
+            jobs.run_share(batches, out, share.rank, share.world)
+    except jobs.Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)  # now that nothing is half written; who waits for it sees that it was told to
     except KeyboardInterrupt:
         return 130
     if share.ours:
