@@ -25,6 +25,7 @@ from ..models.images import Picture, Preprocessing
 from ..models.named import NamedModel, load_model
 from ..models.options import Options
 from ..models.own import PACKAGES
+from ..packages.errors import names_file
 from ..serving.folders.batches import pictures as folder_pictures
 from ..version import __version__
 from .parser import options_of, rules_of
@@ -78,12 +79,8 @@ def explain(args: argparse.Namespace, images: list[Path], printed: TextIO) -> in
                     failed += 1
                     continue
                 name = free_name(path.stem, len(explained.paths), taken, args)
-                try:
+                with names_file(args.out / name):
                     record = write(explained, path, name, common, args)
-                except OSError as error:
-                    if error.filename is None:  # a full disk names no file
-                        raise OSError(error.errno, error.strerror, str(args.out / name)) from error
-                    raise
                 top = record["prediction"][0]
                 line = f"{path.name}: {top['label']} ({top['probability']:.2f}) -> {args.out / record['figure']}"
                 progress.say(json.dumps(record) if args.json else line, printed)

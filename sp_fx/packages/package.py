@@ -16,7 +16,7 @@ from typing import Any
 from ..models.images import Preprocessing
 from ..program.program import Program, saves_programs
 from . import onnx, pt2
-from .errors import PackageError
+from .errors import PackageError, names_file
 from .manifest import describe, program_from
 from .probe import ANSWER, check_answer
 
@@ -69,9 +69,10 @@ def save(
     manifest = describe(program, path.suffix, class_names, input_space, preprocessing, multi_label)
     draft = path.with_name(f".{path.name}.part{path.suffix}")
     try:
-        ENGINES[path.suffix].write(program, draft, manifest)
-        load(draft, device=None if path.suffix == ".onnx" else str(program.device))  # ONNX Runtime runs on the CPU here
-        draft.replace(path)
+        with names_file(path):
+            ENGINES[path.suffix].write(program, draft, manifest)
+            load(draft, device=None if path.suffix == ".onnx" else str(program.device))  # ONNX Runtime runs on the CPU here
+            draft.replace(path)
     except PackageError as error:
         text = str(error).replace(str(draft), str(path))
         if ANSWER in text:
@@ -80,10 +81,6 @@ def save(
                 "which is noise: weights that were trained little, or batch norms that have seen few pictures, do so"
             )
         raise PackageError(text) from error
-    except OSError as error:
-        if error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
     finally:
         draft.unlink(missing_ok=True)
     return path

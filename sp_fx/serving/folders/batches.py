@@ -24,6 +24,7 @@ import torch
 
 from ...models.images import pictures_in
 from ...packages.classifier import Classifier
+from ...packages.errors import names_file
 from ...targets import primary
 from .results import batch_file, written
 
@@ -225,15 +226,12 @@ def drafted(path: Path, content: bytes) -> Iterator[Path]:
     """Gives the path of a hidden file beside `path` with this content, which is on the disk; and removes what is left of it."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # no process id: another machine's may be the same
     try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        yield draft
-    except OSError as error:
-        if error.filename is None:  # a full disk names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with names_file(path):
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield draft
     finally:
         draft.unlink(missing_ok=True)
 
