@@ -173,7 +173,8 @@ class Explainer(CapturedModule):
 
         Raises:
             TypeError, ValueError: an argument that the method does not take, or inputs that a program cannot have.
-            ProgramError: the compiled program differs from this explainer.
+            ProgramError: the compiled program differs from this explainer; a model whose outputs are others at each call, since
+                it draws random numbers.
             ModuleNotFoundError: the inputs are on a GPU, and Triton is not installed.
         """
         from .program.compiling import build  # here, since it brings in torch's tracers: `import sp_fx` stays light

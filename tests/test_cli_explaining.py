@@ -1,4 +1,4 @@
-"""`sp-fx explain`: every spelling of a model, whose record has the model's own prediction; targets, rules, paths; what is said."""
+"""`sp-fx explain`: every spelling of a model, whose record has the model's own prediction; targets, rules and paths; messages."""
 
 import csv
 import json

@@ -305,6 +305,25 @@ def test_under_no_grad_and_inference_mode(resnet):
 # -- what it refuses
 
 
+class Drawing(nn.Module):
+    """A dropout that is not told whether the model trains."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.body, self.p = nn.Sequential(nn.Linear(4, 16), nn.ReLU()), p
+
+    def forward(self, x):
+        return F.dropout(self.body(x), self.p)
+
+
+def test_a_model_that_draws_is_refused(interpreted):
+    x = torch.ones(2, 4)
+    with pytest.raises(program.ProgramError, match=r"others at each call, .*: dropout .*test_program_program.py.*"):
+        sp_fx.transform(Drawing(0.5).eval()).compile(example_inputs=x)
+    made = sp_fx.transform(Drawing(0.0).eval()).compile(example_inputs=x, dynamic_batch=False)  # which draws, and drops nothing
+    assert made.error < 1e-6
+
+
 def test_a_program_that_differs_is_refused(monkeypatch):
     model, data = golden("tiny_vgg")
     monkeypatch.setattr(compiling, "compiled", lambda graph, example: lambda *args: [2 * r for r in graph(*args)])

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..capture.capture import tracing
+from ..capture.tracing.draws import DRAWS
 from ..containers import slotted, tensors_of
 from ..gates.adjoints.row import FROZEN
 from ..gates.table import THRESHOLDLESS
+from ..measured.runs import distance
 from ..measured.sigmoids import Sigmoids
 from ..methods.ascent import Ascent
 from ..methods.captured import CapturedModule
@@ -73,6 +75,7 @@ def build(
         module = module.for_call(*example)
         with Sigmoids() as sigmoids:
             outputs = module(*example)
+        check_repeats(module, example, outputs)
         y = explained_output(outputs, target)
         skeleton, leaves = slotted(outputs)
         signature = Signature(
@@ -133,6 +136,17 @@ def check_example(example: list[Tensor]) -> None:
     batches = {x.shape[0] if x.dim() else None for x in example}
     if len(batches) > 1 or not batches - {None, 0}:
         raise ValueError(f"every input of a program has the batch on axis 0, of at least one sample: got {described(example)}")
+
+
+def check_repeats(module: CapturedModule, example: list[Tensor], outputs: Any) -> None:
+    """Raises ProgramError for a model that draws random numbers and so returns something other than `outputs` when asked again:
+    there is nothing that its program could be compared with."""
+    drawn = [note for note in module.report().notes if note.startswith(DRAWS)]
+    if drawn and distance(tensors_of(module(*example)), tensors_of(outputs)) > 0:
+        raise ProgramError(
+            f"the model's outputs are others at each call, and no program could be compared with it: {'; '.join(drawn)}. "
+            "Let it draw where it trains alone, as nn.Dropout and F.dropout(x, p, self.training) do"
+        )
 
 
 def tolerated(dtype: torch.dtype, report: Report, ascends: bool) -> float:
