@@ -67,16 +67,17 @@ def test_a_job_that_is_told_to_end_says_so_and_leaves_nobody(graph_file, folder,
     assert "Traceback" not in log.read_text() and not (out / "results.csv").exists() and not list(out.glob(".b*"))
 
 
-def test_a_worker_that_is_told_to_end_while_it_writes(graph_file, folder, tmp_path):
+def test_a_worker_that_is_told_to_end_while_it_writes(graph_file, tmp_path):
     """It leaves no half of a batch, and ends by the signal, so that who has started it starts another."""
-    given = ["batch", str(graph_file[2]), str(folder), "--out", str(tmp_path), "--batch", "8"]
+    out = tmp_path / "out"
+    given = ["batch", str(graph_file[2]), str(draw(tmp_path / "pictures", 9)), "--out", str(out), "--batch", "8"]
     assert main(given) == 1
-    (tmp_path / "batch_000001.npz").unlink()
+    (out / "batch_000001.npz").unlink()
     kill = "import os, signal, sys; os.fsync = lambda _: os.kill(os.getpid(), signal.SIGTERM)"
     code = f"{kill}; from sp_fx.cli.commands import main; sys.exit(main({given!r}))"
     ended = subprocess.run(python(code), env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"}, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGTERM and "Traceback" not in ended.stderr
-    assert not list(tmp_path.glob(".b*")) and not (tmp_path / "batch_000001.npz").exists()
+    assert not list(out.glob(".b*")) and not (out / "batch_000001.npz").exists()
 
 
 def test_one_process_that_is_told_to_end(graph_file, folder, tmp_path, monkeypatch, capsys):
