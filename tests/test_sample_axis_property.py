@@ -462,7 +462,9 @@ def test_copies_keep_the_axis():
     """What was measured belongs to copies, too."""
     explainer = explain(fill(Model(affine_copies)).double(), X, "no example")
     maps = explainer.pullback(X, 1)
-    assert torch.equal(copy.deepcopy(explainer).pullback(X[:2], 1), maps[:2])
+    twin = copy.deepcopy(explainer)
+    assert torch.equal(twin.pullback(X, 1), maps)
+    assert relative(twin.pullback(X[:2], 1), maps[:2]) <= 1e-12  # matrix products of two rows and of four differ in the last bit
 
 
 def test_several_inputs_share_one_batch():
