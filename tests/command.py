@@ -140,15 +140,6 @@ def write_own(folder):
     return folder
 
 
-def in_folder(folder, monkeypatch):
-    """Yields `folder`, in which the test works; what it imports is forgotten."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield folder
-    for name in ("own_nets", "beside_own"):
-        sys.modules.pop(name, None)
-
-
 def own():
     """The file of networks, as a test imports it."""
     if os.getcwd() not in sys.path:

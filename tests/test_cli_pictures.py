@@ -10,22 +10,11 @@ import sys
 import pytest
 from PIL import Image
 
-from command import PICTURES, explained, in_folder, write_own
+from command import PICTURES, explained
 from sp_fx.cli.commands import main
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Pictures and networks of one's own: written once, and not changed."""
-    return write_own(tmp_path_factory.mktemp("own"))
-
-
-@pytest.fixture
-def here(shared, monkeypatch):
-    yield from in_folder(shared, monkeypatch)
-
-
-def test_folders_patterns_and_files(here, tmp_path):
+def test_folders_patterns_and_files(own_folder, tmp_path):
     """A folder in which the results are, too: the figures are not its pictures."""
     for images, stems in ((["more"], ["a", "b", "c [1]"]), (["more/*.png", "high.jpg"], ["a", "high"]),
                           (["more/**/*.*"], ["a", "b", "c [1]"]), (["more/deep/c [1].bmp"], ["c [1]"])):  # fmt: skip
@@ -41,7 +30,7 @@ def test_folders_patterns_and_files(here, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["png", "jpg"])
-def test_nothing_of_the_users_is_overwritten(here, tmp_path, format):
+def test_nothing_of_the_users_is_overwritten(own_folder, tmp_path, format):
     """Neither the picture nor what lies beside it; what an earlier run has written is."""
     path = tmp_path / f"photo.{format}"
     Image.open("high.jpg").save(path)
@@ -62,7 +51,7 @@ def test_nothing_of_the_users_is_overwritten(here, tmp_path, format):
     assert figure.read_bytes() == whole and (tmp_path / f"photo_2_2.{format}").exists()
 
 
-def test_a_picture_called_as_the_path_of_another(here, tmp_path):
+def test_a_picture_called_as_the_path_of_another(own_folder, tmp_path):
     (tmp_path / "in").mkdir()
     for name in ("a.png", "a_path.png"):
         Image.open("high.jpg").save(tmp_path / "in" / name)
@@ -73,7 +62,7 @@ def test_a_picture_called_as_the_path_of_another(here, tmp_path):
     assert len(set(files)) == 4 and all((tmp_path / "out" / file).exists() for file in files)
 
 
-def test_a_name_that_is_nearly_too_long(here, tmp_path):
+def test_a_name_that_is_nearly_too_long(own_folder, tmp_path):
     name = "ä" * 120 + ".png"
     Image.open("high.jpg").save(tmp_path / name)
     assert explained(tmp_path / "out", "--path", "--steps", "1", model="own_nets:net", images=[str(tmp_path / name)]) == 0
@@ -81,7 +70,7 @@ def test_a_name_that_is_nearly_too_long(here, tmp_path):
     assert json.loads(record.read_text())["image"] == name and record.stem == "ä" * 100
 
 
-def test_pictures_that_there_are_not(here, tmp_path, capsys):
+def test_pictures_that_there_are_not(own_folder, tmp_path, capsys):
     for image, message in {
         "empty": "there is no picture in the folder empty",
         "none*.png": "no file fits the pattern none*.png",
@@ -98,7 +87,7 @@ def test_pictures_that_there_are_not(here, tmp_path, capsys):
     assert told.err.endswith("2 of 3 pictures could not be explained\n")
 
 
-def test_json_lines_and_nothing_else(here, tmp_path, capsys):
+def test_json_lines_and_nothing_else(own_folder, tmp_path, capsys):
     assert explained(tmp_path, "--json", model="own_nets:noisy") == 0
     told = capsys.readouterr()
     records = [json.loads(line) for line in told.out.splitlines()]
@@ -117,13 +106,13 @@ class Gone(io.StringIO):
         return super().write(text.rstrip())
 
 
-def test_a_reader_that_goes(here, tmp_path, monkeypatch, capsys):
+def test_a_reader_that_goes(own_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", Gone())
     assert explained(tmp_path, "--json", "--pixels", "0,1", "--resize", "32", "--batch-size", "1", model="own_nets:net") == 141
     assert capsys.readouterr().err == ""
 
 
-def test_stopped_by_hand(here, tmp_path):
+def test_stopped_by_hand(own_folder, tmp_path):
     """As the shell does it: one line, and the status of an interrupt."""
     command = [sys.executable, "-m", "sp_fx", "explain", *["high.jpg"] * 400, "--model", "own_nets:net", "--pixels=0,1",
                "--input-size", "32", "--squash", "--out", str(tmp_path), "--json", "--batch-size", "1"]  # fmt: skip
@@ -135,12 +124,12 @@ def test_stopped_by_hand(here, tmp_path):
     assert running.returncode in (130, 141) and said in ("sp-fx: stopped\n", "")
 
 
-def test_a_full_disk_is_named(here, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_named(own_folder, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("sp_fx.cli.explaining.save", full)
     assert explained(tmp_path, model="own_nets:net", images=["high.jpg"]) == 2
     assert f"No space left on device: '{tmp_path / 'high'}'" in capsys.readouterr().err
-    assert explained(here / "high.jpg", model="own_nets:net") == 2
+    assert explained(own_folder / "high.jpg", model="own_nets:net") == 2
     assert "high.jpg is a file, and --out is a folder" in capsys.readouterr().err
