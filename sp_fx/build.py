@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import keyword
 import warnings
@@ -12,10 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from .capture.arguments import bound
+from .capture.admission import FormError, checks, refusal
+from .capture.arguments import Given, given
 from .capture.capture import Capture, CaptureError, tracing
-from .capture.clones.clone import NOT_RUN, EvalClone, traceable
-from .capture.exported import batch_sizes, export
+from .capture.clones.clone import NOT_RUN, EvalClone, call_signature, traceable
+from .capture.exported import export
+from .capture.sizes import freedoms, of_other_sizes
 from .capture.symbolic import trace
 from .explainer import Explainer
 from .gates.rules import Rules
@@ -89,7 +92,7 @@ def transform(
     with tracing, torch.inference_mode(False):
         rules = Rules() if rules is None else rules
         inner = traceable(model)
-        example = None if example_inputs is None else bound(inner, example_inputs)
+        example = None if example_inputs is None else given(inner, example_inputs)
         try:
             made = rewritten(model, rules, tracer, example, verify)
             if (resolved := rules.resolved(made.report.sites)) != rules:
@@ -103,7 +106,7 @@ def transform(
                 ) from error
             raise
         rules.check_places(made.report.sites)
-        modules, graph, report, compare = finished(made, rules, tracer, output, verify)
+        modules, graph, report, compare = finished(made, tracer, output, verify)
         rules.check_scales(report.sites)
         if unrun := [note for note in report.notes if note.endswith(NOT_RUN)]:
             warnings.warn("; ".join(unrun[:3]) + ("; ..." if len(unrun) > 3 else ""), stacklevel=2)
@@ -123,7 +126,7 @@ def transform(
             why = ", since the rules keep them all" if any(s.kind not in ("", "product") for s in report.of("kept")) else ""
             text = f"{report.model} has no gate to rewrite{why}: its pullback will be the plain gradient"
             warnings.warn(text, stacklevel=2)
-        waiting = [WAITS] if compare is not None and verify else [AXES_WAIT] if follows_sample(report) else []
+        waiting = [WAITS] if verify else [AXES_WAIT] if follows_sample(report) else []
         unverified = [] if verify is True else [UNVERIFIED[verify]]
         report = replace(report, notes=(*report.notes, *unverified, *(waiting if example is None else [])))
         explainer = Explainer(modules, graph, report, compare)
@@ -157,7 +160,7 @@ class Attempt:
         return sum(site.opaque for site in self.report.sites)
 
 
-def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Mapping[str, Any] | None, verify: Verify) -> Attempt:
+def rewritten(model: nn.Module, rules: Rules, tracer: str, example: Given | None, verify: Verify) -> Attempt:
     """The capture of `model`, rewritten, by the tracer that sees the most of it; compared with the model on the example.
 
     Raises:
@@ -199,31 +202,43 @@ def noting(attempt: Attempt, *notes: str) -> Attempt:
     return replace(attempt, report=noted(attempt.report, notes))
 
 
-def by_export(model: nn.Module, example: Mapping[str, Any], rules: Rules, verify: Verify) -> Attempt:
-    """By `torch.export`: for batches of any size, where the forward takes one path for all of them, else for the example's.
+def by_export(model: nn.Module, example: Given, rules: Rules, verify: Verify) -> Attempt:
+    """By `torch.export`: for inputs of as many sizes as the forward has one path for. Where the axes that vary are wrong for what
+    the capture says of them, as a second example of other sizes shows, or cannot vary at all, fewer do.
 
     Raises:
         CaptureError: `torch.export` refuses the model, or the rewritten graph does not compute what the model does.
     """
     refusals: list[CaptureError] = []
-    sizes = batch_sizes(example)
-    for any_batch in (True, False) if sizes else (False,):
+    for free in freedoms(example):
         try:
-            capture = export(model, example, any_batch)
-            notes = [f"the batch is fixed at {sizes[0]}, since {str(refusal).splitlines()[0]}" for refusal in refusals]
-            capture = replace(capture, notes=(*notes, *capture.notes))
-            return compared(attempt(model, capture, rules, example), example, verify)
+            capture = export(model, example, free)
+            notes = [f"fewer sizes vary, since {str(refusal).splitlines()[0]}" for refusal in refusals]
+            capture = replace(capture, notes=(*capture.notes, *notes))
+            made = compared(attempt(model, capture, rules, example), example, verify)
+            if verify and (other := of_other_sizes(example, capture.varies, functools.partial(accepts, capture))) is not None:
+                if not own_error(capture.reference, other):
+                    with contextlib.suppress(FormError):  # the path of other values
+                        compared(made, other, verify)
+            return made
         except CaptureError as error:
             refusals.append(error)
+        except FormError as error:  # of a batch of one, which was exported as two
+            refusals.append(CaptureError(str(error)))
     raise refusals[-1]
 
 
-def attempt(model: nn.Module, capture: Capture, rules: Rules, example: Mapping[str, Any] | None) -> Attempt:
+def accepts(capture: Capture, call: Given) -> bool:
+    """Whether a capture is for calls of such a form."""
+    return not refusal(checks(capture.graph), call.by_name(call_signature(capture.reference)))
+
+
+def attempt(model: nn.Module, capture: Capture, rules: Rules, example: Given | None) -> Attempt:
     """Rewrites a capture of the model; shapes are those that the nodes have on the example."""
     pristine = copied(capture.graph) if example is None else None
 
     def measure(modules: nn.Module, graph: fx.Graph) -> dict[fx.Node, Any]:
-        return shapes_of(modules, graph, example)  # type: ignore[arg-type]
+        return shapes_of(modules, graph, example.by_name(call_signature(capture.reference)))  # type: ignore[union-attr]
 
     made = rewrite(type(model).__name__, capture, rules, None if example is None else measure)
     if made.undecided and example is None:
@@ -237,7 +252,7 @@ def copied(graph: fx.Graph) -> fx.Graph:
     return own
 
 
-def compared(made: Attempt, example: Mapping[str, Any] | None, verify: Verify) -> Attempt:
+def compared(made: Attempt, example: Given | None, verify: Verify) -> Attempt:
     """The attempt with the notes of its comparison with the model, if there is an example.
 
     Raises:
@@ -257,60 +272,70 @@ class AtFirstCall:
     """
 
     made: Attempt
-    rules: Rules
     tracer: str
     output: str | None
     verify: Verify
     renamed: Mapping[str, str]
 
-    def __call__(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Outcome:
+    @property
+    def compares(self) -> bool:
+        return bool(self.verify)
+
+    def __call__(self, module: CapturedModule, call: Given) -> Outcome:
         with tracing, torch.inference_mode(False):
-            made = self.decided(module, arguments)
-            capture = replace(made.capture, reference=EvalClone()(made.capture.reference))
+            made = self.decided(module, call)
+            capture, rules = replace(made.capture, reference=EvalClone()(made.capture.reference)), module.report().rules
             modules = EvalClone()(made.modules)
             for own in (capture.reference, modules):
                 adopt(own, module, self.renamed)
             try:
-                notes = verified(capture, modules, capture.graph, arguments, self.verify)
+                notes = verified(capture, modules, capture.graph, call, self.verify)
                 if made is self.made:
                     return Outcome(notes)
-                return Outcome(notes, finished(made, self.rules, self.tracer, self.output, self.verify), replaces=True)
-            except (CaptureError, AssertionError) as error:  # an assertion: of an argument that the trace has fixed
+                return Outcome(notes, finished(made, self.tracer, self.output, self.verify))
+            except CaptureError as error:
                 if self.tracer != "auto" or capture.tracer == "torch.export":
                     raise
-                refusal = error
+                wrong = error
             try:
-                exported = by_export(capture.reference, arguments, self.rules, self.verify)
+                exported = by_export(capture.reference, call, rules, self.verify)
             except CaptureError as second:
-                raise CaptureError(f"{refusal}\n{second}") from second
-            notes = [f"by torch.export, since {str(refusal).splitlines()[0]}"]
-            instead = finished(exported, self.rules, self.tracer, self.output, self.verify)
-            return Outcome(notes, instead, replaces=isinstance(refusal, CaptureError))
+                raise CaptureError(f"{wrong}\n{second}") from second
+            notes = [f"by torch.export, since {str(wrong).splitlines()[0]}"]
+            return Outcome(notes, finished(exported, self.tracer, self.output, self.verify))
 
-    def decided(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Attempt:
-        """What the explainer is made of, or what it should be made of, by the shapes that the arguments give its softmaxes."""
+    def another(self, module: CapturedModule, call: Given) -> tuple[nn.Module, fx.Graph, Report, AtFirstCall]:
+        """Captures the model for calls of a form that the explainer's own graph is not for, as `transform` does for an example.
+
+        Raises:
+            CaptureError: no capture is right.
+        """
+        with tracing, torch.inference_mode(False):
+            reference, rules = EvalClone()(self.made.capture.reference), module.report().rules
+            adopt(reference, module, self.renamed)
+            made = rewritten(reference, rules, self.tracer, call, self.verify)
+            return finished(made, self.tracer, self.output, self.verify)
+
+    def decided(self, module: CapturedModule, call: Given) -> Attempt:
+        """What the explainer is made of, or what it should be made of, by the shapes that a call gives its softmaxes."""
         if self.made.pristine is None:
             return self.made
         modules = EvalClone()(self.made.capture.modules)
         adopt(modules, module, self.renamed)
         capture = replace(self.made.capture, modules=modules, graph=copied(self.made.pristine))
-        by_shapes = attempt(capture.reference, capture, self.rules, arguments)
+        by_shapes = attempt(capture.reference, capture, module.report().rules, call)
         return replace(by_shapes, pristine=self.made.pristine)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a comparison: notes for the report, and another capture: it `replaces` the one that was wrong, or is for calls of one
-    form."""
+    """Of a comparison: notes for the report, and another capture, where the one that was compared is wrong."""
 
     notes: list[str]
-    instead: tuple[nn.Module, fx.Graph, Report, AtFirstCall | None] | None = None
-    replaces: bool = False
+    instead: tuple[nn.Module, fx.Graph, Report, AtFirstCall] | None = None
 
 
-def finished(
-    made: Attempt, rules: Rules, tracer: str, output: str | None, verify: Verify
-) -> tuple[nn.Module, fx.Graph, Report, AtFirstCall | None]:
+def finished(made: Attempt, tracer: str, output: str | None, verify: Verify) -> tuple[nn.Module, fx.Graph, Report, AtFirstCall]:
     """What an explainer is made of: modules and a graph, up to the inner activation `output` where there is one, the report, and
     what compares it at the first call of each form."""
     graph, report = made.capture.graph, made.report
@@ -319,8 +344,7 @@ def finished(
         report = within(report, graph)
     renamed = own_names(made.modules, {made.capture.graph, graph}, report)
     notes = [f"the model's {old} is called {new} here, since {old} is an explainer's own" for new, old in renamed.items()]
-    waits = verify or made.pristine is not None
-    compare = AtFirstCall(made, rules, tracer, output, verify, renamed) if waits else None
+    compare = AtFirstCall(made, tracer, output, verify, renamed)
     return made.modules, graph, replace(report, notes=(*report.notes, *notes)), compare
 
 

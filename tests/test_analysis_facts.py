@@ -9,7 +9,9 @@ from helpers import NETS, golden
 from sp_fx.analysis.facts import Facts
 from sp_fx.analysis.written.gates import Written
 from sp_fx.analysis.written.norms import Statistic
+from sp_fx.capture.arguments import Given
 from sp_fx.capture.exported import export
+from sp_fx.capture.sizes import freedoms
 from sp_fx.capture.symbolic import trace
 from sp_fx.rewrite.prepared.out_of_place import normalise
 
@@ -36,7 +38,8 @@ class Mixed(nn.Module):
 
 def captures(model, x):
     yield trace(model)
-    yield export(model, {"x": x}, True)
+    call = Given((x,), {})
+    yield export(model, call, freedoms(call)[0])
 
 
 @pytest.mark.parametrize("name", ["mixed", *NETS])

@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
 
 class Counts(nn.Module):
-    """Branches on the batch, which so cannot vary."""
+    """Branches on the batch."""
 
     def __init__(self):
         super().__init__()
@@ -81,7 +81,7 @@ def test_a_trace_that_an_export_replaces_is_not_compared(monkeypatch):
     compared, own = [], sp_fx.build.verified
     monkeypatch.setattr(sp_fx.build, "verified", lambda capture, *rest: compared.append(capture.tracer) or own(capture, *rest))
     assert sp_fx.transform(fill(Windows()), example_inputs=image()).report().tracer == "torch.export"
-    assert compared == ["torch.export"]
+    assert compared == ["torch.export"] * 2  # on the example, and on two samples
 
 
 def test_both_tracers_give_one_map():
@@ -116,35 +116,92 @@ def test_keyword_arguments_and_masks():
     assert relative(explainer(x, mask=mask), model(x, mask)) <= 1e-5
     found = explainer.pullback(x, 1, forward_kwargs={"mask": mask})
     assert found[1, :3].norm() > 0 and not found[1, 3:].norm() > 0  # padded keys get nothing
-    with pytest.raises(ValueError, match=r"mask: expected a tensor \[\*, 5\], got None"):
-        explainer(x)
+    assert relative(explainer(x), model(x)) <= 1e-5  # another form, which is captured now
     without = sp_fx.transform(model, example_inputs=x)
-    with pytest.raises(ValueError, match=r"mask: expected None, got a tensor \[2, 5\]"):
-        without(x, mask)
+    assert torch.equal(without.pullback(x, 1, forward_kwargs={"mask": mask}), found)
+    for one, missing in ((explainer, "mask: expected a tensor .*, got None"), (without, "mask: expected None, got a tensor")):
+        unpickled = pickle.loads(pickle.dumps(one))  # which has no model to capture
+        with pytest.raises(ValueError, match=missing):
+            unpickled(x) if one is explainer else unpickled(x, mask)
 
 
-def test_other_sizes_are_refused():
-    explainer = sp_fx.transform(fill(Windows()), example_inputs=image())
-    with pytest.raises(ValueError, match=r"x: expected a tensor \[\*, 3, 8, 8\], got \[1, 3, 9, 9\]"):
-        explainer.pullback(image(1, 9), 1)
+def test_other_sizes_are_captured_when_they_are_met():
+    model = fill(Windows())
+    explainer = sp_fx.transform(model, example_inputs=image(2))
+    assert "captured by torch.export for x [*, 3, 8, 8]" in str(explainer.report())
+    alone = sp_fx.transform(model, example_inputs=image(1, 12))
+    for batch in (1, 3):
+        x = image(batch, 12)
+        assert torch.equal(explainer(x), model(x)) and torch.equal(explainer.pullback(x, 1), alone.pullback(x, 1))
+    assert "another form of call was captured: x [*, 3, 12, 12], by torch.export" in str(explainer.report())
+    assert str(explainer.report()).count("another form") == 1
+    with pytest.raises(ValueError, match=r"x: expected a tensor \[\*, 3, 8, 8\], got \[1, 3, 12, 12\]"):
+        pickle.loads(pickle.dumps(explainer)).pullback(image(1, 12), 1)
 
 
-def test_a_batch_that_cannot_vary_is_fixed_and_says_so():
+def test_forms_are_captured_inside_inference_mode_and_kept_within_bounds(monkeypatch):
+    monkeypatch.setattr(sp_fx.methods.captured, "FORMS", 2)
+    model = fill(Windows())
+    explainer = sp_fx.transform(model, example_inputs=image())
+    with torch.inference_mode():
+        for side in (12, 16, 20, 12):
+            assert torch.equal(explainer(image(1, side)), model(image(1, side)))
+    assert len(explainer._others) == 2
+
+
+def test_a_form_that_cannot_be_captured_leaves_the_others_as_they_are():
+    model = fill(Windows())
+    explainer = sp_fx.transform(model, example_inputs=image())
+    before = str(explainer.report())
+    with pytest.raises((sp_fx.CaptureError, RuntimeError), match=r"size|shape"):
+        explainer(torch.zeros(1, 4, 8, 8))
+    assert str(explainer.report()) == before and torch.equal(explainer(image(2)), model(image(2)))
+
+
+def test_another_form_has_the_rules_and_the_weights_of_now():
+    """Those of an explainer that was calibrated, or whose weights were updated, since it was made."""
+    model = fill(Windows())
+    explainer = sp_fx.transform(model, example_inputs=image()).calibrate(image(4))
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    alone = sp_fx.transform(model, example_inputs=image(1, 12), rules=explainer.report().rules)
+    assert torch.equal(explainer.pullback(image(1, 12), 1), alone.pullback(image(1, 12), 1))
+    explainer = explainer.double()
+    assert torch.equal(explainer(image(1, 12).double()), copy.deepcopy(model).double()(image(1, 12).double()))
+
+
+def test_a_branch_on_the_batch_is_a_form_of_its_own():
     model = fill(Counts())
     x = torch.randn(4, 4)
     with pytest.raises(sp_fx.CaptureError, match="example_inputs"):
         sp_fx.transform(model)
     explainer = sp_fx.transform(model, example_inputs=x[:3])
+    for size in (3, 4, 1, 2):  # of 4 it takes another path, which is captured then
+        assert torch.equal(explainer(x[:size]), model(x[:size]))
+    assert "another form of call was captured: x [4, 4]" in str(explainer.report())
+
+
+class Constant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(x.relu()) * torch.tensor([x.shape[0]] * int(x.shape[0]), dtype=x.dtype)[:, None]
+
+
+def test_a_batch_that_is_a_constant_is_fixed_and_says_so():
+    model, x = fill(Constant()), torch.randn(4, 4)
+    explainer = sp_fx.transform(model, example_inputs=x[:3])
     assert "the batch is fixed at 3" in str(explainer.report())
-    assert torch.equal(explainer(x[:3]), model(x[:3]))
-    with pytest.raises(ValueError, match=r"expected a tensor \[3, 4\], got \[4, 4\]"):
-        explainer(x)
+    for size in (3, 4, 1):
+        assert torch.equal(explainer(x[:size]), model(x[:size]))
 
 
 def test_neither_tracer():
     class Branches(nn.Module):
         def forward(self, x):
-            return x.relu() if x.sum() > 0 else -x
+            return x.relu() if float(x.sum()) > 0 else -x  # a number of its own at each call, and no path
 
     both = r"torch.fx cannot trace[\s\S]*test_capture_exported.py[\s\S]*torch.export cannot capture"
     with pytest.raises(sp_fx.CaptureError, match=both):
@@ -201,10 +258,11 @@ def test_containers_go_in_and_come_out(pack):
     assert type(out) is type(expected) and str(out) == str(expected)
     target = (lambda y: y[0][:, 1]) if pack == "tuple" else 1
     assert explainer.pullback(x, target, forward_kwargs={"more": more, "b": named}).norm() > 0
+    saved = pickle.loads(pickle.dumps(explainer)) if pack != "object" else explainer.split("head")[0]
     with pytest.raises(ValueError, match="flag: expected True, got False"):
-        explainer(x, more, flag=False, b=named)
+        saved(x, more, flag=False, b=named)
     with pytest.raises(ValueError, match=r"named: expected one of \['b'\]"):
-        explainer(x, more, b=named, c=named)
+        saved(x, more, b=named, c=named)
 
 
 def test_modules_keep_their_names_and_can_be_hooked():

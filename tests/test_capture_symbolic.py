@@ -111,11 +111,13 @@ def test_arguments_with_defaults_are_settings():
     model, x = Masked().eval(), torch.randn(3, 4)
     explainer = sp_fx.transform(model, tracer="fx")
     assert explainer.pullback(x, 0, forward_kwargs={"mask": None, "gate": True}).shape == x.shape
-    with pytest.raises(AssertionError, match="gate has been specialized to have value True"):
-        explainer(x, gate=False)
-    explainer = sp_fx.transform(model)  # which captures another form when it meets one
     assert torch.equal(explainer(x), model(x)) and torch.equal(explainer(x, gate=False), model(x, gate=False))
-    assert explainer.report().tracer == "torch.fx"
+    assert "another form of call was captured: x float32 [3, 4], gate False, by torch.fx" in str(explainer.report())
+    for mask in (torch.rand(4), torch.rand(3, 4)):
+        assert torch.equal(explainer(x, mask), model(x, mask)) and torch.equal(explainer(x, mask=mask), model(x, mask))
+    assert str(explainer.report()).count("another form") == 2
+    with pytest.raises(AssertionError, match="gate has been specialized to have value True"):
+        explainer.split("head")[0](x, gate=False)  # a part of it, which cannot be captured again
 
 
 def test_forwards_set_on_instances_are_the_ones_traced():

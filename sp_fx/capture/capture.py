@@ -26,6 +26,8 @@ class Capture:
         tracer: what captured it, "torch.fx" or "torch.export".
         notes: what a reader of the report should know of the capture.
         asks: where the forward asks whether gradients are on; "" where it does not.
+        varies: of a capture by torch.export, the axes of each tensor of its example whose sizes do not matter.
+        inputs: these tensors with their sizes, as text, * for one that varies.
     """
 
     modules: nn.Module
@@ -34,6 +36,8 @@ class Capture:
     tracer: str
     notes: tuple[str, ...] = ()
     asks: str = ""
+    varies: tuple[frozenset[int], ...] = ()
+    inputs: str = ""
 
 
 def blame(error: BaseException) -> str:
@@ -79,11 +83,22 @@ def is_a_models_file(file: str) -> bool:
 
 def said(error: BaseException) -> str:
     """What an error says, on one line: its first paragraph, as far as a sentence or two go, after its class if that says more."""
-    if "data-dependent" in str(error):  # as torch.export says it, in terms of its own symbols
+    if asks_for_values(error):  # which torch.export says in terms of its own symbols
         return "the forward asks for the value of what it computes"
     plain = isinstance(error, CaptureError | fx.proxy.TraceError) or type(error) is RuntimeError
     text = " ".join(str(error).strip().split("\n\n")[0].split())
     return f"{'' if plain else f'{type(error).__name__}: '}{text if len(text) <= 400 else f'{text[:400]}...'}"
+
+
+def asks_for_values(error: BaseException) -> bool:
+    """Whether an error is that a forward asks for the value of what has none in a trace."""
+    return "data-dependent" in str(error) or isinstance(error, DATA_DEPENDENT)
+
+
+DATA_DEPENDENT = (
+    torch._subclasses.fake_tensor.DataDependentOutputException,
+    torch._subclasses.fake_tensor.DynamicOutputShapeException,
+)
 
 
 class CaptureError(RuntimeError):

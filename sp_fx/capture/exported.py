@@ -3,7 +3,7 @@
 The graph has the model's own parameters for placeholders, checks what it is called with against the example, calls `aten` ops on
 the tensors of an eval clone, passes the output of each module through an identity under the module's name, and returns what the
 model returns. Export follows one path through the Python code of the forward, which is the right one for every input of the same
-form: the sizes of the example are fixed, the batch where the model allows it to vary.
+form: of the example's sizes those vary that `sizes.freedoms` names and the model allows to.
 """
 
 from __future__ import annotations
@@ -13,11 +13,8 @@ import inspect
 import io
 import keyword
 import operator
-import re
-import sys
-import types
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +22,16 @@ from torch import Tensor, fx, nn
 
 from ..containers import PLAIN, Slot, filled, items, rebuilt, tensors_of
 from ..gates.calls.autocast import Region
-from .arguments import VARIADIC, checked, form
-from .capture import Capture, CaptureError, blame, said
-from .clones.apart import tensors_in, written_back
+from .admission import answered, checked, form, listed, sizes_checked
+from .arguments import VARIADIC, Given, distinct
+from .capture import Capture, CaptureError, asks_for_values, blame, said
+from .clones.apart import Apart, apart, tensors_in, written_back
 from .clones.clone import EvalClone, adopt_forward
 from .clones.untouched import Untouched
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
+from .sizes import Free, batch_sizes, conditions, lead, with_batch
+from .tracing.answers import Asked, Key, Tells, Told, unaware
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions
 from .tracing.regions import Regions, data_detached, some
@@ -39,101 +39,82 @@ from .tracing.regions import Regions, data_detached, some
 aten = torch.ops.aten
 
 
-def batch_sizes(example: Mapping[str, Any]) -> torch.Size:
-    """Returns the size of axis 0 of the example's first floating tensor, or else of its first tensor; `[]` for one of no axes.
+def export(model: nn.Module, call: Given, free: Free) -> Capture:
+    """Returns the capture of `model` on an example call, for every size of the axes that are `free`, where its forward takes one
+    path for all of them; of the others, and of those that it makes constants of, for the sizes of the example.
 
     Raises:
-        CaptureError: the example has no tensor.
+        CaptureError: `torch.export` refuses it, for whatever reason, or a batch of one is a path of its own.
     """
-    tensors = tensors_of(example)
-    if not tensors:
+    sizes = batch_sizes(call)
+    if not tensors_of(call):
         raise CaptureError("torch.export needs a tensor among the example_inputs")
-    return next((t for t in tensors if t.is_floating_point()), tensors[0]).shape[:1]
-
-
-def export(model: nn.Module, example: Mapping[str, Any], any_batch: bool) -> Capture:
-    """Returns the capture of `model` on `example`, its arguments by name: for `any_batch`, or for the example's batch alone.
-
-    Raises:
-        CaptureError: `torch.export` refuses it, for whatever reason, or its forward is another one for another batch.
-    """
-    sizes = batch_sizes(example)
-    if any_batch:  # torch.export takes an axis of size 1 for a constant
-        example = with_batch(example, sizes, max(*sizes, 2))
-    try:
-        with unaware() as asked:
-            exported = Exported(model, example, sizes, any_batch)
-    except Exception as first:  # whatever PyTorch or the forward raises: the model is asked once more, or it is refused
-        try:
-            if not asked:
-                raise
-            exported = Exported(model, example, sizes, any_batch)
-        except Exception as error:
-            text = f"torch.export cannot capture {type(model).__name__}: {said(error)} ({blame(error)})"
-            hint = "" if isinstance(error, CaptureError) else OF_VALUES if "data-dependent" in str(error) else OPAQUE
-            raise CaptureError(f"{text}{hint}") from error
-        exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(first)}")
+    of_one = sizes == (1,) and 0 in free[lead(call)]
+    if of_one:  # torch.export takes an axis of size 1 for a constant
+        call = with_batch(call, 2)
+    exported = followed(model, call, free)
+    if of_one and 0 not in exported.varies[lead(call)]:
+        raise CaptureError("its forward makes a constant of the size of the batch")
+    if sizes and 0 not in exported.varies[lead(call)]:
+        exported.notes.append(f"the batch is fixed at {sizes[0]}, of which its forward makes a constant")
     notes = (*exported.notes, *exported.regions.notes(), *note_on_draws(exported.graph))
     modules, asks = with_marks(exported.clone, exported.paths), some(exported.regions.asked)
-    return Capture(modules, exported.reference, exported.graph, "torch.export", notes, asks)
+    made = (modules, exported.reference, exported.graph)
+    return Capture(*made, "torch.export", notes, asks, exported.varies, ", ".join(exported.inputs))
 
 
-@contextlib.contextmanager
-def unaware() -> Iterator[list[bool]]:
-    """While it lasts, a model that asks whether it is being exported hears that it is not, and goes the way that it goes when it
-    is called: some go another one, which is equal but for rounding. Whether it is being compiled is answered truly: where it is,
-    libraries keep tensors out of caches that outlive the trace. Yields a list that is not empty once the model has asked."""
-    question, code = torch.compiler.is_exporting, torch.compiler.is_exporting.__code__
-    asked: list[bool] = []
-    question.__code__ = answer.__code__  # libraries keep the function by names of their own: kornia's `_torch_is_exporting`
-    question.__defaults__ = (asked, lambda: torch.compiler._is_exporting_flag, sys._getframe)
-    try:
-        yield asked
-    finally:
-        question.__code__, question.__defaults__ = code, None
+def followed(model: nn.Module, call: Given, free: Free) -> Exported:
+    """Returns the export of the way that the forward goes when it is called; where that fails, of the one that it goes when it is
+    exported, where it asks; or else, where it asks for values, of the path that the example takes.
+
+    Raises:
+        CaptureError: all fail.
+    """
+    with unaware() as asked:
+        try:
+            return Exported(model, call, free)
+        except Exception as error:  # whatever PyTorch or the forward raises
+            failed = [error]
+    if asked:
+        try:
+            exported = Exported(model, call, free)
+            exported.notes.append(f"the forward takes its path for torch.export, since the other fails: {said(failed[0])}")
+            return exported
+        except Exception as error:
+            failed.append(error)
+    if any(map(asks_for_values, failed)):
+        try:
+            with unaware():
+                return Exported(model, call, free, answers_on(model, call))
+        except Exception as error:
+            failed.append(error)
+    last = failed[-1]
+    text = f"torch.export cannot capture {type(model).__name__}: {said(last)} ({blame(last)})"
+    hint = "" if isinstance(last, CaptureError) else OF_VALUES if asks_for_values(last) else OPAQUE
+    raise CaptureError(f"{text}{hint}") from last
 
 
-def answer(asked: list[bool], truth: Callable[[], bool], frame: Callable[[int], types.FrameType]) -> bool:
-    """The truth, where PyTorch itself asks: the code of `torch.compiler.is_exporting`, with its arguments for defaults."""
-    if frame(1).f_globals.get("__name__", "").partition(".")[0] == "torch":
-        return truth()
-    asked.append(True)
-    return False
+def answers_on(model: nn.Module, call: Given) -> dict[Key, list[Any]]:
+    """Returns what the model is told on the example where it asks for values."""
 
+    def answers(clone: Apart) -> dict[Key, list[Any]]:
+        with all_require_grad(clone.module), torch.enable_grad(), Told() as told:
+            clone(*call.args, **call.kwargs)
+        return told.answers
 
-def with_batch(example: Any, sizes: torch.Size, size: int) -> Any:
-    """Returns the example with `size` samples: its first ones, or all of them again. Tensors that do not have `sizes` on axis 0
-    stay."""
-
-    def change(t: Any) -> Any:
-        if not isinstance(t, Tensor) or t.shape[:1] != sizes:
-            return t
-        return t[:size] if size <= sizes[0] else torch.cat([t] * size)[:size]
-
-    return rebuilt(example, change)
-
-
-def distinct(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments with a copy for every tensor that comes again: of `(x, x)`, torch.export makes one input, and takes
-    `query is key` for a property of the model."""
-    seen: list[Tensor] = []
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            leaf = leaf.detach().clone() if any(leaf is other for other in seen) else leaf
-            seen.append(leaf)
-        return leaf
-
-    return {name: rebuilt(value, one) for name, value in arguments.items()}
+    return apart(model, answers)
 
 
 class Exported:
-    """One export, made into a graph over a clone.
+    """One export of a call, made into a graph over a clone.
 
-    With `varying` it is for all sizes of axis 0 of those arguments whose axis 0 has `sizes`, the batch of the example.
+    Attributes:
+        tensors: those of the call.
+        varies: the axes of each whose size does not matter: those of the `free` ones that the forward does not make constants of.
+        inputs: the names and sizes of the tensors, as text: "x [*, 3]".
     """
 
-    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], sizes: torch.Size, any_batch: bool) -> None:
+    def __init__(self, model: nn.Module, call: Given, free: Free, answers: dict[Key, list[Any]] | None = None) -> None:
         clones = EvalClone()
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
@@ -141,11 +122,11 @@ class Exported:
         if names := [n for n, _ in (*self.clone.named_modules(), *self.clone.named_parameters()) if set(n.split(".")) & WORDS]:
             raise CaptureError(f"{names[0]} has a word of Python's own for a name, which torch.export cannot write: rename it")
         self.reference = EvalClone()(self.clone)
-        self.parameters = inspect.signature(self.clone.forward).parameters
-        self.arguments, self.notes = distinct(arguments), hooks
-        self.tensors = tensors = tensors_of(self.arguments)
-        batch = max(*sizes, 2) if any_batch else None
-        self.free = [t.dim() > 0 and t.shape[0] == batch for t in tensors]
+        self.signature = inspect.signature(self.clone.forward)
+        self.call, self.notes, self.inputs = distinct(call), hooks, list[str]()
+        self.arguments = self.call.by_name(self.signature)
+        self.tensors = tensors = tensors_of(self.call)
+        self.answers, self.asked = answers, list[Asked]()
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
         marked = calling_stand_ins(self.clone, exporting=True)
@@ -160,36 +141,28 @@ class Exported:
             for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
                 patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
-            dynamic = tuple({0: torch.export.Dim.AUTO} if free else None for free in self.free)
+            dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in free)
             program = torch.export.export(flat, tuple(tensors), dynamic_shapes=(dynamic,), strict=False)
         before.stored.clear()  # an export copies lists and dictionaries in the attributes: a run shows what the forward changes
         self.notes += before.notes()
-        if any_batch:
-            self.require_any_batch(program)
         self.source = program.module(check_guards=False)
+        self.placeholders = self.source.graph.find_nodes(op="placeholder")
+        sizes = [node.meta["val"].shape for node in self.placeholders]
+        self.varies = tuple(frozenset(axis for axis, n in enumerate(of) if is_open(n)) for of in sizes)
+        self.conditions = conditions(program)
         self.graph = fx.Graph()
         self.build(skeleton[0])
         self.graph.lint()
 
-    def require_any_batch(self, program: torch.export.ExportedProgram) -> None:
-        """Raise CaptureError where the program is for one batch alone: `x.view(4, -1)` makes a constant of it."""
-        inputs = [n for n in program.graph.find_nodes(op="placeholder") if n.name in program.graph_signature.user_inputs]
-        if any(free and isinstance(n.meta["val"].shape[0], int) for n, free in zip(inputs, self.free)):
-            raise CaptureError("its forward makes a constant of the size of the batch")
-        branches = [guard for guard in program._guards_code if not SAME_BATCH.fullmatch(guard)]
-        if branches:
-            raise CaptureError(f"its forward branches on the size of the batch: {branches[0]}")
-
     def flattened(self) -> tuple[nn.Module, list[Any]]:
         """Returns the clone with a forward from the example's tensors to the output's, and a list that receives the containers of
         the output, with a slot in place of each tensor, when that forward runs."""
-        forward, parameters, arguments = type(self.clone).forward, self.parameters, self.arguments
+        forward, call = type(self.clone).forward, self.call
         skeleton: list[Any] = []
 
         def flat(module: nn.Module, *tensors: Tensor) -> tuple[Any, ...]:
             rest = iter(tensors)
-            values = {n: rebuilt(v, lambda x: next(rest) if isinstance(x, Tensor) else x) for n, v in arguments.items()}
-            call = inspect.BoundArguments(inspect.Signature(list(parameters.values())), values)  # type: ignore[arg-type]
+            args, kwargs = rebuilt(call, lambda x: next(rest) if isinstance(x, Tensor) else x)
             leaves: list[Any] = []
 
             def slot(value: Any) -> Any:
@@ -201,9 +174,11 @@ class Exported:
                     return None
                 return value
 
-            output = forward(module, *call.args, **call.kwargs)
+            with contextlib.nullcontext() if self.answers is None else Tells(self.answers) as tells:
+                output = forward(module, *args, **kwargs)
             skeleton[:] = [rebuilt(output, slot)]
-            return tuple(leaves)
+            self.asked = [] if tells is None else tells.asked
+            return (*leaves, *(t for asked in self.asked for t in asked.tensors))
 
         kind = type(self.clone)
         self.clone.__class__ = type(kind.__name__, (kind,), {"forward": flat, "__module__": kind.__module__})
@@ -213,30 +188,50 @@ class Exported:
 
     def build(self, skeleton: Any) -> None:
         """Make the graph: the model's own parameters, the exported calls, the containers of the output (`skeleton`)."""
-        tensors = [tensor for name in self.arguments for tensor in self.parameter(name)]
-        env = dict(zip(self.source.graph.find_nodes(op="placeholder"), tensors))
+        inputs = {id(t): node for name in self.signature.parameters for t, node in self.parameter(name)}
+        env = {node: inputs[id(t)] for node, t in zip(self.placeholders, self.tensors)}
         for placeholder, tensor in env.items():
             tensor.meta["val"] = placeholder.meta["val"]
-        self.graph.output(self.container(skeleton, self.inline(self.source, env)))
+        if self.conditions:
+            self.graph.call_function(sizes_checked, ([*env.values()], self.conditions))
+        outputs = self.inline(self.source, env)
+        self.ask(outputs)
+        self.graph.output(self.container(skeleton, outputs))
         self.paths = take_marks(self.graph, self.entries)
         self.graph.eliminate_dead_code(lambda node: node.op != "call_module" and node.is_impure())
 
-    def parameter(self, name: str) -> list[fx.Node]:
-        """Add the placeholder of a parameter and the check of its form; returns the nodes of the tensors in it: of a parameter
-        that is a dictionary of two tensors, two."""
-        parameter, value = self.parameters[name], self.arguments[name]
+    def ask(self, outputs: Sequence[fx.Node]) -> None:
+        """Add the questions that the forward asks, each after the tensors that it is about, which are the last of the outputs."""
+        tensors = iter(outputs[len(outputs) - sum(len(asked.tensors) for asked in self.asked) :])
+        order = {node: i for i, node in enumerate(self.graph.nodes)}
+        for asked in self.asked:
+            nodes = [next(tensors) for _ in asked.tensors]
+            with self.graph.inserting_after(max(nodes, key=order.__getitem__)):
+                self.graph.call_function(answered, (nodes, asked.name, asked.rest, asked.answer, asked.line))
+        if lines := list(dict.fromkeys(asked.line for asked in self.asked)):
+            more = f" and {len(lines) - 3} more" if len(lines) > 3 else ""
+            self.notes.append(f"{PATH}, which is checked at each call: it asks for values at {', '.join(lines[:3])}{more}")
+
+    def parameter(self, name: str) -> list[tuple[Tensor, fx.Node]]:
+        """Add the placeholder of a parameter and the check of its form; returns the tensors in it, each with its node: of a
+        parameter that is a dictionary of two tensors, two. One that the call leaves out has its default; None where a graph
+        cannot hold that."""
+        parameter = self.signature.parameters[name]
         stars = VARIADIC.get(parameter.kind, "")
         optional = parameter.default is not parameter.empty or parameter.kind is parameter.KEYWORD_ONLY
-        default = (parameter.default if isinstance(parameter.default, PLAIN) else None,) if optional else ()
-        node = self.graph.create_node("placeholder", stars + name, default, {}, name)
-        fixed = form(value, lambda t, axis: axis == 0 and any(free and t is u for u, free in zip(self.tensors, self.free)))
+        default = parameter.default if isinstance(parameter.default, PLAIN) else None
+        node = self.graph.create_node("placeholder", stars + name, (default,) if optional else (), {}, name)
+        value = self.arguments.get(name, {"": default, "*": (), "**": {}}[stars])
+        axes = {id(t): varies for t, varies in zip(self.tensors, self.varies)}
+        fixed = form(value, lambda t, axis: axis in axes[id(t)])
+        self.inputs += listed(fixed, name)
         node = self.graph.call_function(checked, (node, stars + name, fixed))
-        tensors: list[fx.Node] = []
+        tensors: list[tuple[Tensor, fx.Node]] = []
 
         def descend(value: Any, node: fx.Node) -> None:
             kind, members = items(value) or ("", {})
             if isinstance(value, Tensor):
-                tensors.append(node)
+                tensors.append((value, node))
             for key, item in members.items():
                 if tensors_of(item):
                     get = operator.getitem if kind == "items" else getattr
@@ -355,9 +350,7 @@ class Exported:
 OPAQUE = ". A function that it cannot follow stays whole as an op of torch.library"
 OF_VALUES = ". Choose between two results by torch.where, or give torch.export one path: a constant in place of the value"
 
-# A guard of the exported program that only says that two inputs have one batch.
-BATCH = r"L\['tensors'\]\[\d+\]\.size\(\)\[0\]"
-SAME_BATCH = re.compile(f"{BATCH} == {BATCH}")
+PATH = "the graph is the path that the forward takes on its example"
 
 WORDS = frozenset(keyword.kwlist)
 
@@ -369,6 +362,11 @@ ASSERTIONS = (
     *(aten._assert_scalar.default, aten._assert_tensor_metadata.default, aten._assert_async.msg, aten._assert_async.default),
     *(aten.sym_constrain_range.default, aten.sym_constrain_range_for_size.default),
 )
+
+
+def is_open(size: Any) -> bool:
+    """Whether a size of an exported program is any, and no constant."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def opened(node: fx.Node) -> bool:

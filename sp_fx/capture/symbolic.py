@@ -15,9 +15,10 @@ from torch import Tensor, fx, nn
 
 from ..containers import rebuilt, slotted
 from ..gates.registry import registered
-from .arguments import fixed_arguments
+from .arguments import Given, fixed_arguments
 from .capture import Capture, CaptureError, blame, frame_of_caller, said
 from .clones.clone import EvalClone, adopt_forward
+from .clones.hooks import TABLES
 from .clones.untouched import Untouched
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
 from .passed import shown, taken_apart, with_marks
@@ -36,8 +37,8 @@ OPENED_MODULES = (
 )
 
 
-def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture:
-    """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in `example`, or have no default, are inputs.
+def trace(model: nn.Module, call: Given | None = None) -> Capture:
+    """Symbolic tracing by `torch.fx`, of any shape. Arguments that are tensors in the example, or have no default, are inputs.
 
     Modules of `torch.nn` that gate are traced into, down to the function they call; others of `torch.nn` and
     `nn.MultiheadAttention` stay leaves. Every module that was traced into appears in the graph as a mark under its own name
@@ -52,7 +53,9 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
     reference = EvalClone()(clone)
-    parameters = inspect.signature(clone.forward).parameters
+    signature = inspect.signature(clone.forward)
+    parameters = signature.parameters
+    example = None if call is None else call.by_name(signature, defaults=True)
     regions = Regions()
     tracer = PlaceTracer(Known(clone, example, {name: p.annotation for name, p in parameters.items()}), regions)
     before = Untouched(model, clone)
@@ -82,6 +85,8 @@ def trace(model: nn.Module, example: Mapping[str, Any] | None = None) -> Capture
             raise tracer.known.refusals[0]
     except Exception as error:
         raise refusal(type(clone).__name__, next(iter(tracer.known.refusals), error)) from error
+    for leaf in tracer.leaves_with_hooks:  # they are calls of the graph now
+        leaf.__dict__.update({table: type(getattr(leaf, table))() for table in TABLES})
     notes = [*hooks, *before.notes(), *regions.notes(), *note_on_draws(graph)]
     if baked := ", ".join(tracer.known.baked):
         notes.append(f"the forward asks for the value of {baked}, a constant here: after an update, transform again")
@@ -116,6 +121,7 @@ class PlaceTracer(fx.Tracer):
         self.known, self.regions = known, regions
         self.proxy_buffer_attributes = True
         self.passed: dict[str, None] = {}
+        self.leaves_with_hooks: list[nn.Module] = []
         self.record_stack_traces = False  # a third of the time of a trace; one line is enough
         self.thread = threading.get_ident()
 
@@ -189,6 +195,8 @@ class PlaceTracer(fx.Tracer):
         inputs, options = rebuilt((args, kwargs), shown)  # now, since the forward may put other items into a list
         for leaf in filter(is_proxy, slotted((inputs, options))[1]):
             leaf.node  # noqa: B018  # `x.mT` becomes a node where it is first asked for: before the module is entered
+        if self.is_leaf_module(m, name) and any(getattr(m, table) for table in TABLES):
+            return self.hooked(m, name, forward, args, kwargs)
         entered = next(iter(reversed(self.graph.nodes)))
         result = super().call_module(m, written_out(m) or forward, args, kwargs)
         if self.is_leaf_module(m, name) or not any(map(is_proxy, slotted(result)[1])):
@@ -197,6 +205,15 @@ class PlaceTracer(fx.Tracer):
         mark = self.create_proxy("call_module", name, (result, *inputs), options)
         mark.node.meta["entered"] = entered
         return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
+
+    def hooked(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a leaf with hooks returns: a call of it without them in the graph, and whatever they call round it."""
+        m.__dict__["forward"] = lambda *args, **kwargs: self.create_proxy("call_module", name, args, kwargs)
+        self.leaves_with_hooks.append(m)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            del m.__dict__["forward"]
 
 
 def is_proxy(leaf: Any) -> bool:

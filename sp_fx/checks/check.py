@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ..capture.arguments import bound
+from ..capture.arguments import Given
 from ..capture.capture import Capture, CaptureError
 from ..capture.clones.apart import Apart, apart
 from ..capture.clones.clone import EvalClone, traceable
@@ -122,18 +122,17 @@ def check(
     source = explainer.origin if model is None else model
     if source is None:
         raise ValueError("a copy of an explainer, or one cut at an output, does not know the model it should equal: pass model=")
-    positional, named = Request(inputs, forward_kwargs=forward_kwargs).arguments(explainer.forward)
-    if reason := misfit(explainer.forward, positional, named):
+    args, kwargs = Request(inputs, forward_kwargs=forward_kwargs).arguments(explainer.forward)
+    if reason := misfit(explainer.forward, args, kwargs):
         raise InputError(reason)
-    call = inspect.signature(explainer.forward).bind(*positional, **named)
-    args, kwargs = call.args, call.kwargs
     target = as_target(target)
     with torch.inference_mode(False):
         explainer = explainer.for_call(*cloned(args), **cloned(kwargs))
 
         def lines(clone: Apart) -> list[Line]:
             found = [check_forward(explainer, clone, args, kwargs), check_capture(explainer, source, args, kwargs)]
-            question = asked(explainer, args, kwargs, target, wrt)
+            call = inspect.signature(explainer.forward).bind(*args, **kwargs)
+            question = asked(explainer, call.args, call.kwargs, target, wrt)
             doubled = question.in_double() if question is not None else None
             for name, run in MAPS.items():
                 if doubled is None:
@@ -187,16 +186,11 @@ def check_capture(explainer: Explainer, source: nn.Module, args: tuple, kwargs: 
     reference = EvalClone()(traceable(source))
     report = explainer.report()
     capture = Capture(explainer, reference, explainer.graph, report.tracer, report.notes)
-    arguments = bound(reference, call_by_name(explainer, args, kwargs))
     try:
-        notes = verified(capture, explainer, explainer.graph, arguments, True)
+        notes = verified(capture, explainer, explainer.graph, Given(args, kwargs), True)
     except CaptureError as error:
         return Line("capture", "FAILED", note=str(error))
     return Line("capture", "ok", note="; ".join(notes))
-
-
-def call_by_name(explainer: Explainer, args: tuple, kwargs: dict) -> dict[str, Any]:
-    return dict(inspect.signature(explainer.forward).bind(*args, **kwargs).arguments)
 
 
 def check_affine_identity(name: str, question: Question) -> Line:

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from ..analysis.ops import LOOKUPS
 from ..analysis.signals import called
-from ..capture.arguments import ByName
+from ..capture.arguments import ByName, Given
 from ..capture.passed import lets_through
 from ..capture.tracing.draws import DRAWS
 from ..containers import cloned, rebuilt, tensors_of
@@ -24,7 +24,7 @@ from ..gates.dual_path import dual_path
 from ..gates.multihead import multihead_attention
 from ..gates.table import TABLE
 from ..measured.runs import Coarsest, distance, one_seed, perturbed
-from ..methods.subgraphs import activations
+from ..methods.subgraphs import activations, needed_after
 from ..targets import Target, seed
 
 # What a check that is exact but for rounding may be off by, by the coarsest dtype that the graph computes in.
@@ -91,7 +91,7 @@ class Question:
     def nudged(self) -> Question:
         """At inputs where no two numbers are equal, nor 0: at a tie, as in the black border of a picture, a hard gate is a matter
         of taste."""
-        return replace(self, args=perturbed({"args": self.args})["args"])
+        return replace(self, args=perturbed(Given(self.args, {})).args)
 
     def rounded(self) -> Question:
         """At inputs that are moved by a few roundings."""
@@ -220,8 +220,8 @@ def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: 
     stem, tail = explainer.split(name)
     with torch.no_grad():
         activation = stem(*cloned(args), **cloned(dict(kwargs)))
-    needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
-    return Question(tail, (activation,), {n: whole.arguments[n] for n in needed if n in whole.arguments}, target, name)
+    more, named = needed_after(tail.graph, whole.arguments)
+    return Question(tail, (activation, *more), named, target, name)
 
 
 def looked_up(graph: fx.Graph) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import ByName
+from ..capture.arguments import ByName, Given
 from ..capture.clones.untouched import generators
 from ..containers import rebuilt, slotted, tensors_of
 
@@ -41,19 +41,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Runnable:
-    """A model or a graph: what to call with arguments by name, and the weights that gradients are taken by where none floats."""
+    """A model or a graph: what to call, and the weights that gradients are taken by where none floats."""
 
-    call: Callable[[Mapping[str, Any]], Any]
+    call: Callable[[Given], Any]
     weights: Sequence[Tensor]
 
 
-def ran(function: Runnable, arguments: Mapping[str, Any], back: bool, draws: bool, grad: bool = True) -> Run:
+def ran(function: Runnable, call: Given, back: bool, draws: bool, grad: bool = True) -> Run:
     """Runs `function`, forward and, with `back`, from a direction of all outputs back to the floating arguments, or to its
     weights where none floats; with `draws`, under one seed."""
     reason, gradients = "", None
     for whole in (False, True) if back else (False,):  # reentrant checkpoints do without a list of inputs alone
         with one_seed(draws) as drew, torch.set_grad_enabled(grad):
-            values, leaves = leaves_of(arguments, function.weights)
+            values, leaves = leaves_of(call, function.weights)
             outputs = tensors_of(function.call(values))
             drawn = drew()
             try:
@@ -65,8 +65,8 @@ def ran(function: Runnable, arguments: Mapping[str, Any], back: bool, draws: boo
     return Run([t.detach() for t in outputs], [t.requires_grad for t in outputs], gradients, reach, reason, drawn)
 
 
-def leaves_of(arguments: Mapping[str, Any], weights: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """Returns copies of the arguments, and what to differentiate by: those that float, or, where none does, the `weights`."""
+def leaves_of(call: Given, weights: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+    """Returns a copy of the call, and what to differentiate by: those that float, or, where none does, the `weights`."""
     leaves: list[Tensor] = []
 
     def copied(leaf: Any) -> Any:
@@ -78,7 +78,7 @@ def leaves_of(arguments: Mapping[str, Any], weights: Sequence[Tensor]) -> tuple[
             return own * 1  # a forward may write over its inputs, and may not over a leaf
         return own
 
-    values = rebuilt(dict(arguments), copied)
+    values = rebuilt(call, copied)
     return values, leaves or [weight.requires_grad_() for weight in weights]
 
 
@@ -144,8 +144,8 @@ def one_seed(draws: bool) -> Iterator[Callable[[], bool]]:
                 put(states[name])
 
 
-def perturbed(arguments: Mapping[str, Any]) -> Any:
-    """Returns the arguments, with every floating number moved a little, so that none is another's equal."""
+def perturbed(call: Given) -> Given:
+    """Returns the call, with every floating number moved a little, so that none is another's equal."""
     drawn = torch.Generator().manual_seed(1)
 
     def moved(leaf: Any) -> Any:
@@ -154,7 +154,7 @@ def perturbed(arguments: Mapping[str, Any]) -> Any:
         noise = torch.randn(leaf.shape, generator=drawn, dtype=torch.float32).to(leaf.device, leaf.dtype)
         return leaf.detach() + noise * (0.01 * leaf.detach().abs().nan_to_num(0, 0, 0).mean() + 0.01)
 
-    return rebuilt(dict(arguments), moved)
+    return rebuilt(call, moved)
 
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from ..analysis.calls import name_of
 from ..analysis.ops import POINTWISE, PRODUCT
 from ..capture.arguments import ByName
+from ..capture.capture import DATA_DEPENDENT
 from ..capture.passed import lets_through, operands
 from ..capture.tracing.draws import note_on_draws
 from ..containers import rebuilt, tensors_of
@@ -252,12 +253,6 @@ def place(node: fx.Node) -> str:
     """Names the call of a node for a message: "layer1.0.conv1: "."""
     where = node.meta.get("place") or (str(node.target) if node.op == "call_module" else name_of(node))
     return f"{where}: "
-
-
-DATA_DEPENDENT = (
-    torch._subclasses.fake_tensor.DataDependentOutputException,
-    torch._subclasses.fake_tensor.DynamicOutputShapeException,
-)
 
 
 def compared(batch: int, once: dict[fx.Node, Any], twice: dict[fx.Node, Any]) -> dict[fx.Node, Axis]:

@@ -1,6 +1,6 @@
 """Verification: is a rewritten graph the model's function, and under plain derivatives its gradient the model's own?
 
-Both run once on the same arguments, forward and back. The graph runs with its rules switched off (`plain_derivatives`), so that
+Both run once on the same call, forward and back. The graph runs with its rules switched off (`plain_derivatives`), so that
 what it loses on the way back, such as the backward of an `autograd.Function`, is seen as a difference of gradients.
 """
 
@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import ByName, FormError, call_of
+from ..capture.admission import FormError
+from ..capture.arguments import ByName, Given
 from ..capture.capture import Capture, CaptureError, blame, said
 from ..capture.clones.apart import Apart, apart
-from ..capture.clones.clone import EvalClone
+from ..capture.clones.clone import EvalClone, call_signature
 from ..capture.tracing.draws import DRAWS
 from ..capture.tracing.schemas import frame_of, line_of
 from ..containers import rebuilt, tensors_of
@@ -49,11 +50,11 @@ Verify = Literal[True, False, "forward"]
 GATE = 2e-2
 
 
-def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: Mapping[str, Any], verify: Verify) -> list[str]:
+def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, call: Given, verify: Verify) -> list[str]:
     """Compares `graph`, rewritten over `modules`, with the model that was captured; returns notes for the reader of a report.
 
-    `arguments` are those of the forward, by name; `verify` is True, or "forward" for the outputs alone. Models that draw random
-    numbers are compared under one seed; the caller's random numbers go on where they were.
+    `call` is what the model is called with; `verify` is True, or "forward" for the outputs alone. Models that draw random numbers
+    are compared under one seed; the caller's random numbers go on where they were.
 
     Raises:
         CaptureError: they differ by more than rounding; the message names the first module whose output, or gradient, differs.
@@ -62,7 +63,7 @@ def verified(capture: Capture, modules: nn.Module, graph: fx.Graph, arguments: M
         return []
     subject = Subject(EvalClone(own_buffers=True)(modules), graph)
     back = verify is True
-    return apart(capture.reference, lambda reference: verified_against(reference, subject, capture, arguments, back))
+    return apart(capture.reference, lambda reference: verified_against(reference, subject, capture, call, back))
 
 
 @dataclass(frozen=True)
@@ -73,18 +74,17 @@ class Subject:
     graph: fx.Graph
 
 
-def verified_against(model: Apart, subject: Subject, capture: Capture, arguments: Mapping[str, Any], back: bool) -> list[str]:
+def verified_against(model: Apart, subject: Subject, capture: Capture, call: Given, back: bool) -> list[str]:
     """`verified`, of the `subject` and a clone of the model."""
-    call = call_of(model.module, arguments)
+    signature = call_signature(model.module)
     of_model_weights, of_graph_weights = weights_of(model.module, subject.modules)
 
-    def run_model(values: Mapping[str, Any]) -> Any:
-        call.arguments.update(values)
-        return model(*call.args, **call.kwargs)
+    def run_model(values: Given) -> Any:
+        return model(*values.args, **values.kwargs)
 
-    def run_graph(values: Mapping[str, Any]) -> Any:
+    def run_graph(values: Given) -> Any:
         with model.before.restored(), plain_derivatives():
-            return ByName(subject.modules, subject.graph).run_by_name(values)
+            return ByName(subject.modules, subject.graph).run_by_name(values.by_name(signature))
 
     of_model, of_graph = Runnable(run_model, of_model_weights), Runnable(run_graph, of_graph_weights)
 
@@ -92,11 +92,11 @@ def verified_against(model: Apart, subject: Subject, capture: Capture, arguments
     def coarsest(draws: bool) -> list[torch.dtype]:
         run = Coarsest(subject.modules, subject.graph)
         with model.before.restored(), one_seed(draws), torch.no_grad():
-            run.run_by_name(leaves_of(arguments, ())[0])
+            run.run_by_name(leaves_of(call, ())[0].by_name(signature))
         return run.of_outputs
 
     def notes_of(draws: bool) -> list[str]:
-        return compared(of_model, of_graph, model.module, subject, arguments, coarsest, capture.tracer, back, draws)
+        return compared(of_model, of_graph, model.module, subject, call, coarsest, capture.tracer, back, draws)
 
     draws = [note for note in capture.notes if note.startswith(DRAWS)]
     try:
@@ -109,17 +109,17 @@ def verified_against(model: Apart, subject: Subject, capture: Capture, arguments
     if model.before.draws_own:  # whose numbers were the same in the trace, since it starts from the same state
         raise CaptureError(f"{changes[-1]}. Draw them from torch")
     if capture.asks:
-        same_without_gradients(of_model, model.module, arguments, capture.asks)
+        same_without_gradients(of_model, model.module, call, capture.asks)
     return [*notes, *changes]
 
 
-def same_without_gradients(of_model: Runnable, reference: nn.Module, arguments: Mapping[str, Any], asks: str) -> None:
+def same_without_gradients(of_model: Runnable, reference: nn.Module, call: Given, asks: str) -> None:
     """Checks a model that asks whether gradients are on, at the lines `asks`.
 
     Raises:
         CaptureError: it computes other outputs where they are off.
     """
-    on, off = (ran(of_model, arguments, False, True, grad).outputs for grad in (True, False))
+    on, off = (ran(of_model, call, False, True, grad).outputs for grad in (True, False))
     if any(beyond(apart, y.dtype, OUTPUT) for apart, y in zip(distances(off, on), on)):
         raise CaptureError(
             f"{type(reference).__name__} computes other outputs where gradients are off, and asks at {asks}: an explainer "
@@ -127,14 +127,18 @@ def same_without_gradients(of_model: Runnable, reference: nn.Module, arguments: 
         )
 
 
-def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """What the model itself raises on the arguments, by name, and where; "" where it runs."""
+def own_error(model: nn.Module, call: Given) -> str:
+    """What the model itself raises when it is called so, and where; "" where it runs."""
+
+    def own(leaf: Any) -> Any:
+        """A copy, but of what overlaps itself, as `expand` makes it: a write into that is an error of its own."""
+        return leaf.clone() if isinstance(leaf, Tensor) and 0 not in leaf.stride() else leaf
 
     def error_of(clone: Apart) -> str:
-        call = call_of(clone.module, arguments)
+        args, kwargs = rebuilt(call, own)
         with one_seed(True), torch.set_grad_enabled(True):  # as `verified` runs it
             try:
-                clone(*call.args, **call.kwargs)
+                clone(*args, **kwargs)
             except Exception as error:  # whatever it is
                 return f"{said(error)} ({blame(error)})"
         return ""
@@ -142,22 +146,19 @@ def own_error(model: nn.Module, arguments: Mapping[str, Any]) -> str:
     return apart(model, error_of)
 
 
-def forgotten_axis(model: nn.Module, arguments: Mapping[str, Any]) -> str:
-    """Says that the batch axis of the arguments was forgotten, where the model fails on them and runs once they have one; ""
-    where it does not."""
-    tensors = tensors_of(dict(arguments))
+def forgotten_axis(model: nn.Module, call: Given) -> str:
+    """Says that the batch axis was forgotten, where the model fails on a call and runs once its tensors have one; or else ""."""
+    tensors = tensors_of(call)
     if not any(t.is_floating_point() for t in tensors) or not all(t.dim() for t in tensors):
         return ""
     # A plain graph: an explainer's own call would ask this again.
     plain = fx.GraphModule(model, model.graph) if isinstance(model, fx.GraphModule) else model
     # In memory of their own, or an error of how they lie there, as of a write into an expanded tensor, would be taken for one.
-    given = {name: rebuilt(value, lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf) for name, value in
-             arguments.items()}  # fmt: skip
+    apart = rebuilt(call, lambda leaf: leaf.contiguous() if isinstance(leaf, Tensor) else leaf)
     # A batch of two: what is written for one row may run where there is one, as `h[:1].add_(h)` does.
-    with_axis = {name: rebuilt(value, lambda leaf: torch.stack([leaf, leaf]) if isinstance(leaf, Tensor) else leaf)
-                 for name, value in given.items()}  # fmt: skip
+    with_axis = rebuilt(call, lambda leaf: torch.stack([leaf, leaf]) if isinstance(leaf, Tensor) else leaf)
     try:
-        if not own_error(plain, given) or own_error(plain, with_axis):
+        if not own_error(plain, apart) or own_error(plain, with_axis):
             return ""
     except Exception:  # what cannot be run apart
         return ""
@@ -168,9 +169,9 @@ def forgotten_axis(model: nn.Module, arguments: Mapping[str, Any]) -> str:
 
 def compared(
     of_model: Runnable, of_graph: Runnable, reference: nn.Module, subject: Subject,
-    arguments: Mapping[str, Any], coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
+    call: Given, coarsest: Callable[[bool], list[torch.dtype]], tracer: str, back: bool, draws: bool,
 ) -> list[str]:  # fmt: skip
-    """`verified`, of the model and the graph as functions of the arguments by name.
+    """`verified`, of the model and the graph as functions of the call.
 
     `coarsest(draws)` gives, for each output, the coarsest dtype that the graph computes it in, and runs it once more for that;
     `draws`: whether all are to draw the same random numbers.
@@ -178,14 +179,14 @@ def compared(
     graph, notes = f"the graph of {type(reference).__name__} by {tracer}", []
     own = None
     try:
-        own = ran(of_model, arguments, back, draws)
+        own = ran(of_model, call, back, draws)
     except RuntimeError as error:  # `torch.mul(a, b, out=c)` runs where nothing requires grad alone
         back = False
         notes.append(f"the model runs without gradients alone, so that gradients were not compared: {first_line(error)}")
     if own is None:
-        own = ran(of_model, arguments, back, draws, grad=False)
+        own = ran(of_model, call, back, draws, grad=False)
     try:
-        other = ran(of_graph, arguments, back, draws, grad=not notes)
+        other = ran(of_graph, call, back, draws, grad=not notes)
     except (FormError, AssertionError):  # a call that the graph is not for, and says so
         raise
     except Exception as error:  # whatever the graph raises where the model does not
@@ -197,7 +198,7 @@ def compared(
     if any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
         dtypes = coarsest(draws)
     if len(apart) != len(own.outputs) or any(beyond(a, dtype, OUTPUT) for a, dtype in zip(apart, dtypes)):
-        where = first_difference(of_model, of_graph, reference, subject, arguments)
+        where = first_difference(of_model, of_graph, reference, subject, call)
         how_far = f"off by {max(apart, default=math.inf):.1e}"
         raise CaptureError(f"{graph} computes other outputs than the model, {how_far}; {where}. verify=False explains the graph")
     if any(apart):
@@ -217,10 +218,10 @@ def compared(
         if not slope <= bar:
             bar = bar_of(coarsest(draws))
         if not slope <= bar and other.gradients is not None:  # perhaps for a tie, whose winner is a matter of taste
-            near = perturbed(arguments)
+            near = perturbed(call)
             slope = slope_apart(ran(of_graph, near, True, draws), ran(of_model, near, True, draws))
         if not slope <= bar:
-            where = first_difference(of_model, of_graph, reference, subject, arguments, back=True)
+            where = first_difference(of_model, of_graph, reference, subject, call, back=True)
             how_far = f"off by {slope:.1e}" if other.gradients is not None else f"which fails: {other.reason}"
             raise CaptureError(
                 f"{graph} has another gradient than the model, {how_far}; {where}. verify='forward' explains the graph, "
@@ -244,11 +245,12 @@ def slope_apart(found: Run, expected: Run) -> float:
 
 
 def first_difference(
-    of_model: Runnable, of_graph: Runnable, reference: nn.Module, subject: Subject, arguments: Any,
+    of_model: Runnable, of_graph: Runnable, reference: nn.Module, subject: Subject, call: Given,
     back: bool = False,
 ) -> str:  # fmt: skip
     """Says at which module the graph first goes another way than the model: the first whose output differs; with `back`, the last
     whose output has another gradient, which is the first on the way back."""
+    signature = call_signature(reference)
     calls: list[tuple[str, list[Tensor]]] = []
     handles = [
         module.register_forward_hook(lambda m, a, y, path=path: calls.append((path, tensors_of(y))))
@@ -258,9 +260,9 @@ def first_difference(
     seen = Seen(subject.modules, subject.graph)
     try:
         with one_seed(True), torch.set_grad_enabled(True):
-            outputs = tensors_of(of_model.call(leaves_of(arguments, of_model.weights)[0]))
+            outputs = tensors_of(of_model.call(leaves_of(call, of_model.weights)[0]))
         with one_seed(True), torch.set_grad_enabled(True), plain_derivatives():
-            others = tensors_of(seen.run_by_name(leaves_of(arguments, of_graph.weights)[0]))
+            others = tensors_of(seen.run_by_name(leaves_of(call, of_graph.weights)[0].by_name(signature)))
     except Exception as error:
         return f"it raises where the model does not: {first_line(error)}"
     finally:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..analysis.calls import name_of
 from ..analysis.ops import SAME_VALUES
-from ..capture.arguments import ByName
+from ..capture.arguments import ByName, are_named
 from ..capture.passed import lets_through
 from ..containers import tensors_of, type_of
 from ..gates.adjoints.row import wide
@@ -25,7 +25,7 @@ from ..gates.table import TABLE
 from ..measured.scales import is_scaled, scaled_nodes, scaled_sites
 from ..rewrite.batch_norm import norm_before
 from ..rewrite.report import Report, Site
-from .requests import are_named, naming_inputs
+from .requests import naming_inputs
 
 STEP_KINDS = ("relu", "leaky_relu", "prelu")  # their gates are open beyond a kink
 
@@ -97,7 +97,7 @@ def measure(module: fx.GraphModule, batches: Tensor | Iterable[Any], kwargs: Map
     takes = len(module.graph.find_nodes(op="placeholder"))
     with torch.inference_mode(False), torch.no_grad():
         for i, batch in enumerate((batches,) if isinstance(batches, Tensor) else batches):
-            by_name = isinstance(batch, Mapping) and are_named(module.forward, batch)
+            by_name = isinstance(batch, Mapping) and are_named(inspect.signature(module.forward), batch)
             inputs = () if by_name else batch if isinstance(batch, tuple) else (batch,)
             if isinstance(batch, list) or not all(map(tensors_of, inputs)):
                 got = "a list: of (inputs, labels), take the inputs" if isinstance(batch, list) else type_of(batch)

@@ -17,10 +17,12 @@ from typing import Any, Protocol, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.arguments import ByName, call_of
+from ..capture.admission import Admission
+from ..capture.arguments import ByName, Given
 from ..capture.clones.clone import EvalClone
 from ..capture.clones.untouched import CHANGES
-from ..containers import cloned, items, tensors_of
+from ..containers import cloned, tensors_of
+from ..measured.forms import Form, described, form_of, inside_a_transform, obstacle_to_comparing
 from ..measured.sample_axis import in_its_own_thread, sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
 from ..measured.verification import forgotten_axis
@@ -29,7 +31,7 @@ from .pickled import graph_of, rows
 from .requests import BatchAxisError, InputError, naming_inputs, spread
 from .subgraphs import ending_at, starting_at, within
 
-FORMS = 32  # the most forms of a call that are kept, each with the module that runs it
+FORMS = 32  # the most forms of a call that are kept, each with the module that runs it; and the most other captures
 AXES_WAIT = (
     "not measured yet: at the first call the sample's axis is measured at each gate; torch.compile and torch.export, where they "
     "come first, take axis 0"
@@ -37,29 +39,34 @@ AXES_WAIT = (
 WAITS = f"not verified yet: at the first call the graph is compared with the model; {AXES_WAIT}"
 
 NOT_VERIFIED = "not verified: the graph was not compared with the model"
-
-Form = Any  # what a call looks like but for sizes: containers, dtypes, ranks, devices, flags
+ANOTHER = "another form of call was captured:"
 
 
 class Comparison(Protocol):
-    """What compares a captured module with the model it was made from, at the first call of each form."""
+    """What knows the model that a captured module was made from, and compares the two at the first call of each form, unless it
+    was asked not to."""
 
-    def __call__(self, module: CapturedModule, arguments: Mapping[str, Any]) -> Verified:
-        """Raises CaptureError where `module` is another function of the `arguments` than the model, and no capture is right."""
+    @property
+    def compares(self) -> bool: ...
+
+    def __call__(self, module: CapturedModule, call: Given) -> Verified:
+        """Raises CaptureError where `module` is another function of the `call` than the model, and no capture is right."""
+
+    def another(self, module: CapturedModule, call: Given) -> Makings:
+        """Captures the model for calls that the graph of `module` is not for. Raises CaptureError where no capture is right."""
 
 
 class Verified(Protocol):
-    """The outcome of a comparison: notes for the report; and, if another tracer's capture is right, what makes a module of it,
-    which `replaces` the one that was wrong, or else is for calls of this form alone."""
+    """The outcome of a comparison: notes for the report; and, if another capture is right, what makes a module of it."""
 
     @property
     def notes(self) -> list[str]: ...
 
     @property
-    def replaces(self) -> bool: ...
+    def instead(self) -> Makings | None: ...
 
-    @property
-    def instead(self) -> tuple[nn.Module, fx.Graph, Report, Comparison | None] | None: ...
+
+Makings = tuple[nn.Module, fx.Graph, Report, Comparison | None]
 
 
 class CapturedModule(fx.GraphModule):
@@ -68,20 +75,21 @@ class CapturedModule(fx.GraphModule):
     Cuts, copies and unpickled ones are of its own class: those of an `Explainer` are Explainers.
 
     What a graph does not say is measured at the first call of each form: whether it is the model's function, and which axis of a
-    pre-activation is the sample's. Where the axes of another form are other ones, that form has a module of its own.
+    pre-activation is the sample's. Where the axes of another form are other ones, that form has a module of its own. So have
+    calls that the graph says it is not for, such as those of another height and width after an export: the model is captured
+    again.
     """
 
     def __init__(self, modules: nn.Module, graph: fx.Graph, report: Report, compare: Comparison | None = None) -> None:
-        """`compare` is asked at the first call of each form; a module without one is not compared."""
+        """`compare` is asked at the first call of each form; a module without one is not compared, and takes no other forms than
+        its graph."""
         super().__init__(modules, graph, declared_class(self).__name__)
         self._report = report
         self._compare = compare
         self._unplaced: tuple[fx.Graph, Report] | None = (self.graph, report) if follows_sample(report) else None
         self._forms: dict[Form, tuple[Self, bool]] = {}  # the module that runs calls of a form, and whether it was compared
+        self._others: list[Self] = []  # captures of calls that this one is not for
         self._measuring = threading.RLock()
-        self._numbers = any(
-            type(default) in (int, float) for node in self.graph.find_nodes(op="placeholder") for default in node.args
-        )
         self._splits: dict[str, tuple[Self, Self]] = {}
         self._splitting = threading.Lock()
         self.training = False
@@ -91,7 +99,7 @@ class CapturedModule(fx.GraphModule):
             args, kwargs = spread(self, args[0])
         if torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with naming_inputs(self.forward, args, kwargs), naming_axis(self, args, kwargs):
+        with naming_inputs(self.forward, args, kwargs), naming_axis(self, Given(args, kwargs)):
             module = self.for_call(*args, **kwargs)
             return super().__call__(*args, **kwargs) if module is self else module(*args, **kwargs)
 
@@ -103,45 +111,48 @@ class CapturedModule(fx.GraphModule):
         """
         if torch.compiler.is_compiling() or (self._unplaced is None and self._compare is None):
             return self
-        form = form_of((args, kwargs), self._numbers)
+        call = Given(args, kwargs)
+        try:
+            arguments = call.by_name(self._admission.signature)
+        except TypeError:  # which the call itself is to raise
+            return self
+        if self._admission.checks and not inside_a_transform() and self._admission.refusal(arguments):
+            return captured_for(self, call, arguments)
+        form = form_of(arguments, self._admission.exported)
         module, compared = self._forms.get(form, (self, False))
         obstacle = "" if compared else obstacle_to_comparing((args, kwargs))
         if compared or (obstacle and form in self._forms):
             return module
-        with self._measuring, naming_inputs(self.forward, args, kwargs), naming_axis(self, args, kwargs):
+        with self._measuring, naming_inputs(self.forward, args, kwargs), naming_axis(self, call):
             if form not in self._forms or not (obstacle or self._forms[form][1]):
-                self._measure(form, args, kwargs, obstacle)
+                self._measure(form, call, arguments, obstacle)
             return self._forms.get(form, (self, False))[0]
 
-    def measured(self, arguments: Mapping[str, Any]) -> None:
+    def measured(self, call: Given) -> None:
         """Takes the axes from the example it was made with, whose form was compared with the model then."""
-        args, kwargs = positional(self, arguments)
+        arguments = call.by_name(self._admission.signature)
         compare, self._compare = self._compare, None
         try:
-            self._measure(form_of((args, kwargs), self._numbers), args, kwargs, "")
+            self._measure(form_of(arguments, self._admission.exported), call, arguments, "")
         finally:
             self._compare = compare
 
-    def _measure(self, form: Form, args: Any, kwargs: Any, obstacle: str) -> None:
-        """Compares the graph with the model on the arguments, unless there is an obstacle, and measures the sample's axes."""
-        try:
-            arguments = inspect.signature(self.forward).bind(*args, **kwargs).arguments
-        except TypeError:  # which the call itself is to raise
-            return
-        if not all(isinstance(n, int) for t in tensors_of((args, kwargs)) for n in t.shape):
+    def _measure(self, form: Form, call: Given, arguments: Mapping[str, Any], obstacle: str) -> None:
+        """Compares the graph with the model on a call, unless there is an obstacle, and measures the sample's axes."""
+        if not all(isinstance(n, int) for t in tensors_of(call) for n in t.shape):
             return  # symbols, in somebody's trace
         module: Any = self
         notes, first = [], not any(own is self for own, _ in self._forms.values())
-        if obstacle and self._compare is not None:
+        compares = self._compare is not None and self._compare.compares
+        if obstacle and compares:
             notes = [f"{NOT_VERIFIED} {obstacle}"]
-        elif self._compare is not None:
-            verified = self._compare(self, arguments)
+        elif self._compare is not None and not obstacle:
+            verified = self._compare(self, call)
             notes = verified.notes
             if verified.instead is not None:
-                becomes = first and verified.replaces
-                module = self._become(*verified.instead) if becomes else declared_class(self)(*verified.instead)
+                module = self._become(*verified.instead) if first else declared_class(self)(*verified.instead)
         graph, report, reason = module._placed(arguments)
-        if reason and self._compare is None and not obstacle:  # raises what the model does not take, before anything is settled
+        if reason and not compares and not obstacle:  # raises what the model does not take, before anything is settled
             in_its_own_thread(lambda: ByName(EvalClone()(module)).run_by_name(cloned(dict(arguments))), True)
         if module is not self or first:
             module._settle(graph, noted(report, notes))
@@ -207,6 +218,7 @@ class CapturedModule(fx.GraphModule):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         self._splits.clear()  # they hold the tensors that are replaced
+        self._others.clear()
         self._forms = {form: (self, compared) for form, (own, compared) in self._forms.items() if own is self}
         return super()._apply(fn, recurse)
 
@@ -221,6 +233,7 @@ class CapturedModule(fx.GraphModule):
         code = super().recompile()
         if "__call__" in vars(type(self)):  # it prints a page of generated code at every error of a caller
             del type(self).__call__
+        self._admission = Admission(inspect.signature(self.forward), self._graph)
         return code
 
     def __reduce__(self) -> tuple:
@@ -248,6 +261,7 @@ class CapturedModule(fx.GraphModule):
         unplaced = self._unplaced is not None and not self._forms and follows_sample(report)
         self._report, self._unplaced = report, (self.graph, report) if unplaced else None
         self._compare = self._compare if compare else None
+        self._others = []
         self.recompile()
 
     def _copied(self, modules: nn.Module, graph: fx.Graph) -> Self:
@@ -278,6 +292,30 @@ OF_GENERATED_CODE = {
 AnyCaptured = TypeVar("AnyCaptured", bound=CapturedModule)
 
 
+def captured_for(whole: AnyCaptured, call: Given, arguments: Mapping[str, Any]) -> AnyCaptured:
+    """The module that runs a call that the graph of `whole` is not for: one that was captured before, or now; `whole` itself,
+    whose run is to say why, where the model cannot be captured now.
+
+    Raises:
+        CaptureError: the model cannot be captured on such a call.
+    """
+    with whole._measuring:
+        if (module := next((own for own in whole._others if not own._admission.refusal(arguments)), None)) is None:
+            unable = torch.is_inference_mode_enabled() and "inside inference mode"
+            if whole._compare is None or obstacle_to_comparing(call) not in ("", unable):
+                return whole
+            with torch.inference_mode(False), naming_inputs(whole.forward, *call), naming_axis(whole, call):
+                example = cloned(call)
+                module = declared_class(whole)(*whole._compare.another(whole, example))
+                module.__dict__["_origin"] = whole.origin
+                module.measured(example)
+            whole._others = [*whole._others[1 - FORMS :], module]
+            report = module.report()
+            forms = report.inputs or ", ".join(f"{name} {described(value)}" for name, value in arguments.items())
+            whole._report = noted(whole._report, [f"{ANOTHER} {forms}, by {report.tracer}"])
+    return module.for_call(*call.args, **call.kwargs)
+
+
 def declared_class(module: AnyCaptured) -> type[AnyCaptured]:
     """The class of `module` as it is written: fx gives every instance a subclass of its own, `GraphModuleImpl`."""
     return next(cls for cls in type(module).__mro__ if not cls.__qualname__.endswith("GraphModuleImpl"))
@@ -295,13 +333,8 @@ def unpickled(
 
 def waits(module: CapturedModule) -> bool:
     """Whether it is still to be compared with its model."""
-    return module._compare is not None and not any(compared for _, compared in module._forms.values())
-
-
-def positional(module: CapturedModule, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns the arguments, by name, as a call of `module` has them."""
-    call = call_of(module, arguments)
-    return call.args, call.kwargs
+    compares = module._compare is not None and module._compare.compares
+    return compares and not any(compared for _, compared in module._forms.values())
 
 
 def noted(report: Report, notes: Sequence[str]) -> Report:
@@ -318,42 +351,17 @@ def same_code(module: fx.GraphModule, graph: fx.Graph) -> bool:
 
 
 @contextmanager
-def naming_axis(module: CapturedModule, args: Any, kwargs: Any) -> Iterator[None]:
+def naming_axis(module: CapturedModule, call: Given) -> Iterator[None]:
     """While it lasts an error of a module that would run if its arguments had a batch axis is a `BatchAxisError`. It is not asked
-    where arguments of this form have run before."""
+    where calls of this form have run before."""
     try:
         yield
     except (InputError, BatchAxisError):
         raise
     except (TypeError, AttributeError, KeyError, RuntimeError, ValueError, IndexError) as error:
-        if form_of((args, kwargs), module._numbers) not in module._forms:
-            reason = forgotten_axis(module, inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        if form_of(call.by_name(module._admission.signature), module._admission.exported) not in module._forms:
+            reason = forgotten_axis(module, call)
             gc.collect()  # the clone that was tried is a cycle, and nothing that failed is to wait for the collector
             if reason:
                 raise BatchAxisError(reason) from error
         raise
-
-
-def form_of(value: Any, numbers: bool) -> Form:
-    """Returns what `value` looks like but for sizes: containers, dtypes, ranks, devices, flags; with `numbers` also the plain
-    numbers, for a graph that has some of them fixed."""
-    if isinstance(value, Tensor):
-        return value.dtype, value.dim(), value.device
-    parts = items(value)
-    if parts is not None:
-        return type(value), tuple((key, form_of(item, numbers)) for key, item in parts[1].items())
-    return value if isinstance(value, bool | str | None) or (numbers and type(value) in (int, float)) else type(value)
-
-
-def obstacle_to_comparing(arguments: Any) -> str:
-    """Says what keeps a call from being compared with the model; "" where nothing does."""
-    if torch.is_inference_mode_enabled():
-        return "inside inference mode"
-    if torch._C._are_functorch_transforms_active():
-        return "inside vmap and other transforms of torch.func"
-    if torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing():
-        return "inside a trace"
-    tensors = tensors_of(arguments)
-    if any(t.is_cuda for t in tensors) and torch.cuda.is_current_stream_capturing():
-        return "inside the capture of a CUDA graph"
-    return "on an empty batch" if any(0 in t.shape for t in tensors) else ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 
-from ..capture.arguments import ByName, checked
+from ..capture.admission import checked
+from ..capture.arguments import ByName
 from ..containers import primary, rebuilt, tensors_of
 from ..measured.shapes import on_shapes_alone
 from .requests import Call, Key
@@ -73,7 +75,12 @@ def is_read(module: fx.GraphModule, parameter: str) -> bool:
     def reads(node: fx.Node) -> bool:
         return any(user.target is not checked or reads(user) for user in node.users)
 
-    return all(reads(node) for node in module.graph.find_nodes(op="placeholder") if node.target == parameter)
+    placeholders = module.graph.find_nodes(op="placeholder")
+    own = [node for node in placeholders if node.target == parameter]
+    among = [node for node in placeholders if str(node.target).startswith("**") and not own]
+    taken = [user for node in (*among, *(user for node in among for user in node.users)) for user in node.users]
+    own += [node for node in taken if node.target is operator.getitem and node.args[1] == parameter]
+    return any(map(reads, own))
 
 
 class WithoutHooks(ByName):

@@ -24,7 +24,7 @@ from .ascent import Ascent
 from .captured import CapturedModule
 from .keyword_tensors import has_one_each, measured
 from .requests import Call, Inputs, Key, Request, naming_inputs
-from .subgraphs import find
+from .subgraphs import find, needed_after
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -103,25 +103,26 @@ def explain(module: CapturedModule, request: Request, method: Method, *, many: b
     with torch.inference_mode(False), torch.enable_grad():
         call = request.call(module.forward)
         call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=request.wrt is None)
-        module = call.apply(module.for_call, call.explained)
+        module = of(module, call)
         if request.samplewise is None and request.batch_size is not None and 1 <= request.batch_size < call.batch:
             call = measured(module, call, request.batch_size)
         if request.wrt is not None:
             if not isinstance(request.wrt, str):
                 raise ValueError(f"only pullback() explains with respect to several activations, got wrt={request.wrt!r}")
-            tail, activation, kwargs, samplewise = at_activation(module, request.wrt, call, request.batch_size)
+            tail, activation, extra, kwargs, samplewise = at_activation(module, request.wrt, call, request.batch_size)
             if activation.shape[:1] != (call.batch,) and not (many and request.batch_size is None):
                 raise ValueError(
                     f"{request.wrt} has the shape {list(activation.shape)}, without the batch on axis 0: "
                     "only pullback(), without batch_size, can explain with respect to it"
                 )
-            inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=(), samplewise=samplewise)
+            inner = replace(request, inputs=activation, forward_kwargs=kwargs, wrt=None, extra=extra, samplewise=samplewise)
             return explain(tail, inner, method, many=many, batch_axis=batch_axis)
         if not many and looks_one_hot(call.target):
             with torch.no_grad():  # of one target after the other it could not be seen
                 refuse_one_hot(call.target, primary(call.apply(module, call.explained)))
         calls = [call] if many else call.one_target_each()
-        by_call = [joined((method(module, p) for p in one.pieces(request.batch_size)), call.batch, batch_axis) for one in calls]
+        of_pieces = [(method(of(module, p), p) for p in one.pieces(request.batch_size)) for one in calls]
+        by_call = [joined(parts, call.batch, batch_axis) for parts in of_pieces]
         maps = by_call[0] if calls[0] is call else [torch.stack(parts, batch_axis + 1) for parts in zip(*by_call)]
     return request.contained(forward, maps)
 
@@ -137,7 +138,7 @@ def at_places(module: CapturedModule, request: Request, names: Sequence[str], ch
     with torch.inference_mode(False), torch.enable_grad():
         call = request.call(module.forward)
         call.check({t.device for t in (*module.parameters(), *module.buffers())}, explains=False)
-        module = call.apply(module.for_call, call.explained)
+        module = of(module, call)
         if request.batch_size is not None and 1 <= request.batch_size < call.batch:
             call = measured(module, call, request.batch_size)
         places = {find(module.graph, name, "wrt"): name for name in names}
@@ -187,23 +188,25 @@ def joined(pieces: Iterator[list[Tensor]], batch: int, axis: int) -> list[Tensor
 
 def at_activation(
     module: CapturedModule, name: str, call: Call, batch_size: int | None
-) -> tuple[CapturedModule, Tensor, dict[str, Any], frozenset[Key]]:
-    """What comes after the activation `name`, the activation of `call`, those of the inputs that are needed after it, and which
-    of these go with the samples.
+) -> tuple[CapturedModule, Tensor, tuple[Any, ...], dict[str, Any], frozenset[Key]]:
+    """What comes after the activation `name`, the activation of `call`, those of the inputs that are needed after it, by position
+    and by name, and which of these go with the samples.
 
     Raises:
-        ValueError: there is no such activation, or what comes after it takes `*args` or `**kwargs`.
+        ValueError: there is no such activation.
     """
     stem, tail = module.split(name)
     with torch.no_grad():
         activation = torch.cat([piece.apply(stem, piece.explained) for piece in call.pieces(batch_size)])
     arguments = call.apply(inspect.signature(module.forward).bind, call.explained).arguments
-    needed = [str(node.target) for node in tail.graph.find_nodes(op="placeholder")][1:]
-    if any(n.startswith("*") for n in needed):
-        raise ValueError(f"what comes after {name} takes {', '.join(needed)}, which have no names of their own")
     inputs = {*range(call.count), *call.samplewise}
     samplewise = frozenset(parameter for key, parameter in call.parameters(module.forward).items() if key in inputs)
-    return tail, activation, {n: arguments[n] for n in needed if n in arguments}, samplewise
+    return tail, activation, *needed_after(tail.graph, arguments), samplewise
+
+
+def of(module: CapturedModule, call: Call) -> CapturedModule:
+    """The module that runs such calls."""
+    return call.apply(module.for_call, call.explained)
 
 
 def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | None = None) -> list[Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..capture.arguments import checked
+from ..capture.admission import checked
+from ..capture.arguments import are_named, is_call
 from ..containers import Slot, filled, is_array, leaves_by_path, rebuilt, tensors_of, type_of
 from ..measured.runs import first_line
 from ..targets import Direction, Target, as_target
@@ -99,9 +100,9 @@ class Request:
 def arguments_of(forward: Callable[..., Any], inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Returns the inputs as positional and keyword arguments: a tuple is the former, a mapping from names of parameters the
     latter; whatever else, another mapping or a list, is one argument."""
-    if isinstance(inputs, tuple) and not hasattr(inputs, "_fields"):
-        return inputs, {}
-    if isinstance(inputs, Mapping) and are_named(forward, inputs):
+    if is_call(inputs):
+        return tuple(inputs), {}
+    if isinstance(inputs, Mapping) and are_named(inspect.signature(forward), inputs):
         return (), inputs
     return (inputs,), {}
 
@@ -113,7 +114,7 @@ def spread(module: fx.GraphModule, inputs: Any) -> tuple[tuple[Any, ...], dict[s
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if isinstance(inputs, tuple) and len(needed) > 1:
         return inputs, {}
-    named = isinstance(inputs, Mapping) and bool(inputs) and are_named(module.forward, inputs)
+    named = isinstance(inputs, Mapping) and bool(inputs) and are_named(inspect.signature(module.forward), inputs)
     of_mappings = named and all(isinstance(value, Mapping) for value in inputs.values())
     return ((), dict(inputs)) if named and (of_mappings or not takes_mapping(module.graph)) else ((inputs,), {})
 
@@ -125,13 +126,6 @@ def takes_mapping(graph: fx.Graph) -> bool:
     read = [user.args[1] for user in users if user.target in (operator.getitem, "get")]
     forms = [user.args[2] for user in users if user.target is checked]
     return any(isinstance(key, str) for key in [*read, *(key for kind, form in forms if kind == "items" for key in form)])
-
-
-def are_named(forward: Callable[..., Any], inputs: Mapping[str, Any]) -> bool:
-    """Whether the keys of `inputs` are parameters of a forward: else the mapping is itself an argument."""
-    parameters = inspect.signature(forward).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return takes_any or all(name in parameters for name in inputs)
 
 
 class InputError(TypeError):
@@ -311,7 +305,7 @@ class Call:
         return [key for key in keys if any(map(self.has_batch, tensors_of(self.argument(key))))]
 
     def parameters(self, function: Callable[..., Any]) -> dict[Key, str]:
-        """The parameter of `function` that each argument is passed for; `*args` and `**kwargs` are left out."""
+        """The parameter of `function` that each argument is passed for, or its name among `**kwargs`; `*args` are left out."""
 
         def first(value: Any) -> Any:
             slots: list[int] = []
@@ -321,5 +315,7 @@ class Call:
         args, kwargs = self.skeleton
         keys = [*map(first, args), *range(self.count, len(self.values))]
         named = {**{name: first(value) for name, value in kwargs.items()}, **{name: name for name in self.kwargs}}
-        bound = inspect.signature(function).bind(*keys, **named).arguments
+        bound = dict(inspect.signature(function).bind(*keys, **named).arguments)
+        for values in [values for values in bound.values() if isinstance(values, dict)]:
+            bound |= values
         return {key: parameter for parameter, key in bound.items() if isinstance(key, Key)}

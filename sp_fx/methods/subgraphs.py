@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import keyword
 import operator
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import fx, nn
 
-from ..capture.arguments import checked
+from ..capture.admission import checks
 from ..capture.passed import lets_through
 from ..gates.multihead import multihead_attention
 from ..gates.rules import nearest
@@ -101,12 +103,29 @@ def starting_at(modules: nn.Module, graph: fx.Graph, name: str) -> fx.Graph:
     return pruned(cut, needed_only=True)
 
 
+def needed_after(graph: fx.Graph, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns those of the `arguments` of a whole graph, by name, that the subgraph from an activation on needs beside it: by
+    position and by keyword. Those before `*args` come by position."""
+    names = [str(node.target) for node in graph.find_nodes(op="placeholder")][1:]
+    by_position: list[Any] = []
+    named: dict[str, Any] = {}
+    for name in names:
+        if name.startswith("**"):
+            named |= arguments.get(name[2:], {})
+        elif name.startswith("*"):
+            by_position, named = [*named.values(), *arguments.get(name[1:], ())], {}
+        elif name in arguments:
+            named[name] = arguments[name]
+    return tuple(by_position), named
+
+
 def pruned(graph: fx.Graph, needed_only: bool = False) -> fx.Graph:
-    """Erases the calls whose results nobody reads, and returns the graph; with `needed_only`, unread inputs as well."""
-    first = next(iter(graph.nodes))
+    """Erases the calls whose results nobody reads, and returns the graph; with `needed_only`, unread inputs and the checks of
+    what it is called with as well."""
+    first, asked = next(iter(graph.nodes)), set() if needed_only else set(checks(graph))
     for node in reversed(list(graph.nodes)):
         kept = node.op == "output" or (node.op == "placeholder" and (not needed_only or node is first))
-        if not (node.users or kept or (node.target is checked and not needed_only)):
+        if not (node.users or kept or node in asked):
             graph.erase_node(node)
     graph.lint()
     return graph

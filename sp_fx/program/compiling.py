@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..capture.admission import asked_of_inputs
 from ..capture.capture import tracing
 from ..capture.tracing.draws import DRAWS
 from ..containers import slotted, tensors_of
@@ -73,6 +74,11 @@ def build(
         if ascent is not None:
             ascent.check([x for x in example if x.is_floating_point()])
         module = module.for_call(*example)
+        if lines := asked_of_inputs(module.graph):
+            raise ProgramError(
+                f"the forward goes by values of its inputs, at {lines[0]}, and a program is one path for all: choose between two "
+                "results by torch.where, or give the forward what it asks for as a constant"
+            )
         with Sigmoids() as sigmoids:
             outputs = module(*example)
         check_repeats(module, example, outputs)

@@ -131,6 +131,7 @@ class Report:
     sites: tuple[Site, ...]
     tracer: str = "torch.fx"
     notes: tuple[str, ...] = ()  # on the capture
+    inputs: str = ""  # that an export is for, with * for sizes that vary: "x [*, 3, 32, 32]"; "" of a trace, which is for all
 
     def explain(self, place: str) -> str:
         """What became of the gating calls at `place`, or in the module of that name, and why: a sentence for each.
@@ -167,7 +168,8 @@ class Report:
                 row[4:4] = cells
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[-1]]).rstrip() for row in rows]
-        heading = f"{self.model} with {self.rules.brief()}, captured by {self.tracer}: {counts}"
+        inputs = f" for {self.inputs}" if self.inputs else ""
+        heading = f"{self.model} with {self.rules.brief()}, captured by {self.tracer}{inputs}: {counts}"
         legend = "Rules(overrides={place: ...}) changes a line, report().explain(place) says why; what is kept needs nothing"
         return "\n".join([heading, *(f"note: {note}" for note in self.notes), *lines, *self.misfits(), legend])
 

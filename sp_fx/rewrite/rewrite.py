@@ -94,5 +94,5 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     if rules == Rules.frozen() and (left := [site for site in sites if site.status != "rewritten" and not site.idle]):
         names = ", ".join(sorted({site.op for site in left}))
         notes.append(f"not frozen are {len(left)} calls that have no gate, and keep their derivative: {names}")
-    report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes))
+    report = Report(model, rules, sites, capture.tracer, (*capture.notes, *notes), capture.inputs)
     return Rewritten(modules, report, bool(facts.undecided))

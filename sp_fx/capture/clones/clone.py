@@ -1,8 +1,8 @@
 """The eval clone of a model: its structure, flags and dictionaries, and the storage of its tensors, in objects of its own.
 
 Nothing done to the clone reaches the model, while a later in-place update of the model's weights (an optimiser step,
-`load_state_dict`) reaches the clone. It has no hooks: those of `torch.nn.utils` that compute a weight have done so once, and
-`hooks_left` has a note on each of them and of the others.
+`load_state_dict`) reaches the clone. Of the hooks it has the model's own (`hooks.py`): those of `torch.nn.utils` that compute a
+weight have done so once, and `hooks_left` has a note on each of them and of those of others.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from ..capture import CaptureError
 from ..tracing.applies import applies, by_class
+from .hooks import TABLES, WEIGHT_HOOKS, OwnHooks, weight_of
 from .reached import Reached, attributes, storage
 
 
@@ -54,19 +52,25 @@ def adopt_forward(clone: nn.Module) -> None:
 
 
 def adopt_call(clone: nn.Module) -> None:
-    """Make the model's own `__call__`, where its class has one, the forward that is traced: what it does before and after the
-    forward is a part of the function."""
+    """Make the model's own `__call__`, where its class has one or it has hooks of its own, the forward that is traced: what it
+    does before and after the forward is a part of the function."""
     kind = type(clone)
-    if kind.__call__ is nn.Module.__call__ or isinstance(clone, fx.GraphModule):
+    hooked = any(getattr(clone, name) for name in TABLES)
+    if (kind.__call__ is nn.Module.__call__ and not hooked) or isinstance(clone, fx.GraphModule):
         return
 
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outside = {name: module.__dict__[name] for name in TABLES}
         module.__dict__["forward"] = types.MethodType(kind.forward, module)  # which `nn.Module.__call__` inside is to run
+        module.__dict__.update(module.__dict__[INSIDE])
         try:
             return kind.__call__(module, *args, **kwargs)
         finally:
+            module.__dict__.update(outside)
             del module.__dict__["forward"]
 
+    clone.__dict__[INSIDE] = {name: clone.__dict__[name] for name in TABLES}
+    clone.__dict__.update({name: type(table)() for name, table in clone.__dict__[INSIDE].items()})
     forward = calling(CALLED, call_signature(clone))
     own = {"forward": forward, CALLED: called, "__call__": nn.Module.__call__, "__module__": kind.__module__}
     clone.__class__ = type(kind.__name__, (kind,), own)
@@ -84,6 +88,7 @@ def call_signature(module: nn.Module) -> inspect.Signature:
 
 REPLACED = "_replaced_forward"
 CALLED = "_called_as_a_whole"
+INSIDE = "_hooks_inside"  # of a module that is called as a whole: the hooks that its own call is to run
 
 
 def calling(attribute: str, signature: inspect.Signature) -> Callable:
@@ -121,7 +126,7 @@ class EvalClone:
         if type(module).__module__.startswith(QUANTISED):
             raise CaptureError(f"a quantised {type(module).__name__} has no derivative: transform the model before quantisation")
         if self.reached is None:
-            self.reached = Reached(module)
+            self.reached, self.own_hooks = Reached(module), OwnHooks(module)
             if self.own_buffers:
                 self.copied = dict.fromkeys(key for b in module.buffers() if (key := storage(b)) is not None)
         if id(module) not in self.clones:
@@ -140,6 +145,7 @@ class EvalClone:
             if getattr(module, "max_norm", None) is not None and (weight := clone._parameters.get("weight")) is not None:
                 own = nn.Parameter(weight.detach().clone(), weight.requires_grad)  # an embedding's forward scales its rows
                 clone.__dict__["_parameters"]["weight"] = own
+            clone.__dict__.update(self.own_hooks.of(module, self.rebind))
             clone.__dict__["_modules"] = {name: None if m is None else self(m) for name, m in module._modules.items()}
         return self.clones[id(module)]
 
@@ -288,7 +294,7 @@ class EvalClone:
                         hook(clone, ())
                     remedy = "as it was at transform: after an update, transform again"
                     notes.append(f"{where} computes its {weight_of(hook)}, {remedy}")
-                else:
+                elif not self.own_hooks(hook):
                     kind = getattr(hook, "__qualname__", type(hook).__name__)
                     notes.append(f"{where}, {kind}, {NOT_RUN}")
         return notes
@@ -298,19 +304,11 @@ class EvalClone:
         clone = self(model)
         for module in model.modules():
             if id(module) in self.clones:
-                self.clones[id(module)].__dict__.update({name: copy.copy(getattr(module, name)) for name in FORWARD_HOOKS})
+                self.clones[id(module)].__dict__.update({name: copy.copy(getattr(module, name)) for name in TABLES})
         return clone
 
 
 NOT_RUN = "does not run: if it changes anything, the outputs are not the model's"
-FORWARD_HOOKS = [name for name in nn.Module().__dict__ if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
-
-# Hooks that set a plain attribute before every forward; parametrizations need none.
-WEIGHT_HOOKS = (WeightNorm, SpectralNorm, BasePruningMethod)
-
-
-def weight_of(hook: Any) -> str:
-    return str(getattr(hook, "name", None) or hook._tensor_name)
 
 
 def traceable(module: Any) -> nn.Module:

@@ -80,14 +80,15 @@ class Untouched:
             return [f"{of}{name}" for name in changed_keys(contents(holder), before)]
         for path, module in self.clone.named_modules():
             if vars(module) is holder:
-                return [f"{path}.{name}".lstrip(".") for name in changed_keys(contents(holder), before) if name[0] != "_"]
+                changed = [name for name in changed_keys(contents(holder), before) if not name.startswith("_")]
+                return [f"{path}.{name}".lstrip(".") for name in changed]
         owners = [(f"{path}.".lstrip("."), vars(module)) for path, module in self.clone.named_modules()]
         owners += [("", {name: own.space.get(name) for name in own.names}) for own, _ in self._saved if isinstance(own, File)]
         return [
             f"{owner}{name}"
             for owner, space in owners
             for name, value in space.items()
-            if name[0] != "_" and (value is holder or getattr(value, "__dict__", None) is holder)
+            if not name.startswith("_") and (value is holder or getattr(value, "__dict__", None) is holder)
         ]
 
     def tensors(self) -> list[Tensor]:
