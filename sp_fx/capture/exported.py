@@ -31,7 +31,7 @@ from .clones.untouched import Untouched
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
 from .passed import marking, take_marks, with_marks
 from .sizes import Free, batch_sizes, conditions, lead, with_batch
-from .tracing.answers import Asked, Key, Tells, Told, unaware
+from .tracing.answers import Asked, Key, Tells, Told, unaware, unlogged
 from .tracing.draws import note_on_draws
 from .tracing.exported_functions import CALLS, Call, ExportedFunctions
 from .tracing.regions import Regions, data_detached, some
@@ -138,7 +138,8 @@ class Exported:
             self.entries = patches.enter_context(marking(self.clone))
             patches.enter_context(before.restored())
             patches.enter_context(written_back((*tensors_in(self.clone), *before.tensors())))
-            for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, warnings.catch_warnings(), quiet):
+            silent = (warnings.catch_warnings(), quiet, unlogged())
+            for patch in (all_require_grad(self.clone), marked, kept, data_detached(), regions, *silent):
                 patches.enter_context(patch)
             warnings.simplefilter("ignore")  # about attributes that the forward sets on the clone
             dynamic = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) or None for axes in free)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from ..analysis.attention import divided_later
@@ -87,6 +88,10 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     sites = mark_steering(facts, account.sites, account.nodes, account.rewriting.passing)
     modules = with_marks(capture.modules, account.rewriting.opened)
     close_regions(modules, graph)
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        # An export leaves out the copy of `contiguous` where the example needs none. An attention whose mask requires grad
+        # returns its values in another layout (torch 2.11); nothing is written in place any more, so that a copy will do.
+        node.target = torch.ops.aten.reshape.default
     graph.lint()
     kinds = {site.kind for site in sites}
     if unmet := [name for name in registered_kinds() if name not in kinds]:

@@ -9,6 +9,7 @@ question stays without an answer. A forward that asks whether it is being export
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -144,3 +145,15 @@ def answer(asked: list[bool], truth: Callable[[], bool], frame: Callable[[int], 
         return truth()
     asked.append(True)
     return False
+
+
+@contextlib.contextmanager
+def unlogged() -> Iterator[None]:
+    """While it lasts torch.export does not log that a forward asks for values, which an error says better."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    before = log.disabled
+    try:
+        log.disabled = True
+        yield
+    finally:
+        log.disabled = before
