@@ -48,7 +48,7 @@ def refilled(value: Any, form: str, inner: dict[Any, Any]) -> Any:
     if isinstance(value, Mapping):
         return type(value)(inner)  # type: ignore[call-arg]
     if hasattr(value, "_fields"):
-        return type(value)(*inner.values())
+        return type(value)._make(inner.values())  # a PackedSequence would ask what is no tensor for its device
     return (list if isinstance(value, list) else tuple)(inner.values())
 
 

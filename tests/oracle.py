@@ -626,6 +626,13 @@ class Amax(Op):
         return self.shares(x, temperature(rules, "max_pool", x)) * v
 
 
+class Amin(Amax):
+    """The minimum over some axes: where what is negated is highest."""
+
+    def shares(self, x, tau):
+        return super().shares(-x, tau)
+
+
 class Normalise(Op):
     """x over its own p-norm along one axis, the norm a constant."""
 

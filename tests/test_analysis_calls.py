@@ -179,6 +179,10 @@ POOLS = {
     "max over an axis": ((5, 6), lambda z: z.max(-1)[0], oracle.Amax(-1)),
     "max over an axis, values": ((5, 6), lambda z: torch.max(z, 1, True).values, oracle.Amax(1, keepdim=True)),
     "aten max": ((5, 6), lambda z: aten.max.dim(z, 2)[0], oracle.Amax(2)),
+    "amin": ((5, 6), lambda z: torch.amin(z, (-2, -1)), oracle.Amin(-2, -1)),
+    "min over an axis": ((5, 6), lambda z: z.min(-1)[0], oracle.Amin(-1)),
+    "min over an axis, values": ((5, 6), lambda z: torch.min(z, 1, True).values, oracle.Amin(1, keepdim=True)),
+    "aten min": ((5, 6), lambda z: aten.min.dim(z, 2)[0], oracle.Amin(2)),
 }  # fmt: skip
 
 

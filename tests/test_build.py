@@ -33,10 +33,8 @@ def halved(self, x):
 
 
 REFUSED = {
-    "control flow on values": net(halved),
     "a number read out": net(lambda self, x: self.head(x.relu()) * float(x.max())),
     "numpy": net(lambda self, x: self.head(torch.from_numpy(x.detach().numpy() * 2).relu())),
-    "a loop over the rows' values": net(lambda self, x: self.head(torch.stack([r for r in x if r.sum() > 0]).relu())),
 }
 
 
@@ -49,6 +47,23 @@ def test_what_neither_tracer_takes_is_an_error_that_names_the_line(name, capfd):
         sp_fx.transform(REFUSED[name], example_inputs=x)
     assert str(caught.value).count("test_build.py") >= 2
     assert "arg0_1" not in capfd.readouterr().err
+
+
+PATHS = {
+    "control flow on values": net(halved),
+    "a loop over the rows' values": net(lambda self, x: self.head(torch.stack([r for r in x if r.sum() > 0]).relu())),
+}
+
+
+@pytest.mark.filterwarnings("ignore:no axis is known")  # a path of three rows does not run at six
+@pytest.mark.parametrize("name", PATHS)
+def test_a_path_that_the_values_choose(name):
+    with pytest.raises(sp_fx.CaptureError, match=r"torch.fx cannot trace Net.*test_build.py:\d+.*With example_inputs"):
+        sp_fx.transform(PATHS[name])
+    explainer = sp_fx.transform(PATHS[name], example_inputs=torch.rand(3, 4))
+    assert "it asks for values at" in str(explainer.report()) and "test_build.py" in str(explainer.report())
+    for x in (torch.rand(3, 4), torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.rand(3, 4) * 9):
+        assert torch.equal(explainer(x), PATHS[name](x))
 
 
 def test_a_model_that_fails_on_its_example_is_said_to():
@@ -68,9 +83,14 @@ CELLS = {
 @pytest.mark.parametrize("tracer", ["fx", "export"])
 @pytest.mark.parametrize("name", CELLS)
 def test_recurrent_cells_are_listed(name, tracer):
+    """Their gates are products, which keep their derivative by default; a ReLU inside has no rule."""
     cell, forward = CELLS[name]
     model, x = net(forward, cell=cell), torch.randn(3, 4)
-    with pytest.warns(UserWarning, match="NOT REWRITTEN.*recurrent cell"):
+    if name != "RNN of ReLUs":
+        explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x, strict=True)
+        assert [(s.place, s.status, s.reason) for s in explainer.report().sites][:1] == [("cell", "kept", "product rule")]
+        return
+    with pytest.warns(UserWarning, match=r"NOT REWRITTEN.*recurrent cell"):
         explainer = sp_fx.transform(model, tracer=tracer, example_inputs=x)
     assert [site.place for site in explainer.report().of("NOT REWRITTEN")] == ["cell"]
     assert torch.equal(explainer(x), model(x)) and explainer.pullback(x, 1).norm() > 0

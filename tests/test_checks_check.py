@@ -138,7 +138,7 @@ def test_several_classes_for_each_sample_are_checked_as_their_sum():
 def test_what_was_not_rewritten_is_told():
     class Net(nn.Module):
         def forward(self, x):
-            return x.relu() + x.amin(1, keepdim=True)
+            return x.relu() + torch.round(x)
 
     with pytest.warns(UserWarning, match="NOT REWRITTEN"):
         explainer = sp_fx.transform(Net())

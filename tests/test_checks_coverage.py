@@ -8,7 +8,7 @@ from torch import nn
 import sp_fx
 from helpers import fill
 from sp_fx.checks.coverage import dispatched, listed
-from sp_fx.gates.multihead import multihead_attention
+from sp_fx.gates.modules.multihead import multihead_attention
 
 COUNTED = {
     "relu": lambda x: F.relu(x) + x.relu_(),

@@ -50,6 +50,7 @@ KINDS = {
     "softshrink": lambda x: dual_path("softshrink", x, tau=0.6, width=0.3),
     "abs, sample scale": lambda x: dual_path("abs", x, tau=0.6, scale="sample"),
     "amax": lambda x: dual_path("amax", x, tau=0.3, dim=(-1,), keepdim=False),
+    "amin": lambda x: dual_path("amin", x, tau=0.3, dim=(-1,), keepdim=True),
     "adaptive_max_pool": lambda x: dual_path("adaptive_max_pool", x, tau=0.3, scale="sample", size=(4, 3)),
     "normalize": lambda x: dual_path("normalize", x, tau="frozen", p=2.0, dim=1, eps=1e-12),
     "written, margin by channel": lambda x: dual_path("written", x, x.clamp(-0.5, 1.0).detach(), tau=0.9, scale="channel",

@@ -137,6 +137,14 @@ def draws(node: fx.Node) -> bool:
     return training is not False
 
 
+def recurrent_name(module: nn.Module) -> str:
+    """Returns the name of the op that a recurrent network or cell of torch.nn calls."""
+    if isinstance(module, nn.RNNBase):
+        return module.mode.lower()
+    kind = type(module).__name__.removesuffix("Cell").lower()
+    return f"{kind}_{module.nonlinearity}_cell" if isinstance(module, nn.RNNCell) else f"{kind}_cell"
+
+
 def writes(node: fx.Node) -> bool:
     """Whether the call writes over one of its arguments."""
     return bool(written(node))

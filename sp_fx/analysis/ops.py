@@ -50,6 +50,7 @@ def values(trait: str) -> dict[str, str]:
 
 # Rewriting: what becomes of a call, and what reports say of it.
 PIECEWISE = having("piecewise")  # NOT REWRITTEN: chooses by value
+ORDERS = having("order")  # kept: the choice is held as the forward made it
 INDICES = having("indices")  # unless these are the caller's
 SMOOTH = having("smooth")  # kept: smooth, no gate
 PRODUCT = having("product")  # kept: product rule
@@ -62,8 +63,10 @@ ACTIVATIONS = having("activation")  # such gates, where no factor is one of SHAR
 COMPLEX = having("complex")  # gives complex numbers, whose abs is no gate
 COMPARISONS = having("comparison")  # what makes masks of values
 CHOICES = having("chooser")  # what chooses by masks
-CELLS = having("cell")  # NOT REWRITTEN, for this reason:
-RECURRENT = "a recurrent cell, whose gates keep their derivative"
+CELLS = having("cell")  # recurrent networks: those with products for gates, and of these the ones with a state c beside h
+GATED = having("gated")
+STATEFUL = having("state")
+RECURRENT = "a recurrent cell, whose gates keep their derivative"  # NOT REWRITTEN, of what has neither
 FUSED = having("fused")  # NOT REWRITTEN: torch's own ops with gates inside
 SCALES = having("scales")  # multiples of one thing that varies
 SHIFTS = having("shifts")

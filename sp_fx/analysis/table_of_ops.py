@@ -27,6 +27,7 @@ TRAITS = {
     "share": "says which share of a product's other factor passes: `sigmoid` in `sigmoid(a) * b`",
     "activation": "gates a product in which nothing is a share: `gelu` in `gelu(a) * b`",
     "piecewise": "chooses by value and has no rule, unless a reader knows the call: `topk`",
+    "order": "gives values of its argument that it chose by their order, each to go back where it is from: `median`",
     "indices": "gives positions; of token ids, which are the caller's, they say where a text ends: `argmax`",
     "comparison": "compares values, and gives a mask: `gt` in `x > 0`",
     "guard": "asks whether numbers are finite, as casts to half precision make it necessary: `isinf`",
@@ -36,7 +37,9 @@ TRAITS = {
     "lookup": "reads whole numbers, its first operand, as positions in a table: `embedding`; of `getitem`, the second",
     "form": "takes of its further operands their dtype, shape or device alone: `b` of `a.type_as(b)`",
     "complex": "gives complex numbers: `fft_fft`",
-    "cell": "is a recurrent network, with gates inside: `lstm`",
+    "cell": "is a recurrent network: `lstm`; a smooth one has no gate",
+    "gated": "has gates inside that are products: `gru`",
+    "state": "keeps a state beside its output: `lstm`",
     "fused": "is an op of torch with gates inside: `native_multi_head_attention`",
     # storage, values and shapes
     "view": "may share the storage of its first input: `transpose`; `dropout`, which in eval mode gives its input",
@@ -126,7 +129,10 @@ scaled_dot_product_attention_math scaled_dot_product_flash_attention scaled_dot_
     scaled_dot_product_efficient_attention scaled_dot_product_cudnn_attention
     scaled_dot_product_fused_attention_overrideable safe_softmax:    family=softmax
 transformer_encoder_layer_fwd native_multi_head_attention multi_head_attention_forward:    fused
-lstm gru rnn_tanh rnn_relu lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell:    cell
+lstm lstm_cell:         cell gated state
+gru gru_cell:           cell gated
+rnn_tanh rnn_tanh_cell: cell smooth
+rnn_relu rnn_relu_cell: cell
 
 # -- gates that readers know
 relu:                   activation pointwise same_form family=itself
@@ -166,12 +172,12 @@ fmod remainder mod imod:    piecewise pointwise family=remainder
 floor_divide floordiv ifloordiv copysign:    piecewise pointwise
 max:                    piecewise reduces either degree=1 family=max_pool
 amax:                   piecewise reduces degree=1 family=max_pool
-min:                    piecewise reduces either degree=1
-amin:                   piecewise reduces degree=1
+min:                    piecewise reduces either degree=1 family=max_pool
+amin:                   piecewise reduces degree=1 family=max_pool
 aminmax:                piecewise several
-median nanmedian msort: piecewise
-quantile nanquantile:   piecewise listed=ceil
-topk sort kthvalue mode cummax cummin:    piecewise several
+median nanmedian msort: piecewise order
+quantile nanquantile:   piecewise order listed=ceil
+topk sort kthvalue mode cummax cummin:    piecewise order several
 argmax argmin:          piecewise indices whole
 argsort:                indices whole
 lp_pool1d lp_pool2d lp_pool3d:    piecewise listed=sign+abs+relu

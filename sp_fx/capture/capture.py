@@ -92,7 +92,7 @@ def said(error: BaseException) -> str:
 
 def asks_for_values(error: BaseException) -> bool:
     """Whether an error is that a forward asks for the value of what has none in a trace."""
-    return "data-dependent" in str(error) or isinstance(error, DATA_DEPENDENT)
+    return isinstance(error, DATA_DEPENDENT) or any(words in str(error) for words in ("data-dependent", "but got FakeTensor"))
 
 
 DATA_DEPENDENT = (

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..analysis.ops import COMPARISONS, DISPATCHED, GUARDS, LISTED
+from ..analysis.ops import CELLS, COMPARISONS, DISPATCHED, GUARDS, LISTED
 from ..containers import rebuilt
 from ..rewrite.report import WRITTEN_OUT, Report
 
@@ -59,14 +59,15 @@ class Dispatched(TorchDispatchMode):
 
 
 class Guarded(TorchFunctionMode):
-    """Counts nothing inside calls that only ask about numbers: `isfinite` takes magnitudes to do so."""
+    """Counts nothing inside calls that only ask about numbers, as `isfinite` takes magnitudes to do so, and nothing inside
+    recurrent networks, which are one line of the report: PyTorch dispatches their steps."""
 
     def __init__(self, mode: Dispatched) -> None:
         super().__init__()
         self.mode = mode
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in GUARDS | COMPARISONS:
+        if getattr(func, "__name__", "") not in GUARDS | COMPARISONS | CELLS:
             return func(*args, **(kwargs or {}))
         before = self.mode.counts.copy()
         result = func(*args, **(kwargs or {}))

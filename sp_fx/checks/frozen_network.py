@@ -11,15 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from ..capture.arguments import ByName
+from ..containers import rebuilt, tensors_of
 from ..gates.adjoints import smooth
 from ..gates.adjoints.row import FROZEN
 from ..gates.calls.autocast import under
 from ..gates.dual_path import OPTIONS, dual_path
-from ..gates.multihead import multihead_attention
+from ..gates.modules.multihead import multihead_attention
+from ..gates.modules.recurrent import recurrent, steps
 from ..gates.table import KINKED, TABLE, rule_of
 
 SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
@@ -28,7 +30,24 @@ SHARE = frozenset(smooth.ROWS)  # gates f(z) = z share(z): the share is f(z) / z
 class FrozenTangents(ByName):
     """Runs a frozen explainer on dual numbers: PyTorch's forward mode for plain calls, `frozen_tangent` for gates."""
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        if any(user.target is recurrent and user.args[0] is n for user in n.users):  # for its values alone
+            args, kwargs = rebuilt((args, kwargs), lambda t: forward_ad.unpack_dual(t).primal if isinstance(t, Tensor) else t)
+        return args, kwargs
+
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is recurrent:
+            options = {k: v for k, v in kwargs.items() if k not in OPTIONS}
+            soft = iter(tensors_of(steps(*args[1:], **options)))
+
+            def dual(leaf: Any) -> Any:
+                if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                    return leaf
+                tangent = forward_ad.unpack_dual(next(soft)).tangent
+                return leaf if tangent is None else forward_ad.make_dual(leaf, tangent)
+
+            return rebuilt(args[0], dual)
         if target is dual_path:
             kind, operands = args[0], args[1 : 1 + TABLE[args[0]].tensors]
             options = {k: v for k, v in kwargs.items() if k not in OPTIONS}

@@ -21,7 +21,7 @@ from ..containers import cloned, rebuilt, tensors_of
 from ..explainer import Explainer
 from ..gates.adjoints.row import FROZEN
 from ..gates.dual_path import dual_path
-from ..gates.multihead import multihead_attention
+from ..gates.modules.multihead import multihead_attention
 from ..gates.table import TABLE
 from ..measured.runs import Coarsest, distance, one_seed, perturbed
 from ..methods.subgraphs import activations, needed_after

@@ -83,7 +83,7 @@ class Rules:
     local_response_norm: Temperature | None = FROZEN
     normalize: Temperature | None = FROZEN  # division by a norm
     stride: Literal["smooth"] | None = SMOOTH  # of a convolution that steps over places: the mean over the grids it might have
-    product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite): frozen, the gate is a constant
+    product: Temperature | None = None  # of a signal with a gate (GLU, squeeze-and-excite, LSTM): frozen, that is a constant
     registered: Mapping[str, Temperature | None] = field(default_factory=dict)  # temperatures of registered gates, by name
     scale: Literal["absolute", "sample", "channel"] | Mapping[str, float | str] = "sample"
     overrides: Mapping[str, Temperature | Soft | Mapping[str, Temperature | Soft | None] | None] = field(default_factory=dict)
@@ -137,7 +137,7 @@ class Rules:
         `W(x) x + b(x)` that it is at its input.
 
         What is no gate keeps its derivative, and the report counts it: smooth functions (tanh, exp), products and quotients of
-        two signals of which neither is a gate, softmaxes that weigh no values, recurrent cells, calls that are NOT REWRITTEN. A
+        two signals of which neither is a gate, softmaxes that weigh no values, calls that are NOT REWRITTEN. A
         B-cos network is made of such products, `out * |out| / norm`, so its map under these rules is the plain gradient.
         """
         gates = dict.fromkeys((kind for kind in KINDS if kind != "stride"), FROZEN)

@@ -186,7 +186,7 @@ def turn_of(gate: fx.Node, axis: Axis, channel: int | None = None) -> Turn | Non
         if not all(i in rest for i in spatial):
             return None
         return Turn(axis, ("sample", *leading, *spatial), planes=len(leading), kind="pooling")
-    if row == "amax":
+    if row in ("amax", "amin"):
         dims = [d % axis.rank for d in (options["dim"] if isinstance(options["dim"], tuple | list) else [options["dim"]])]  # type: ignore[operator]
         if not dims or not all(d in rest for d in dims):
             return None

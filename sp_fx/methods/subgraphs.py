@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ..capture.admission import checks
 from ..capture.passed import lets_through
-from ..gates.multihead import multihead_attention
+from ..gates.modules.multihead import multihead_attention
 from ..gates.rules import nearest
 from ..rewrite.report import Report
 

@@ -8,15 +8,20 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx, nn
 
+from ..analysis.calls import name_of
+from ..analysis.ops import CELLS
 from ..capture.admission import asked_of_inputs
+from ..capture.arguments import Given
 from ..capture.capture import tracing
 from ..capture.tracing.draws import DRAWS
 from ..containers import slotted, tensors_of
 from ..gates.adjoints.row import FROZEN
+from ..gates.modules.recurrent import recurrent
 from ..gates.table import THRESHOLDLESS
 from ..measured.runs import distance
+from ..measured.sample_axis import shapes_of
 from ..measured.sigmoids import Sigmoids
 from ..methods.ascent import Ascent
 from ..methods.captured import CapturedModule
@@ -37,6 +42,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torc
 # With hard gates (frozen rules, plain derivatives) one pre-activation that rounding carries over its threshold moves the map by a
 # whole gate: ResNet-18 on noise, 2e-3. This much is always allowed for their maps.
 HARD_TOLERANCE = 0.02
+
+MOST_STEPS = 64  # of a recurrent network in a program: a step takes Inductor 5 s on two cores
 
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},
@@ -79,6 +86,7 @@ def build(
                 f"the forward goes by values of its inputs, at {lines[0]}, and a program is one path for all: choose between two "
                 "results by torch.where, or give the forward what it asks for as a constant"
             )
+        check_lengths(module, example)
         with Sigmoids() as sigmoids:
             outputs = module(*example)
         check_repeats(module, example, outputs)
@@ -142,6 +150,28 @@ def check_example(example: list[Tensor]) -> None:
     batches = {x.shape[0] if x.dim() else None for x in example}
     if len(batches) > 1 or not batches - {None, 0}:
         raise ValueError(f"every input of a program has the batch on axis 0, of at least one sample: got {described(example)}")
+
+
+def check_lengths(module: CapturedModule, example: list[Tensor]) -> None:
+    """Raises ProgramError for a recurrent network of more than `MOST_STEPS` steps, each of which is a part of the graph."""
+    arguments = Given(tuple(example), {}).by_name(module.forward)
+    networks = [node for node in module.graph.nodes if node.target is recurrent or is_recurrent(node, module)]
+    shapes = shapes_of(module, module.graph, arguments) if networks else {}
+    for node in networks:
+        first = shapes.get(node.args[1 if node.target is recurrent else 0])  # type: ignore[call-overload]
+        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        batch_first = node.kwargs.get("batch_first", getattr(leaf, "batch_first", node.args[-1:] == (True,)))
+        if isinstance(first, Tensor) and first.dim() == 3 and (steps := first.shape[1 if batch_first else 0]) > MOST_STEPS:
+            raise ProgramError(
+                f"{node.meta.get('place', node.name)} runs {steps} steps, and a program, whose graph has each of them, at most "
+                f"{MOST_STEPS}: use the explainer itself, which loops over them, or shorter inputs"
+            )
+
+
+def is_recurrent(node: fx.Node, module: CapturedModule) -> bool:
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.RNNBase)
+    return node.op == "call_function" and name_of(node) in CELLS
 
 
 def check_repeats(module: CapturedModule, example: list[Tensor], outputs: Any) -> None:

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of
+from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of, recurrent_name
 from ..analysis.facts import Facts, gates_among
-from ..analysis.ops import CELLS, FACTORS, FUSED, INDICES, LISTED, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.ops import CELLS, FACTORS, FUSED, GATED, INDICES, LISTED, ORDERS, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
 from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic, centred_over
@@ -26,13 +26,14 @@ from ..gates.adjoints.row import FROZEN, Temperature
 from ..gates.rules import KINDS
 from ..gates.table import TABLE, rule_of
 from .account import Account
-from .edits.calls import Compete, OpenLeaf, ReplaceCall, Surrogate
+from .edits.calls import Compete, OpenLeaf, Recur, ReplaceCall, Surrogate
 from .edits.rewriting import Softness
 from .edits.written import CloseWritten, Freeze, Regroup
 from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
 SMOOTH_FUNCTION = "smooth, no gate"
+CHOICE = "its choice is held as the forward made it: each value goes back where it is from"
 
 
 def affine_leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
@@ -121,12 +122,26 @@ def leaf(node: fx.Node, facts: Facts, account: Account) -> bool:
         if tau is not None:
             account.apply(OpenLeaf(node, module, tau))
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        account.note(node, "NOT REWRITTEN", RECURRENT)
+        recurrent_network(node, facts, account)
     elif not isinstance(module, AFFINE_MODULES):
         account.note(node, "NOT REWRITTEN", "a leaf of the trace that may hold gates", opaque=True)
     elif facts.is_chosen(node):
         account.note(node, "NOT REWRITTEN", CHOSEN)
     return True
+
+
+def recurrent_network(node: fx.Node, facts: Facts, account: Account) -> None:
+    """An LSTM or a GRU, whose gates are products; an Elman network, which has a tanh in place of gates, or a ReLU."""
+    leaf = facts.leaf(node)
+    name = name_of(node) if leaf is None else recurrent_name(leaf)
+    if name in SMOOTH:
+        account.note(node, "kept", SMOOTH_FUNCTION)
+    elif name not in GATED:
+        account.note(node, "NOT REWRITTEN", RECURRENT)
+    elif account.gate(node, "product") is None:
+        account.amend(reason="product rule")
+    else:
+        account.apply(Recur(node, leaf))
 
 
 def written_norm(node: fx.Node, facts: Facts, account: Account) -> bool:
@@ -156,7 +171,9 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     if reader is None:
         return False
     call = gate_of(node, reader, facts)
-    if isinstance(call, Unread):
+    if isinstance(call, Unread) and name_of(node) in ORDERS:
+        account.note(node, "kept", CHOICE)
+    elif isinstance(call, Unread):
         account.note(node, "NOT REWRITTEN", call.reason)
     elif call is None:
         pass
@@ -230,7 +247,9 @@ def no_rule(node: fx.Node, facts: Facts, account: Account) -> bool:
     """What gates, or chooses by value, and has no rule; and smooth functions, which are no gates."""
     name, signals = name_of(node), facts.signal_inputs(node)
     if name in CELLS:
-        account.note(node, "NOT REWRITTEN", RECURRENT)
+        recurrent_network(node, facts, account)
+    elif name in ORDERS and signals:
+        account.note(node, "kept", CHOICE)
     elif name in PIECEWISE and signals and (name not in INDICES or any(map(facts.has_weights, node.all_input_nodes))):
         account.note(node, "NOT REWRITTEN", f"{name} chooses by value and has no rule")
     elif name in SMOOTH and signals:

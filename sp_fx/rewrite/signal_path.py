@@ -12,7 +12,7 @@ from ..analysis.ops import FORM, SHAPES
 from ..analysis.signals import called
 from ..capture.passed import operands
 from ..gates.dual_path import dual_path, frozen
-from ..gates.multihead import multihead_attention
+from ..gates.modules.multihead import multihead_attention
 from ..gates.table import TABLE
 from .report import PART, Site, Status
 

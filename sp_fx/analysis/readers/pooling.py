@@ -85,6 +85,12 @@ def amax(input, dim=(), keepdim=False):
     return Gate("amax", (input,), {"dim": dim, "keepdim": keepdim})
 
 
+@reads(torch.amin, "amin", aten.amin)
+def amin(input, dim=(), keepdim=False):
+    dim = (dim,) if isinstance(dim, int) else tuple(dim)
+    return Gate("amin", (input,), {"dim": dim, "keepdim": keepdim})
+
+
 @reads(torch.max, "max", aten.max)
 def maximum_over(input, dim=None, keepdim=False, other=None):
     if other is not None or isinstance(dim, fx.Node):
@@ -98,11 +104,13 @@ def maximum_over(input, dim=None, keepdim=False, other=None):
 def topk(input, k, dim=-1, largest=True, sorted=True):
     if k == 1 and largest:
         return Gate("amax", (input,), {"dim": (dim,), "keepdim": True}, first=True)
-    return Unread("topk chooses by value and has no rule")
+    return Unread("topk chooses by value and has no rule")  # but for the choice, which stays as it is
 
 
 @reads(torch.min, "min", aten.min)
 def minimum_over(input, dim=None, keepdim=False, other=None):
     if other is not None or isinstance(dim, fx.Node):
         return minimum(input, dim if other is None else other)
-    return Unread("min chooses by value and has no rule")
+    if dim is None:
+        return amin(input)
+    return Gate("amin", (input,), {"dim": (dim,), "keepdim": keepdim}, first=True)

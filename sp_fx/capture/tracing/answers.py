@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ...containers import tensors_of
+from ...containers import filled, slotted, tensors_of
 from ..capture import asks_for_values, line_of_caller
 
-Key = tuple[Any, int, str]  # where a call is: the code that calls, the place in it, and what it calls
+Key = tuple[Any, ...]  # where a call is: the code that calls, the place in it, and what it calls
 TORCH = Path(torch.__file__).parent
 
 
@@ -43,6 +43,10 @@ class Asked:
     line: str
 
 
+class Sizes(list[tuple[int, ...]]):
+    """Those of the tensors that a call returned."""
+
+
 class Told(TorchFunctionMode):
     """While it lasts, what a forward is told is noted: `answers` has, by place, what each call there returned that is no tensor,
     and the sizes of what is one."""
@@ -54,7 +58,9 @@ class Told(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = place(sys._getframe(1), func)
         output = func(*args, **(kwargs or {}))
-        self.answers.setdefault(key, []).append([tuple(t.shape) for t in tensors_of(output)] or output)
+        self.answers.setdefault(key, []).append(Sizes(tuple(t.shape) for t in tensors_of(output)) or output)
+        if numbers := {i: n.item() for i, n in enumerate(slotted((args, kwargs or {}))[1]) if is_number(n)}:
+            self.answers.setdefault((*key, "numbers"), []).append(numbers)
         return output
 
 
@@ -74,13 +80,19 @@ class Tells(TorchFunctionMode):
         try:
             output = func(*args, **(kwargs or {}))
         except Exception as error:  # of torch.export, whose class is its own
-            if asks_for_values(error) and is_path(answer):
+            if not asks_for_values(error):
+                raise
+            if is_path(answer):
                 return self.told(func, args, kwargs, answer)
-            raise
+            numbers = self.answers.get((*key, "numbers"), [])[number : number + 1]
+            if not numbers:
+                raise
+            args, kwargs = self.with_numbers((args, kwargs or {}), numbers[0])
+            return func(*args, **kwargs)
         tensors = tensors_of(output)
         if not tensors:
             return self.told(func, args, kwargs, answer) if is_path(answer) and is_unknown(output) else output
-        for t, sizes in zip(tensors, answer if isinstance(answer, list) else ()):
+        for t, sizes in zip(tensors, answer if isinstance(answer, Sizes) else ()):
             unknown = [is_unknown(n) for n in t.shape]
             if any(unknown):
                 for n, m in zip(t.shape, sizes):
@@ -88,6 +100,15 @@ class Tells(TorchFunctionMode):
                 known = tuple(m if is_new else None for m, is_new in zip(sizes, unknown))
                 self.asked.append(Asked([t], "", (), known, line_of_caller()))
         return output
+
+    def with_numbers(self, args: Any, numbers: dict[int, int]) -> Any:
+        """Returns the arguments with whole numbers in place of the tensors that are one: sizes, as in `torch.zeros(n, 4)`."""
+        skeleton, leaves = slotted(args)
+        for i, answer in numbers.items():
+            if isinstance(leaves[i], Tensor):
+                self.asked.append(Asked([leaves[i]], "item", (), answer, line_of_caller()))
+                leaves[i] = answer
+        return filled(skeleton, leaves)
 
     def told(self, func: Any, args: Any, kwargs: Any, answer: Any) -> Any:
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -109,10 +130,15 @@ def name_of(func: Any) -> str:
     return str(getattr(func, "__name__", func))
 
 
+def is_number(value: Any) -> bool:
+    """Whether a tensor is one whole number."""
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point() and not value.is_complex()
+
+
 def is_path(answer: Any) -> bool:
     """Whether an answer is one that a forward chooses its path by: whole numbers and truths, and lists of them."""
     if isinstance(answer, list | tuple):
-        return all(map(is_path, answer))
+        return not isinstance(answer, Sizes) and all(map(is_path, answer))
     return isinstance(answer, bool | int)
 
 

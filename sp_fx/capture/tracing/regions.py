@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ...containers import rebuilt
 from ...gates.calls.autocast import Region, put_under
 from ...gates.dual_path import dual_path
-from ...gates.multihead import multihead_attention
+from ...gates.modules.multihead import multihead_attention
 from ..passed import lets_through
 from .schemas import line_of, name_of, schemas, tags_of
 

@@ -2,6 +2,7 @@
 
     max_pool                                      v -> sum over the windows w of v_w softmax(z_w / tau)     arXiv:2507.22832
     amax, adaptive_max_pool, fractional_max_pool  the same, over other windows; same principle
+    amin  the same of what is negated; same principle
 
 Frozen, a cotangent goes to the maxima of its window equally, the limit as tau -> 0. `v` and the forward's output `y` are
 [..., *windows], the input `x` [..., *spatial]; a temperature of one number a sample has its other axes 1.
@@ -77,6 +78,15 @@ def amax_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) 
     difference = wide(x).clamp(lowest, -lowest) - wide(y).clamp(lowest, -lowest)
     weight = weights(difference, tau)
     return (weight * (v / weight.sum(dim or tuple(range(x.dim())), keepdim=True))).to(x.dtype)
+
+
+def amin(x: Tensor, dim, keepdim: bool) -> Tensor:
+    return torch.amin(x, dim, keepdim)
+
+
+def amin_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) -> Tensor:
+    """The lowest is the highest of what is negated, negated."""
+    return amax_adjoint(v, -x, -y, tau, dim, keepdim)
 
 
 def adaptive_max_pool(x: Tensor, size) -> Tensor:
@@ -157,6 +167,7 @@ def spread_over(v: Tensor, x: Tensor, y: Tensor, tau: Tau, starts: list[Tensor],
 ROWS: dict[str, Row] = {
     "max_pool": Row(max_pool, max_pool_adjoint, 1.0, sees_output=True, homogeneous=True),
     "amax": Row(amax, amax_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
+    "amin": Row(amin, amin_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
     "adaptive_max_pool": Row(
         adaptive_max_pool, adaptive_max_pool_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"
     ),

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ...analysis.calls import AFFINE_ROWS
+from ...analysis.calls import AFFINE_ROWS, name_of, recurrent_name
+from ...analysis.ops import STATEFUL
 from ...analysis.readers import Gate
 from ...gates.adjoints.norms import frozen_cosine
 from ...gates.adjoints.row import FROZEN, Temperature
 from ...gates.dual_path import dual_path
-from ...gates.multihead import multihead_attention
+from ...gates.modules.multihead import multihead_attention
+from ...gates.modules.recurrent import recurrent
 from .rewriting import Edit, Rewriting, Softness
 
 
@@ -135,6 +137,54 @@ class OpenLeaf(Edit):
             "weights": weights, "num_heads": leaf.num_heads, "tau": self.tau, "batch_first": leaf.batch_first,
             "add_zero_attn": leaf.add_zero_attn, **arguments,
         })  # fmt: skip
+
+
+@dataclass
+class Recur(Edit):
+    """What an LSTM or a GRU returns goes back through the loop over its steps, whose gates are constants: of the module `leaf`,
+    or of a call of torch's own op."""
+
+    node: fx.Node
+    leaf: nn.Module | None
+
+    def apply(self, to: Rewriting) -> None:
+        node, users = self.node, list(self.node.users)
+        with to.graph.inserting_before(node):
+            (inputs, state, weights), options = self.of_op() if self.leaf is None else self.of_leaf(to)
+        name = name_of(node) if self.leaf is None else recurrent_name(self.leaf)
+        options |= {"stateful": name in STATEFUL, "cell": name.endswith("_cell")}
+        options |= {"autocast": node.meta["autocast"]} if node.meta.get("autocast") else {}
+        with to.graph.inserting_after(node):
+            soft = to.graph.call_function(recurrent, (node, inputs, state, weights), options)
+        soft.meta.update(node.meta)
+        node.meta.pop("place", None)
+        for user in users:
+            user.replace_input_with(node, soft)
+        to.instead[node] = to.passing[node] = soft
+
+    def of_leaf(self, to: Rewriting) -> tuple[tuple[Any, Any, list[Any]], dict[str, Any]]:
+        leaf: Any = self.leaf
+        arguments = {**dict(zip(("input", "hx"), self.node.args)), **self.node.kwargs}
+        if isinstance(leaf, nn.RNNCellBase):
+            names, options = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if leaf.bias else [])], {}
+        else:
+            names = list(leaf._flat_weights_names)
+            options = {"layers": leaf.num_layers, "bidirectional": leaf.bidirectional, "batch_first": leaf.batch_first}
+        weights = [to.graph.get_attr(f"{self.node.target}.{name}") for name in names]
+        return (arguments["input"], arguments.get("hx"), weights), {"biases": leaf.bias, **options}
+
+    def of_op(self) -> tuple[tuple[Any, Any, list[Any]], dict[str, Any]]:
+        args = list[Any](self.node.args)
+        if name_of(self.node).endswith("_cell"):
+            inputs, state, *weights = args[:6]
+            biases = len(weights) == 4 and weights[2] is not None
+            return (inputs, state, weights if biases else weights[:2]), {"biases": biases}
+        options: dict[str, Any] = {"flat": True}
+        if isinstance(args[3], list | tuple):  # of packed data, whose steps have these many samples
+            options["batch_sizes"] = args.pop(1)
+        inputs, state, weights, biases, layers, _, _, bidirectional, *batch_first = args
+        options |= {"biases": biases, "layers": layers, "bidirectional": bidirectional, "batch_first": batch_first == [True]}
+        return (inputs, state, list(weights)), options
 
 
 def side_by_side(a: Tensor, b: Tensor, sign: int = 1) -> Tensor:

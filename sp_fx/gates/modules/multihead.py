@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from .adjoints.attention import is_tempered, tempered_softmax
-from .adjoints.row import Temperature
-from .calls.autocast import Region, under
-from .dual_path import dual_path, frozen
+from ..adjoints.attention import is_tempered, tempered_softmax
+from ..adjoints.row import Temperature
+from ..calls.autocast import Region, under
+from ..dual_path import dual_path, frozen
 
 
 def multihead_attention(
