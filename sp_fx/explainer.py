@@ -15,6 +15,7 @@ from .methods.captured import CapturedModule
 from .methods.requests import Inputs, Request
 from .rewrite.report import Report
 from .targets import Target
+from .texts.tokens import Tokens, tokens
 
 if TYPE_CHECKING:
     from .program.program import Program
@@ -121,6 +122,34 @@ class Explainer(CapturedModule):
         """
         ascent = Ascent(steps, step_size, bounds, radius, clip, norm, relative)
         return pullbacks.ascend(self, Request(inputs, target, forward_kwargs, wrt, batch_size), ascent, return_path)
+
+    def tokens(
+        self,
+        inputs: Inputs,
+        target: Target = None,
+        *,
+        tokenizer: Any = None,
+        embedding: str | None = None,
+        forward_kwargs: Mapping[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> Tokens:
+        """The share of each token of a text in what is explained: which words speak for the target, and which against it.
+
+        One pullback at the embedding of the tokens, times the embedding. `print` shows the words with their parts in per cent, a
+        notebook on a scale of red and blue; `in_colour()` is for terminals.
+
+        Args:
+            inputs: token ids [B, L], as what a tokenizer returns has them, with their attention mask; what is masked has share 0.
+            target: as for `pullback`; `targets.token`, `targets.similarity` and `targets.span` are those of texts.
+            tokenizer: what makes words of ids: one of transformers, a function, or a sequence of words by id. None shows the ids.
+            embedding: the activation of the tokens, [B, L, width]; None for the first table that ids are looked up in.
+
+        Raises:
+            TypeError: nothing is looked up in a table, or the embedding is of another shape.
+            ValueError: an `embedding` that names no activation.
+        """
+        options: dict[str, Any] = {"embedding": embedding, "tokenizer": tokenizer}
+        return tokens(self, inputs, target, **options, forward_kwargs=forward_kwargs, batch_size=batch_size)
 
     def attribute(self, inputs: Inputs, target: Target = None, additional_forward_args: Any = None) -> Any:
         """The soft pullback under the calling convention of Captum's attribution methods.

@@ -20,24 +20,10 @@ README = Path(__file__).parents[1] / "README.md"
 ROOT = Path(sp_fx.__file__).parent
 
 
-ORDER = (  # lowest first: a file imports from its own folder and from those before it
-    *("containers", "version", "targets", "zoo", "gates", "capture", "analysis", "rewrite", "measured", "methods", "program"),
-    *(
-        "explainer",
-        "build",
-        "checks",
-        "models",
-        "figures",
-        "bridges",
-        "viewer",
-        "packages",
-        "serving",
-        "plot",
-        "offline",
-        "cli",
-        "__main__",
-    ),
-)
+ORDER = """
+containers version targets zoo gates capture analysis rewrite measured methods texts program
+explainer build checks models figures bridges viewer packages serving plot offline cli __main__
+""".split()  # lowest first: a file imports from its own folder and from those before it
 FILES = sorted(p for p in ROOT.rglob("*.py"))
 
 

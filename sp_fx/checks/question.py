@@ -12,10 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.ops import LOOKUPS
-from ..analysis.signals import called
 from ..capture.arguments import ByName, Given
-from ..capture.passed import lets_through
 from ..capture.tracing.draws import DRAWS
 from ..containers import cloned, rebuilt, tensors_of
 from ..explainer import Explainer
@@ -24,8 +21,9 @@ from ..gates.dual_path import dual_path
 from ..gates.modules.multihead import multihead_attention
 from ..gates.table import TABLE
 from ..measured.runs import Coarsest, distance, one_seed, perturbed
-from ..methods.subgraphs import activations, needed_after
+from ..methods.subgraphs import needed_after
 from ..targets import Target, seed
+from ..texts.tokens import looked_up
 
 # What a check that is exact but for rounding may be off by, by the coarsest dtype that the graph computes in.
 EXACT = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 0.2}
@@ -222,26 +220,3 @@ def asked(explainer: Explainer, args: tuple, kwargs: Mapping[str, Any], target: 
         activation = stem(*cloned(args), **cloned(dict(kwargs)))
     more, named = needed_after(tail.graph, whole.arguments)
     return Question(tail, (activation, *more), named, target, name)
-
-
-def looked_up(graph: fx.Graph) -> str:
-    """Returns the name of the first activation that is looked up in a table by what varies; "" where there is none."""
-    inputs = set(graph.find_nodes(op="placeholder"))
-    for node in graph.nodes:
-        if inputs.intersection(node.all_input_nodes):
-            inputs.add(node)
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for name, node in sorted(activations(graph).items(), key=lambda pair: order[pair[1]]):
-        if node in inputs and is_lookup(graph, node):
-            return name
-    return ""
-
-
-def is_lookup(graph: fx.Graph, node: fx.Node) -> bool:
-    """Whether a node is what a table gives for positions in it, or a mark of that."""
-    if node.op != "call_module":
-        return called(node) in LOOKUPS - {"getitem"}
-    module = graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-    if lets_through(module):
-        return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0])
-    return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)

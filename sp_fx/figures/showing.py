@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..texts.tokens import Tokens
 from .drawing import ACTIVATION, SLOPE, Unit, as_png, reading, save, table
 from .layouts import explained, shown_units
+from .words import Words
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,6 +46,11 @@ class Shown:
         save(self.figure, file, about)
 
 
+@overload
+def show(x: Tokens) -> Words: ...
+
+
+@overload
 def show(
     x: Array,
     maps: Maps,
@@ -53,13 +60,26 @@ def show(
     unit: Units = SLOPE,
     times_input: bool = False,
     blur: float = 0.0,
-) -> Shown:
-    """Pictures and their maps, drawn: picture, signed map and overlay, a row for each map of each picture.
+) -> Shown: ...
+
+
+def show(
+    x: Array | Tokens,
+    maps: Maps | None = None,
+    titles: str | Sequence[str] | None = None,
+    *,
+    captions: str | Sequence[str] | None = None,
+    unit: Units = SLOPE,
+    times_input: bool = False,
+    blur: float = 0.0,
+) -> Shown | Words:
+    """Pictures and their maps, drawn: picture, signed map and overlay, a row for each map of each picture. Of what
+    `explainer.tokens` returns, the words of its texts, red for the target and blue against it.
 
     Red in a map: a brighter pixel there raises the score; blue: a darker one does.
 
     Args:
-        x: pictures [C, H, W] or [B, C, H, W] in [-1, 1], of one or three channels, floating point.
+        x: pictures [C, H, W] or [B, C, H, W] in [-1, 1], of one or three channels, floating point; or a `Tokens`, alone.
         maps: of each picture one, [C, H, W] or [B, C, H, W], or T, [B, T, C, H, W]; or several by their titles,
             `{"pullback": a, "Grad-CAM": b}`. C is the picture's, or 1, or left out ([B, H, W]); height and width may be others
             than the picture's. Where there is one picture, it and its maps may have the axis B or not.
@@ -77,6 +97,8 @@ def show(
     Raises:
         ValueError: something that does not fit the above, is not finite, or has more than 32 rows; it says what.
     """
+    if isinstance(x, Tokens):
+        return Words(x)
     pictures = _pictures(x)
     count = len(pictures)
     if isinstance(maps, Mapping):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .containers import is_array, primary
+from ..containers import is_array, primary
 
 Class = int | Tensor | Sequence[int] | None
 Target = int | Sequence | Tensor | Callable[[Any], Tensor] | None

@@ -1,0 +1,58 @@
+"""Targets: which direction of the output is pulled back. `directions` has those of classes, neurons and channels; `tasks` those
+of tokens, sentences, regions and boxes."""
+
+from ..containers import primary
+from .directions import (
+    FORMS,
+    Class,
+    Direction,
+    Target,
+    as_target,
+    at,
+    channel,
+    chosen,
+    classes_of,
+    fisher_rao,
+    free,
+    indices_of,
+    log_probability,
+    looks_one_hot,
+    margin,
+    neuron,
+    only_output,
+    refuse_one_hot,
+    resolve,
+    score,
+    seed,
+)
+from .tasks import box, region, similarity, span, token
+
+__all__ = [
+    "FORMS",
+    "Class",
+    "Direction",
+    "Target",
+    "as_target",
+    "at",
+    "box",
+    "channel",
+    "chosen",
+    "classes_of",
+    "fisher_rao",
+    "free",
+    "indices_of",
+    "log_probability",
+    "looks_one_hot",
+    "margin",
+    "neuron",
+    "only_output",
+    "primary",
+    "refuse_one_hot",
+    "region",
+    "resolve",
+    "score",
+    "seed",
+    "similarity",
+    "span",
+    "token",
+]

@@ -1,0 +1,1 @@
+"""Explanations of texts: the share of each token, and its pictures."""

@@ -1,0 +1,213 @@
+"""The share of each token of a text in what is explained: the pullback at the embedding of the tokens, times the embedding."""
+
+from __future__ import annotations
+
+import html
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..analysis.ops import LOOKUPS
+from ..analysis.signals import called
+from ..capture.passed import lets_through
+from ..containers import tensors_of
+from ..methods.captured import CapturedModule
+from ..methods.pullbacks import pullback
+from ..methods.requests import InputError, Inputs, Request, Target
+from ..methods.subgraphs import activations, find
+
+POSITIVE, NEGATIVE = (178, 24, 43), (33, 102, 172)  # red and blue of a diverging scale, as maps of pictures have them
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The share of each token, of a batch of B texts of L tokens.
+
+    Attributes:
+        tokens: the tokens of each text, B lists of L.
+        shares: [B, L], signed: above 0 what speaks for the target, below 0 what speaks against it; 0 at padding. Of T targets a
+            sample [B, T, L]. They are the inner product of the map with the embedding of each token.
+        real: [B, L], True where a token is none of the padding.
+        embedding: the name of the embedding.
+    """
+
+    tokens: list[list[str]]
+    shares: Tensor
+    real: Tensor
+    embedding: str
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def of(self, sample: int, target: int = 0) -> list[tuple[str, float]]:
+        """The tokens of one text with their shares, without its padding."""
+        shares = self.shares[sample] if self.shares.dim() == 2 else self.shares[sample, target]
+        return [(t, float(s)) for t, s, real in zip(self.tokens[sample], shares, self.real[sample]) if real]
+
+    def words(self, sample: int, target: int = 0) -> list[tuple[str, float]]:
+        """The words of one text with their shares: pieces of a word, as `##ing` after `sing`, are added up."""
+        words: list[tuple[str, float]] = []
+        for token, share in self.of(sample, target):
+            piece = token.startswith("##") or (bool(words) and self._starts_words(sample) and token[:1] not in "Ġ▁")
+            text = token.removeprefix("##").lstrip("Ġ▁")
+            if piece and words:
+                words[-1] = (words[-1][0] + text, words[-1][1] + share)
+            else:
+                words.append((text, share))
+        return words
+
+    def _starts_words(self, sample: int) -> bool:
+        """Whether the tokens of a text say where a word starts, as those of GPT-2 (`Ġfilm`) and T5 (`▁film`) do."""
+        return any(token[:1] in ("Ġ", "▁") for token in self.tokens[sample])
+
+    def relative(self, sample: int, target: int = 0) -> list[tuple[str, float]]:
+        """The words with their parts of all that speaks for or against: the absolute values add up to 1."""
+        words = self.words(sample, target)
+        whole = sum(abs(share) for _, share in words) or 1.0
+        return [(word, share / whole) for word, share in words]
+
+    def __str__(self) -> str:
+        """Each text on a line, each word with its part in per cent: "a film[+41] without[-3] equal[+22]"."""
+        return "\n".join(
+            " ".join(word + (f"[{round(100 * part):+d}]" if abs(part) >= 0.005 else "") for word, part in self.relative(i))
+            for i in range(len(self))
+        )
+
+    def in_colour(self) -> str:
+        """The texts for a terminal of true colours, each word on its colour of the scale."""
+        lines = []
+        for i in range(len(self)):
+            cells = [f"\x1b[48;2;{r};{g};{b}m\x1b[38;2;0;0;0m{w}\x1b[0m" for w, (r, g, b) in self.coloured(i)]
+            lines.append(" ".join(cells))
+        return "\n".join(lines)
+
+    def coloured(self, sample: int, target: int = 0) -> list[tuple[str, tuple[int, int, int]]]:
+        """The words of one text with their colours: white at 0, and full at the largest share."""
+        words = self.words(sample, target)
+        most = max((abs(share) for _, share in words), default=0.0) or 1.0
+        return [(word, colour(share / most)) for word, share in words]
+
+    def _repr_html_(self) -> str:
+        """The texts as a notebook shows them: red words speak for the target, blue ones against it."""
+        lines = []
+        for i in range(len(self)):
+            parts = dict(enumerate(part for _, part in self.relative(i)))
+            spans = "".join(
+                f'<span title="{100 * parts[j]:+.1f} %" style="background:rgb{c};color:#000;padding:1px 3px;margin:1px;'
+                f'border-radius:3px">{html.escape(word)}</span> '
+                for j, (word, c) in enumerate(self.coloured(i))
+            )
+            lines.append(f'<p style="line-height:1.9">{spans}</p>')
+        return f'<div class="sp-fx-tokens">{"".join(lines)}<small>red: for the target, blue: against it</small></div>'
+
+
+def colour(value: float) -> tuple[int, int, int]:
+    """The colour of a share in [-1, 1]: white at 0, red above, blue below."""
+    end = POSITIVE if value >= 0 else NEGATIVE
+    strength = min(abs(value), 1.0) * 0.75  # black letters stay readable
+    r, g, b = (round(255 + strength * (c - 255)) for c in end)
+    return r, g, b
+
+
+def tokens(
+    module: CapturedModule,
+    inputs: Inputs,
+    target: Target,
+    *,
+    embedding: str | None,
+    tokenizer: Any,
+    forward_kwargs: Mapping[str, Any] | None,
+    batch_size: int | None,
+) -> Tokens:
+    """`Explainer.tokens`."""
+    args, kwargs = Request(inputs, forward_kwargs=forward_kwargs).arguments(module.forward)
+    arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    with torch.inference_mode(False):
+        graph = module.for_call(*args, **kwargs)
+        name = embedding or looked_up(graph.graph)
+        if not name:
+            raise InputError("no token ids are looked up in a table: pass embedding= the name of the activation of the tokens")
+        stem, _ = graph.split(name)
+        with torch.no_grad():
+            values = stem(*args, **kwargs)
+        maps = pullback(module, Request(inputs, target, forward_kwargs, name, batch_size))
+    if values.dim() != 3:
+        raise InputError(f"{name} is of shape {list(values.shape)}; an embedding of tokens is [B, L, width]")
+    ids = ids_of(graph.graph, name, arguments, values)
+    mask = mask_of(arguments, ids)
+    real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if mask is None else mask.bool()
+    shares = (maps * (values if maps.dim() == 3 else values[:, None])).sum(-1)
+    shares = shares.masked_fill(~(real if shares.dim() == 2 else real[:, None]), 0.0)
+    return Tokens(texts_of(ids, values, tokenizer), shares, real, name)
+
+
+def texts_of(ids: Tensor | None, values: Tensor, tokenizer: Any) -> list[list[str]]:
+    """The tokens as text: by the tokenizer's `convert_ids_to_tokens`, a function or a sequence of words by id; else the ids."""
+    if ids is None:
+        return [[str(i) for i in range(values.shape[1])] for _ in range(values.shape[0])]
+    rows = ids.expand(values.shape[0], -1).tolist() if ids.dim() == 2 else ids.tolist()
+    if tokenizer is None:
+        return [[str(i) for i in row] for row in rows]
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return [[str(t) for t in tokenizer.convert_ids_to_tokens(row)] for row in rows]
+    word: Callable[[int], Any] = tokenizer if callable(tokenizer) else tokenizer.__getitem__
+    return [[str(word(i)) for i in row] for row in rows]
+
+
+def ids_of(graph: fx.Graph, name: str, arguments: Mapping[str, Any], values: Tensor) -> Tensor | None:
+    """The token ids among the arguments: those that the embedding is made from, where they have an id for each of its rows."""
+    seen, queue = set(), [find(graph, name, "embedding")]
+    while queue:
+        at = queue.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        queue += at.all_input_nodes
+    names = {str(node.target).lstrip("*") for node in seen if node.op == "placeholder"}
+    own = [t for n, value in arguments.items() if n in names for t in tensors_of(value)]
+    fits = [t for t in own if not t.is_floating_point() and t.dim() == 2 and t.shape[1] == values.shape[1]]
+    return next((t for t in fits if not is_mask(t)), next(iter(fits), None))
+
+
+def mask_of(arguments: Mapping[str, Any], ids: Tensor | None) -> Tensor | None:
+    """The attention mask among the arguments: the tensor of zeros and ones that is shaped like the ids and is called a mask, or
+    else the only one there is."""
+    if ids is None:
+        return None
+    named: dict[str, Tensor] = {}
+    for name, value in arguments.items():
+        items = value.items() if isinstance(value, Mapping) else [(name, value)]
+        named |= {str(n): t for n, t in items if isinstance(t, Tensor) and t is not ids and t.shape == ids.shape and is_mask(t)}
+    called_so: Sequence[Tensor] = [t for n, t in named.items() if "mask" in n.lower()]
+    return next(iter(called_so), None)
+
+
+def is_mask(t: Tensor) -> bool:
+    return bool(((t == 0) | (t == 1)).all())
+
+
+def looked_up(graph: fx.Graph) -> str:
+    """Returns the name of the first activation that is looked up in a table by what varies; "" where there is none."""
+    inputs = set(graph.find_nodes(op="placeholder"))
+    for node in graph.nodes:
+        if inputs.intersection(node.all_input_nodes):
+            inputs.add(node)
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for name, node in sorted(activations(graph).items(), key=lambda pair: order[pair[1]]):
+        if node in inputs and is_lookup(graph, node):
+            return name
+    return ""
+
+
+def is_lookup(graph: fx.Graph, node: fx.Node) -> bool:
+    """Whether a node is what a table gives for positions in it, or a mark of that."""
+    if node.op != "call_module":
+        return called(node) in LOOKUPS - {"getitem"}
+    module = graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
+    if lets_through(module):
+        return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0])
+    return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)

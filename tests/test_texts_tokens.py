@@ -1,0 +1,107 @@
+"""The share of each token: against the gradient by the embedding, written out here; words, padding, pictures."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sp_fx
+from helpers import relative
+from test_capture_sizes import Text, tokens
+
+WORDS = ["[PAD]", "[CLS]", "a", "film", "without", "##out", "equal", "<b>", *(f"w{i}" for i in range(8, 30))]
+PLAIN = sp_fx.Rules(**dict.fromkeys(sp_fx.gates.rules.KINDS))
+
+
+class Tokenizer:
+    def convert_ids_to_tokens(self, ids):
+        return [WORDS[i] for i in ids]
+
+
+def explained(rules=None, batch=2, length=7):
+    example = (tokens(batch, length), torch.ones(batch, length, dtype=torch.long))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the plain gradient
+        return sp_fx.transform(Text().eval(), rules=rules or sp_fx.Rules(), example_inputs=example)
+
+
+def by_hand(model, ids, mask, target):
+    """Gradient times embedding, in one number a token."""
+    words = model.words(ids).detach().requires_grad_()
+    forward, model.words.forward = model.words.forward, lambda _: words
+    try:
+        (slope,) = torch.autograd.grad(model(ids, mask)[:, target].sum(), words)
+    finally:
+        model.words.forward = forward
+    return (slope * words).sum(-1).detach()
+
+
+def test_shares_are_the_map_times_the_embedding():
+    model, explainer = Text().eval(), explained(PLAIN)
+    for batch, length in ((2, 7), (1, 3), (3, 20)):
+        ids, mask = tokens(batch, length), torch.ones(batch, length, dtype=torch.long)
+        mask[0, length - 1] = 0
+        found = explainer.tokens({"ids": ids, "mask": mask}, 1)
+        assert found.embedding == "words" and relative(found.shares, by_hand(model, ids, mask, 1)) <= 1e-5
+        assert found.shares[0, -1] == 0 and not found.real[0, -1] and len(found.of(0)) == length - 1
+        assert torch.equal(found.shares, explainer.tokens((ids, mask), 1).shares)
+    several = explainer.tokens((ids, mask), [[0, 1, 2]] * 3)
+    assert several.shares.shape == (3, 3, 20) and relative(several.shares[:, 1], found.shares) <= 1e-5
+
+
+def test_padding_has_no_share_and_changes_none():
+    explainer = explained()
+    ids = tokens(1, 6)
+    alone = explainer.tokens((ids, torch.ones_like(ids)), 1)
+    padded = explainer.tokens((F.pad(ids, (0, 9)), F.pad(torch.ones_like(ids), (0, 9))), 1)
+    assert relative(padded.shares[:, :6], alone.shares) <= 1e-6 and not padded.shares[:, 6:].any()
+    assert [t for t, _ in padded.of(0)] == [t for t, _ in alone.of(0)]
+
+
+def test_words_and_how_they_are_shown():
+    explainer = explained()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 7, 0]])
+    mask = (ids != 0).long()
+    found = explainer.tokens((ids, mask), 1, tokenizer=Tokenizer())
+    assert found.tokens == [["[CLS]", "a", "film", "without", "##out", "<b>", "[PAD]"]]
+    words = found.words(0)
+    assert [w for w, _ in words] == ["[CLS]", "a", "film", "withoutout", "<b>"]
+    assert words[3][1] == pytest.approx(float(found.shares[0, 3] + found.shares[0, 4]))
+    assert sum(abs(p) for _, p in found.relative(0)) == pytest.approx(1.0)
+    page = found._repr_html_()
+    assert "&lt;b&gt;" in page and "<b>" not in page and page.count("<span") == 5
+    assert "film[" in str(found) and "\x1b[48;2;" in found.in_colour()
+    for tokenizer in (WORDS, lambda i: WORDS[i], dict(enumerate(WORDS))):
+        assert explainer.tokens((ids, mask), 1, tokenizer=tokenizer).tokens == found.tokens
+    assert explainer.tokens((ids, mask), 1).tokens[0][:2] == ["1", "2"]
+    spaced = sp_fx.texts.tokens.Tokens([["Ġa", "Ġfil", "m"]], torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3).bool(), "")
+    assert spaced.words(0) == [("a", 1.0), ("film", 5.0)]
+
+
+def test_what_has_no_tokens_says_so():
+    explainer = sp_fx.transform(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+    with pytest.raises(TypeError, match="no token ids are looked up"):
+        explainer.tokens(torch.randn(2, 4), 1)
+    with pytest.raises(ValueError, match="the nearest"):
+        explained().tokens((tokens(2, 7), torch.ones(2, 7).long()), 1, embedding="wordz")
+    with pytest.raises(TypeError, match=r"head is of shape \[2, 3\]"):
+        explained().tokens((tokens(2, 7), torch.ones(2, 7).long()), 1, embedding="head")
+
+
+def test_words_are_drawn_and_saved(tmp_path):
+    pytest.importorskip("matplotlib")
+    ids = torch.tensor([[1, 2, 3, 4, 5, 7, 0], [1, *range(8, 14)]])
+    found = explained().tokens((ids, (ids != 0).long()), 1, tokenizer=Tokenizer())
+    shown = sp_fx.show(found)
+    assert repr(shown) == str(found) and shown._repr_html_() == found._repr_html_()
+    shown.save(tmp_path / "words.html")
+    assert "&lt;b&gt;" in (tmp_path / "words.html").read_text(encoding="utf-8")
+    shown.save(tmp_path / "words.png")
+    assert (tmp_path / "words.png").read_bytes()[:4] == b"\x89PNG"
+    drawn = [text.get_text() for text in shown.figure.texts]
+    assert drawn[:-1] == [w for i in range(2) for w, _ in found.words(i)] and drawn[-1].startswith("red: for the target")
+    boxes = [text.get_bbox_patch().get_facecolor()[:3] for text in shown.figure.texts[:-1]]
+    shares = [s for i in range(2) for _, s in found.words(i)]
+    assert all((red >= blue) == (share >= 0) for (red, _, blue), share in zip(boxes, shares))
