@@ -573,7 +573,7 @@ def test_a_refusal_is_short(way):
     """The line, the construct and what to do."""
 
     def halved(m, h):
-        while h.norm() > 1:
+        while float(h.norm()) > 1:  # a number, which is another one at each call
             h = h / 2
         return F.relu(h)
 

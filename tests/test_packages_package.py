@@ -62,6 +62,38 @@ def test_every_golden_network_travels(net, suffix, tmp_path, interpreted):
     assert relative(maps, data["soft_pullback"]) <= 1e-4
 
 
+class Attends(nn.Module):
+    """Activations [B, L, 8] and a mask of tokens, as a text model from its embedding on."""
+
+    def __init__(self, causal):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.causal = nn.Linear(8, 24), nn.Linear(8, 3), causal
+
+    def forward(self, h, mask):
+        q, k, v = (t.unflatten(-1, (2, 4)).transpose(1, 2) for t in self.first(h).chunk(3, -1))
+        allowed = None if self.causal else mask[:, None, None, :].bool()
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, is_causal=self.causal)
+        return self.last(y.transpose(1, 2).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_of_a_text_that_is_masked_whole(interpreted, tmp_path, causal):
+    """Whole numbers of the probe are the example's: a mask of zeros, which hides all of a text, is no probe. Where one comes, the
+    package answers as the program does, without NaN."""
+    h, mask = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.ones(3, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    explainer = sp_fx.transform(Attends(causal).eval(), tracer="export", example_inputs=(h, mask))
+    program = explainer.compile("pullback", example_inputs=(h, mask), inductor=False)
+    packaged = sp_fx.load(program.save(tmp_path / "text.onnx"))
+    assert packaged.manifest["probe"]["integers"] == [None, mask[:2].tolist()]
+    hidden = mask.clone()
+    hidden[2] = 0
+    for given in (mask, hidden):
+        (y, maps), (want, wanted) = packaged((h, given), 1), program((h, given), 1)
+        assert y.isfinite().all() and relative(y, want) <= 1e-5 and relative(maps[0], wanted[0]) <= 1e-4
+
+
 def test_onnx_takes_means_without_loss(interpreted, tmp_path):
     """The scale of a pooling is a mean of squares over 400,000 numbers a sample: added up in a row, as ONNX Runtime does over
     several axes at once, it is 1e-5 off. With a head of ones the map hangs on that scale alone."""

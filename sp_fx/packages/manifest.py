@@ -25,7 +25,7 @@ from ..program.program import Program
 from ..program.signature import Run, Signature
 from ..version import __version__
 from .errors import PackageError
-from .probe import answer, probe_batch
+from .probe import answer, probe_batch, probe_integers
 
 FORMAT = 4
 READ = (2, 3, FORMAT)  # 2 had no norm of an ascent's steps; 3 no preprocessing, and called the target's dtype the output's
@@ -83,6 +83,7 @@ def describe(
         "weights_sha256": weights_digest(program.graph),
         "probe": {
             "batch": probe_batch(program),
+            "integers": probe_integers(program),
             "tolerance": signature.tolerance,
             "outputs": [numbers.tolist() for numbers in outputs],
             "maps": [numbers.tolist() for numbers in maps],

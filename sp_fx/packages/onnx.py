@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
+import operator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     import onnx
 
     graph = means_by_axis(program.graph if program.device.type == "cpu" else moved_to_cpu(program.graph))
+    finite_attention(graph)
     example = [x.cpu() for x in program.example]
     try:
         with torch.inference_mode(False), torch.no_grad():
@@ -129,6 +132,41 @@ def means_by_axis(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         graph.graph.erase_node(node)
     graph.recompile()
     return graph
+
+
+def finite_attention(graph: torch.fx.GraphModule) -> None:
+    """Writes each fused attention out, with 0 for what all keys are masked of, as PyTorch has it: ONNX's softmax of a row of -inf
+    is NaN."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    tracer = torch.fx.proxy.GraphAppendingTracer(graph.graph)
+    for node in graph.graph.find_nodes(op="call_function", target=attention):
+        arguments: dict[str, Any] = dict(zip(("query", "key", "value", "dropout_p", "is_causal"), node.args)) | dict(node.kwargs)
+        (length, width), keys = arguments["query"].meta["val"].shape[-2:], arguments["key"].meta["val"].shape[-2]
+        outputs = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        if len(outputs) < len(node.users):  # somebody reads the logarithm of its sums
+            continue
+        with graph.graph.inserting_before(node):
+            query, key, value = (cast(Any, torch.fx.Proxy(arguments[name], tracer)) for name in ("query", "key", "value"))
+            scale = arguments.get("scale")
+            scores = torch.matmul(query * (width**-0.5 if scale is None else scale), torch.transpose(key, -2, -1))
+            if (mask := arguments.get("attn_mask")) is not None:
+                added = cast(Any, torch.fx.Proxy(mask, tracer))
+                is_bool = mask.meta["val"].dtype == torch.bool
+                scores = torch.where(added, scores, -math.inf) if is_bool else scores + added
+            if arguments.get("is_causal"):
+                seen = torch.ones(length, keys, dtype=torch.bool).tril()
+                graph.register_buffer(f"{node.name}_seen", seen)
+                of_seen = cast(Any, torch.fx.Proxy(graph.graph.get_attr(f"{node.name}_seen"), tracer))
+                scores = torch.where(of_seen, scores, -math.inf)
+            some = torch.amax(scores, -1, True) > -math.inf
+            mixed = torch.matmul(torch.where(some, torch.softmax(scores, -1), 0.0), value)
+            mixed = cast(Any, mixed.transpose(1, 2).contiguous().transpose(1, 2)).node  # as the fused one lies in memory
+        mixed.meta = dict(outputs[0].meta)
+        for user in outputs:
+            user.replace_all_uses_with(mixed)
+            graph.graph.erase_node(user)
+        graph.graph.erase_node(node)
+    graph.recompile()
 
 
 def moved_to_cpu(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:

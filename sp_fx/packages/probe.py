@@ -31,13 +31,28 @@ def probe_batch(program: Program) -> int:
 
 
 def probe(program: Program) -> list[Tensor]:
-    """Returns the inputs of the probe: `weyl` in row-major order; integer inputs are zeros."""
+    """Returns the inputs of the probe: `weyl` in row-major order; integer inputs are those of the example, as token ids and masks
+    are no numbers to make up: a mask of zeros hides all of a text, and its softmax is NaN in some engines."""
     count, values = probe_batch(program), []
-    for shape, dtype in zip(program.shapes, program.dtypes):
+    for shape, dtype, integers in zip(program.shapes, program.dtypes, probe_integers(program)):
         size = (count, *shape)
-        value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if dtype.is_floating_point else torch.zeros(size)
+        value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if integers is None else torch.tensor(integers).view(size)
         values.append(value.to(program.device, dtype))
     return values
+
+
+def probe_integers(program: Program) -> list[list[Any] | None]:
+    """Returns the integer inputs of the probe as nested lists, None for those that float: of the example, or as the manifest has
+    them; zeros of a package of before, which has none."""
+    count = probe_batch(program)
+    if program.manifest is not None and "integers" in program.manifest["probe"]:
+        return program.manifest["probe"]["integers"]
+    integers: list[list[Any] | None] = []
+    for i, (shape, dtype) in enumerate(zip(program.shapes, program.dtypes)):
+        given = torch.zeros((count, *shape), dtype=dtype) if program.example is None else program.example[i]
+        several = torch.cat([given] * count)[:count]
+        integers.append(None if dtype.is_floating_point else several.long().tolist())
+    return integers
 
 
 def probe_target(program: Program) -> Any:
