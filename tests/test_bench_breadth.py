@@ -115,8 +115,14 @@ def test_product_with_a_gate_holds_the_gate_alone():
     for gate in (torch.sigmoid, F.silu, F.relu):
         found, _ = held(lambda x, gate=gate: gate(x @ A) * (x @ B))
         assert relative(found[0], (U * gate(X @ A)) @ B.T) < 1e-14
-    plain, _ = backward(Of(lambda x: (x @ A) * (x @ B)), (X,), None, hold=False)
-    assert distance(held(lambda x: (x @ A) * (x @ B))[0], plain) == 0  # of two signals neither is a gate
+    two = (
+        lambda x: (x @ A) * (x @ B),
+        lambda x: F.relu(x @ A) * ((x @ B).clamp(-1, 1) + 1),
+        lambda x: (x @ A).sigmoid() * (x @ B).tanh(),
+    )
+    for function in two:  # neither is a gate, or both are
+        plain, _ = backward(Of(function), (X,), None, hold=False)
+        assert distance(held(function)[0], plain) == 0
     halves, _ = held(lambda x: F.glu(torch.cat([x @ A, x @ B], 1), 1))
     assert relative(halves[0], (U * torch.sigmoid(X @ B)) @ A.T) < 1e-14
 

@@ -104,3 +104,42 @@ def test_hooks_of_somebody_else_do_not_run_and_are_told():
     with pytest.warns(UserWarning, match=r"the hook of last, .*lambda.* does not run"):
         explainer = sp_fx.transform(model)
     assert torch.equal(explainer(X), model(X)) and len(seen) == 1 and isinstance(seen[0], torch.Tensor)
+
+
+class SetsLater(nn.Module):
+    """Returns a mapping whose keys were set in another order than its class has them, as the outputs of transformers may be."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.last = Inner(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        found = self.inner(x)
+        return self.last(found["a"].relu() + found["b"].sum((1, 2))[:, None])
+
+
+class Ordered(dict):
+    """Has its keys in the order of its class, whatever the order they come in."""
+
+    def __init__(self, values):
+        super().__init__({key: values[key] for key in ("a", "b")})
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+
+    def forward(self, x):
+        found = Ordered({"a": x, "b": x})
+        del found["a"]
+        found["b"], found["a"] = F.gelu(self.first(x))[:, None], x * 2
+        return found
+
+
+def test_outputs_that_were_set_in_another_order():
+    model = SetsLater().eval()
+    assert list(model.inner(X)) == ["b", "a"] and list(Ordered(model.inner(X))) == ["a", "b"]
+    explainer = sp_fx.transform(model, tracer="export", example_inputs=X)
+    assert torch.equal(explainer(X), model(X))

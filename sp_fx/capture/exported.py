@@ -147,6 +147,8 @@ class Exported:
         before.stored.clear()  # an export copies lists and dictionaries in the attributes: a run shows what the forward changes
         self.notes += before.notes()
         self.source = program.module(check_guards=False)
+        if any(getattr(node.target, "__module__", "") == "torch._functorch.predispatch" for node in self.source.graph.nodes):
+            raise CaptureError("torch.export leaves a part of it under vmap, as of an associative scan")
         self.placeholders = self.source.graph.find_nodes(op="placeholder")
         sizes = [node.meta["val"].shape for node in self.placeholders]
         self.varies = tuple(frozenset(axis for axis, n in enumerate(of) if is_open(n)) for of in sizes)

@@ -214,7 +214,8 @@ def marking(clone: nn.Module) -> Iterator[list[Entry]]:
         for path, module in clone.named_modules():
             if path:
                 hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
-                hooks.callback(module.register_forward_hook(functools.partial(hook, path), with_kwargs=True).remove)
+                marks = functools.partial(hook, path)  # before the model's own hooks, which may keep what is marked
+                hooks.callback(module.register_forward_hook(marks, with_kwargs=True, prepend=True).remove)
         yield entries
 
 
@@ -238,8 +239,11 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
                 at = graph.call_function(operator.getitem if form == "items" else getattr, (container, key))
             return at
 
-        passed = slotted(taken_apart(mark, output, lambda leaf: isinstance(leaf, fx.Node), item))[1]
-        for node, through in zip(nodes, [leaf for leaf in passed if isinstance(leaf, fx.Node)], strict=True):
+        # A dataclass has its fields in their own order, wherever they were set: each slot says which output it is.
+        passed = slotted(taken_apart(mark, entry.output, lambda leaf: isinstance(leaf, Slot), item))[1]
+        by_slot = {leaf.index: through for leaf, through in zip(slotted(entry.output)[1], passed) if isinstance(leaf, Slot)}
+        for i, node in enumerate(nodes):
+            through = by_slot[i]
             through.meta = {key: value for key, value in node.meta.items() if key != "calls"}
             node.replace_all_uses_with(through)
             graph.erase_node(node)
