@@ -1,18 +1,24 @@
-"""Does `transform` take every network of a library? `python bench/zoo.py --torchvision`, `--timm`.
+"""Does `transform` take every network of a library? `python bench/zoo.py --torchvision`, `--timm`, `--huggingface`,
+`--libraries`, `--segmentation`, `--video`.
 
 All classification models of torchvision, or the smallest variant of every architecture module of timm, weights and statistics
 filled from a seed, on inputs as small as the model takes. Of each: the explainer's forward is the model's bit for bit (fused
 attention aside), the gating ATen ops that the model dispatches are those that the report lists, no gate that is in units of a
 sample's deviation has lost where the sample is, the map of a random direction is finite, not zero, and not the gradient; and all
 that with an example and without, which gives the same map, or is refused with a message that says to give one. With `--checks`,
-instead of that, the verdicts of `sp_fx.check` on two samples, none of which may be FAILED. Rows are kept as
-they come; a second call goes on where the first ended, `--again` does
-failures anew, `--minutes` ends a piece.
+instead of that, the verdicts of `sp_fx.check` on two samples, none of which may be FAILED.
+
+The other collections, tiny models of `breadth_huggingface.py` and `breadth_libraries.py`, are examined by `breadth.py`, which
+compares frozen maps with an oracle. A model whose library is not installed is skipped, and said to be.
+
+Rows are kept as they come; a second call goes on where the first ended, `--again` does failures anew, `--minutes` ends a piece.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import gc
 import json
 import sys
@@ -22,6 +28,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import breadth
 import torch
 from provenance import provenance
 from torch import nn
@@ -37,6 +44,21 @@ from helpers import fill
 
 SIZES = (64, 96, 128, 160, 192, 224, 256, 299, 331, 384, 512)
 RESULTS = Path(__file__).parent / "results"
+COLLECTIONS = {  # and the libraries whose versions their results have
+    "huggingface": ["transformers"],
+    "segmentation": ["torchvision", "segmentation_models_pytorch"],
+    "video": ["torchvision", "transformers"],
+    "libraries": [
+        "torchvision",
+        "open_clip_torch",
+        "monai",
+        "vit-pytorch",
+        "x-transformers",
+        "torch_geometric",
+        "peft",
+        "diffusers",
+    ],
+}
 
 
 def torchvision_models() -> Iterator[tuple[str, str, Any]]:
@@ -87,6 +109,25 @@ def smallest() -> dict[str, str]:
             variants[module] = min(sizes, key=sizes.__getitem__)
     known.write_text(json.dumps({"timm": timm.__version__, "variants": variants}, indent=1) + "\n")
     return variants
+
+
+def collection(source: str) -> Iterator[tuple[str, str, Any]]:
+    """Yields each model of a collection: its name, the name again, and a function that builds it."""
+    if source == "huggingface":
+        import transformers
+        from breadth_huggingface import HUGGINGFACE as table
+
+        transformers.logging.set_verbosity_error()
+    else:
+        import breadth_huggingface
+        import breadth_libraries
+
+        videos = {**breadth_libraries.VIDEO, **breadth_huggingface.VIDEO}
+        table = {"segmentation": breadth_libraries.SEGMENTATION, "video": videos, "libraries": breadth_libraries.LIBRARIES}[
+            source
+        ]
+    for name, build in table.items():
+        yield name, name, build
 
 
 def uninitialised() -> None:
@@ -199,7 +240,9 @@ def main() -> int:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--torchvision", action="store_const", dest="source", const="torchvision")
     which.add_argument("--timm", action="store_const", dest="source", const="timm")
-    parser.add_argument("--checks", action="store_true", help="the verdicts of sp_fx.check")
+    for source in COLLECTIONS:
+        which.add_argument(f"--{source}", action="store_const", dest="source", const=source)
+    parser.add_argument("--checks", action="store_true", help="the verdicts of sp_fx.check; of torchvision and timm")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--again", action="store_true", help="failures are done anew")
     parser.add_argument("--only", nargs="+", help="these models, anew")
@@ -208,32 +251,60 @@ def main() -> int:
     out = args.out or RESULTS / f"zoo_{args.source}{'_checks' if args.checks else ''}.json"
     rows: dict[str, dict[str, Any]] = json.loads(out.read_text())["rows"] if out.exists() else {}
     warnings.simplefilter("ignore")
-    uninitialised()
+    broad = args.source in COLLECTIONS
+    if not broad:
+        uninitialised()
+    how = breadth.examine if broad else checked if args.checks else examine
     started = time.perf_counter()
-    models = list(torchvision_models() if args.source == "torchvision" else timm_models())
+    models = list(collection(args.source) if broad else torchvision_models() if args.source == "torchvision" else timm_models())
+    absent = 0
     for key, name, build in models:
         done = key in rows and not (args.again and not rows[key]["ok"])
         wanted = args.only is None or key in args.only or name in args.only
         if (done and args.only is None) or not wanted or time.perf_counter() - started > 60 * args.minutes:
             continue
-        rows[key] = {"model": name, **(checked if args.checks else examine)(build)}
-        row = rows[key]
-        print(f"{key:24} {name:34} {'ok' if row['ok'] else 'FAILED':7} {row['seconds']:6} s  {row['why']}", flush=True)
+        try:
+            rows[key] = row = {"model": name, **how(build)}
+        except ModuleNotFoundError as error:
+            print(f"{key:24} skipped: {error.name} is not installed", flush=True)
+            absent += 1
+            continue
+        plain = f"{key:24} {name:34} {'ok' if row['ok'] else 'FAILED':7} {row['seconds']:6} s  {row['why']}"
+        print(printed(key, row) if broad else plain, flush=True)
         good = sum(r["ok"] for r in rows.values())
-        record = {**provenance(), "library": library_version(args.source), "ok": good, "of": len(models),
+        record = {**provenance(), "library": library_version(args.source), "ok": good, "of": len(models) - absent,
                   "seconds": round(sum(r["seconds"] for r in rows.values()), 1), "rows": rows}  # fmt: skip
         out.write_text(json.dumps(record, indent=1) + "\n")
         del build
         gc.collect()
     good = sum(r["ok"] for r in rows.values())
     print(f"{good} of {len(models)} ({good / len(models):.1%}); {len(models) - len(rows)} not done yet")
+    if broad and rows:
+        counts = collections.Counter(row["verdict"] for row in rows.values()).most_common()
+        print(f"right: {good / len(rows):.1%} of {len(rows)}; " + ", ".join(f"{n} {verdict}" for verdict, n in counts))
     return 0 if good == len(models) else 1
+
+
+def printed(key: str, row: dict[str, Any]) -> str:
+    """Returns a line of the table: model, tracer, gates rewritten/kept/NOT, the map's distance from the oracle, verdict."""
+    off = row.get("map")
+    cells = (
+        row.get("tracer", "").removeprefix("torch."),
+        row.get("gates", ""),
+        "" if off is None else f"{off:.0e}",
+        row["verdict"],
+    )
+    return f"{key:28} {cells[0]:6} {cells[1]:9} {cells[2]:6} {cells[3]:19} {row['seconds']:6} s  {row['why'][:150]}"
 
 
 def library_version(library: str) -> str:
     import importlib.metadata
 
-    return f"{library} {importlib.metadata.version(library)}"
+    found = []
+    for name in COLLECTIONS.get(library, [library]):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(found)
 
 
 if __name__ == "__main__":

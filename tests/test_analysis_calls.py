@@ -16,6 +16,7 @@ import oracle
 import sp_fx
 from oracle import FROZEN
 from sp_fx import Rules
+from sp_fx.analysis import calls
 from test_explainer_oracle import Calls, as_rules, check, fill, randn, transform
 
 aten = torch.ops.aten
@@ -634,3 +635,12 @@ def test_a_gate_written_out_after_another():
 def test_operators_of_python_are_calls_too():
     net = Calls(lambda x: operator.truediv(operator.mul(x, F.relu6(operator.add(x, 3))), 6))
     assert [s.kind for s in transform(net).report().of("rewritten")] == ["hardswish"]
+
+
+def test_overloads_out_of_place_take_what_those_in_place_do():
+    """`pow_.Scalar` takes a tensor and a number, and `pow.Scalar` a number and a tensor."""
+    for overload in (aten.pow_.Scalar, aten.pow_.Tensor, aten.mul_.Tensor, aten.add_.Scalar, aten.relu_.default):
+        plain = calls.plain_target(overload)
+        taken = [[str(a.type) for a in o._schema.arguments] for o in (overload, plain)]
+        assert taken[0] == taken[1] and not plain._schema.is_mutable
+    assert calls.plain_target(aten.pow_.Scalar) is aten.pow.Tensor_Scalar

@@ -1,5 +1,6 @@
 """Forward hooks: those that are a model's own are a part of its function."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -143,3 +144,37 @@ def test_outputs_that_were_set_in_another_order():
     assert list(model.inner(X)) == ["b", "a"] and list(Ordered(model.inner(X))) == ["a", "b"]
     explainer = sp_fx.transform(model, tracer="export", example_inputs=X)
     assert torch.equal(explainer(X), model(X))
+
+
+@dataclasses.dataclass
+class Intermediates:
+    scores: torch.Tensor
+    cached: tuple | None = None
+
+
+class ReturnsADataclass(nn.Module):
+    """Its inner module returns a tuple with a dataclass inside, as the attention of x_transformers does."""
+
+    class Attend(nn.Module):
+        def forward(self, x):
+            scores = x @ x.mT
+            return scores.softmax(-1) @ x, Intermediates(scores, (x,))
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend, self.last = self.Attend(), nn.Linear(4, 3)
+
+    def forward(self, x):
+        y, seen = self.attend(x)
+        return self.last(y.mean(1) + seen.scores.sum(-1, keepdim=True).mean(1))
+
+
+def test_modules_that_return_dataclasses():
+    model, x = ReturnsADataclass().eval(), torch.randn(2, 5, 4)
+    explainer = sp_fx.transform(model, tracer="export", example_inputs=x)
+    assert torch.equal(explainer(x), model(x)) and explainer.pullback(x, 1).norm() > 0
+    seen = []
+    explainer.attend.register_forward_hook(lambda m, a, y: seen.append(y))
+    explainer(x)
+    assert type(seen[0][1]) is Intermediates and seen[0][1].scores.shape == (2, 5, 5)

@@ -345,3 +345,26 @@ def test_numbers_that_others_draw_are_refused_by_name():
         for way in WAYS:
             with pytest.raises(sp_fx.CaptureError, match=f"draws from {name}: what it drew at transform is a constant"):
                 explain(model, noise(4, 6), way).pullback(noise(4, 6), 1)
+
+
+class Lazy:
+    """Imports what it stands for when it is first asked for anything, and fails, as MONAI's optional imports do."""
+
+    def __getattr__(self, name):
+        raise ImportError(f"import of an optional package, for {name}")
+
+
+OPTIONAL = Lazy()
+
+
+def test_objects_that_import_when_they_are_asked():
+    class Uses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x.relu()) if x is not OPTIONAL else OPTIONAL.never
+
+    model, x = Uses().eval(), torch.randn(2, 4)
+    assert torch.equal(sp_fx.transform(model)(x), model(x))

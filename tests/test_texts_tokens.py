@@ -105,3 +105,22 @@ def test_words_are_drawn_and_saved(tmp_path):
     boxes = [text.get_bbox_patch().get_facecolor()[:3] for text in shown.figure.texts[:-1]]
     shares = [s for i in range(2) for _, s in found.words(i)]
     assert all((red >= blue) == (share >= 0) for (red, _, blue), share in zip(boxes, shares))
+
+
+class PlacesFirst(nn.Module):
+    """Looks its positions up before its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.places, self.words, self.head = nn.Embedding(16, 8), nn.Embedding(30, 8), nn.Linear(8, 3)
+
+    def forward(self, ids):
+        places = self.places(torch.arange(ids.shape[1]))
+        return self.head((self.words(ids) + places).relu().mean(1))
+
+
+def test_positions_are_no_tokens():
+    explainer = sp_fx.transform(PlacesFirst().eval(), example_inputs=tokens(2, 5))
+    found = explainer.tokens(tokens(2, 7), 1)
+    assert found.embedding == "words" and found.shares.shape == (2, 7)

@@ -175,10 +175,13 @@ def plain_target(target: Any) -> Any:
     """Returns the function or method that computes what the in-place `target` writes; None where there is none."""
     if isinstance(target, torch._ops.OpOverload):
         packet = plain_target(target.overloadpacket)
-        overload = getattr(packet, target._overloadname, None)
-        if overload is None or overload._schema.is_mutable:
+        if packet is None:
             return None
-        return overload if len(overload._schema.arguments) == len(target._schema.arguments) else None
+        # The overload of that name, or else another: `pow_.Scalar` is `pow.Tensor_Scalar`, and `pow.Scalar` a number to a tensor.
+        names = sorted(packet.overloads(), key=lambda name: name != target._overloadname)
+        taken = [str(a.type) for a in target._schema.arguments]
+        fits = [overload for overload in (getattr(packet, name) for name in names) if not overload._schema.is_mutable]
+        return next((o for o in fits if [str(a.type) for a in o._schema.arguments] == taken), None)
     if isinstance(target, torch._ops.OpOverloadPacket):
         library, _, name = target._qualified_op_name.partition("::")
         return getattr(getattr(torch.ops, library), name.removesuffix("_"), None) if name.endswith("_") else None

@@ -14,7 +14,7 @@ import io
 import keyword
 import operator
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .clones.apart import Apart, apart, tensors_in, written_back
 from .clones.clone import EvalClone, adopt_forward
 from .clones.untouched import Untouched
 from .kept_functions import applied, calling_stand_ins, functions_kept, name_of_class
-from .passed import marking, take_marks, with_marks
+from .passed import in_graph, marking, take_marks, with_marks
 from .sizes import Free, batch_sizes, conditions, lead, with_batch
 from .tracing.answers import Asked, Key, Tells, Told, unaware, unlogged
 from .tracing.draws import note_on_draws
@@ -199,7 +199,7 @@ class Exported:
             self.graph.call_function(sizes_checked, ([*env.values()], self.conditions))
         outputs = self.inline(self.source, env)
         self.ask(outputs)
-        self.graph.output(self.container(skeleton, outputs))
+        self.graph.output(in_graph(self.graph, skeleton, outputs))
         self.paths = take_marks(self.graph, self.entries)
         self.graph.eliminate_dead_code(lambda node: node.op != "call_module" and node.is_impure())
 
@@ -329,24 +329,6 @@ class Exported:
             return self.clone.get_submodule(path)
         except AttributeError:
             return None
-
-    def container(self, value: Any, outputs: Any) -> Any:
-        """Returns the output's containers round the nodes `outputs`; those that a graph cannot hold, such as dataclasses, are
-        made by a call of their class."""
-        if isinstance(value, Slot):
-            return outputs[value.index]
-        kind, members = items(value) or ("", {})
-        inner = {key: self.container(item, outputs) for key, item in members.items()}
-        match value:
-            case _ if not kind:
-                return value
-            case _ if kind == "fields" or hasattr(value, "to_tuple"):
-                return self.graph.call_function(type(value), (), inner)
-            case Mapping():
-                return inner if type(value) is dict else self.graph.call_function(type(value), (inner,))
-            case _ if hasattr(value, "_fields"):
-                return self.graph.call_function(type(value), tuple(inner.values()))
-        return list(inner.values()) if isinstance(value, list) else tuple(inner.values())
 
 
 # What to do where `torch.export` fails.

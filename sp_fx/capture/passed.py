@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -227,9 +227,9 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     inputs = by_number.pop("", [])
     for number, nodes in by_number.items():
         entry = entries[int(number)]
-        output = refilled_slots(entry.output, [node.args[0] for node in nodes])
-        args, kwargs = refilled_slots(entry.inputs, nodes[0].args[1])
-        with graph.inserting_after(nodes[-1]):
+        with graph.inserting_before(nodes[-1].next):
+            output = in_graph(graph, entry.output, [node.args[0] for node in nodes])
+            args, kwargs = in_graph(graph, entry.inputs, nodes[0].args[1])
             mark = graph.call_module(entry.path, (output, *args), kwargs)
         at = mark
 
@@ -256,9 +256,23 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     return {entries[int(number)].path for number in by_number}
 
 
-def refilled_slots(skeleton: Any, nodes: Any) -> Any:
-    """Returns a skeleton of an entry with `nodes` in its slots, and of the rest what a graph can hold."""
-    return rebuilt(skeleton, lambda leaf: nodes[leaf.index] if isinstance(leaf, Slot) else shown(leaf))
+def in_graph(graph: fx.Graph, skeleton: Any, nodes: Any) -> Any:
+    """Returns the containers of a skeleton round the `nodes` in its slots, and of the rest what a graph can hold; containers that
+    it cannot, such as dataclasses, are made by a call of their class."""
+    if isinstance(skeleton, Slot):
+        return nodes[skeleton.index]
+    kind, members = items(skeleton) or ("", {})
+    inner = {key: in_graph(graph, item, nodes) for key, item in members.items()}
+    match skeleton:
+        case _ if not kind:
+            return shown(skeleton)
+        case _ if kind == "fields" or hasattr(skeleton, "to_tuple"):
+            return graph.call_function(type(skeleton), (), inner)
+        case Mapping():
+            return inner if type(skeleton) is dict else graph.call_function(type(skeleton), (inner,))
+        case _ if hasattr(skeleton, "_fields"):
+            return graph.call_function(type(skeleton), tuple(inner.values()))
+    return list(inner.values()) if isinstance(skeleton, list) else tuple(inner.values())
 
 
 @torch.library.custom_op("sp_fx::passed", mutates_args=(), schema="(Tensor y, Tensor[] inputs, str number) -> Tensor")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..analysis.ops import LOOKUPS
+from ..analysis.ops import LOOKUPS, SHAPES, SIZES
 from ..analysis.signals import called
 from ..capture.passed import lets_through
 from ..containers import tensors_of
@@ -191,10 +191,12 @@ def is_mask(t: Tensor) -> bool:
 
 
 def looked_up(graph: fx.Graph) -> str:
-    """Returns the name of the first activation that is looked up in a table by what varies; "" where there is none."""
+    """Returns the name of the first activation that is looked up in a table by what varies, which positions made of sizes do not;
+    "" where there is none."""
     inputs = set(graph.find_nodes(op="placeholder"))
     for node in graph.nodes:
-        if inputs.intersection(node.all_input_nodes):
+        of_sizes = node.op in ("call_function", "call_method") and called(node) in SHAPES | SIZES
+        if inputs.intersection(node.all_input_nodes) and not of_sizes:
             inputs.add(node)
     order = {node: position for position, node in enumerate(graph.nodes)}
     for name, node in sorted(activations(graph).items(), key=lambda pair: order[pair[1]]):

@@ -188,7 +188,7 @@ class Named:
         queue = [(start, 2 * NEAR)]
         while queue:
             at, depth = queue.pop()
-            at = getattr(at, "__func__", at)
+            at = attribute(at, "__func__", at)
             if id(at) in self._seen or not depth or is_pytorchs(at):
                 continue
             self._seen.add(id(at))
@@ -198,8 +198,8 @@ class Named:
                     self._met.append((at, NEAR))
             elif isinstance(at, property):
                 queue += [(function, depth) for function in (at.fget, at.fset)]
-            elif isinstance(at, Cached) or hasattr(at, "__wrapped__"):
-                queue.append((at.__wrapped__, depth))
+            elif (inside := attribute(at, "__wrapped__", None)) is not None:
+                queue.append((inside, depth))
             if isinstance(at, types.FunctionType):
                 if is_own(at.__module__):
                     self._met.append((at, NEAR))
@@ -226,9 +226,18 @@ class Named:
         return new
 
 
+def attribute(value: Any, name: str, default: Any) -> Any:
+    """An attribute of an object, the default of one without; also of one that imports what it stands for when it is first asked,
+    and fails."""
+    try:
+        return getattr(value, name, default)
+    except Exception:
+        return default
+
+
 def is_pytorchs(value: Any) -> bool:
     """Whether a class or a function is PyTorch's, or Python's own."""
-    return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "builtins")
+    return str(attribute(value, "__module__", "")).partition(".")[0] in ("torch", "builtins")
 
 
 @functools.cache
