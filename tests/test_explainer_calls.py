@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sp_fx
-from helpers import fill
+from helpers import fill, relative
 from sp_fx import targets
 
 
@@ -412,3 +412,29 @@ def test_why_no_signal_passes(name):
     explainer(X)
     sites = [s for s in explainer.report().sites if s.op == "relu"]
     assert sites and all(reason in s.reason for s in sites)
+
+
+def test_none_beside_tensors_is_an_argument():
+    """As rtdl's networks take numbers and, or None, categories: `model(x, None)`."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x, categories):
+            x = x if categories is None else x + categories
+            return self.head(x.relu())
+
+    model, x = fill(Two()), torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    explainer = sp_fx.transform(model, example_inputs=(x, None))
+    found = explainer.pullback((x, None), 1)
+    leaf = x.clone().requires_grad_()
+    with sp_fx.gates.dual_path.plain_derivatives():
+        plain = explainer.pullback((x, None), 1)[0]
+    assert relative(plain, torch.autograd.grad(model(leaf, None)[:, 1].sum(), leaf)[0]) <= 1e-6
+    assert found[1] is None and not torch.equal(found[0], plain)
+    assert torch.equal(explainer.pullback((x, x), 1)[0], explainer.pullback(x, 1, forward_kwargs={"categories": x}))
+    assert sp_fx.check(explainer, (x, None)).ok
+    with pytest.raises(TypeError, match="got NoneType"):
+        explainer.pullback((None, None), 1)

@@ -72,7 +72,8 @@ class Request:
         if reason := misfit(forward, *self.arguments(forward)):
             raise InputError(reason)
         for value in positional or [keyword]:
-            if not tensors_of(value):
+            left_out = value is None and bool(tensors_of(positional))  # as in `(x, None)`
+            if not tensors_of(value) and not left_out:
                 expected = "a tensor, a container of tensors, a tuple of such, or a mapping of them, as inputs"
                 hint = "; sp_fx.read_picture(path, size) makes one of a picture file" if isinstance(value, str | PathLike) else ""
                 raise InputError(f"expected {expected}; got {type_of(value)}{hint}")
