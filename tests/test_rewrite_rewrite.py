@@ -401,3 +401,36 @@ def test_a_decision_sees_what_the_edits_before_it_have_left(body, tracer, rules)
     (in_place, its_sites), (expected, sites) = found
     assert its_sites == sites
     torch.testing.assert_close(in_place, expected, rtol=1e-12, atol=1e-12)
+
+
+def quick_gelu(z):
+    return z * torch.sigmoid(1.702 * z)
+
+
+FACTORS = {  # a product of two signals: the factor that is a gate is held, and the other passes
+    "a quick GELU": (lambda u, z: u * quick_gelu(z), lambda u, z: u * quick_gelu(z).detach()),
+    "beside a clamp": (lambda u, z: u.clamp(-0.5, 0.5) * quick_gelu(z), lambda u, z: u.clamp(-0.5, 0.5) * quick_gelu(z).detach()),
+    "a clamp beside SiLU": (lambda u, z: F.silu(z) * u.clamp(-0.5, 0.5), lambda u, z: F.silu(z).detach() * u.clamp(-0.5, 0.5)),
+    "a clamp, alone": (lambda u, z: u * F.relu6(z), lambda u, z: u * F.relu6(z).detach()),
+    "as gpt_oss has it": (lambda u, z: (u.clamp(-0.5, 0.5) + 1) * quick_gelu(z.clamp(max=0.7)),
+                          lambda u, z: (u.clamp(-0.5, 0.5) + 1) * quick_gelu(z.clamp(max=0.7)).detach()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+@pytest.mark.parametrize("name", FACTORS)
+def test_the_gate_among_two_factors(name, tracer):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.down(FACTORS[name][0](self.up(x), self.gate(x)))
+
+    model, x = Two().double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    explainer = sp_fx.transform(model, rules=sp_fx.Rules.frozen(), tracer=tracer, example_inputs=x)
+    leaf = x.clone().requires_grad_()
+    y = model.down(FACTORS[name][1](model.up(leaf), model.gate(leaf)))
+    assert relative(explainer.pullback(x, 1), torch.autograd.grad(y[:, 1].sum(), leaf)[0]) <= 1e-12

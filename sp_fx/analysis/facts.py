@@ -15,10 +15,11 @@ from torch import fx, nn
 from ..capture.capture import Capture
 from ..capture.kept_functions import Marked
 from ..capture.passed import lets_through, operands
+from ..gates.adjoints import smooth
 from ..gates.dual_path import dual_path
 from .aliasing import Aliasing
 from .calls import is_multiplication, name_of
-from .ops import ACTIVATIONS, MULTIPLES, SHARES
+from .ops import ACTIVATIONS, BOUNDED, MULTIPLES, SHARES
 from .registered_gates import marked_gate, registered_gate
 from .signals import Signals
 from .written.gates import Written, written_gates
@@ -180,4 +181,5 @@ class Facts:
 def gates_among(makers: Mapping[Any, str]) -> list[Any]:
     """Returns the factors of a product that are gates, of all by the names of what made them."""
     shares = [n for n, name in makers.items() if name in SHARES]
-    return shares or [n for n, name in makers.items() if name in ACTIVATIONS]
+    activations = [n for n, name in makers.items() if name in ACTIVATIONS or name in smooth.ROWS]  # quick_gelu has no op
+    return shares or [n for n in activations if makers[n] not in BOUNDED] or activations

@@ -60,6 +60,7 @@ QUOTIENT = having("quotient")  # kept: quotient rule
 FACTORS = having("factor")  # products that a gate may be a factor of
 SHARES = having("share")  # such gates
 ACTIVATIONS = having("activation")  # such gates, where no factor is one of SHARES
+BOUNDED = having("bounded")  # and only where there is no other activation
 COMPLEX = having("complex")  # gives complex numbers, whose abs is no gate
 COMPARISONS = having("comparison")  # what makes masks of values
 CHOICES = having("chooser")  # what chooses by masks

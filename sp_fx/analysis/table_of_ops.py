@@ -26,6 +26,7 @@ TRAITS = {
     "smooth": "has a continuous derivative, and keeps it: `exp`",
     "share": "says which share of a product's other factor passes: `sigmoid` in `sigmoid(a) * b`",
     "activation": "gates a product in which nothing is a share: `gelu` in `gelu(a) * b`",
+    "bounded": "is such a gate where no other is beside it: a clamp, which else is a bound: `hardtanh`",
     "piecewise": "chooses by value and has no rule, unless a reader knows the call: `topk`",
     "order": "gives values of its argument that it chose by their order, each to go back where it is from: `median`",
     "indices": "gives positions; of token ids, which are the caller's, they say where a text ends: `argmax`",
@@ -137,7 +138,7 @@ rnn_relu rnn_relu_cell: cell
 # -- gates that readers know
 relu:                   activation pointwise same_form family=itself
 gelu silu hardswish mish:   activation pointwise same_form family=itself
-relu6 hardtanh:         activation pointwise same_form family=clamp
+relu6 hardtanh:         activation bounded pointwise same_form family=clamp
 leaky_relu hardshrink softshrink:    pointwise same_form family=itself
 prelu:                  same_form family=itself
 prelu_kernel:           family=prelu
