@@ -308,12 +308,17 @@ class AtFirstCall:
         """Captures the model for calls of a form that the explainer's own graph is not for, as `transform` does for an example.
 
         Raises:
-            CaptureError: no capture is right.
+            CaptureError: no capture is right; the model itself fails on such a call.
         """
         with tracing, torch.inference_mode(False):
             reference, rules = EvalClone()(self.made.capture.reference), module.report().rules
             adopt(reference, module, self.renamed)
-            made = rewritten(reference, rules, self.tracer, call, self.verify)
+            try:
+                made = rewritten(reference, rules, self.tracer, call, self.verify)
+            except CaptureError as error:
+                if own := own_error(reference, call):
+                    raise CaptureError(f"{type(reference).__name__} itself fails on such inputs: {own}") from error
+                raise
             return finished(made, self.tracer, self.output, self.verify)
 
     def decided(self, module: CapturedModule, call: Given) -> Attempt:

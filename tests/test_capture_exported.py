@@ -153,7 +153,7 @@ def test_a_form_that_cannot_be_captured_leaves_the_others_as_they_are():
     model = fill(Windows())
     explainer = sp_fx.transform(model, example_inputs=image())
     before = str(explainer.report())
-    with pytest.raises((sp_fx.CaptureError, RuntimeError), match=r"size|shape"):
+    with pytest.raises(RuntimeError, match=r"3 channels, but got 4"):  # the model's own error
         explainer(torch.zeros(1, 4, 8, 8))
     assert str(explainer.report()) == before and torch.equal(explainer(image(2)), model(image(2)))
 
