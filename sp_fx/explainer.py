@@ -176,6 +176,7 @@ class Explainer(CapturedModule):
         *,
         example_inputs: Inputs | None = None,
         dynamic_batch: bool = True,
+        dynamic_lengths: bool = True,
         inductor: bool = True,
         **method_args: Any,
     ) -> Program:
@@ -183,21 +184,26 @@ class Explainer(CapturedModule):
         the explanation, by one pass.
 
         The program is compared with this explainer on the example, and refused where it differs by more than 1e-4 in relative L2,
-        for float32 (`sp_fx.program.compiling.TOLERANCE`). It keeps the weights of this moment: later changes of the model do not
+        for float32 (`sp_fx.program.comparing.TOLERANCE`). It keeps the weights of this moment: later changes of the model do not
         reach it.
 
         Args:
-            method: "pullback", "double_pullback" or "ascend".
-            example_inputs: inputs of the shapes, dtypes and device that the program is for, any values. Required.
+            method: "pullback", "double_pullback" or "ascend"; or "tokens", whose map is the share of each token of a text [B, L].
+            example_inputs: inputs of the shapes, dtypes and device that the program is for, any values: a tensor, or a tuple or a
+                mapping of tensors. Required.
             dynamic_batch: whether it takes any batch size, or the example's alone. Convolutional networks on a CPU are compiled
                 twice for it, since they run faster at a batch size that is known: that of the example, which should be the
                 usual one.
+            dynamic_lengths: whether it takes texts and other sequences of any length, where the model does, or the example's
+                alone. `program.shapes` names the sizes that vary. Height and width of pictures are the example's.
             inductor: False leaves the graph to PyTorch, which runs it op by op. Such a program is made in seconds, where
                 compiling takes minutes, and is what `save` needs: an `.onnx` is never compiled here, and a `.pt2` when it is
                 saved.
-            method_args: the method's own arguments (`step`; those of `ascend` from `steps` to `relative`), and
-                `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class; or
-                "direction", for programs called with a tensor shaped like the output;
+            method_args: the method's own arguments (`step`; those of `ascend` from `steps` to `relative`; `embedding`, the
+                activation of the tokens), and
+                `target`: "class" (the default), for programs called with class numbers [B], -1 being the predicted class;
+                "direction", for programs called with a tensor shaped like the output; or a callable that takes scores from the
+                output, [B, classes] or one for each sample [B], such as `lambda out: out["age"][:, 0]` or one of `targets`;
                 `unrolled`: an ascent as one graph of all its steps, instead of a loop round a graph of one step.
 
         Raises:
@@ -210,7 +216,8 @@ class Explainer(CapturedModule):
 
         if example_inputs is None:
             raise ValueError("a program is made for the shape and dtype of its inputs: pass example_inputs")
-        return build(self, method, example_inputs, dynamic_batch=dynamic_batch, inductor=inductor, **method_args)
+        options: dict[str, Any] = {"dynamic_batch": dynamic_batch, "dynamic_lengths": dynamic_lengths, "inductor": inductor}
+        return build(self, method, example_inputs, **options, **method_args)
 
     def report(self, batches: Batches | None = None, *, forward_kwargs: Mapping[str, Any] | None = None) -> Report:
         """Each gating call of the model, its place and temperature, and what was left as it is and why. Printable.

@@ -14,8 +14,8 @@ from torch import nn
 
 import sp_fx
 from helpers import Shared
-from sp_fx.program.folding import folded
-from sp_fx.program.graph import one_graph
+from sp_fx.program.graphs.folding import folded
+from sp_fx.program.graphs.graph import one_graph
 
 
 def state(model):
@@ -225,7 +225,7 @@ def test_an_explainer_runs_while_others_are_made():
     worker.start()
     for _ in range(20):
         sp_fx.transform(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.ReLU()))
-    one_graph(lambda model, x: [model(x)], folded(explainer), [x], False)
+    one_graph(lambda model, x: [model({"input": x})], folded(explainer), [x], [x.shape])
     done.set()
     worker.join(30)
     assert not failed, failed[0]

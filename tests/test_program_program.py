@@ -17,8 +17,8 @@ from helpers import NETS, fill, golden, relative
 from shipped import Block
 from sp_fx.gates import kernels
 from sp_fx.program import compiling, inductor, program
-from sp_fx.program import decompositions as decompose
-from sp_fx.program.folding import folded
+from sp_fx.program.graphs import decompositions as decompose
+from sp_fx.program.graphs.folding import folded
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_a_model_that_fixes_its_batch(interpreted):
 def test_bad_requests():
     model, data = golden("tiny_vgg")
     explainer, x = sp_fx.transform(model), data["input"]
-    with pytest.raises(ValueError, match="methods are pullback, double_pullback, ascend; got 'gradient'"):
+    with pytest.raises(ValueError, match="methods are pullback, double_pullback, ascend, tokens; got 'gradient'"):
         explainer.compile("gradient", example_inputs=x)
     with pytest.raises(TypeError, match="double_pullback program takes step; got steps"):
         explainer.compile("double_pullback", example_inputs=x, steps=3)
@@ -392,7 +392,7 @@ def test_bad_requests():
         explainer.compile("ascend", example_inputs=x, step_size=-1.0)
     with pytest.raises(TypeError, match="nothing to explain"):
         explainer.compile(example_inputs=x.long())
-    with pytest.raises(ValueError, match=r"'class' or 'direction'"):
+    with pytest.raises(ValueError, match=r"'class', 'direction', or a callable"):
         explainer.compile(example_inputs=x, target="top3")
 
 

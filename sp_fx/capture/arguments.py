@@ -105,10 +105,10 @@ class ByName(fx.Interpreter):
         super().__init__(module, graph=graph)
         self.extra_traceback = False  # pages of it, in the message of an error
 
-    def run_by_name(self, arguments: Mapping[str, Any]) -> Any:
-        """Runs the graph; arguments that are left out have their defaults."""
+    def run_by_name(self, arguments: Mapping[str, Any], known: Mapping[fx.Node, Any] | None = None) -> Any:
+        """Runs the graph; arguments that are left out have their defaults. Nodes whose values are `known` are not run."""
         self.arguments = arguments
-        return self.run()
+        return self.run(initial_env=dict(known) if known else None)
 
     def placeholder(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = str(target).lstrip("*")

@@ -91,6 +91,49 @@ def of_other_sizes(call: Given, varies: Free, fits: Callable[[Given], bool]) -> 
     return None
 
 
+Axes = frozenset[tuple[int, int]]  # each the number of a tensor of a call, and of its axis
+
+
+def lengths(call: Given, works: Callable[[Given], bool]) -> list[tuple[Axes, Given]]:
+    """Returns the lengths of a call that may be others, as `works` says of calls that are cut out of it, each with such a call:
+    those of one tensor alone, and those that several have together, as token ids and their mask. The batch is none of them."""
+    tensors, free = tensors_of(call), freedoms(call)[0]
+    by_size: dict[int, list[tuple[int, int]]] = {}
+    for i, axes in enumerate(free):
+        for axis in sorted(axes - {0}):
+            by_size.setdefault(tensors[i].shape[axis], []).append((i, axis))
+
+    def cut(axes: Axes) -> list[tuple[Axes, Given]]:
+        ways: list[Callable[[int], int]] = [lambda n: n // 2 if n > 3 else 2 * n, lambda n: n - 1 if n > 3 else n + 1]
+        others = (with_lengths(call, axes, way) for way in ways)
+        return [(axes, other) for other in others if works(other)][:1]
+
+    found: list[tuple[Axes, Given]] = []
+    for all_of_size in by_size.values():
+        for of_tensor in all_of_size if len(all_of_size) > 1 else []:
+            found += cut(frozenset({of_tensor}))
+        together = frozenset(all_of_size).difference(*(axes for axes, _ in found))
+        if together:
+            found += cut(together)
+    return found
+
+
+def with_lengths(call: Given, axes: Axes, change: Callable[[int], int]) -> Given:
+    """Returns the call with `change(n)` entries along each of the `axes`, of n: its first ones, or all of them again."""
+    number = iter(range(len(tensors_of(call))))
+
+    def changed(t: Any) -> Any:
+        i = next(number) if isinstance(t, Tensor) else None
+        for of, axis in axes:
+            if of == i:
+                size = t.shape[axis]
+                t = t if change(size) <= size else torch.cat([t] * -(-change(size) // size), axis)
+                t = t.narrow(axis, 0, change(size))
+        return t
+
+    return rebuilt(call, changed)
+
+
 SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]")
 
 

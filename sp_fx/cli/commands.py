@@ -23,6 +23,7 @@ from ..rewrite.report import Report
 from .explaining import noise, printed_to_stderr, run_explain, say_unused, takes_pixels
 from .packing import run_batch, run_compile
 from .parser import build_parser, options_of, parsed, rules_of
+from .texts import run_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,6 +175,7 @@ def run_completion(args: argparse.Namespace) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": run_explain,
+    "text": run_text,
     "compile": run_compile,
     "batch": run_batch,
     "serve": run_serve,

@@ -13,12 +13,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..build import transform
 from ..methods.ascent import Ascent
-from ..models.named import load_model
+from ..models import TextModel, load_with
+from ..program.program import Program
 from .explaining import noise, printed_to_stderr, say_assumed, say_unused, takes_pixels
 from .parser import options_of, rules_of
 from .progress import Progress, Stages
+from .texts import text_program
 
 if TYPE_CHECKING:
     from ..serving.folders.batches import Batches
@@ -53,7 +57,9 @@ def compiled(args: argparse.Namespace) -> Path:
     """Returns the package that `sp-fx compile` asks for, which is written."""
     stages = Stages(quiet=args.json)
     with stages("load the model"):
-        named = load_model(args.model, options_of(args))
+        named = load_with(args.model, options_of(args))
+        if isinstance(named, TextModel):
+            return compiled_text(named, args, stages)
         net, x = named.model.to(args.device), noise(named, args.batch).to(args.device)
     say_assumed(named)
     with stages("transform it, and compare with it"), takes_pixels(named):
@@ -67,13 +73,38 @@ def compiled(args: argparse.Namespace) -> Path:
             args.method, example_inputs=x, dynamic_batch=not args.fixed_batch, inductor=False, **ascent_options(args, x)
         )
     program.report = replace(program.report, model=named.name)  # not the class of what stands in front of it
-    calls = sum(node.op == "call_function" for node in program.graph.graph.nodes)
-    first, each = SECONDS[args.out.suffix]
-    how = "to machine code" if args.out.suffix == ".pt2" else "to ONNX"
-    with stages(f"compile {calls} calls {how}, write, load and try it", first + each * calls):
-        path = program.save(args.out, class_names=named.labels, preprocessing=named.preprocessing, multi_label=named.multi_label)
+    said = {"class_names": named.labels, "preprocessing": named.preprocessing, "multi_label": named.multi_label}
+    path = saved(program, args.out, stages, said)
     how = f"explain IMAGE --model {path}" if program.dynamic_batch else f"batch {path} FOLDER --batch {args.batch}"
     stages.end(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; try it: sp-fx {how} --out out")
+    return path
+
+
+def saved(program: Program, out: Path, stages: Stages, said: dict[str, Any]) -> Path:
+    """Returns the package that is written of a program, with what is `said` of its model."""
+    calls = sum(node.op == "call_function" for node in program.graph.graph.nodes)
+    first, each = SECONDS[out.suffix]
+    how = "to machine code" if out.suffix == ".pt2" else "to ONNX"
+    with stages(f"compile {calls} calls {how}, write, load and try it", first + each * calls):
+        return program.save(out, **said)
+
+
+def compiled_text(net: TextModel, args: argparse.Namespace, stages: Stages) -> Path:
+    """Returns the package of a network for text, which is written: from token ids to the output and the shares of the tokens."""
+    if args.method != "pullback":
+        raise ValueError(f"a package of a network for text has the shares of its tokens: leave --method {args.method} out")
+    inputs = net.tokens(["An example of a sentence.", "And a second one, which is longer."])
+    inputs = {name: torch.cat([t] * args.batch)[: args.batch].to(args.device) for name, t in inputs.items()}
+    with stages("transform it, and compare with it"):
+        explainer = transform(net.model.to(args.device), rules=rules_of(args.rules, args.temperature), example_inputs=inputs)
+    say_unused(args, explainer)
+    with stages("make one graph of the model and its explanation"):
+        program = text_program(net, explainer, inputs, dynamic_batch=not args.fixed_batch)
+    program.report = replace(program.report, model=net.name)
+    classes = net.labels if program.target == "class" else None
+    path = saved(program, args.out, stages, {"class_names": classes})
+    names = ", ".join(f"{name} [batch, {', '.join(map(str, shape))}]" for name, shape in zip(inputs, program.shapes))
+    stages.end(f"{path}: {path.stat().st_size / 2**20:.1f} MiB; it takes {names}: sp_fx.load({str(path)!r})(inputs, target)")
     return path
 
 

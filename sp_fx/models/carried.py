@@ -12,13 +12,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .images import Preprocessing
+from .published.hub import quiet
 from .published.network import Published
+from .published.texts import SentenceEmbedding, TextModel
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -85,43 +85,6 @@ def installed(package: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-class SentenceEmbedding(nn.Module):
-    """A sentence's direction: the mean of its tokens' states, of length 1.
-
-    `forward(input_ids, attention_mask)`, both [B, T], or `inputs_embeds` [B, T, width] in place of the ids, gives [B, width].
-    """
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None
-    ) -> Tensor:
-        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds).last_hidden_state
-        if attention_mask is None:
-            mean = states.mean(1)
-        else:
-            weights = attention_mask[..., None].to(states.dtype)
-            mean = (states * weights).sum(1) / weights.sum(1)
-        return nn.functional.normalize(mean, dim=-1)
-
-
-@dataclass(frozen=True)
-class TextModel:
-    """A network for text: `model` takes what `tokenizer` makes of a list of sentences, `model(**tokenizer(sentences,
-    padding=True, return_tensors="pt"))`, less the `token_type_ids`."""
-
-    name: str
-    model: nn.Module
-    tokenizer: Any
-
-    def tokens(self, sentences: list[str]) -> dict[str, Tensor]:
-        """Returns the `input_ids` and `attention_mask`, both [B, T], of sentences."""
-        encoded = self.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
-
-
 def text_model(name: str) -> TextModel:
     """Returns the text model of that name.
 
@@ -131,5 +94,7 @@ def text_model(name: str) -> TextModel:
     folder = installed(TEXT[name]) / "model"
     from transformers import AutoModel, AutoTokenizer
 
-    encoder = AutoModel.from_pretrained(folder, local_files_only=True)
-    return TextModel(name, SentenceEmbedding(encoder).eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True))
+    with quiet():
+        encoder = AutoModel.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return TextModel(name, SentenceEmbedding(encoder).eval(), tokenizer)

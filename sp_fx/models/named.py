@@ -84,10 +84,7 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
     try:
         published = maker(name, pretrained, options.num_classes)
     except OSError as error:  # those of a download
-        reason = str(error).strip().split("\n")[0]
-        instead = "name a folder that has them, hf/./FOLDER" if name.startswith("hf/") else "pass a file with --weights FILE"
-        text = f"the weights of {name} could not be downloaded ({reason}); {instead}"
-        raise RuntimeError(text) from error
+        raise RuntimeError(no_download(name, error)) from error
     if options.weights is not None:
         published = with_weights(published, options, lambda classes: maker(name, False, classes))
     named = _named(name, published, options, "published" if pretrained else "none")
@@ -99,6 +96,13 @@ def load_model(name: str, options: Options | None = None, *, trained: bool = Tru
         text = "is taken as published, with transform_input=True, which its weights do not say; for one that was trained without"
         assumed = "; ".join(filter(None, [f"{text} it name the function that makes it, --model module:function", assumed]))
     return replace(named, assumed=assumed)
+
+
+def no_download(name: str, error: OSError) -> str:
+    """Says that the weights of a published network cannot be had, why, and what to do."""
+    reason = str(error).strip().split("\n")[0]
+    instead = "name a folder that has them, hf/./FOLDER" if name.startswith("hf/") else "pass a file with --weights FILE"
+    return f"the weights of {name} could not be downloaded ({reason}); {instead}"
 
 
 def with_weights(published: Published, options: Options, again: Callable[[int], Published]) -> Published:
@@ -204,7 +208,8 @@ def _of_pixels(net: nn.Module, preprocessing: Preprocessing) -> nn.Module:
 
 def _maker(name: str) -> Callable[[str, bool, int | None], Published]:
     if name in carried.TEXT:
-        raise ValueError(f"{name} is a network for text; of those for pictures, packages carry {', '.join(carried.LITE)}")
+        those = f"of those for pictures, packages carry {', '.join(carried.LITE)}"
+        raise ValueError(f"{name} is a network for text, which `sp-fx text` explains; {those}")
     if name.startswith("timm/"):
         return timm_model
     if name.startswith("hf/"):

@@ -30,15 +30,16 @@ class Classifier:
     """
 
     def __init__(self, program: Program) -> None:
-        shape = list(program.shapes[0])
-        if not program.single or program.target != "class" or len(shape) != 3 or program.dtypes[0] != torch.float32:
+        shape = [n for n in program.shapes[0] if isinstance(n, int)]
+        is_one = program.single and not program.lengths and len(shape) == 3 and program.dtypes[0] == torch.float32
+        if not is_one or program.target != "class":
             raise ValueError(
                 "expected a package of one float32 input [B, channels, height, width] and class targets; this one takes "
                 f"{[list(s) for s in program.shapes]}, {program.target} targets"
             )
         if len(program.output_shape) != 1:
             raise ValueError(f"expected a package of class scores [B, classes]; this one's are {['B', *program.output_shape]}")
-        self.program = program
+        self.program, self.shape = program, tuple(shape)
         self.manifest: dict[str, Any] = program.manifest or {}
         self.class_names: list[str] | None = self.manifest.get("class_names")
         channels, height, width = shape
@@ -76,7 +77,7 @@ class Classifier:
     def for_pictures(self) -> Preprocessing:
         """Returns the preprocessing; ValueError where the package takes no pictures."""
         if self.preprocessing is None:
-            raise ValueError(f"this package takes {list(self.program.shapes[0])}, which are no pictures of 3 channels or 1")
+            raise ValueError(f"this package takes {list(self.shape)}, which are no pictures of 3 channels or 1")
         return self.preprocessing
 
     def probabilities(self, scores: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class Classifier:
 
     @property
     def classes(self) -> int:
-        return self.program.output_shape[0]
+        return self.program.signature.classes
 
     def label(self, index: int) -> str:
         """Returns the name of a class, or its number where the package names none."""

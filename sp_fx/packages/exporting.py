@@ -8,19 +8,28 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.export import Dim
 
 from ..program.program import Program
 
 
 def export_graph(program: Program, graph: torch.fx.GraphModule, example: Sequence[Tensor]) -> torch.export.ExportedProgram:
-    """Returns `graph`, a form of the program's, exported for the program's batch sizes; `example` is what it takes."""
+    """Returns `graph`, a form of the program's, exported for the sizes that vary; `example` is what it takes."""
     # Copies, since a looped ascent's example starts at its inputs, and export takes one tensor in two places for one argument.
-    if not program.dynamic_batch:
+    layouts = program.signature.layouts
+    names = dict.fromkeys(n for layout in layouts for n in layout if isinstance(n, str))
+    if not names:
         return torch.export.export(graph, tuple(x.clone() for x in example))
-    batch = torch.export.Dim("batch", min=1)
-    # A batch of one would be taken for a constant.
-    several = tuple(x.clone() if len(x) > 1 else torch.cat([x, x]) for x in example)
-    return torch.export.export(graph, several, dynamic_shapes=[{0: batch} for _ in several])
+    # Lengths are hints: torch 2.11 cannot prove that min(8 n, 16 n) == 8 n, and refuses a named size that asks for it.
+    most = program.signature.most
+    symbols = {n: Dim(n, min=1) if n == "batch" else Dim.DYNAMIC(min=1, max=most.get(n)) for n in names}
+    several = [x.clone() for x in example]
+    for i, layout in enumerate(layouts):
+        for axis, name in enumerate(layout):
+            if isinstance(name, str) and several[i].shape[axis] == 1:  # a size of one would be taken for a constant
+                several[i] = torch.cat([several[i]] * 2, axis)
+    axes = [{axis: symbols[name] for axis, name in enumerate(layout) if isinstance(name, str)} for layout in layouts]
+    return torch.export.export(graph, tuple(several), dynamic_shapes=axes)
 
 
 def blamed(error: BaseException, program: Program) -> str:

@@ -25,10 +25,11 @@ from ..program.program import Program
 from ..program.signature import Run, Signature
 from ..version import __version__
 from .errors import PackageError
-from .probe import answer, probe_batch, probe_integers
+from .probe import answer, probe_batch, probe_integers, probe_sizes
 
-FORMAT = 4
-READ = (2, 3, FORMAT)  # 2 had no norm of an ascent's steps; 3 no preprocessing, and called the target's dtype the output's
+FORMAT = 5
+# 2 had no norm of an ascent's steps; 3 no preprocessing, and called the target's dtype the output's; 4 no sizes that vary.
+READ = (2, 3, 4, FORMAT)
 
 
 def describe(
@@ -48,7 +49,7 @@ def describe(
     outputs, maps = answer(program)
     facts = zip(signature.dtypes, signature.shapes, signature.rows)  # rows: of the embedding that an input is an index into
     inputs_of = [{"dtype": dtype_name(dtype), "shape": list(shape), "rows": rows} for dtype, shape, rows in facts]
-    names = [f"input_{i}" if i else "inputs" for i in range(len(signature.shapes))]
+    names = signature.names or [f"input_{i}" if i else "inputs" for i in range(len(signature.shapes))]
     starts = [f"start_{i}" for i in range(len(signature.explained))] if signature.looped else []
     return {
         "format": FORMAT,
@@ -62,15 +63,18 @@ def describe(
         "looped": signature.looped,
         "target": signature.target,
         "arguments_of_the_graph": [*names, *starts, "target"],
-        "results_of_the_graph": [f"output_{i}" for i in range(len(outputs))] + [f"map_{i}" for i in range(len(maps))],
+        "results_of_the_graph": [f"output_{i}" for i in range(len(outputs))]
+        + (["shares"] if signature.method == "tokens" else [f"map_{i}" for i in range(len(maps))]),
         "inputs": inputs_of,
         "single": signature.single,
+        "named": signature.names is not None,
         "explained": signature.explained,
         "batch": None if signature.dynamic_batch else signature.batch,
         "output_spec": encoded_skeleton(signature.skeleton),
         "output_tensors": signature.slots,
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
+        "most": signature.most,
         "output_probabilities": "sigmoid" if multi_label and signature.probabilities == "softmax" else signature.probabilities,
         "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
         "target_dtype": dtype_name(signature.target_dtype),
@@ -83,6 +87,7 @@ def describe(
         "weights_sha256": weights_digest(program.graph),
         "probe": {
             "batch": probe_batch(program),
+            "sizes": probe_sizes(program),
             "integers": probe_integers(program),
             "tolerance": signature.tolerance,
             "outputs": [numbers.tolist() for numbers in outputs],
@@ -94,6 +99,7 @@ def describe(
 def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Program:
     """Returns the program that `run` computes, with the signature that `manifest` says; `device` as for `load`."""
     ascent = manifest["ascent"]
+    count = len(manifest["inputs"])
     signature = Signature(
         method=manifest["method"],
         arguments=decoded_numbers(manifest["arguments"]),
@@ -103,17 +109,20 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         ascent=None if ascent is None else decoded_ascent(ascent),
         tolerance=manifest["probe"]["tolerance"],
         single=manifest["single"],
-        shapes=[torch.Size(i["shape"]) for i in manifest["inputs"]],
+        names=manifest["arguments_of_the_graph"][:count] if manifest.get("named") else None,
+        shapes=[tuple(i["shape"]) for i in manifest["inputs"]],
         dtypes=[getattr(torch, i["dtype"]) for i in manifest["inputs"]],
         rows=[i["rows"] for i in manifest["inputs"]],
+        explained=manifest["explained"],
         device=torch.empty(0, device=device or manifest["device"]).device,
         batch=manifest["batch"] or 0,
         dynamic_batch=manifest["batch"] is None,
         skeleton=decoded_skeleton(manifest["output_spec"]),
         constants=manifest["output_constants"],
         slots=manifest["output_tensors"],
-        output_shape=torch.Size(manifest["output_shape"]),
+        output_shape=tuple(manifest["output_shape"]),
         probabilities=manifest.get("output_probabilities", "softmax"),
+        most=manifest.get("most", {}),
     )
     return Program(signature, run, manifest=manifest)
 

@@ -10,6 +10,8 @@ import hashlib
 import json
 import math
 import operator
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..program.program import Program
-from ..program.signature import Run
+from ..program.signature import Run, Shape
 from .errors import PackageError
 from .exporting import blamed, export_graph
 from .manifest import sealed, verified
@@ -45,6 +47,7 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
                 verbose=False,
             )
         model = converted.model_proto  # type: ignore[union-attr]
+        name_sizes(model, program.signature.layouts)
     except Exception as error:  # the exporter's and onnx's, which share no base
         raise PackageError(f"ONNX does not take this program: {blamed(error, program)}") from error
     custom = sorted({f"{node.domain}::{node.op_type}" for node in model.graph.node if node.domain not in ("", "ai.onnx")})
@@ -58,6 +61,19 @@ def write(program: Program, path: Path, manifest: dict[str, Any]) -> None:
     entry = tail.metadata_props.add()
     entry.key, entry.value = "sp_fx", json.dumps(complete)
     path.write_bytes(body + tail.SerializeToString())
+
+
+def name_sizes(model: Any, layouts: Sequence[Shape]) -> None:
+    """Gives the sizes that vary the names that `layouts` have: `["batch", "length"]` in place of `["s67", "s32"]`."""
+    names: dict[str, str] = {}
+    for value, layout in zip(model.graph.input, layouts):
+        for dim, name in zip(value.type.tensor_type.shape.dim, layout):
+            if dim.dim_param and isinstance(name, str):
+                names[dim.dim_param] = name
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_param = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), dim.dim_param)
 
 
 def load_graph(path: Path, device: str | None, threads: int | None) -> tuple[dict[str, Any], Run]:
@@ -141,7 +157,7 @@ def finite_attention(graph: torch.fx.GraphModule) -> None:
     tracer = torch.fx.proxy.GraphAppendingTracer(graph.graph)
     for node in graph.graph.find_nodes(op="call_function", target=attention):
         arguments: dict[str, Any] = dict(zip(("query", "key", "value", "dropout_p", "is_causal"), node.args)) | dict(node.kwargs)
-        (length, width), keys = arguments["query"].meta["val"].shape[-2:], arguments["key"].meta["val"].shape[-2]
+        width = arguments["query"].meta["val"].shape[-1]
         outputs = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
         if len(outputs) < len(node.users):  # somebody reads the logarithm of its sums
             continue
@@ -154,10 +170,8 @@ def finite_attention(graph: torch.fx.GraphModule) -> None:
                 is_bool = mask.meta["val"].dtype == torch.bool
                 scores = torch.where(added, scores, -math.inf) if is_bool else scores + added
             if arguments.get("is_causal"):
-                seen = torch.ones(length, keys, dtype=torch.bool).tril()
-                graph.register_buffer(f"{node.name}_seen", seen)
-                of_seen = cast(Any, torch.fx.Proxy(graph.graph.get_attr(f"{node.name}_seen"), tracer))
-                scores = torch.where(of_seen, scores, -math.inf)
+                one = scores[:1, :1]  # of any length
+                scores = torch.where(torch.tril(torch.ones_like(one)) > 0, scores, -math.inf)
             some = torch.amax(scores, -1, True) > -math.inf
             mixed = torch.matmul(torch.where(some, torch.softmax(scores, -1), 0.0), value)
             mixed = cast(Any, mixed.transpose(1, 2).contiguous().transpose(1, 2)).node  # as the fused one lies in memory

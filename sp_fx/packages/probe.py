@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ..containers import tensors_of
 from ..program.program import Program
 from .errors import PackageError
 
@@ -34,11 +35,19 @@ def probe(program: Program) -> list[Tensor]:
     """Returns the inputs of the probe: `weyl` in row-major order; integer inputs are those of the example, as token ids and masks
     are no numbers to make up: a mask of zeros hides all of a text, and its softmax is NaN in some engines."""
     count, values = probe_batch(program), []
+    sizes = probe_sizes(program)
     for shape, dtype, integers in zip(program.shapes, program.dtypes, probe_integers(program)):
-        size = (count, *shape)
+        size = (count, *program.signature.filled(shape, sizes))
         value = torch.from_numpy(weyl(int(np.prod(size)))).view(size) if integers is None else torch.tensor(integers).view(size)
         values.append(value.to(program.device, dtype))
     return values
+
+
+def probe_sizes(program: Program) -> dict[str, int]:
+    """Returns the lengths of the probe by name: those of the example, or as the manifest has them, which none of before has."""
+    if program.manifest is not None:
+        return program.manifest["probe"].get("sizes", {})
+    return program.signature.sizes(program.example)
 
 
 def probe_integers(program: Program) -> list[list[Any] | None]:
@@ -49,7 +58,7 @@ def probe_integers(program: Program) -> list[list[Any] | None]:
         return program.manifest["probe"]["integers"]
     integers: list[list[Any] | None] = []
     for i, (shape, dtype) in enumerate(zip(program.shapes, program.dtypes)):
-        given = torch.zeros((count, *shape), dtype=dtype) if program.example is None else program.example[i]
+        given = torch.zeros((count, *map(int, shape)), dtype=dtype) if program.example is None else program.example[i]
         several = torch.cat([given] * count)[:count]
         integers.append(None if dtype.is_floating_point else several.long().tolist())
     return integers
@@ -57,7 +66,7 @@ def probe_integers(program: Program) -> list[list[Any] | None]:
 
 def probe_target(program: Program) -> Any:
     """Returns the target of the probe: class 0, since the predicted one may hang on the last bits; or a direction of ones."""
-    shape = (probe_batch(program), *program.output_shape)
+    shape = (probe_batch(program), *program.signature.filled(program.output_shape, probe_sizes(program)))
     return 0 if program.target == "class" else torch.ones(shape, device=program.device)
 
 
@@ -74,7 +83,7 @@ def answer(program: Program) -> tuple[list[np.ndarray], list[np.ndarray]]:
     inputs = probe(program)
     outputs, maps = program(inputs[0] if program.single else tuple(inputs), probe_target(program))
     values = [v.double().cpu().flatten().numpy()[:SKETCH] for v in pytree.tree_leaves(outputs) if isinstance(v, Tensor)]
-    return values, [sketch(m) for m in ([maps] if program.single else maps) if m is not None]
+    return values, [sketch(m) for m in tensors_of(maps)]
 
 
 def check_answer(program: Program, path: Path) -> None:

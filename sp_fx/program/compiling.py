@@ -3,52 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from ..analysis.calls import name_of
-from ..analysis.ops import CELLS
-from ..capture.admission import asked_of_inputs
 from ..capture.arguments import Given
 from ..capture.capture import tracing
-from ..capture.tracing.draws import DRAWS
-from ..containers import slotted, tensors_of
-from ..gates.adjoints.row import FROZEN
-from ..gates.modules.recurrent import recurrent
-from ..gates.table import THRESHOLDLESS
-from ..measured.runs import distance
-from ..measured.sample_axis import shapes_of
-from ..measured.sigmoids import Sigmoids
+from ..capture.sizes import Axes
+from ..containers import slotted
+from ..measured.runs import first_line
 from ..methods.ascent import Ascent
-from ..methods.captured import CapturedModule
-from ..methods.pullbacks import ascend, double_pullback, pullback
-from ..methods.requests import Request
+from ..methods.captured import CapturedModule, noted
+from ..methods.subgraphs import find
 from ..rewrite.report import Report
 from ..targets import primary
-from .folding import folded
-from .graph import one_graph, rows_of
-from .inductor import by_batch, compiled, packs
-from .program import Program, ProgramError
-from .signature import Signature, described, positional, with_predicted
-
-# The largest relative L2 distance of a program's maps from the eager explainer's; ten times that for an ascent, each of whose
-# steps amplifies it. Another order of sums, and BatchNorms folded in float64 and rounded, make 1e-6 to 3e-5 in float32.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
-
-# With hard gates (frozen rules, plain derivatives) one pre-activation that rounding carries over its threshold moves the map by a
-# whole gate: ResNet-18 on noise, 2e-3. This much is always allowed for their maps.
-HARD_TOLERANCE = 0.02
-
-MOST_STEPS = 64  # of a recurrent network in a program: a step takes Inductor 5 s on two cores
+from .comparing import compare, example_target, tolerated
+from .example import Choice, Example, chosen
+from .formula import Texts, formula
+from .graphs.folding import folded, passed_through
+from .graphs.graph import FixedSize, most_of, one_graph, rows_of
+from .inductor import by_sizes, compiled, packs
+from .program import Program
+from .signature import Run, Shape, Signature
 
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},
     "double_pullback": {"step": 2.0},
     "ascend": {**{field.name: field.default for field in fields(Ascent)}, "unrolled": False},
+    "tokens": {"embedding": None},
 }
 
 
@@ -59,74 +44,54 @@ def build(
     /,
     *,
     dynamic_batch: bool = True,
+    dynamic_lengths: bool = True,
     inductor: bool = True,
-    target: str = "class",
+    target: str | Choice = "class",
     **arguments: Any,
 ) -> Program:
     """Returns `method` of `module` as a program for inputs like `inputs`. `Explainer.compile` has the arguments and errors."""
     started = time.perf_counter()
     arguments = with_defaults(method, arguments)
-    if target not in ("class", "direction"):
-        raise ValueError(f"the target of a program is 'class' or 'direction', got {target!r}")
-    example = positional(inputs)
-    check_example(example)
+    if target not in ("class", "direction") and not callable(target):
+        kinds = "'class', 'direction', or a callable that takes scores from the output"
+        raise ValueError(f"the target of a program is {kinds}, got {target!r}")
     ascent = Ascent(**{k: v for k, v in arguments.items() if k != "unrolled"}) if method == "ascend" else None
     report = module.report()
-    dtype = next(x.dtype for x in example if x.is_floating_point())
-    tolerance = tolerated(dtype, report, ascends=ascent is not None)
-    if torch.is_autocast_enabled(example[0].device.type):
-        raise ValueError("compile outside autocast: a program computes in the dtypes of its weights and inputs")
     with torch.inference_mode(False), torch.no_grad():
-        example = [x.detach().clone() for x in example]
+        choice = primary if isinstance(target, str) else target
+        example = Example.of(module, inputs, method, choice, arguments.get("embedding"))
+        if torch.is_autocast_enabled(example.tensors[0].device.type):
+            raise ValueError("compile outside autocast: a program computes in the dtypes of its weights and inputs")
         if ascent is not None:
-            ascent.check([x for x in example if x.is_floating_point()])
-        module = module.for_call(*example)
-        if lines := asked_of_inputs(module.graph):
-            raise ProgramError(
-                f"the forward goes by values of its inputs, at {lines[0]}, and a program is one path for all: choose between two "
-                "results by torch.where, or give the forward what it asks for as a constant"
-            )
-        check_lengths(module, example)
-        with Sigmoids() as sigmoids:
-            outputs = module(*example)
-        check_repeats(module, example, outputs)
-        y = explained_output(outputs, target)
-        skeleton, leaves = slotted(outputs)
-        signature = Signature(
-            method=method,
-            arguments=arguments,
-            target=target,
-            target_dtype=y.dtype if target == "direction" else torch.long,
-            output_dtype=y.dtype,
-            ascent=ascent,
-            tolerance=tolerance,
-            single=not isinstance(inputs, tuple),
-            shapes=[x.shape[1:] for x in example],
-            dtypes=[x.dtype for x in example],
-            rows=[None] * len(example),
-            device=example[0].device,
-            batch=example[0].shape[0],
-            dynamic_batch=dynamic_batch,
-            skeleton=skeleton,
-            constants=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
-            slots=[i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)],
-            output_shape=y.shape[1:],
-            probabilities="none" if sigmoids.gave(y) else "softmax",
-        )
-        starts = [example[i] for i in signature.explained] if signature.looped else []
-        tensors = [*example, *starts, example_target(signature, y)]
-        with tracing:
-            graph = one_graph(formula(signature), folded(module), tensors, dynamic_batch)
-        placeholders = graph.graph.find_nodes(op="placeholder")
-        signature = replace(signature, rows=[rows_of(node, graph) for node in placeholders[: len(example)]])
-        run = compiled(graph, tensors) if inductor else graph
-        if inductor and dynamic_batch and packs(graph):
-            with tracing:
-                fixed = one_graph(formula(signature), folded(module), tensors, dynamic=False)
-            run = by_batch(signature.batch, compiled(fixed, tensors), run)
-        error = compare(Program(signature, run), module, tensors)
+            ascent.check([x for x in example.tensors if x.is_floating_point()])
+        signature = signature_of(example, method, arguments, ascent, target, dynamic_batch, report)
+        lengths = example.lengths(signature.target == "direction") if dynamic_lengths else []
+        while True:  # until no length is a symbol that cannot be one
+            try:
+                named = with_names(signature, example, lengths)
+                graph = traced(named, example)
+                placeholders = graph.graph.find_nodes(op="placeholder")[: len(named.shapes)]
+                most = most_of(graph, named.layouts)
+                named = replace(named, rows=[rows_of(node, graph) for node in placeholders], most=most)
+                tensors = graph_tensors(named, example)
+                run = engine(graph, tensors, named, example) if inductor else graph
+                error = compare(Program(named, run), example, [other for _, _, other in lengths])
+                break
+            except FixedSize as reason:
+                if "batch" in reason.names:
+                    raise ValueError(
+                        f"the model fixes its batch at {named.batch}, by a shape that is written out or by mixing samples: "
+                        "compile it with dynamic_batch=False"
+                    ) from None
+                lengths = [length for length in lengths if length[0] not in reason.names]
+            except Exception as reason:  # whatever a decomposition, Inductor or the comparison says of symbols
+                if not lengths:
+                    raise
+                shapes = ", ".join(str(list(x.shape)) for x in example.tensors)
+                report = noted(report, [f"its program is for the lengths of {shapes} alone: {first_line(reason)}"])
+                lengths = []
     seconds = time.perf_counter() - started
-    return Program(signature, run, graph=graph, example=tensors, report=report, error=error, seconds=seconds)
+    return Program(named, run, graph=graph, example=tensors, report=report, error=error, seconds=seconds)
 
 
 def with_defaults(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -143,167 +108,104 @@ def with_defaults(method: str, arguments: dict[str, Any]) -> dict[str, Any]:
     return {**METHODS[method], **arguments}
 
 
-def check_example(example: list[Tensor]) -> None:
-    """Raises TypeError or ValueError for an example without a floating input, or without one batch on axis 0."""
-    if not any(x.is_floating_point() for x in example):
-        raise TypeError(f"nothing to explain: the inputs are {', '.join(str(x.dtype) for x in example)}")
-    batches = {x.shape[0] if x.dim() else None for x in example}
-    if len(batches) > 1 or not batches - {None, 0}:
-        raise ValueError(f"every input of a program has the batch on axis 0, of at least one sample: got {described(example)}")
-
-
-def check_lengths(module: CapturedModule, example: list[Tensor]) -> None:
-    """Raises ProgramError for a recurrent network of more than `MOST_STEPS` steps, each of which is a part of the graph."""
-    arguments = Given(tuple(example), {}).by_name(module.forward)
-    networks = [node for node in module.graph.nodes if node.target is recurrent or is_recurrent(node, module)]
-    shapes = shapes_of(module, module.graph, arguments) if networks else {}
-    for node in networks:
-        first = shapes.get(node.args[1 if node.target is recurrent else 0])  # type: ignore[call-overload]
-        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        batch_first = node.kwargs.get("batch_first", getattr(leaf, "batch_first", node.args[-1:] == (True,)))
-        if isinstance(first, Tensor) and first.dim() == 3 and (steps := first.shape[1 if batch_first else 0]) > MOST_STEPS:
-            raise ProgramError(
-                f"{node.meta.get('place', node.name)} runs {steps} steps, and a program, whose graph has each of them, at most "
-                f"{MOST_STEPS}: use the explainer itself, which loops over them, or shorter inputs"
-            )
-
-
-def is_recurrent(node: fx.Node, module: CapturedModule) -> bool:
-    if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), nn.RNNBase)
-    return node.op == "call_function" and name_of(node) in CELLS
-
-
-def check_repeats(module: CapturedModule, example: list[Tensor], outputs: Any) -> None:
-    """Raises ProgramError for a model that draws random numbers and so returns something other than `outputs` when asked again:
-    there is nothing that its program could be compared with."""
-    drawn = [note for note in module.report().notes if note.startswith(DRAWS)]
-    if drawn and distance(tensors_of(module(*example)), tensors_of(outputs)) > 0:
-        raise ProgramError(
-            f"the model's outputs are others at each call, and no program could be compared with it: {'; '.join(drawn)}. "
-            "Let it draw where it trains alone, as nn.Dropout and F.dropout(x, p, self.training) do"
-        )
-
-
-def tolerated(dtype: torch.dtype, report: Report, ascends: bool) -> float:
-    """Returns the relative L2 distance from the eager method that is allowed for a model with the gates of `report`."""
-    hard = any(site.kind and site.kind not in THRESHOLDLESS and site.temperature in (None, FROZEN) for site in report.sites)
-    tolerance = TOLERANCE[dtype] * (10 if ascends else 1)
-    return max(tolerance, HARD_TOLERANCE) if hard and dtype != torch.float64 else tolerance
-
-
-def explained_output(outputs: Any, target: str) -> Tensor:
-    """Returns the tensor of the model's output that is explained.
+def signature_of(
+    example: Example,
+    method: str,
+    arguments: dict[str, Any],
+    ascent: Ascent | None,
+    target: str | Choice,
+    dynamic_batch: bool,
+    report: Report,
+) -> Signature:
+    """Returns the signature of a program for calls of the sizes of the example.
 
     Raises:
-        TypeError: there are several, and none is called `logits`.
-        ValueError: classes are asked for, and it has no axis of them.
+        ValueError: classes are asked for, and the output has no axis of them; an ascent to a class of chosen scores in a loop.
     """
-    try:
-        y = primary(outputs)
-    except TypeError as error:
-        reason = str(error).split(":")[0]
-        raise TypeError(f"{reason}: a program explains one of them. Wrap the model to return it alone, or as `logits`") from None
+    tensors, y = example.tensors, example.y
+    if not isinstance(target, str):
+        target = "direction" if y.dim() == 1 else "class"
+        if target == "class" and method == "ascend" and not arguments["unrolled"]:
+            raise ValueError("an ascent to a class of scores that target= chooses is one graph: compile it with unrolled=True")
     if target == "class" and y.dim() < 2:
         raise ValueError(f"an output of shape {list(y.shape)} has no class axis: compile with target='direction'")
-    return y
+    explained = [i for i, x in enumerate(tensors) if x.is_floating_point()]
+    dtype = tensors[explained[0]].dtype if explained else y.dtype
+    if (embedded := example.embedded) is not None:
+        arguments = {"embedding": embedded.name}
+        explained = [number_of(embedded.ids, tensors)]
+    skeleton, leaves = slotted(example.outputs)
+    return Signature(
+        method=method,
+        arguments=arguments,
+        target=target,
+        target_dtype=y.dtype if target == "direction" else torch.long,
+        output_dtype=y.dtype,
+        ascent=ascent,
+        tolerance=tolerated(dtype, report, ascends=ascent is not None),
+        single=example.single,
+        names=example.names,
+        shapes=[tuple(x.shape[1:]) for x in tensors],
+        dtypes=[x.dtype for x in tensors],
+        rows=[None] * len(tensors),
+        explained=explained,
+        device=tensors[0].device,
+        batch=tensors[0].shape[0],
+        dynamic_batch=dynamic_batch,
+        skeleton=skeleton,
+        constants=[None if isinstance(leaf, Tensor) else leaf for leaf in leaves],
+        slots=[i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)],
+        output_shape=tuple(y.shape[1:]),
+        probabilities="none" if example.ends_in_sigmoid else "softmax",
+    )
 
 
-def example_target(signature: Signature, y: Tensor) -> Tensor:
-    """Returns a target for the example whose output is `y`: the predicted classes, or a direction of ones."""
-    if signature.target == "direction":
-        return torch.ones_like(y)
-    return y.argmax(1) if y.dim() == 2 else torch.zeros(len(y), dtype=torch.long, device=y.device)
+def number_of(tensor: Tensor | None, tensors: Sequence[Tensor]) -> int:
+    """Returns the number of a tensor among others."""
+    return next(i for i, other in enumerate(tensors) if other is tensor)
 
 
-# -- what the graph computes
+def with_names(signature: Signature, example: Example, lengths: Sequence[tuple[str, Axes, Given]]) -> Signature:
+    """Returns the signature with the names of `lengths` in place of their sizes, in the inputs and in what is explained."""
+    shapes: list[list[int | str]] = [list(shape) for shape in signature.shapes]
+    output: list[int | str] = list(signature.output_shape)
+    for name, axes, other in lengths:
+        for i, axis in axes:
+            shapes[i][axis - 1] = name
+        after = chosen(example.module(*other.args, **other.kwargs), example.choice).shape[1:]
+        output = [name if isinstance(n, int) and n != m else n for n, m in zip(output, after)]
+    return replace(signature, shapes=[tuple(shape) for shape in shapes], output_shape=tuple(output))
 
 
-def formula(signature: Signature) -> Callable[..., list[Tensor]]:
-    """Returns the function that `one_graph` traces: from the model and the graph's tensors to the graph's results."""
-
-    def results(model: Callable[..., Any], *tensors: Tensor) -> list[Tensor]:
-        count, explained = len(signature.shapes), signature.explained
-        inputs, starts, aim = list(tensors[:count]), list(tensors[count:-1]), tensors[-1]
-        outputs: list[Tensor] = []  # those of the first forward
-
-        def pull(points: list[Tensor]) -> list[Tensor]:
-            nonlocal aim
-
-            def forward(*points: Tensor) -> tuple[Tensor, list[Tensor]]:
-                remaining = iter(points)
-                result = model(*[next(remaining) if i in explained else x for i, x in enumerate(inputs)])
-                return primary(result), tensors_of(result)
-
-            y, back, values = torch.func.vjp(forward, *points, has_aux=True)  # type: ignore[misc]
-            outputs.extend(values if not outputs else [])
-            if signature.target == "direction":
-                return list(back(aim.to(y.dtype)))
-            aim = with_predicted(y, aim)  # and stays, for an ascent, the class predicted at the start
-            return list(back(one_hot(y, aim)))
-
-        points = [inputs[i] for i in explained]
-        if signature.ascent is None:
-            maps = pull(points)
-            if signature.method == "double_pullback":
-                maps = pull([x + signature.arguments["step"] * v for x, v in zip(points, maps)])
-        elif signature.looped:
-            maps = signature.ascent.step(starts, points, pull, clamp=signature.ascent.clip == "every")
-        else:
-            *_, ends = signature.ascent.iterates(points, pull)
-            maps = [end - start for start, end in zip(points, ends)]
-        return [*outputs, *maps]
-
-    return results
+def traced(signature: Signature, example: Example) -> fx.GraphModule:
+    """Returns the graph of a program; FixedSize where the model fixes a size that has a name."""
+    module = folded(example.module)
+    call = Given(*slotted(tuple(example.call))[0]).by_name(example.module.forward)
+    texts = None
+    if example.embedded is not None:
+        source = passed_through(example.module, find(example.module.graph, example.embedded.name, "embedding"))
+        [node] = [node for node in module.graph.nodes if node.name == source.name]
+        [end] = module.graph.find_nodes(op="output")
+        end.args = ((end.args[0], node),)
+        mask = example.embedded.mask
+        ids = number_of(example.embedded.ids, example.tensors)
+        texts = Texts(node, ids, None if mask is None else number_of(mask, example.tensors))
+    tensors = graph_tensors(signature, example)
+    with tracing:
+        return one_graph(formula(signature, call, example.choice, texts), module, tensors, signature.layouts)
 
 
-def one_hot(y: Tensor, classes: Tensor) -> Tensor:
-    """Returns 1 at the class of each sample, shaped like `y` [B, C, ...]; by comparison, since a scatter is slow to run and hard
-    to export."""
-    rest = [1] * (y.dim() - 2)
-    numbers = torch.arange(y.shape[1], device=y.device).view(1, -1, *rest)
-    return (numbers == classes.view(-1, 1, *rest)).to(y.dtype).expand(y.shape)
+def graph_tensors(signature: Signature, example: Example) -> list[Tensor]:
+    """Returns tensors that the graph takes: the inputs of the example, the starts of a looped ascent, a target."""
+    starts = [example.tensors[i] for i in signature.explained] if signature.looped else []
+    return [*example.tensors, *starts, example_target(signature, example.y)]
 
 
-# -- whether it is right
-
-
-def compare(program: Program, module: CapturedModule, tensors: list[Tensor]) -> float:
-    """Returns the largest relative L2 distance of the program from the eager method, of outputs and maps alike: on the example,
-    the first of the graph's `tensors`, and on another batch size where any will do.
-
-    Raises:
-        ProgramError: it is above the tolerance, or the model's output varies in something that is no tensor.
-    """
-    signature, worst = program.signature, 0.0
-    sizes = (signature.batch, 1 if signature.batch > 1 else 2) if signature.dynamic_batch else (signature.batch,)
-    for size in sizes:
-        *samples, aim = (torch.cat([x, x])[:size] for x in (*tensors[: len(signature.shapes)], tensors[-1]))
-        outputs, maps = program(samples[0] if signature.single else tuple(samples), aim)
-        eager_leaves, eager_maps = slotted(module(*samples))[1], eager(module, signature, tuple(samples), aim)
-        leaves = slotted(outputs)[1]
-        for got, want in [*zip(leaves, eager_leaves, strict=True), *zip([maps] if signature.single else maps, eager_maps)]:
-            if not isinstance(want, Tensor) and want != got:
-                raise ProgramError(
-                    f"the model returns {want!r} for {described(samples)}, where its program would return {got!r}: what varies "
-                    "has to be a tensor. Return it as one, or leave it out"
-                )
-            if isinstance(want, Tensor) and want.is_floating_point():
-                error = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
-                if not error <= signature.tolerance:
-                    raise ProgramError(
-                        f"the program is not equal to the explainer on {described(samples)}: relative L2 distance {error:.1e} "
-                        f"where {signature.tolerance:.0e} is allowed; it is refused"
-                    )
-                worst = max(worst, error)
-    return worst
-
-
-def eager(module: CapturedModule, signature: Signature, inputs: tuple[Tensor, ...], aim: Tensor) -> tuple[Tensor | None, ...]:
-    """Returns the maps of `inputs` that the program is compared with."""
-    request = Request(inputs, aim)
-    if signature.ascent is not None:
-        return ascend(module, request, signature.ascent)
-    if signature.method == "double_pullback":
-        return double_pullback(module, request, signature.arguments["step"])
-    return pullback(module, request)
+def engine(graph: fx.GraphModule, tensors: list[Tensor], signature: Signature, example: Example) -> Run:
+    """Returns `graph` as Inductor compiles it, and where that is faster, one of the sizes of the example beside it."""
+    run = compiled(graph, tensors)
+    if not (signature.dynamic_batch and packs(graph)):
+        return run
+    shapes: list[Shape] = [tuple(x.shape[1:]) for x in example.tensors]
+    fixed = replace(signature, dynamic_batch=False, shapes=shapes, output_shape=tuple(example.y.shape[1:]))
+    return by_sizes([x.shape for x in example.tensors], compiled(traced(fixed, example), tensors), run)

@@ -38,7 +38,9 @@ def compiled(graph: fx.GraphModule, example: Sequence[Tensor]) -> Run:
     stand_ins = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     with COMPILING, config.patch(config_for(graph)), tracing(TracingContext(stand_ins[0].fake_mode)):
         run: Any = compile_fx(suited(graph), stand_ins)
-    return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int)) if example[0].is_cuda else run
+    if not example[0].is_cuda or any(not isinstance(n, int) for x in stand_ins for n in x.shape[1:]):
+        return run  # a CUDA graph is of one length
+    return Replayed(run, dynamic=not isinstance(stand_ins[0].shape[0], int))
 
 
 def config_for(graph: fx.GraphModule) -> dict[str, Any]:
@@ -49,9 +51,9 @@ def config_for(graph: fx.GraphModule) -> dict[str, Any]:
     return {"freezing": freezing} | ({"realize_opcount_threshold": LOOP_OPERATIONS} if long_loops else {})
 
 
-def by_batch(batch: int, of_this: Run, of_any: Run) -> Run:
-    """Returns a function that calls `of_this` where the batch size is `batch`, and `of_any` where it is another."""
-    return lambda *tensors: (of_this if tensors[0].shape[0] == batch else of_any)(*tensors)
+def by_sizes(sizes: Sequence[torch.Size], of_these: Run, of_any: Run) -> Run:
+    """Returns a function that calls `of_these` where the first tensors are of these `sizes`, and `of_any` where they are not."""
+    return lambda *tensors: (of_these if all(t.shape == s for t, s in zip(tensors, sizes)) else of_any)(*tensors)
 
 
 def packs(graph: fx.GraphModule) -> bool:
@@ -114,7 +116,7 @@ def replace_by_function(graph: fx.GraphModule, node: fx.Node, function: Callable
     graph.graph.erase_node(node)
 
 
-SAME_NUMBERS = (aten.alias.default, aten.clone.default, aten.view.default, aten._unsafe_view.default)
+SAME_NUMBERS = (aten.alias.default, aten.clone.default, aten.reshape.default, aten._unsafe_view.default)
 
 
 def materialise_normed(graph: fx.GraphModule, norm: fx.Node) -> None:

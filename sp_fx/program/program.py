@@ -1,11 +1,13 @@
 """Programs: an explanation as one inference graph, compiled. `program(inputs, target) -> (outputs, map)`.
 
 For whoever exports one: `program.graph` is the `fx.GraphModule` that was compiled. It is in aten ops, functional, weights as
-buffers, no autograd and no custom op in it, its batch a symbol where `program.dynamic_batch`.
+buffers, no autograd and no custom op in it, its batch a symbol where `program.dynamic_batch`, and so is each size that has a name
+in `program.shapes`, as the length of a text has: `[("length",), ("length",)]` of token ids and their mask.
 
 - It takes `(*inputs, target)`. The target is a LongTensor [B] (-1: the predicted class) or, where `program.target ==
   "direction"`, a tensor shaped like the output that is explained.
-- It returns a flat list: the tensors of the model's output in pytree order, then one tensor for each floating input, the maps.
+- It returns a flat list: the tensors of the model's output in pytree order, then one tensor for each floating input, the maps; of
+  the method "tokens" one tensor, the share of each token.
 - Where `program.looped` (an ascent that is not unrolled) it is one step instead: it takes `(*inputs, *starts, target)`, the
   starts being those of the floating inputs, and returns where the step leads. Whoever loops, `program.ascent.steps` times,
   resolves -1 after the first step and subtracts the starts at the end, as `Program._climb` does.
@@ -23,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .signature import Run, Signature, positional
+from .signature import Run, Signature
 
 
 class ProgramError(RuntimeError):
@@ -66,23 +68,25 @@ class Program:
         self.single, self.shapes, self.dtypes, self.rows = signature.single, signature.shapes, signature.dtypes, signature.rows
         self.device, self.batch, self.dynamic_batch = signature.device, signature.batch, signature.dynamic_batch
         self.explained, self.tensors, self.output_shape = signature.explained, signature.slots, signature.output_shape
+        self.names, self.lengths = signature.names, signature.lengths
 
     def __call__(self, inputs: Any, target: Any = None) -> tuple[Any, Any]:
         """The model's outputs and the maps, for `inputs` of the shapes and dtypes the program was made for.
 
         Args:
-            inputs: a tensor, or a tuple where the example was one.
+            inputs: a tensor, or a tuple or a mapping where the example was one.
             target: None for the predicted class, an int, or an integer tensor [B] in which -1 is the predicted class; for a
-                program made with target="direction", a floating tensor shaped like the output. Class numbers on a GPU are not
+                program made with target="direction", a floating tensor shaped like the output, which may be left out where that
+                is one number a sample. Class numbers on a GPU are not
                 checked, which would wait for it: one that the output does not have gives a zero map.
 
         Raises:
             TypeError, ValueError, IndexError: inputs or a target that the program was not made for; the message names both.
         """
         with torch.inference_mode(False), torch.no_grad():
-            tensors = positional(inputs)
+            tensors = self.signature.ordered(inputs)
             self.signature.check(tensors)
-            aim = self.signature.target_tensor(target, tensors[0].shape[0])
+            aim = self.signature.target_tensor(target, tensors)
             tensors = [x.clone() if x.is_inference() else x.contiguous() for x in tensors]
             results = self._climb(tensors, aim) if self.looped else list(self.run(*tensors, aim))
         return self.signature.outputs(results), self.signature.maps(results)

@@ -29,7 +29,7 @@ class Served:
         self.classifier = Classifier(program)
         self.program, self.name, self.limits = program, name, limits
         self.reader = RequestReader(
-            tuple(program.shapes[0]), self.classifier.preprocessing, self.classifier.classes, self.classifier.class_names, limits
+            self.classifier.shape, self.classifier.preprocessing, self.classifier.classes, self.classifier.class_names, limits
         )
         size = limits.batch if program.dynamic_batch else program.batch
         self.open = 0  # requests that are read, run or answered now: a batch of as many instances need not wait for more

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, fx
 
 from ..analysis.ops import LOOKUPS, SHAPES, SIZES
 from ..analysis.signals import called
+from ..capture.arguments import Given
 from ..capture.passed import lets_through
 from ..containers import tensors_of
 from ..methods.captured import CapturedModule
@@ -93,8 +93,13 @@ class Tokens:
 
     def _repr_html_(self) -> str:
         """The texts as a notebook shows them: red words speak for the target, blue ones against it."""
+        return self.html()
+
+    def html(self, titles: Sequence[str] = ()) -> str:
+        """The texts as a part of a page, each under its title where there are `titles`."""
         lines = []
         for i in range(len(self)):
+            lines += [f"<small>{html.escape(titles[i])}</small>"] if titles else []
             parts = dict(enumerate(part for _, part in self.relative(i)))
             spans = "".join(
                 f'<span title="{100 * parts[j]:+.1f} %" style="background:rgb{c};color:#000;padding:1px 3px;margin:1px;'
@@ -113,6 +118,21 @@ def colour(value: float) -> tuple[int, int, int]:
     return r, g, b
 
 
+def joined(several: Sequence[Tokens]) -> Tokens:
+    """Returns the tokens of several batches as one, the shorter texts padded."""
+    longest = max(one.real.shape[1] for one in several)
+
+    def padded(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (0, longest - t.shape[-1]))
+
+    return Tokens(
+        [[*tokens, *[""] * (longest - len(tokens))] for one in several for tokens in one.tokens],
+        torch.cat([padded(one.shares) for one in several]),
+        torch.cat([padded(one.real) for one in several]),
+        several[0].embedding,
+    )
+
+
 def tokens(
     module: CapturedModule,
     inputs: Inputs,
@@ -125,24 +145,61 @@ def tokens(
 ) -> Tokens:
     """`Explainer.tokens`."""
     args, kwargs = Request(inputs, forward_kwargs=forward_kwargs).arguments(module.forward)
-    arguments = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
     with torch.inference_mode(False):
-        graph = module.for_call(*args, **kwargs)
-        name = embedding or looked_up(graph.graph)
-        if not name:
-            raise InputError("no token ids are looked up in a table: pass embedding= the name of the activation of the tokens")
-        stem, _ = graph.split(name)
-        with torch.no_grad():
-            values = stem(*args, **kwargs)
-        maps = pullback(module, Request(inputs, target, forward_kwargs, name, batch_size))
+        embedded = embedded_in(module.for_call(*args, **kwargs), args, kwargs, embedding)
+        maps = pullback(module, Request(inputs, target, forward_kwargs, embedded.name, batch_size))
+    real = torch.ones(embedded.values.shape[:2], dtype=torch.bool, device=embedded.values.device)
+    if embedded.mask is not None:
+        real = embedded.mask.bool()
+    words = texts_of(embedded.ids, embedded.values, tokenizer)
+    return Tokens(words, shares_of(maps, embedded.values, real), real, embedded.name)
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """The embedding of the tokens of a call.
+
+    Attributes:
+        name: of the activation.
+        values: [B, L, width].
+        ids: [B, L], the argument that the embedding is looked up by; None where there is none.
+        mask: [B, L], the argument that is 0 at padding; None where there is none.
+    """
+
+    name: str
+    values: Tensor
+    ids: Tensor | None
+    mask: Tensor | None
+
+
+def embedded_in(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], embedding: str | None) -> Embedded:
+    """Returns the embedding of the tokens of a call of `module`: the activation `embedding`, or, for None, the first table that
+    ids are looked up in.
+
+    Raises:
+        InputError: there is none, or it is of another shape.
+        ValueError: `embedding` names no activation.
+    """
+    name = embedding or looked_up(module.graph)
+    if not name:
+        raise InputError("no token ids are looked up in a table: pass embedding= the name of the activation of the tokens")
+    arguments = Given(args, kwargs).by_name(module.forward)
+    with torch.no_grad():
+        values = module.split(name)[0](*args, **kwargs)
     if values.dim() != 3:
         raise InputError(f"{name} is of shape {list(values.shape)}; an embedding of tokens is [B, L, width]")
-    ids = ids_of(graph.graph, name, arguments, values)
-    mask = mask_of(arguments, ids)
-    real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if mask is None else mask.bool()
-    shares = (maps * (values if maps.dim() == 3 else values[:, None])).sum(-1)
-    shares = shares.masked_fill(~(real if shares.dim() == 2 else real[:, None]), 0.0)
-    return Tokens(texts_of(ids, values, tokenizer), shares, real, name)
+    ids = ids_of(module.graph, name, arguments, values)
+    return Embedded(name, values, ids, mask_of(arguments, ids))
+
+
+def shares_of(maps: Tensor, values: Tensor, real: Tensor | None) -> Tensor:
+    """Returns the share of each token: the inner product of the map at the embedding [B, L, width], or [B, T, L, width] of T
+    targets a sample, with the `values` there [B, L, width]; 0 where `real` [B, L] says that a token is padding."""
+    several = maps.dim() > values.dim()
+    shares = (maps * (values[:, None] if several else values)).sum(-1)
+    if real is None:
+        return shares
+    return torch.where(real[:, None] if several else real, shares, 0.0)
 
 
 def texts_of(ids: Tensor | None, values: Tensor, tokenizer: Any) -> list[list[str]]:

@@ -114,7 +114,7 @@ class Batches:
         """
         files, names = self.files[self._part(number)], self.names[self._part(number)]
         program = self.classifier.program
-        pixels, errors = torch.zeros(self.batch, *program.shapes[0]), []
+        pixels, errors = torch.zeros(self.batch, *self.classifier.shape), []
         for sample, file in zip(pixels, files):
             try:
                 sample[:] = self.preprocessing(file).pixels

@@ -4,7 +4,7 @@ Requires: a function of tensors whose first axis is the batch.
 Ensures: a `fx.GraphModule` over the same tensors that returns a flat list.
 - Every parameter, and whatever depends on parameters alone, is a buffer of it; no node or attribute is shared with the model.
 - No op writes in place; no `convolution_backward`, no scatter.
-- The batch is a symbol where it was asked to be one.
+- A size is a symbol where it was asked to be one: the batch, the length of a text.
 - `node.meta["custom"]["layer"]` says where in the model a call comes from: `layer1.0.conv1 (Conv2d)`.
 """
 
@@ -23,32 +23,49 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.fx.traceback import preserve_node_meta
 
-from ..capture.tracing.schemas import frame_of
+from ...capture.arguments import ByName
+from ...capture.tracing.schemas import frame_of
 from .decompositions import TABLE
 
 aten = torch.ops.aten
+Layout = Sequence[int | str]  # the sizes of a tensor: numbers, and names of those that vary
 
 
-def one_graph(function: Callable[..., Any], module: fx.GraphModule, examples: Sequence[Tensor], dynamic: bool) -> fx.GraphModule:
-    """Returns `function(module, *examples)`, a list of tensors, as a graph of `examples`. `module` is changed: pass a copy.
+class FixedSize(ValueError):
+    """Sizes that were to be symbols are fixed by the model; `names` says which."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"the model fixes {', '.join(names)}")
+        self.names = tuple(names)
+
+
+def one_graph(
+    function: Callable[..., Any], module: fx.GraphModule, examples: Sequence[Tensor], layouts: Sequence[Layout]
+) -> fx.GraphModule:
+    """Returns `function(model, *examples)`, a list of tensors, as a graph of `examples`, whose sizes are `layouts`: numbers, and
+    names of those that become symbols. `model` is `run_by_name` of the module, which is changed: pass a copy.
 
     Raises:
-        ValueError: the batch was to be dynamic, and something in the model fixes it.
+        FixedSize: something in the model fixes a size that was to be a symbol.
     """
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    first: dict[int, tuple[str, Tensor]] = {}  # a weight that two modules share is one, under its first name
+    for name, t in (*module.named_parameters(), *module.named_buffers()):
+        first.setdefault(id(t), (name, t))
+    weights_of = dict(first.values())
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
-    # Sizes 0 and 1 are special to torch, which would fix them: a batch of one is traced as two.
-    batch: Any = examples[0].shape[0]
-    if dynamic:
-        batch = mode.from_tensor(
-            torch.empty(max(batch, 2)), symbolic_context=StatelessSymbolicContext([DimDynamic.DYNAMIC])
-        ).shape[0]
+    named = {n: m for x, layout in zip(examples, layouts) for n, m in zip(layout, x.shape) if isinstance(n, str)}
+    symbols: dict[int | str, Any] = {}
+    for name, size in named.items():
+        # Sizes 0 and 1 are special to torch, which would fix them: a batch of one is traced as two.
+        context = StatelessSymbolicContext([DimDynamic.DYNAMIC])  # type: ignore[var-annotated]
+        symbols[name] = mode.from_tensor(torch.empty(max(size, 2)), symbolic_context=context).shape[0]
     with mode:
-        stand_ins = [torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device) for x in examples]
-    weights = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in tensors.items()}
+        sizes = [[symbols.get(n, n) for n in layout] for layout in layouts]
+        stand_ins = [torch.empty(of, dtype=x.dtype, device=x.device) for x, of in zip(examples, sizes)]
+    weights = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in weights_of.items()}
     for node in module.graph.nodes:
         node.meta = {"custom": {"layer": layer(node)}} if node.op.startswith("call") else {}
-    module.__dict__["forward"] = fx.Interpreter(module).run  # node by node, so that what each becomes knows its layer
+    module.__dict__["forward"] = ByName(module).run_by_name  # node by node, so that what each becomes knows its layer
 
     def run(weights: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
         return function(lambda *args: torch.func.functional_call(module, weights, args), *inputs)
@@ -56,15 +73,24 @@ def one_graph(function: Callable[..., Any], module: fx.GraphModule, examples: Se
     with torch.inference_mode(False), torch.no_grad(), mode, enable_python_dispatcher(), preserve_node_meta():
         # The dispatcher in Python, since some of C++ read a symbol as a number.
         graph = make_fx(run, tracing_mode="real", decomposition_table=TABLE)(weights, *stand_ins)
-        # A second trace, since functionalize has no rule for an autograd.Function.
-        graph = make_fx(torch.func.functionalize(fx.Interpreter(graph).run), tracing_mode="real")(weights, *stand_ins)
-    if dynamic and batch.node.maybe_as_int() is not None:
-        raise ValueError(
-            f"the model fixes its batch at {batch}, by a shape that is written out or by mixing samples: "
-            "compile it with dynamic_batch=False"
-        )
-    spread_layers(graph, len(tensors))
-    freeze(graph, list(tensors.values()))
+        # A second trace, since functionalize has no rule for an autograd.Function. What `function` brings along, such as the
+        # embedding that a target compares with, comes in as weights do: functionalize knows what it was given alone.
+        brought = {node: getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr")}
+        weights_of |= {f"brought_{i}": t for i, t in enumerate(brought.values())}
+        given = {name: mode.from_tensor(t.detach(), static_shapes=True) for name, t in weights_of.items()}
+        traced = fx.Interpreter(graph)
+
+        def again(given: dict[str, Tensor], *inputs: Tensor) -> list[Tensor]:
+            known = {node: given[f"brought_{i}"] for i, node in enumerate(brought)}
+            return traced.run(*[given[name] for name in weights], *inputs, initial_env=known)
+
+        graph = make_fx(torch.func.functionalize(again), tracing_mode="real")(given, *stand_ins)
+    if fixed := [str(name) for name, symbol in symbols.items() if symbol.node.maybe_as_int() is not None]:
+        raise FixedSize(fixed)
+    for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default  # an engine may have its inputs lie otherwise in memory, where no view can be
+    spread_layers(graph, len(weights_of))
+    freeze(graph, list(weights_of.values()))
     fold_constants(graph)
     return graph
 
@@ -108,7 +134,7 @@ def freeze(graph: fx.GraphModule, weights: list[Tensor]) -> None:
     """Replaces the first placeholders by buffers with the values `weights`."""
     for i, (node, weight) in enumerate(zip(graph.graph.find_nodes(op="placeholder"), weights)):
         replace_by_buffer(graph, node, f"weight_{i}", weight.detach())
-    graph.graph.eliminate_dead_code()
+    without_dead_code(graph)
     graph.graph.set_codegen(fx.graph.CodeGen())  # make_fx's own would still ask for the weights
     graph.recompile()
 
@@ -120,6 +146,37 @@ def replace_by_buffer(graph: fx.GraphModule, node: fx.Node, name: str, value: Te
     new.meta.update(node.meta)
     node.replace_all_uses_with(new)
     graph.graph.erase_node(node)
+
+
+def without_dead_code(graph: fx.GraphModule) -> None:
+    """Erases what nobody reads: attention too, which fx takes for random, as it may have dropout."""
+    graph.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
+
+
+def most_of(graph: fx.GraphModule, layouts: Sequence[Layout]) -> dict[str, int]:
+    """Returns the largest number that each size may be that has a name in `layouts`, where the model says one: 512, of a table of
+    positions.
+
+    Raises:
+        FixedSize: a size is bound in another way, as to multiples of 4.
+    """
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    names: dict[Any, str] = {}
+    for value, layout in zip(values, layouts):
+        names |= {size.node.expr: name for size, name in zip(value.shape, layout) if isinstance(name, str) and name != "batch"}
+    if not names:
+        return {}
+    env: Any = next(size.node.shape_env for value in values for size in value.shape if isinstance(size, torch.SymInt))
+    for guard in env.guards:
+        if bound := [names[symbol] for symbol in guard.expr.free_symbols if symbol in names]:
+            alone = guard.expr.is_Relational and not guard.expr.lhs.is_Function and {guard.expr.lhs, guard.expr.rhs} & set(names)
+            if not alone or len(guard.expr.free_symbols) > 1 or guard.expr.rel_op in ("==", "!="):
+                raise FixedSize(bound)
+    ranges = {name: env.var_to_range[symbol] for symbol, name in names.items()}
+    return {name: int(of.upper) for name, of in ranges.items() if of.upper < ANY_SIZE}
+
+
+ANY_SIZE = 1 << 31  # what no size is that somebody means
 
 
 def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
@@ -152,7 +209,7 @@ def fold_constants(graph: fx.GraphModule) -> None:
     for i, (node, value) in enumerate(constants.items()):
         if node.op != "get_attr" and isinstance(value, Tensor) and not all(user in constants for user in node.users):
             replace_by_buffer(graph, node, f"folded_{i}", value.contiguous())
-    graph.graph.eliminate_dead_code()
+    without_dead_code(graph)
     graph.graph.lint()
     used = {node.target for node in graph.graph.find_nodes(op="get_attr")}
     for name in [name for name in graph._buffers if name not in used]:

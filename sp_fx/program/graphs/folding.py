@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn.modules.pooling import _AdaptiveAvgPoolNd
 
-from ..capture.clones.clone import EvalClone
-from ..capture.passed import lets_through
-from ..gates.dual_path import dual_path
+from ...capture.clones.clone import EvalClone
+from ...capture.passed import lets_through
+from ...gates.dual_path import dual_path
 
 
 def folded(captured: fx.GraphModule) -> fx.GraphModule:
@@ -43,6 +43,13 @@ def folded(captured: fx.GraphModule) -> fx.GraphModule:
     module.graph.lint()
     module.recompile()
     return module
+
+
+def passed_through(module: nn.Module, node: fx.Node) -> fx.Node:
+    """Returns the node that `node` is the value of: that before identities and marks, which `folded` takes out."""
+    while node.op == "call_module" and lets_through(module.get_submodule(str(node.target))):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def average_by_mean(module: fx.GraphModule, node: fx.Node) -> None:

@@ -1,0 +1,1 @@
+"""From a captured module to its inference graph: folded, traced, decomposed."""
