@@ -1,0 +1,213 @@
+"""Programs of texts and other sequences: one for every length, from token ids, with tied weights, and with a target of one's own."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sp_fx
+from helpers import relative
+from test_capture_sizes import Text, tokens
+
+
+class Waves(nn.Module):
+    """A network of sequences [B, 3, T] of any length."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv1d(3, 8, 5, padding=2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(x)).mean(-1))
+
+
+class Fixed(Waves):
+    """The same, with a layer over all of the time."""
+
+    def __init__(self):
+        super().__init__()
+        self.time = nn.Linear(20, 5)
+
+    def forward(self, x):
+        return self.head(F.gelu(self.time(F.relu(self.conv(x)))).mean(-1))
+
+
+class Tied(nn.Module):
+    """A language model: its head is the table of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 30, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        h = self.words(ids)
+        seen = torch.tril(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool))
+        h = h + (h @ h.transpose(1, 2) / 3).masked_fill(~seen, -math.inf).softmax(-1) @ h
+        return self.head(h + F.silu(self.inner(h)))
+
+
+class Pair(nn.Module):
+    """Two texts of lengths of their own, and two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, first, second):
+        a, b = (F.gelu(self.inner(self.words(ids))) for ids in (first, second))
+        mixed = a + (a @ b.transpose(1, 2)).softmax(-1) @ b
+        return self.head(mixed.mean(1)), mixed.sum(1)
+
+
+def masks(ids):
+    mask = torch.ones_like(ids)
+    mask[0, ids.shape[1] // 2 + 1 :] = 0
+    return mask
+
+
+def compiled(model, method, example, **options):
+    return sp_fx.transform(model, example_inputs=example).compile(method, example_inputs=example, **options)
+
+
+@pytest.mark.parametrize("inductor", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_shares_of_tokens_for_every_length(inductor):
+    model, ids = Text().eval().double(), tokens(2, 9)
+    example = {"ids": ids, "mask": masks(ids)}
+    explainer = sp_fx.transform(model, example_inputs=example)
+    program = explainer.compile("tokens", example_inputs=example, inductor=inductor)
+    assert program.shapes == [("length",), ("length",)] and program.names == ["ids", "mask"] and program.lengths == ["length"]
+    assert program.arguments == {"embedding": "words"} and program.explained == [0]
+    for batch, length in ((1, 1), (1, 2), (3, 5), (2, 9), (4, 31), (1, 64)):
+        ids = tokens(batch, length)
+        call = {"mask": masks(ids), "ids": ids}
+        outputs, shares = program(call, 2)
+        assert relative(outputs, model(**call)) <= 1e-12 and shares.shape == (batch, length)
+        assert relative(shares, explainer.tokens(call, 2).shares) <= 1e-10
+        assert not shares[call["mask"] == 0].any()
+        assert torch.equal(program((ids, call["mask"]), [2] * batch)[1], shares)
+    ids = tokens(1, 65)
+    with pytest.raises(ValueError, match="length 1 to 64; got"):
+        program({"ids": ids, "mask": torch.ones_like(ids)})
+    with pytest.raises(ValueError, match="sizes of one name are one number"):
+        program({"ids": tokens(1, 5), "mask": torch.ones(1, 6, dtype=torch.long)})
+    with pytest.raises(ValueError, match="batch axis was forgotten"):
+        program((tokens(1, 5)[0], torch.ones(5, dtype=torch.long)))
+    with pytest.raises(TypeError, match="takes the inputs ids, mask; got ids"):
+        program({"ids": tokens(1, 5)})
+
+
+def test_padding_has_no_share_and_changes_none():
+    ids = tokens(2, 6)
+    program = compiled(Text().eval(), "tokens", (ids, masks(ids)), inductor=False)
+    alone = program((ids[:1], torch.ones(1, 6, dtype=torch.long)), 1)[1]
+    padded = program((F.pad(ids[:1], (0, 7)), F.pad(torch.ones(1, 6, dtype=torch.long), (0, 7))), 1)[1]
+    assert relative(padded[:, :6], alone) <= 1e-6 and not padded[:, 6:].any()
+
+
+def test_sequences_of_any_length(interpreted):
+    model, x = Waves().eval().double(), torch.randn(2, 3, 20, dtype=torch.float64)
+    explainer = sp_fx.transform(model)
+    program = explainer.compile(example_inputs=x)
+    assert program.shapes == [(3, "length")]
+    for size in ((1, 3, 7), (5, 3, 44)):
+        x = torch.randn(size, dtype=torch.float64)
+        outputs, maps = program(x, 1)
+        assert relative(outputs, model(x)) <= 1e-12 and relative(maps, explainer.pullback(x, 1)) <= 1e-12
+    ascent = explainer.compile("ascend", example_inputs=x, steps=3, step_size=1.0)
+    assert relative(ascent(x[..., :9], 1)[1], explainer.ascend(x[..., :9], 1, steps=3, step_size=1.0)) <= 1e-9
+
+
+def test_lengths_that_are_fixed(interpreted):
+    x = torch.randn(2, 3, 20)
+    assert compiled(Fixed().eval(), "pullback", x).shapes == [(3, 20)]
+    assert compiled(Waves().eval(), "pullback", x, dynamic_lengths=False).shapes == [(3, 20)]
+    assert compiled(nn.Sequential(nn.Linear(6, 3), nn.ReLU()).eval(), "pullback", torch.randn(2, 6)).shapes == [(6,)]
+
+
+def test_two_lengths_and_a_chosen_output():
+    model, first, second = Pair().eval(), tokens(2, 7), tokens(2, 7)
+    explainer = sp_fx.transform(model, example_inputs=(first, second))
+    with pytest.raises(TypeError, match=r"Choose it by target="):
+        explainer.compile("tokens", example_inputs=(first, second))
+    program = explainer.compile("tokens", example_inputs=(first, second), target=lambda out: out[1], inductor=False)
+    assert program.shapes == [("length",), ("length_2",)] and program.output_shape == (8,)
+    first, second = tokens(3, 4), tokens(3, 11)
+    outputs, shares = program((first, second), [1, 2, 7])
+    expected = explainer.tokens((first, second), lambda out: out[1][torch.arange(3), torch.tensor([1, 2, 7])])
+    assert relative(outputs[0], model(first, second)[0].detach()) <= 1e-5 and relative(shares, expected.shares) <= 1e-5
+    with pytest.raises(IndexError, match="-1 to 7"):
+        program((first, second), 8)
+
+
+def test_tied_weights_and_the_next_token():
+    model, ids = Tied().eval().double(), tokens(2, 7)
+    explainer = sp_fx.transform(model, example_inputs=ids)
+    program = explainer.compile("tokens", example_inputs=ids, target=lambda out: out[:, -1], inductor=False)
+    assert program.output_shape == (30,)
+    for ids in (tokens(1, 3), tokens(3, 19)):
+        outputs, shares = program(ids, 4)
+        assert relative(outputs, model(ids)) <= 1e-12
+        assert relative(shares, explainer.tokens(ids, sp_fx.targets.token(-1, 4)).shares) <= 1e-12
+    assert sum(t.numel() for t in program.graph.buffers()) < 2 * sum(p.numel() for p in model.parameters()) + 100
+
+
+def test_scores_of_ones_own():
+    """One number for each sample: a target that brings a constant along, and no class to name."""
+    model, ids, other = Text().eval(), tokens(2, 7), torch.tensor([1.0, -2.0, 0.5])
+    score = sp_fx.targets.similarity(other)
+    explainer = sp_fx.transform(model, example_inputs=ids)
+    program = explainer.compile("tokens", example_inputs=ids, target=score, inductor=False)
+    ids = tokens(3, 12)
+    shares = program(ids)[1]
+    assert relative(shares, explainer.tokens(ids, score).shares) <= 1e-5
+    assert relative(program(ids, torch.tensor([2.0, 2.0, 2.0]))[1], 2 * shares) <= 1e-5
+    with pytest.raises(TypeError, match=r"takes scores from the output.*int64"):
+        explainer.compile("tokens", example_inputs=ids, target=lambda out: out.argmax(1))
+    with pytest.raises(TypeError, match="the method 'tokens' explains"):
+        explainer.compile(example_inputs=ids)
+
+
+def test_classes_of_chosen_scores(interpreted):
+    x = torch.randn(2, 3, 20)
+    explainer = sp_fx.transform(Waves().eval())
+    options = {"example_inputs": x, "target": lambda out: out.flip(1)}
+    assert relative(explainer.compile(**options)(x, 1)[1], explainer.pullback(x, 2)) <= 1e-5
+    with pytest.raises(ValueError, match="unrolled=True"):
+        explainer.compile("ascend", **options)
+    steps = {"steps": 2, "step_size": 1.0}
+    program = explainer.compile("ascend", **options, **steps, unrolled=True)
+    assert relative(program(x, 1)[1], explainer.ascend(x, 2, **steps)) <= 1e-4
+
+
+def test_a_package_for_every_length(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    ids = tokens(2, 9)
+    example = {"ids": ids, "mask": masks(ids)}
+    program = compiled(Text().eval(), "tokens", example, inductor=False)
+    path = program.save(tmp_path / "text.onnx", class_names=["a", "b", "c"])
+    package = sp_fx.load(path)
+    assert package.shapes == program.shapes and package.names == ["ids", "mask"] and package.signature.most == {"length": 64}
+    sizes = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input}
+    assert sizes == {"ids": ["batch", "length"], "mask": ["batch", "length"], "target": ["batch"]}
+    assert [o.name for o in onnx.load(path).graph.output] == ["output_0", "shares"]
+    for batch, length in ((1, 1), (3, 5), (1, 40)):
+        call = {"ids": tokens(batch, length), "mask": masks(tokens(batch, length))}
+        assert relative(package(call, 1)[1], program(call, 1)[1]) <= 1e-5
+    with pytest.raises(ValueError, match="length 1 to 64"):
+        package((tokens(1, 70), torch.ones(1, 70, dtype=torch.long)))
+
+
+@pytest.mark.slow
+def test_machine_code_for_every_length(tmp_path):
+    ids = tokens(2, 9)
+    program = compiled(Text().eval(), "tokens", (ids, masks(ids)), inductor=False)
+    package = sp_fx.load(program.save(tmp_path / "text.pt2"))
+    for batch, length in ((1, 3), (3, 5), (1, 40)):
+        call = (tokens(batch, length), masks(tokens(batch, length)))
+        assert relative(package(call, 1)[1], program(call, 1)[1]) <= 1e-5
