@@ -1,12 +1,14 @@
 """LSTM and GRU: the values of PyTorch's op, and the way back through the loop over steps with constants for gates, against loops
 that are written here, in float64."""
 
+import copy
 import pickle
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import rnn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import sp_fx
@@ -260,3 +262,46 @@ def test_elman_networks_have_no_gate_or_a_relu():
     model = Net(nn.RNN, batch_first=True, nonlinearity="relu").eval()
     explainer = explained(model, "fx", x)
     assert [s.status for s in explainer.report().sites] == ["NOT REWRITTEN"] and sp_fx.check(explainer, x).ok
+
+
+class Packs(nn.Module):
+    """Sequences of several lengths, packed and padded again in the forward."""
+
+    def __init__(self, kind, bidirectional):
+        super().__init__()
+        torch.manual_seed(0)
+        self.loop = kind(4, 3, batch_first=True, bidirectional=bidirectional)
+        self.head = nn.Linear(6 if bidirectional else 3, 2)
+
+    def forward(self, x, lengths):
+        packed = rnn.pack_padded_sequence(x, lengths=lengths.cpu(), batch_first=True, enforce_sorted=False)
+        outputs, _ = rnn.pad_packed_sequence(self.loop(packed)[0], True, total_length=x.shape[1])
+        return self.head(outputs.sum(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("rules", [sp_fx.Rules(), sp_fx.Rules(product="frozen")])
+def test_sequences_that_the_forward_packs(kind, bidirectional, rules):
+    """Each as if it were alone, and not padded; to be pickled and copied."""
+    model = Packs(kind, bidirectional).eval().double()
+    x, lengths = torch.randn(4, 6, 4, dtype=torch.float64), torch.tensor([2, 6, 1, 4])
+    explainer = sp_fx.transform(model, rules=rules, example_inputs=(x, lengths))
+    assert torch.equal(explainer(x, lengths), model(x, lengths))
+    maps = explainer.pullback((x, lengths), 1)[0]
+    for copied in (pickle.loads(pickle.dumps(explainer)), copy.deepcopy(explainer)):
+        assert torch.equal(copied.pullback((x, lengths), 1)[0], maps)
+    for sample, length in enumerate(lengths.tolist()):
+        alone = x[sample : sample + 1, :length]
+        assert not maps[sample, length:].any()
+        assert relative(maps[sample, :length], explainer.pullback((alone, lengths[sample : sample + 1]), 1)[0][0]) <= 1e-12
+        plain = nn.Sequential(model.loop, Sums(), model.head)
+        expected = sp_fx.transform(plain, rules=rules, example_inputs=alone).pullback(alone, 1)[0]
+        assert relative(maps[sample, :length], expected) <= 1e-12
+    with pytest.raises(RuntimeError, match="packs sequences by the values of their lengths"):
+        explainer.compile(example_inputs=(x, lengths))
+
+
+class Sums(nn.Module):
+    def forward(self, found):
+        return found[0].sum(1)

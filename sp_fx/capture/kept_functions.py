@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import rnn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
 from ..containers import decoded, rebuilt
-from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, calls_pass_on, marked, named, registered
+from ..gates.registry import FUNCTIONS, STAND_INS, call_registered, calls_pass_on, marked, named, registered, twin
 from .capture import CaptureError
 from .clones.untouched import names_in
 from .tracing.applies import applies, by_class
@@ -104,6 +105,22 @@ def name_of_class(cls: Any) -> str:
     return name
 
 
+def whole(function: types.FunctionType) -> Callable:
+    """`function`, as a symbolic trace records it in one call."""
+    own = twin(function)  # `function` itself calls this one in a trace
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())[:1]
+        return handle_torch_function(call, given, *args, **kwargs) if has_torch_function(given) else own(*args, **kwargs)
+
+    return call
+
+
+# Sequences are packed by their lengths, whose values nothing can follow; what is packed is what recurrent networks take.
+PACKING: dict[Any, Callable] = {f: whole(f) for f in (rnn.pack_padded_sequence, rnn.pad_packed_sequence)}
+
+
 @contextmanager
 def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[None]:
     """While it lasts the modules of `clone` call the stand-in of every registered function, and functions of `autograd` by their
@@ -123,7 +140,7 @@ def calling_stand_ins(clone: nn.Module, exporting: bool = False) -> Iterator[Non
             if (name := registered(m)) is not None and "forward" not in m.__dict__:
                 inner = type(m).forward
                 m.__dict__["forward"] = functools.partial(marked_forward, inner, m, name)
-        with calls_pass_on():
+        with calls_pass_on(PACKING):
             yield
     finally:
         for space, key, value in changed:
@@ -145,9 +162,10 @@ def marked_forward(inner: Callable, module: nn.Module, name: str, z: Tensor, *ar
 
 def call_by_name(graph: fx.Graph) -> None:
     """Make calls of a registered function's stand-in, which a trace has recorded, calls by the registered name, so that no later
-    trace goes into the function."""
-    stand_ins = set(STAND_INS.values())
+    trace goes into the function; and those of `PACKING` calls of the function."""
+    stand_ins, packing = set(STAND_INS.values()), {call: function for function, call in PACKING.items()}
     for node in graph.nodes:
+        node.target = packing.get(node.target, node.target) if node.op == "call_function" else node.target
         if node.op == "call_function" and node.target in stand_ins:
             node.args = (FUNCTIONS[node.target], *node.args)
             node.target = call_registered

@@ -7,7 +7,7 @@ import inspect
 import math
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,14 +190,16 @@ def passing_on(*args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def calls_pass_on() -> Iterator[None]:
-    """While it lasts whoever calls a registered function calls its stand-in, however he came by the function: by a name in any
-    file, out of a dictionary, in a `functools.partial`, as a default. For all threads, of which the others notice nothing."""
-    before = {f: f.__code__ for f in STAND_INS if isinstance(f, types.FunctionType)}
+def calls_pass_on(others: Mapping[Any, Callable]) -> Iterator[None]:
+    """While it lasts whoever calls a registered function, or one of the `others`, calls its stand-in, however he came by the
+    function: by a name in any file, out of a dictionary, in a `functools.partial`, as a default. For all threads, of which the
+    others notice nothing."""
+    stand_ins = {**STAND_INS, **others}
+    before = {f: f.__code__ for f in stand_ins if isinstance(f, types.FunctionType)}
     try:
         for function, code in before.items():
             template = passing_on.__code__
-            constants = tuple(STAND_INS[function] if c == "the stand-in" else c for c in template.co_consts)
+            constants = tuple(stand_ins[function] if c == "the stand-in" else c for c in template.co_consts)
             function.__code__ = template.replace(co_consts=constants, co_freevars=code.co_freevars)
         yield
     finally:

@@ -12,6 +12,7 @@ from ..analysis.calls import name_of
 from ..analysis.ops import CELLS
 from ..capture.admission import asked_of_inputs
 from ..capture.arguments import Given
+from ..capture.kept_functions import PACKING
 from ..capture.sizes import Axes, lengths
 from ..capture.tracing.draws import DRAWS
 from ..containers import tensors_of
@@ -72,6 +73,12 @@ class Example:
                 f"the forward goes by values of its inputs, at {lines[0]}, and a program is one path for all: choose between two "
                 "results by torch.where, or give the forward what it asks for as a constant"
             )
+        for node in module.graph.nodes:
+            if node.op == "call_function" and node.target in PACKING:
+                raise ProgramError(
+                    f"{node.meta.get('place', node.name)} packs sequences by the values of their lengths, and a program is one "
+                    "path for all: let the network run on padded sequences, and take the outputs that are real by a mask"
+                )
         check_steps(module, call)
         with Sigmoids() as sigmoids:
             outputs = module(*call.args, **call.kwargs)
