@@ -123,6 +123,14 @@ def primary(output: Any) -> Tensor:
     )
 
 
+def refuse_nested(value: Any) -> None:
+    """Raises TypeError for a nested tensor, which torch has no sizes of: nothing can be measured on it."""
+    if any(t.is_nested for t in tensors_of(value)):
+        raise TypeError(
+            "a nested tensor has no one size: pass its sequences padded, `x.to_padded_tensor(0.0)`, with a mask or their lengths"
+        )
+
+
 def is_array(value: Any) -> bool:
     """Whether `value` is an array or a number of NumPy, which this package does not import."""
     return type(value).__module__ == "numpy" and hasattr(value, "ndim")

@@ -180,3 +180,37 @@ def test_the_tail_compiles():
     program = tail.compile(example_inputs=stem(x).detach())
     outputs, maps = program(stem(x).detach(), torch.tensor([1, 1, 1]))
     assert relative(maps, explainer.pullback(x, 1, wrt="1")) <= 1e-5 and relative(outputs, model(x)) <= 1e-5
+
+
+class Shared(nn.Module):
+    """One table that two modules look up in, as T5 has it; the first of them is never called itself."""
+
+    def __init__(self, once):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared, self.encoder, self.decoder, self.head = *(nn.Embedding(9, 4) for _ in range(3)), nn.Linear(4, 3)
+        self.encoder.weight = self.decoder.weight = self.shared.weight
+        self.once = once
+
+    def forward(self, ids):
+        found = self.encoder(ids) if self.once else self.encoder(ids) + self.decoder(ids.flip(1))
+        return self.head(nn.functional.gelu(found)).mean(1)
+
+
+def test_a_table_under_another_name():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    explainer = sp_fx.transform(Shared(once=True).eval(), example_inputs=ids)
+    assert torch.equal(explainer.pullback(ids, 1, wrt="shared"), explainer.pullback(ids, 1, wrt="encoder"))
+    explainer = sp_fx.transform(Shared(once=False).eval(), example_inputs=ids)
+    with pytest.raises(ValueError, match="'shared' is run as encoder and as decoder: say which"):
+        explainer.pullback(ids, 1, wrt="shared")
+
+
+def test_nested_tensors_are_refused():
+    parts = [torch.randn(2, 4), torch.randn(3, 4)]
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU()).eval()
+    for nested in (torch.nested.nested_tensor(parts), torch.nested.nested_tensor(parts, layout=torch.jagged)):
+        with pytest.raises(TypeError, match="to_padded_tensor"):
+            sp_fx.transform(model, example_inputs=nested)
+        with pytest.raises(TypeError, match="to_padded_tensor"):
+            sp_fx.transform(model).pullback(nested, 1)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from ..containers import PLAIN, rebuilt
+from ..containers import PLAIN, rebuilt, refuse_nested
 from .clones.clone import call_signature
 
 VARIADIC: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
@@ -41,6 +41,7 @@ def given(module: nn.Module, example_inputs: Any) -> Given:
         TypeError: arguments that the forward does not take.
     """
     signature = call_signature(module)
+    refuse_nested(example_inputs)
     if isinstance(example_inputs, PLAIN):
         expected = "a tensor, a tuple of positional arguments, or a mapping of keyword arguments"
         raise TypeError(f"example_inputs is {expected}, got {example_inputs!r}")

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from ..capture.admission import checked
 from ..capture.arguments import are_named, is_call
-from ..containers import Slot, filled, is_array, leaves_by_path, rebuilt, tensors_of, type_of
+from ..containers import Slot, filled, is_array, leaves_by_path, rebuilt, refuse_nested, tensors_of, type_of
 from ..measured.runs import first_line
 from ..targets import Direction, Target, as_target
 
@@ -59,6 +59,7 @@ class Request:
             TypeError, ValueError: inputs that autograd cannot use, none, or of different batch sizes.
         """
         positional, keyword = arguments_of(forward, self.inputs)
+        refuse_nested((positional, keyword))
         leaves: list[Tensor] = []
 
         def slot(leaf: Any) -> Any:

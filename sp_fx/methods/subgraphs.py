@@ -54,6 +54,11 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
     named = activations(graph)
     if name not in named:  # a word of Python's own, such as "heads.class", has an underscore in a graph
         name = ".".join(f"{part}_" if keyword.iskeyword(part) else part for part in str(name).split("."))
+    if name not in named and (shared := paths_of(graph, name)):
+        found = [path for path in shared if path in named]
+        if len(found) > 1:
+            raise ValueError(f"{option}={name!r} is run as {' and as '.join(found)}: say which")
+        name = found[0] if found else name
     if name not in named and (ends := [full for full in named if full.endswith(f".{name}")]):
         if len(ends) > 1:
             raise ValueError(f"{option}={name!r} is the end of {len(ends)} names: {', '.join(ends[:5])}: say which")
@@ -62,6 +67,21 @@ def find(graph: fx.Graph, name: str, option: str) -> fx.Node:
         near = nearest(name, named, cutoff=0.4) or list(named)[:5]
         raise ValueError(f"{option}={name!r} names no activation of this model; the nearest are {', '.join(near) or 'none'}")
     return named[name]
+
+
+def paths_of(graph: fx.Graph, name: str) -> list[str]:
+    """Returns the other paths, in the model that a graph was captured from, of the module `name` or of modules of its class with
+    the same weights: T5's `shared` is run as its `encoder.embed_tokens` and as its `decoder.embed_tokens`."""
+    origin = getattr(graph.owning_module, "origin", None)
+    modules = {} if origin is None else dict(origin.named_modules(remove_duplicate=False))
+    if name not in modules:
+        return []
+
+    def like(module: nn.Module) -> tuple[Any, ...]:
+        own = [id(p) for p in module.parameters(recurse=False)]
+        return (type(module), *own) if own and not list(module.children()) else (id(module),)
+
+    return [path for path, module in modules.items() if path != name and like(module) == like(modules[name])]
 
 
 def ending_at(graph: fx.Graph, name: str, option: str = "output") -> fx.Graph:
