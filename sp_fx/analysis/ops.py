@@ -86,6 +86,7 @@ MIXES = having("mixes")
 JOINS = having("joins")
 PASSED = having("renormalises")
 LOGARITHMS = having("logarithm")
+BY_INDEX = having("by_index")  # sums over groups that whole numbers say
 AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisation
 
 # Storage, values and shapes.

@@ -70,6 +70,8 @@ class Signals:
     def _visit(self, node: fx.Node) -> None:
         name = called(node)
         inputs = [n for n in operands(node, self.passes) if n in self.varying]
+        if name in FORM:  # of `index.expand_as(h)`, h says the shape: the index has nothing of what h was made by
+            inputs = [n for n in inputs if n is node.args[0]]
         if any(n in self._weighed for n in inputs) or has_weights_of_its_own(node, self.passes):
             self._weighed.add(node)
         if node.op == "placeholder":
@@ -83,7 +85,7 @@ class Signals:
             self.complex.add(node)
         if is_whole(node, name) or (name in KEEPS_WHOLE and all(n in self.whole for n in inputs)):
             self.whole.add(node)
-        read = inputs[:1] if name in FORM else [n for n in inputs if n not in self.masks(node)]
+        read = [n for n in inputs if n not in self.masks(node)]
         starts = self._looks_up(node, name)  # maps may be with respect to what is looked up
         if (starts or any(n in self.signals for n in read)) and node not in self.whole and is_floating(node):
             self.signals.add(node)

@@ -58,6 +58,7 @@ TRAITS = {
     "reduces": "reduces a signal along axes: `mean` in `x.pow(2).mean(-1, True)`",
     "centre": "gives means that may be taken off a signal: `var_mean`",
     "norm": "is a norm by name, which makes its quotient a `normalize`, not an RMS norm: `linalg_vector_norm`",
+    "by_index": "puts values where whole numbers say, and adds them up there, unless its reader says otherwise: `scatter_add`",
     "renormalises": "divides by a norm, and so weights by their sum: `normalize`",
     "joins": "puts tensors side by side: `cat`",
     "either": "is over axes, or of two tensors, which then has another name, `maximum`: `max`",
@@ -250,5 +251,8 @@ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptiv
 cat concat concatenate iconcat stack row_stack hstack vstack dstack:    joins
 pad constant_pad_nd:    affine degree=1
 index_select gather take_along_dim flip roll fliplr flipud repeat tile repeat_interleave:    affine
+index_add scatter_add:  affine by_index
+index_put index_copy scatter:    affine
+scatter_reduce index_reduce segment_reduce:    piecewise by_index
 linear conv1d conv2d conv3d batch_norm:    affine layer
 """
