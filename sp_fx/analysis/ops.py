@@ -79,6 +79,7 @@ AFFINE_LAYERS = having("layer")
 GUARDS = having("guard")
 FORM = having("form")
 LOOKUPS = having("lookup")
+INDEXED = having("index")
 REAL = having("real")
 
 # Attention: what a softmax's weights may meet on their way to the values.

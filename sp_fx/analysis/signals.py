@@ -25,6 +25,7 @@ from .ops import (
     FACTORS,
     FORM,
     GUARDS,
+    INDEXED,
     LOOKUPS,
     PIECEWISE,
     POINTWISE,
@@ -125,6 +126,11 @@ def positions(modules: nn.Module, graph: fx.Graph, passes: Callable[[fx.Node], b
         elif name in LOOKUPS:
             read = operands(node, passes)
             found.update(read[:1] if name != "getitem" else [n for n in read if n is not node.args[0]])
+        elif name in INDEXED:
+            index = node.kwargs.get("index", node.args[2] if len(node.args) > 2 else None)
+            found.update([index] if isinstance(index, fx.Node) else [])
+        if name == "getitem" and node in found:  # a row of positions
+            found.update(operands(node, passes)[:1])
         elif node in found and (name in POINTWISE | VIEW or passes(node)) and not is_whole(node, name):
             found.update(operands(node, passes))
     return found

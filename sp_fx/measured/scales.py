@@ -211,7 +211,7 @@ def unknown(report: Report, reason: str) -> None:
         return
     why = ""
     if reason:
-        why = f": axis 0 of the inputs is the batch, and the model was run on fake tensors to see it vary, but {reason}"
+        why = f": axis 0 of the inputs is taken for the batch, and the model was run to see it vary, but {reason}"
     warnings.warn(
         f"no axis is known to be the sample's at {len(places)} gates, whose temperatures are absolute: {', '.join(places[:3])}"
         f"{', ...' if len(places) > 3 else ''}{why}",
