@@ -161,7 +161,7 @@ FORMS = [
     lambda x, y, mask, ints: ([x, y],),
     lambda x, y, mask, ints: (x, 0, ints % 2, y),
     lambda x, y, mask, ints: (x, 1, ints[0, :, 0] % 3, y),
-    lambda x, y, mask, ints: (x, (ints[0] % 2,), y),
+    lambda x, y, mask, ints: (x, (ints[0, 0] % 2,), y[0]),
 ]
 
 

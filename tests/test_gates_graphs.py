@@ -316,20 +316,21 @@ def test_softmaxes_over_groups_are_known_by_what_they_compute(form):
     is_frozen_map(explainer, oracle("gat", model), inputs)
 
 
-def test_a_temperature_softens_the_weights_of_a_group():
+@pytest.mark.parametrize("tau", [0.5, 3.0])
+@pytest.mark.parametrize("form", ["largest", "bare"])
+def test_a_temperature_softens_the_weights_of_a_group(tau, form):
     """`softmax(scores / tau)` over the edges of a node, on the way back alone."""
     model, inputs = net("gat"), graph(7, 16)
-    for tau in (0.5, 3.0):
-        rules = sp_fx.Rules(**{**dict.fromkeys(sp_fx.gates.rules.KINDS), "relu": "frozen", "attention": tau})
-        explainer = explain(model, inputs, rules)
-        u = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        hidden = relu(gat(model.first.parts, *inputs)).detach()
-        mask = (gat(model.first.parts, *inputs) > 0).double()
-        soften = lambda s, tau=tau: s / tau  # noqa: E731
-        (v,) = maps_of(lambda h: gat(model.second.parts, h, inputs[1], soften), hidden, u=u)
-        (expected,) = maps_of(lambda x: gat(model.first.parts, x, inputs[1], soften), inputs[0], u=v * mask)
-        assert torch.equal(explainer(*inputs), model(*inputs))
-        assert relative(explainer.pullback(inputs, u)[0], expected) <= EXACT
+    model.first.form = model.second.form = form
+    rules = sp_fx.Rules(**{**dict.fromkeys(sp_fx.gates.rules.KINDS), "relu": "frozen", "attention": tau})
+    explainer = explain(model, inputs, rules)
+    u = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    hidden = relu(gat(model.first.parts, *inputs)).detach()
+    mask = (gat(model.first.parts, *inputs) > 0).double()
+    (v,) = maps_of(lambda h: gat(model.second.parts, h, inputs[1], lambda s: s / tau), hidden, u=u)
+    (expected,) = maps_of(lambda x: gat(model.first.parts, x, inputs[1], lambda s: s / tau), inputs[0], u=v * mask)
+    assert torch.equal(explainer(*inputs), model(*inputs))
+    assert relative(explainer.pullback(inputs, u)[0], expected) <= EXACT
 
 
 def test_without_a_rule_attention_keeps_its_derivative():
@@ -481,7 +482,8 @@ def several(seed=0):
     parts = [graph(n, e, seed + n) for n, e in ((4, 9), (3, 2), (5, 11))]
     starts = [0, 4, 7]
     x, index = torch.cat([x for x, _ in parts]), torch.cat([i + s for (_, i), s in zip(parts, starts)], 1)
-    return (x, index, torch.tensor([0] * 4 + [1] * 3 + [2] * 5)), [(x, i, torch.zeros(len(x), dtype=torch.long)) for x, i in parts]
+    alone = [(x, i, torch.zeros(len(x), dtype=torch.long)) for x, i in parts]
+    return (x, index, torch.tensor([0] * 4 + [1] * 3 + [2] * 5)), alone
 
 
 @pytest.mark.parametrize("pool", ["mean", "sum", "max"])
@@ -552,6 +554,25 @@ def test_pictures_with_indices_keep_their_batch():
         assert {site.scale for site in explainer.report().of("rewritten")} == {"sample"}, way
         whole = explainer.pullback((x, at), 1)[0]
         assert torch.allclose(explainer.pullback((x, at), 1, batch_size=2)[0], whole, rtol=0, atol=1e-12)
+
+
+class OfSet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).amax(0, keepdim=True))
+
+
+@pytest.mark.filterwarnings("ignore:no axis is known to be the sample's")
+def test_a_largest_over_axis_0_has_no_scale_by_place():
+    """Softened at one temperature for all that compete, not at one of its own for each of them."""
+    model, x = fill(OfSet()).double(), graph(7, 0)[0]
+    explainer = explain(model, x, sp_fx.Rules())
+    assert explainer.report().of("rewritten")[0].scale == "absolute"
+    share = torch.softmax(model.first(x), 0).detach()
+    assert relative(explainer.pullback(x, 1), (share * model.second.weight[1]).detach() @ model.first.weight.detach()) <= EXACT
 
 
 # -- weights of edges -------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from .ops import (
     FORM,
     GUARDS,
     INDEXED,
+    JOINS,
     LOOKUPS,
     PIECEWISE,
     POINTWISE,
@@ -39,9 +40,9 @@ from .ops import (
     WHOLE,
 )
 
-# What gives whole numbers of whole numbers: views but no casts, sums, bounds, remainders.
+# What gives whole numbers of whole numbers: views but no casts, what is put together, sums, bounds, remainders.
 KEEPS_WHOLE = (
-    VIEW - CARRIES & POINTWISE | BOUNDS | {"sum"} | SCALES - QUOTIENT | SHIFTS | PIECEWISE
+    (VIEW - (CARRIES & POINTWISE)) | JOINS | INDEXED | BOUNDS | {"sum"} | (SCALES - QUOTIENT) | SHIFTS | PIECEWISE
 )  # fmt: skip
 
 

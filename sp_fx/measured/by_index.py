@@ -42,12 +42,19 @@ def taken_apart(module: fx.GraphModule, arguments: Mapping[str, Any], axes: Mapp
         values = in_its_own_thread(lambda: Kept(module, read, dict(arguments)).values, bool(note_on_draws(module.graph)))
     except Exception:  # the model itself says what is wrong with such arguments
         return ""
-    for node in readers:
-        known = {n: axes[n] for n in node.all_input_nodes if n in axes and n in signals.signals}
-        own = [n for n in node.all_input_nodes if n in indices and is_index(values.get(n))]
-        if own and in_its_own_thread(lambda: carries_over(node, known, own, values), False):  # noqa: B023  (called at once)
-            return f"an index among the inputs takes its places apart ({place(node).rstrip(': ')}), so that they are no samples"
-    return ""
+
+    def first() -> fx.Node | None:
+        for node in readers:
+            known = {n: axes[n] for n in node.all_input_nodes if n in axes and n in signals.signals}
+            own = [n for n in node.all_input_nodes if n in indices and is_index(values.get(n))]
+            if own and carries_over(node, known, own, values):
+                return node
+        return None
+
+    node = in_its_own_thread(first, False)
+    if node is None:
+        return ""
+    return f"an index among the inputs takes its places apart ({place(node).rstrip(': ')}), so that they are no samples"
 
 
 def is_index(value: Any) -> bool:

@@ -64,9 +64,10 @@ def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tup
         channel = None
         if axis is not None and node.kwargs["scale"] == "channel":
             channel = channel_axis(gate.args[1], axis.rank)
-        if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1):
+        among = axis is not None and axis.index == 0 and chooses_among_samples(gate, axis.rank)
+        if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1) and not among:
             continue
-        turn = None if axis is None or whole is None else turn_of(gate, axis, channel)
+        turn = None if among or axis is None or whole is None else turn_of(gate, axis, channel)
         if turn is None:
             gate.kwargs = {key: value for key, value in gate.kwargs.items() if key != "scale"}
             sites[site.place] = replace(site, scale="absolute", reason=UNKNOWN)
@@ -194,6 +195,15 @@ def turn_of(gate: fx.Node, axis: Axis, channel: int | None = None) -> Turn | Non
         gone = () if options.get("keepdim") else tuple(dims)
         return Turn(axis, order, kind="reduction", gone=gone, options={"dim": tuple(order.index(d) for d in dims)})
     return None
+
+
+def chooses_among_samples(gate: fx.Node, rank: int) -> bool:
+    """Whether a gate takes the largest or the smallest over axis 0, where the samples are: it has no scale of one of them."""
+    if str(gate.args[0]) not in ("amax", "amin", "scatter_amax", "scatter_amin"):
+        return False
+    dims: Any = gate.kwargs["dim"]
+    dims = [dims] if isinstance(dims, int) else dims
+    return not dims or 0 in [dim % rank for dim in dims]
 
 
 # Rows that are the same function of every element.

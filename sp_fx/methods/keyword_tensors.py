@@ -21,8 +21,8 @@ from torch._subclasses import FakeTensor
 
 from ..capture.admission import checked
 from ..capture.arguments import ByName
-from ..containers import primary, rebuilt, tensors_of
 from ..capture.clones.clone import EvalClone
+from ..containers import primary, rebuilt, tensors_of
 from ..measured.by_index import taken_apart
 from ..measured.sample_axis import sample_axes
 from ..measured.shapes import on_shapes_alone

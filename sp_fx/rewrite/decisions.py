@@ -15,7 +15,21 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of, recurrent_name
 from ..analysis.facts import Facts, gates_among
-from ..analysis.ops import BY_INDEX, CELLS, FACTORS, FUSED, GATED, INDICES, LISTED, ORDERS, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.ops import (
+    BY_INDEX,
+    CELLS,
+    FACTORS,
+    FUSED,
+    GATED,
+    INDICES,
+    LISTED,
+    ORDERS,
+    PIECEWISE,
+    PRODUCT,
+    QUOTIENT,
+    RECURRENT,
+    SMOOTH,
+)
 from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic, centred_over

@@ -55,7 +55,9 @@ def own_calls(inside: tuple[fx.Node, ...], node: fx.Node, facts: Facts) -> set[f
 
 def may_be_in(facts: Facts) -> bool:
     """Whether a graph has calls that may be such a softmax."""
-    return any(may_close(node, facts) and any(has_groups(i, facts) for _, i in regions(node, facts)) for node in facts.graph.nodes)
+    return any(
+        may_close(node, facts) and any(has_groups(i, facts) for _, i in regions(node, facts)) for node in facts.graph.nodes
+    )
 
 
 def may_close(node: fx.Node, facts: Facts) -> bool:

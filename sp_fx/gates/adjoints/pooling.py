@@ -211,12 +211,8 @@ ROWS: dict[str, Row] = {
     "max_pool": Row(max_pool, max_pool_adjoint, 1.0, sees_output=True, homogeneous=True),
     "amax": Row(amax, amax_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
     "amin": Row(amin, amin_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
-    "scatter_amax": Row(
-        scatter_amax, scatter_amax_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"
-    ),
-    "scatter_amin": Row(
-        scatter_amin, scatter_amin_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"
-    ),
+    "scatter_amax": Row(scatter_amax, scatter_amax_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"),
+    "scatter_amin": Row(scatter_amin, scatter_amin_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"),
     "adaptive_max_pool": Row(
         adaptive_max_pool, adaptive_max_pool_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"
     ),
