@@ -545,10 +545,13 @@ def test_pictures_with_indices_keep_their_batch():
                 return h.gather(1, at[:, None, None].expand(-1, 1, 5))[:, 0]
             if self.way == "scatter":
                 return h.new_zeros(h.shape[0], 6, 5).scatter_add(1, at[:, None, None].expand(-1, 1, 5), h[:, :1]).sum(1)
+            if self.way == "sorted":  # as sequences are before they are packed, and back
+                order = at.argsort(descending=True)
+                return h.index_select(0, order).tanh().index_select(0, order.argsort())[:, 0]
             return h[torch.arange(x.shape[0]), at]
 
     x, at = torch.randn(4, 6, 5, dtype=torch.float64), torch.tensor([5, 0, 2, 2])
-    for way in ("gather", "scatter", "numbers"):
+    for way in ("gather", "scatter", "sorted", "numbers"):
         model = fill(Picks(way)).double()
         explainer = explain(model, (x, at), sp_fx.Rules())
         assert {site.scale for site in explainer.report().of("rewritten")} == {"sample"}, way

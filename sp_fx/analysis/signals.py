@@ -42,7 +42,7 @@ from .ops import (
 
 # What gives whole numbers of whole numbers: views but no casts, what is put together, sums, bounds, remainders.
 KEEPS_WHOLE = (
-    (VIEW - (CARRIES & POINTWISE)) | JOINS | INDEXED | BOUNDS | {"sum"} | (SCALES - QUOTIENT) | SHIFTS | PIECEWISE
+    (VIEW - (CARRIES & POINTWISE)) | JOINS | BOUNDS | {"sum"} | (SCALES - QUOTIENT) | SHIFTS | PIECEWISE
 )  # fmt: skip
 
 

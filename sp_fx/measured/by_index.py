@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..analysis.calls import name_of
+from ..analysis.ops import INDICES, PIECEWISE
 from ..analysis.signals import Signals
 from ..capture.passed import lets_through
 from ..capture.tracing.draws import note_on_draws
@@ -26,7 +28,7 @@ def taken_apart(module: fx.GraphModule, arguments: Mapping[str, Any], axes: Mapp
     """Says where an index among the inputs carries one place of axis 0 to another; "" where none does. `axes` are where these
     places are in the nodes of `module`."""
     signals = Signals(module, module.graph, lambda n: n.op == "call_module" and lets_through(module.get_submodule(str(n.target))))
-    indices = signals.whole & signals.varying - signals.choosing
+    indices = (signals.whole & signals.varying) - signals.choosing - ordered(module.graph)
     readers = [
         node
         for node in module.graph.nodes
@@ -55,6 +57,16 @@ def taken_apart(module: fx.GraphModule, arguments: Mapping[str, Any], axes: Mapp
     if node is None:
         return ""
     return f"an index among the inputs takes its places apart ({place(node).rstrip(': ')}), so that they are no samples"
+
+
+def ordered(graph: fx.Graph) -> set[fx.Node]:
+    """Returns what is made by sorting, or of that: the order that sequences are packed in takes them along, and back."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        called = node.op in ("call_function", "call_method")
+        if (called and name_of(node) in PIECEWISE | INDICES) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def is_index(value: Any) -> bool:

@@ -47,6 +47,7 @@ from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
 SMOOTH_FUNCTION = "smooth, no gate"
+WEIGHED = f"{PART}attention: its weights are constants here"
 BASE = "chooses by value between groups and what was there before, both of which vary, and has no rule"
 CHOICE = "its choice is held as the forward made it: each value goes back where it is from"
 
@@ -291,7 +292,9 @@ def product(node: fx.Node, facts: Facts, account: Account) -> bool:
     if name not in PRODUCT | QUOTIENT or not (len(signals) > 1 or squares or inverts):
         return False
     factors = [] if node in account.weighed else facts.gating_factors(node)  # weights gate their values already
-    if len(factors) != 1 or name not in FACTORS:
+    if node in account.weighed and name in FACTORS and len(signals) == 2:
+        account.note(node, "kept", WEIGHED)
+    elif len(factors) != 1 or name not in FACTORS:
         rule = "product rule" if name in PRODUCT else "quotient rule"
         account.note(node, "kept", "; ".join([rule, *constant_elsewhere(node, facts)]))
     elif account.gate(node, "product") is None:
