@@ -341,6 +341,18 @@ def test_without_a_rule_attention_keeps_its_derivative():
     assert relative(explain(model, inputs, rules).pullback(inputs, u)[0], expected) <= EXACT
 
 
+@pytest.mark.parametrize("nodes, edges", [(1, 0), (2, 1), (3, 3)])
+def test_a_small_example_shows_it_too(nodes, edges):
+    model = net("gat")
+    explainer = explain(model, graph(nodes, edges))
+    assert [s.kind for s in explainer.report().sites].count("attention") == 2, explainer.report()
+    sizes = SIZES["gat"][1]
+    traced = fill(Two(Traced(**sizes(5, 8)), Traced(**sizes(8, 4)))).double()
+    x, index = graph(max(nodes, 2), edges + 3)
+    report = explain(traced, (x, index)).report()
+    assert report.tracer == "torch.fx" and [s.kind for s in report.sites].count("attention") == 2, report
+
+
 class Broken(GAT):
     """The sums are gathered by the sources: no softmax over any groups."""
 
@@ -364,7 +376,17 @@ class Unsummed(GAT):
         return largest.scatter_reduce(0, to[:, None].expand_as(messages), messages, "amax", include_self=False) + self.bias
 
 
-@pytest.mark.parametrize("layer", [Broken, Unsummed])
+class Elsewhere(GAT):
+    """Weights over the edges that end at a node, added up where the edges start."""
+
+    def forward(self, x, index):
+        source, to = looped_index(index, x.shape[0])
+        h = (x @ self.weight.t()).view(-1, *self.source.shape)
+        w = group_softmax((h * self.source).sum(-1)[source], to, x.shape[0], self.how)
+        return summed(w[..., None] * h[to], source, x.shape[0], self.how).flatten(1) + self.bias
+
+
+@pytest.mark.parametrize("layer", [Broken, Unsummed, Elsewhere])
 def test_what_is_no_attention_keeps_its_derivative(layer):
     sizes = SIZES["gat"][1]
     model, inputs = fill(Two(layer(**sizes(5, 8)), layer(**sizes(8, 4)))).double(), graph(7, 16)

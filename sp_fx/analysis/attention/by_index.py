@@ -11,15 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from ..facts import Facts
-from ..ops import CARRIES, EXPONENTIALS, FACTORS, POWERS, QUOTIENT, SIZES
+from ..ops import CARRIES, COMPARISONS, EXPONENTIALS, FACTORS, POWERS, QUOTIENT, SIZES
 from ..signals import called
 from ..written.graph import is_new_axis, made
 from ..written.softmax import Softmax
@@ -27,8 +27,9 @@ from .probe import Shapes, Verdict
 from .weights import Weights, inputs_of
 
 LIMIT = 16  # calls from the scores to the weights
-SIZE, GROUPS = 5, 3  # places along an axis that is not known, and groups that they are put into
-PROBED = 24  # scores that are changed one by one
+SIZE, GROUPS = 7, 3  # places along an axis that is not known, and groups that they are put into
+PROBED = 16  # scores that are changed one by one
+SEEDS = 4  # of random groups
 TOLERANCE = 1e-4
 
 
@@ -71,7 +72,8 @@ def grouped_softmax(node: fx.Node, facts: Facts, shapes: Shapes) -> Softmax | No
     for scores, inside in regions(node, facts):
         if not has_groups(inside, facts):
             continue
-        signs = {signs_of(StandIns(facts, shapes, z), scores, inside) for z in drawn(scores, shapes)} - {None}
+        answers = (first_of(sign_of(at, scores, inside) for at in of_rank) for of_rank in stand_ins(facts, scores, shapes))
+        signs = {sign for sign in answers if sign is not None}
         if len(signs) == 1 and (sign := signs.pop()) != 0:
             found = Softmax(scores, (), tuple(inside), sign=sign, grouped=True)  # type: ignore[arg-type]
     return found
@@ -96,7 +98,26 @@ def regions(node: fx.Node, facts: Facts) -> Iterator[tuple[fx.Node, list[fx.Node
 def has_groups(inside: list[fx.Node], facts: Facts) -> bool:
     """Whether calls have an exponential among them, and read whole numbers."""
     names = {facts.op(n) for n in inside}
-    return not names.isdisjoint(EXPONENTIALS | POWERS) and any(m in facts.whole for n in inside for m in n.all_input_nodes)
+    if names.isdisjoint(EXPONENTIALS | POWERS):
+        return False
+    return any(m in facts.whole and not is_mask(m, facts) for n in inside for m in n.all_input_nodes)
+
+
+def is_mask(node: fx.Node, facts: Facts) -> bool:
+    value = node.meta.get("val")
+    return facts.op(node) in COMPARISONS or (isinstance(value, Tensor) and value.dtype == torch.bool)
+
+
+def stand_ins(facts: Facts, scores: fx.Node, shapes: Shapes) -> Iterator[list[StandIns]]:
+    """What stands for scores and indices in a run, for each rank: in three groups, or in fewer, which are asked where three do
+    not run, since an example may have one or two nodes."""
+    for z in drawn(scores, shapes):
+        yield [StandIns(facts, shapes, z, groups) for groups in range(GROUPS, 0, -1)]
+
+
+def first_of(answers: Iterable[Any]) -> Any:
+    """Returns the first answer that is not None."""
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def drawn(node: fx.Node, shapes: Shapes) -> Iterator[Tensor]:
@@ -109,14 +130,19 @@ def drawn(node: fx.Node, shapes: Shapes) -> Iterator[Tensor]:
 
 
 def known_shape(node: fx.Node, shapes: Shapes) -> tuple[tuple[int, ...], torch.dtype, torch.device] | None:
-    """Returns shape, dtype and device of a node, as a run on fake tensors or an export says them; sizes that vary are `SIZE`."""
-    value = shapes.get(node, node.meta.get("val"))
+    """Returns shape, dtype and device of a node, as an export or a run on fake tensors says them; sizes that vary are `SIZE`."""
+    value = known_value(node, shapes)
     if not isinstance(value, Tensor):
         return None
     return tuple(n if type(n) is int else SIZE for n in value.shape), value.dtype, value.device
 
 
-def signs_of(at: StandIns, scores: fx.Node, inside: list[fx.Node]) -> int | None:
+def known_value(node: fx.Node, shapes: Shapes) -> Any:
+    """Returns what is known of a node's value: by an export for all sizes, else for those of the example."""
+    return node.meta["val"] if "val" in node.meta else shapes.get(node)
+
+
+def sign_of(at: StandIns, scores: fx.Node, inside: list[fx.Node]) -> int | None:
     """Returns 1 where the calls give the softmax of the scores over some groups, -1 where of their negative, and 0 where neither;
     None where they do not run, or where every score is in a group of its own."""
     z = at.like
@@ -152,37 +178,50 @@ def groups_of(at: StandIns, scores: fx.Node, inside: list[fx.Node], before: Tens
 def verdict(node: fx.Node, softmax: Softmax, weights: Weights, facts: Facts, shapes: Shapes | None) -> Verdict:
     """Whether what the weights multiply is added up over the groups: weights that are all at one place of a group, and at another
     one, then are at one place."""
-    tried: set[Verdict] = set()
-    for z in drawn(softmax.scores, shapes or {}):
-        at = StandIns(facts, shapes or {}, z)
-        try:
-            before = at.run(list(softmax.inside), {softmax.scores: z})
-            i, group = next((i, g) for i, g in groups_of(at, softmax.scores, list(softmax.inside), before) if g.sum() > 1)
-            j = next(j for j in group.nonzero().flatten().tolist() if j != i)
-            tried.add("attention" if meet(at, node, weights, i, j) else "elsewhere")
-        except Exception:  # of another rank, StopIteration where there is no group of two
-            continue
-    if len(tried) == 1:
-        return tried.pop()
+    of_ranks = stand_ins(facts, softmax.scores, shapes or {})
+    answers = {first_of(all_meet(at, node, softmax, weights) for at in of_rank) for of_rank in of_ranks} - {None}
+    if len(answers) == 1:
+        return "attention" if answers.pop() else "elsewhere"
     if shapes is None:
         facts.undecided.add(node)
     return "elsewhere"
 
 
+def all_meet(at: StandIns, node: fx.Node, softmax: Softmax, weights: Weights) -> bool | None:
+    """Whether places of one group meet, by some pairs of each, in several draws of the groups; None where the calls do not run,
+    or no group has two places."""
+    scores, inside, pairs = softmax.scores, list(softmax.inside), 0
+    try:
+        for seed in range(SEEDS):
+            at = replace(at, seed=seed, indices={})
+            before = at.run(inside, {scores: at.like})
+            for i, group in groups_of(at, scores, inside, before):
+                j = next((j for j in group.nonzero().flatten().tolist() if j != i), None)
+                pairs += j is not None
+                if j is not None and not meet(at, node, weights, i, j):
+                    return False
+    except Exception:  # of another rank
+        return None
+    return True if pairs else None
+
+
 def meet(at: StandIns, node: fx.Node, weights: Weights, i: int, j: int) -> bool:
-    """Whether weights at place i alone and at place j alone are at one place somewhere, after they have met values."""
+    """Whether weights at place i alone and at place j alone make a difference at one place somewhere, after they have met
+    values."""
     runs: list[dict[fx.Node, Any]] = []
-    for place in (i, j):
+    for place in (i, j, None):
         one = torch.zeros_like(at.like).flatten()
-        one[place] = 1
+        if place is not None:
+            one[place] = 1
         runs.append({node: one.view_as(at.like)})
     for n in at.facts.graph.nodes:
         if n is node or not (n in weights.passing or n in weights.mixed) or not any(m in runs[0] for m in n.all_input_nodes):
             continue
         for values in runs:
             values[n] = at.called(n, values)
-        first, second = (values[n] for values in runs)
-        if n in weights.mixed and n not in weights.products and isinstance(first, Tensor) and bool((first * second).any()):
+        first, second, none = (values[n] for values in runs)  # what is added makes no difference
+        summed = n in weights.mixed and n not in weights.products and isinstance(first, Tensor)
+        if summed and bool(((first != none) & (second != none)).any()):
             return True
     return False
 
@@ -190,11 +229,13 @@ def meet(at: StandIns, node: fx.Node, weights: Weights, i: int, j: int) -> bool:
 @dataclass
 class StandIns:
     """What stands for the nodes that a run reads beside those that it computes: for whole numbers groups, drawn at random; for
-    numbers sizes; for values 1; constants are what they are. Scores are `like` a tensor."""
+    numbers sizes; for values 1; constants are what they are. Scores are `like` a tensor, in so many `groups`."""
 
     facts: Facts
     shapes: Shapes
     like: Tensor
+    groups: int
+    seed: int = 0
     indices: dict[fx.Node, Tensor] = field(default_factory=dict)
 
     def run(self, inside: list[fx.Node], known: Mapping[fx.Node, Any]) -> Any:
@@ -225,8 +266,8 @@ class StandIns:
         return self.like.new_ones(()) if known is None else self.like.new_ones(known[0])
 
     def is_whole(self, n: fx.Node) -> bool:
-        """Whether a node is known to be a tensor of whole numbers that depends on no input."""
-        value = self.facts.view.attribute(n) if n.op == "get_attr" else self.shapes.get(n, n.meta.get("val"))
+        """Whether a node is known to be a tensor of whole numbers."""
+        value = self.facts.view.attribute(n) if n.op == "get_attr" else known_value(n, self.shapes)
         return isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
 
     def index(self, n: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
@@ -235,18 +276,18 @@ class StandIns:
             return self.called(n, values)
         if n not in self.indices:
             known = known_shape(n, self.shapes)
-            shape = (self.like.shape[0] if known is None else 0,) if known is None else known[0]
-            generator = torch.Generator().manual_seed(zlib.crc32(n.name.encode()))
-            self.indices[n] = torch.randint(GROUPS, shape, generator=generator).to(self.like.device)
+            shape = tuple(self.like.shape[:1]) if known is None else known[0]
+            generator = torch.Generator().manual_seed(zlib.crc32(n.name.encode()) + self.seed)
+            self.indices[n] = torch.randint(self.groups, shape, generator=generator).to(self.like.device)
         return self.indices[n]
 
     def is_size(self, n: fx.Node) -> bool:
-        value = self.shapes.get(n, n.meta.get("val"))
+        value = known_value(n, self.shapes)
         return called(n) in SIZES or isinstance(value, int | torch.SymInt | torch.Size)
 
     def size(self, n: fx.Node) -> Any:
         """Returns a size of something else: what it is known to be, or `SIZE`."""
-        value = self.shapes.get(n, n.meta.get("val"))
+        value = known_value(n, self.shapes)
         if isinstance(value, torch.Size):
             return torch.Size(m if type(m) is int else SIZE for m in value)
         if called(n) == "shape" or (called(n) == "size" and len(n.args) + len(n.kwargs) == 1):
