@@ -64,7 +64,7 @@ def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tup
         channel = None
         if axis is not None and node.kwargs["scale"] == "channel":
             channel = channel_axis(gate.args[1], axis.rank)
-        among = axis is not None and axis.index == 0 and chooses_among_samples(gate, axis.rank)
+        among = axis is not None and axis.index == 0 and not site.idle and chooses_among_samples(gate, axis.rank)
         if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1) and not among:
             continue
         turn = None if among or axis is None or whole is None else turn_of(gate, axis, channel)
