@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from ..analysis.calls import name_of
-from ..analysis.ops import INDICES, PIECEWISE
+from ..analysis.ops import INDICES, PIECEWISE, POINTWISE, PRODUCT
 from ..analysis.signals import Signals
 from ..capture.passed import lets_through
 from ..capture.tracing.draws import note_on_draws
@@ -33,6 +33,7 @@ def taken_apart(module: fx.GraphModule, arguments: Mapping[str, Any], axes: Mapp
         node
         for node in module.graph.nodes
         if node.op in ("call_function", "call_method")
+        and name_of(node) not in POINTWISE | PRODUCT  # which calculate with whole numbers, as with lengths
         and node in signals.signals
         and any(n in indices for n in node.all_input_nodes)
         and any(n in axes and n in signals.signals for n in node.all_input_nodes)
