@@ -159,6 +159,9 @@ FORMS = [
     lambda x, y, mask, ints: (torch.complex(x, y),),
     lambda x, y, mask, ints: (torch.stack([x, y], -1),),
     lambda x, y, mask, ints: ([x, y],),
+    lambda x, y, mask, ints: (x, 0, ints % 2, y),
+    lambda x, y, mask, ints: (x, 1, ints[0, :, 0] % 3, y),
+    lambda x, y, mask, ints: (x, (ints[0, 0] % 2,), y[0]),
 ]
 
 

@@ -79,6 +79,7 @@ AFFINE_LAYERS = having("layer")
 GUARDS = having("guard")
 FORM = having("form")
 LOOKUPS = having("lookup")
+INDEXED = having("index")
 REAL = having("real")
 
 # Attention: what a softmax's weights may meet on their way to the values.
@@ -86,6 +87,7 @@ MIXES = having("mixes")
 JOINS = having("joins")
 PASSED = having("renormalises")
 LOGARITHMS = having("logarithm")
+BY_INDEX = having("by_index")  # sums over groups that whole numbers say
 AFFINE = having("affine")  # talking heads, dropout, a mask, a second normalisation
 
 # Storage, values and shapes.

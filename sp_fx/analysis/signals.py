@@ -25,6 +25,8 @@ from .ops import (
     FACTORS,
     FORM,
     GUARDS,
+    INDEXED,
+    JOINS,
     LOOKUPS,
     PIECEWISE,
     POINTWISE,
@@ -38,9 +40,9 @@ from .ops import (
     WHOLE,
 )
 
-# What gives whole numbers of whole numbers: views but no casts, sums, bounds, remainders.
+# What gives whole numbers of whole numbers: views but no casts, what is put together, sums, bounds, remainders.
 KEEPS_WHOLE = (
-    VIEW - CARRIES & POINTWISE | BOUNDS | {"sum"} | SCALES - QUOTIENT | SHIFTS | PIECEWISE
+    (VIEW - (CARRIES & POINTWISE)) | JOINS | BOUNDS | {"sum"} | (SCALES - QUOTIENT) | SHIFTS | PIECEWISE
 )  # fmt: skip
 
 
@@ -70,6 +72,8 @@ class Signals:
     def _visit(self, node: fx.Node) -> None:
         name = called(node)
         inputs = [n for n in operands(node, self.passes) if n in self.varying]
+        if name in FORM:  # of `index.expand_as(h)`, h says the shape: the index has nothing of what h was made by
+            inputs = [n for n in inputs if n is node.args[0]]
         if any(n in self._weighed for n in inputs) or has_weights_of_its_own(node, self.passes):
             self._weighed.add(node)
         if node.op == "placeholder":
@@ -83,7 +87,7 @@ class Signals:
             self.complex.add(node)
         if is_whole(node, name) or (name in KEEPS_WHOLE and all(n in self.whole for n in inputs)):
             self.whole.add(node)
-        read = inputs[:1] if name in FORM else [n for n in inputs if n not in self.masks(node)]
+        read = [n for n in inputs if n not in self.masks(node)]
         starts = self._looks_up(node, name)  # maps may be with respect to what is looked up
         if (starts or any(n in self.signals for n in read)) and node not in self.whole and is_floating(node):
             self.signals.add(node)
@@ -123,6 +127,11 @@ def positions(modules: nn.Module, graph: fx.Graph, passes: Callable[[fx.Node], b
         elif name in LOOKUPS:
             read = operands(node, passes)
             found.update(read[:1] if name != "getitem" else [n for n in read if n is not node.args[0]])
+        elif name in INDEXED:
+            index = node.kwargs.get("index", node.args[2] if len(node.args) > 2 else None)
+            found.update([index] if isinstance(index, fx.Node) else [])
+        if name == "getitem" and node in found:  # a row of positions
+            found.update(operands(node, passes)[:1])
         elif node in found and (name in POINTWISE | VIEW or passes(node)) and not is_whole(node, name):
             found.update(operands(node, passes))
     return found

@@ -36,6 +36,7 @@ TRAITS = {
     "logical": "makes a mask of masks, or reads one: `logical_and`",
     "whole": "gives whole numbers or masks, through which no derivative goes: `long`",
     "lookup": "reads whole numbers, its first operand, as positions in a table: `embedding`; of `getitem`, the second",
+    "index": "reads whole numbers, its argument `index`, as positions along an axis: `gather`",
     "form": "takes of its further operands their dtype, shape or device alone: `b` of `a.type_as(b)`",
     "complex": "gives complex numbers: `fft_fft`",
     "cell": "is a recurrent network: `lstm`; a smooth one has no gate",
@@ -58,6 +59,7 @@ TRAITS = {
     "reduces": "reduces a signal along axes: `mean` in `x.pow(2).mean(-1, True)`",
     "centre": "gives means that may be taken off a signal: `var_mean`",
     "norm": "is a norm by name, which makes its quotient a `normalize`, not an RMS norm: `linalg_vector_norm`",
+    "by_index": "puts values where whole numbers say, and adds them up there, unless its reader says otherwise: `scatter_add`",
     "renormalises": "divides by a norm, and so weights by their sum: `normalize`",
     "joins": "puts tensors side by side: `cat`",
     "either": "is over axes, or of two tensors, which then has another name, `maximum`: `max`",
@@ -249,6 +251,12 @@ avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptiv
 # -- joining, padding, layers
 cat concat concatenate iconcat stack row_stack hstack vstack dstack:    joins
 pad constant_pad_nd:    affine degree=1
-index_select gather take_along_dim flip roll fliplr flipud repeat tile repeat_interleave:    affine
+index_select gather:    affine index
+take_along_dim flip roll fliplr flipud repeat tile repeat_interleave:    affine
+index_add scatter_add:  affine index by_index
+index_copy scatter:     affine index
+index_put:              affine
+scatter_reduce index_reduce:    piecewise index by_index
+segment_reduce:         piecewise by_index
 linear conv1d conv2d conv3d batch_norm:    affine layer
 """

@@ -64,9 +64,10 @@ def placed(graph: fx.Graph, report: Report, axes: Mapping[fx.Node, Axis]) -> tup
         channel = None
         if axis is not None and node.kwargs["scale"] == "channel":
             channel = channel_axis(gate.args[1], axis.rank)
-        if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1):
+        among = axis is not None and axis.index == 0 and not site.idle and chooses_among_samples(gate, axis.rank)
+        if axis is not None and axis.alone and axis.index == 0 and channel in (None, 1) and not among:
             continue
-        turn = None if axis is None or whole is None else turn_of(gate, axis, channel)
+        turn = None if among or axis is None or whole is None else turn_of(gate, axis, channel)
         if turn is None:
             gate.kwargs = {key: value for key, value in gate.kwargs.items() if key != "scale"}
             sites[site.place] = replace(site, scale="absolute", reason=UNKNOWN)
@@ -196,6 +197,15 @@ def turn_of(gate: fx.Node, axis: Axis, channel: int | None = None) -> Turn | Non
     return None
 
 
+def chooses_among_samples(gate: fx.Node, rank: int) -> bool:
+    """Whether a gate takes the largest or the smallest over axis 0, where the samples are: it has no scale of one of them."""
+    if str(gate.args[0]) not in ("amax", "amin", "scatter_amax", "scatter_amin"):
+        return False
+    dims: Any = gate.kwargs["dim"]
+    dims = [dims] if isinstance(dims, int) else dims
+    return not dims or 0 in [dim % rank for dim in dims]
+
+
 # Rows that are the same function of every element.
 ALIKE = ("relu", "negative_relu", "relu_squared", "leaky_relu", "abs", "floor", "ceiling", "threshold", "hardtanh", "hardsigmoid")
 
@@ -211,7 +221,7 @@ def unknown(report: Report, reason: str) -> None:
         return
     why = ""
     if reason:
-        why = f": axis 0 of the inputs is the batch, and the model was run on fake tensors to see it vary, but {reason}"
+        why = f": axis 0 of the inputs is taken for the batch, and the model was run to see it vary, but {reason}"
     warnings.warn(
         f"no axis is known to be the sample's at {len(places)} gates, whose temperatures are absolute: {', '.join(places[:3])}"
         f"{', ...' if len(places) > 3 else ''}{why}",

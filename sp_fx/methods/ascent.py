@@ -29,6 +29,7 @@ class Ascent:
             0.0516 for each number, r: in L2 that is r * sqrt(numel of a sample), in L1 r * numel, in the maximum norm r.
         norm: p of the L^p norm that measures a step, from 1 to `math.inf`; None for steps that are not normalised,
             `x + step_size * v`, of step size 1 where there is none.
+        joint: norms are over all inputs as one sample: those of a graph, say, whose axis 0 has nodes.
         relative: `step_size` is a part of the norm of the iterate, `x + step_size * ||x|| * v / ||v||`; none is taken from x = 0.
 
     Raises:
@@ -43,6 +44,7 @@ class Ascent:
     clip: Clip = "every"
     norm: float | None = 2.0
     relative: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -72,7 +74,7 @@ class Ascent:
         """Returns the length of a step, in `norm`, for inputs shaped like `start`; of a relative one its part of their norm."""
         if self.step_size is not None or self.norm is None:
             return 1.0 if self.step_size is None else self.step_size
-        numel = sum(x[:1].numel() for x in start) if start[0].shape[0] else 0
+        numel = sum((x if self.joint else x[:1]).numel() for x in start) if start[0].shape[0] else 0
         return PAPER_STEP / math.sqrt(PAPER_NUMEL) * numel ** (1 / self.norm)
 
     def clamps(self, number: int) -> bool:
@@ -104,7 +106,7 @@ class Ascent:
         """Returns the iterate after `x`; `clamp` says whether the bounds apply to it."""
         length, pulled = self.length(start), pull(x)
         with torch.no_grad():
-            if len(x) == 1 and self.norm == 2 and not self.relative:
+            if len(x) == 1 and self.norm == 2 and not (self.relative or self.joint):
                 fused = ascent_step(x[0], pulled[0], start[0], length, self.radius, self.bounds if clamp else None)
                 if fused is not None:
                     return [fused]
@@ -114,15 +116,15 @@ class Ascent:
         """Returns what a step along `v` adds to `x`, scaled in float32 at least: the numbers of a unit vector in L1 are small."""
         if self.norm is None:
             return [length * part for part in v]
-        sizes: list[Any] = [length * norm for norm in norms(x, self.norm)] if self.relative else [length] * len(x)
-        units = [part / torch.where(norm > 0, norm, 1) for part, norm in zip(v, norms(v, self.norm))]
+        sizes: list[Any] = [length * norm for norm in norms(x, self.norm, self.joint)] if self.relative else [length] * len(x)
+        units = [part / torch.where(norm > 0, norm, 1) for part, norm in zip(v, norms(v, self.norm, self.joint))]
         return [(size * part).to(old.dtype) for size, part, old in zip(sizes, units, v)]
 
     def project(self, start: list[Tensor], x: list[Tensor], clamp: bool) -> list[Tensor]:
         """Returns `x` projected on the ball round `start` and then, with `clamp`, on the bounds."""
         if self.radius is not None:
             offset = [b - a for a, b in zip(start, x)]
-            shrink = [(self.radius / norm).clamp(max=1) for norm in norms(offset)]
+            shrink = [(self.radius / norm).clamp(max=1) for norm in norms(offset, joint=self.joint)]
             x = [a + (s * d).to(d.dtype) for a, s, d in zip(start, shrink, offset)]
         return self.clamped(x) if clamp else x
 
@@ -134,8 +136,12 @@ class Ascent:
         return [xi.clamp(low.to(xi), high.to(xi)) for xi in x]
 
 
-def norms(parts: list[Tensor], p: float = 2.0) -> list[Tensor]:
-    """Returns the L^p norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it."""
+def norms(parts: list[Tensor], p: float = 2.0, joint: bool = False) -> list[Tensor]:
+    """Returns the L^p norm of each sample over all its `parts` (inputs), float32 at least, once a part, to broadcast with it;
+    `joint`: of all as one sample."""
+    if joint:
+        parts = [part[None] for part in parts]
+        return [norm[0] for norm in norms(parts, p)]
     wide = [part.detach().to(torch.promote_types(part.dtype, torch.float32)) for part in parts]
     wide = [part.flatten(1) if part.dim() > 1 else part[:, None] for part in wide]
     peak = torch.stack([torch.linalg.vector_norm(part, math.inf, dim=1) for part in wide]).amax(0)

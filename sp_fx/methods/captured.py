@@ -22,6 +22,7 @@ from ..capture.arguments import ByName, Given
 from ..capture.clones.clone import EvalClone
 from ..capture.clones.untouched import CHANGES
 from ..containers import cloned, tensors_of
+from ..measured.by_index import taken_apart
 from ..measured.forms import Form, described, form_of, inside_a_transform, obstacle_to_comparing
 from ..measured.sample_axis import in_its_own_thread, sample_axes
 from ..measured.scales import follows_sample, placed, scaled_sites, unknown
@@ -174,6 +175,8 @@ class CapturedModule(fx.GraphModule):
         graph, report = self._unplaced
         clone = fx.GraphModule(EvalClone()(self), graph)  # which has no hooks to run
         axes, reason = sample_axes(clone, arguments, [node.all_input_nodes[0] for _, node in scaled_sites(report, graph)])
+        if apart := taken_apart(clone, arguments, axes):
+            axes, reason = {}, apart
         return *placed(graph, report, axes), reason
 
     def _settle(self, graph: fx.Graph, report: Report) -> None:

@@ -21,7 +21,10 @@ from torch._subclasses import FakeTensor
 
 from ..capture.admission import checked
 from ..capture.arguments import ByName
+from ..capture.clones.clone import EvalClone
 from ..containers import primary, rebuilt, tensors_of
+from ..measured.by_index import taken_apart
+from ..measured.sample_axis import sample_axes
 from ..measured.shapes import on_shapes_alone
 from .requests import Call, Key
 
@@ -32,8 +35,13 @@ def measured(module: fx.GraphModule, call: Call, batch_size: int) -> Call:
     """Returns `call` with those of its arguments marked that go with the samples, before it is cut into pieces of `batch_size`.
 
     Raises:
-        ValueError: both or neither is right of an argument; the message says what was tried.
+        ValueError: both or neither is right of an argument; the message says what was tried. Axis 0 is not that of samples.
     """
+    if reason := undivided(module, call):
+        raise ValueError(
+            f"batch_size={batch_size} cuts the inputs along axis 0, and {reason}: leave out batch_size; of several graphs, call "
+            "for some at a time"
+        )
     parameters = call.parameters(module.forward)
     keys = [key for key in call.as_long_as_the_batch() if is_read(module, parameters.get(key, ""))]
     if not keys:
@@ -60,6 +68,17 @@ def measured(module: fx.GraphModule, call: Call, batch_size: int) -> Call:
         f"samples, axis 0 being as long: {tried}. Pass it among the inputs if it goes with the samples; else leave out "
         "batch_size, or call once for each piece yourself and concatenate the maps"
     )
+
+
+def undivided(module: fx.GraphModule, call: Call) -> str:
+    """Says why axis 0 of the inputs is not that of samples, as that of a graph's nodes is not; "" where it may be."""
+    if call.is_uneven:
+        return f"the inputs have different numbers of places on it, {call.sizes}"
+    if not call.has_integers:
+        return ""
+    clone = fx.GraphModule(EvalClone()(module), module.graph)  # which has no hooks to run
+    arguments = call.apply(inspect.signature(module.forward).bind, call.explained).arguments
+    return taken_apart(clone, arguments, sample_axes(clone, arguments)[0])
 
 
 def described(call: Call, keys: list[Key]) -> str:

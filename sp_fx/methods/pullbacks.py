@@ -22,12 +22,11 @@ from ..containers import is_array, rebuilt
 from ..targets import Target, looks_one_hot, only_output, primary, refuse_one_hot, resolve, seed
 from .ascent import Ascent
 from .captured import CapturedModule
-from .keyword_tensors import has_one_each, measured
-from .requests import Call, Inputs, Key, Request, naming_inputs
+from .keyword_tensors import has_one_each, measured, undivided
+from .requests import INTEGERS, Call, Inputs, Key, Request, naming_inputs
 from .subgraphs import find, needed_after
 
 Method = Callable[[CapturedModule, Call], list[Tensor]]  # one map for each explained input of the call
-INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def pullback(module: CapturedModule, request: Request, chunk: int | None = None) -> Any:
@@ -54,7 +53,8 @@ def ascend(module: CapturedModule, request: Request, ascent: Ascent, return_path
     """The change of the inputs by `ascent`; with `return_path` also all iterates, [steps + 1, B, ...]."""
 
     def iterates(module: CapturedModule, call: Call) -> Iterator[list[Tensor]]:
-        rule = replace(ascent, bounds=call.bounds or None)  # type: ignore[arg-type]  # those of the piece
+        bounds: Any = call.bounds or None  # those of the piece
+        rule = replace(ascent, bounds=bounds, joint=bool(undivided(module, call)))
         return rule.iterates([x.detach() for x in call.explained], lambda x: pull(module, call, x))
 
     def change(module: CapturedModule, call: Call) -> list[Tensor]:
@@ -218,6 +218,8 @@ def pull(module: CapturedModule, call: Call, points: list[Tensor], chunk: int | 
         dtypes = {x.dtype for x in leaves} - {t.dtype for t in module.parameters()}
         if dtypes and "dtype" in str(error):
             error.add_note(f"the inputs are {', '.join(map(str, dtypes))}, which no weight of the model is")
+        if call.is_uneven:
+            error.add_note(f"the inputs have different numbers of places on axis 0: {call.sizes}")
         raise
     return pulled_back(module, call, output, leaves, chunk)
 

@@ -20,6 +20,7 @@ from ..measured.runs import first_line
 from ..targets import Direction, Target, as_target
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any] | list[Any]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 Key = int | str  # of an argument: its number among the values of a call, or its keyword
 
 
@@ -221,9 +222,23 @@ class Call:
     samplewise: frozenset[Key] = frozenset()  # arguments beside the inputs that go with the samples
 
     def __post_init__(self) -> None:
-        batches = {x.shape[0] for x in self.explained}
-        if len(batches) > 1:
-            raise ValueError(f"the inputs have different batch sizes: {sorted(batches)}")
+        if self.is_uneven and 1 in self.sizes and not self.has_integers:  # it would be broadcast, and its map be of all samples
+            raise ValueError(f"the inputs have different batch sizes: {self.sizes}")
+
+    @property
+    def is_uneven(self) -> bool:
+        """Whether the inputs have several numbers of places on axis 0, as the nodes and the edges of a graph: no batch."""
+        return len(self.sizes) > 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """The numbers of places that the explained inputs have on axis 0."""
+        return sorted({x.shape[0] for x in self.explained})
+
+    @property
+    def has_integers(self) -> bool:
+        """Whether there are whole numbers among the arguments, which may be an index."""
+        return any(t.dtype in INTEGERS for t in tensors_of([self.values, self.kwargs]))
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -254,7 +269,8 @@ class Call:
     def one_target_each(self) -> list[Call]:
         """The call for each of the T targets of a sample, where the target is [B, T]; else itself alone."""
         t = self.target
-        if isinstance(t, Tensor) and t.dim() == 2 and not t.is_floating_point() and t.shape[0] == self.batch and t.shape[1]:
+        fits = isinstance(t, Tensor) and t.dim() == 2 and (t.shape[0] == self.batch or self.has_integers)  # one of each graph
+        if isinstance(t, Tensor) and fits and not t.is_floating_point() and t.shape[1]:
             return [replace(self, target=column) for column in t.unbind(1)]
         return [self]
 

@@ -15,7 +15,21 @@ from torch import fx, nn
 
 from ..analysis.calls import AFFINE_MODULES, is_affine_row, keywords, known, name_of, op_of, recurrent_name
 from ..analysis.facts import Facts, gates_among
-from ..analysis.ops import CELLS, FACTORS, FUSED, GATED, INDICES, LISTED, ORDERS, PIECEWISE, PRODUCT, QUOTIENT, RECURRENT, SMOOTH
+from ..analysis.ops import (
+    BY_INDEX,
+    CELLS,
+    FACTORS,
+    FUSED,
+    GATED,
+    INDICES,
+    LISTED,
+    ORDERS,
+    PIECEWISE,
+    PRODUCT,
+    QUOTIENT,
+    RECURRENT,
+    SMOOTH,
+)
 from ..analysis.readers import COMPUTED, READERS, Gate, Unread, bounded, is_tensor
 from ..analysis.written.gates import Written
 from ..analysis.written.norms import Statistic, centred_over
@@ -33,6 +47,8 @@ from .report import PART, WRITTEN_OUT
 
 CHOSEN = "chooses by comparing what the model computed, and has no rule"
 SMOOTH_FUNCTION = "smooth, no gate"
+WEIGHED = f"{PART}attention: its weights are constants here"
+BASE = "chooses by value between groups and what was there before, both of which vary, and has no rule"
 CHOICE = "its choice is held as the forward made it: each value goes back where it is from"
 
 
@@ -174,7 +190,9 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     if isinstance(call, Unread) and name_of(node) in ORDERS:
         account.note(node, "kept", CHOICE)
     elif isinstance(call, Unread):
-        account.note(node, "NOT REWRITTEN", call.reason)
+        account.note(node, "kept" if call.kept else "NOT REWRITTEN", call.reason)
+    elif facts.op(node) in BY_INDEX and (facts.is_chosen(node) or has_signals(call, facts) > 1):
+        account.note(node, "NOT REWRITTEN", CHOSEN if facts.is_chosen(node) else BASE)
     elif call is None:
         pass
     elif not any(map(facts.is_signal, call.tensors)):
@@ -204,6 +222,11 @@ def gate(node: fx.Node, facts: Facts, account: Account) -> bool:
     else:
         account.note(node, "kept", "product rule")  # its weights are computed from the input
     return True
+
+
+def has_signals(call: Gate | None, facts: Facts) -> int:
+    """Returns the number of tensors of a gate that a derivative reaches."""
+    return 0 if call is None else sum(map(facts.is_signal, call.tensors))
 
 
 def weight_shape(conv: Gate, facts: Facts) -> tuple[int, ...] | None:
@@ -269,7 +292,9 @@ def product(node: fx.Node, facts: Facts, account: Account) -> bool:
     if name not in PRODUCT | QUOTIENT or not (len(signals) > 1 or squares or inverts):
         return False
     factors = [] if node in account.weighed else facts.gating_factors(node)  # weights gate their values already
-    if len(factors) != 1 or name not in FACTORS:
+    if node in account.weighed and name in FACTORS and len(signals) == 2:
+        account.note(node, "kept", WEIGHED)
+    elif len(factors) != 1 or name not in FACTORS:
         rule = "product rule" if name in PRODUCT else "quotient rule"
         account.note(node, "kept", "; ".join([rule, *constant_elsewhere(node, facts)]))
     elif account.gate(node, "product") is None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx, nn
 
-from ..analysis.attention import divided_later
+from ..analysis.attention import by_index, divided_later
 from ..analysis.attention.probe import Shapes
 from ..analysis.attention.uses import uses
 from ..analysis.attention.weights import has_softmax
@@ -73,8 +73,9 @@ def rewrite(model: str, capture: Capture, rules: Rules, measure: Measure | None 
     notes = normalise(capture.modules, graph)
     merge(capture.modules, graph)
     facts = Facts(capture, take_markers(graph))
-    asks = has_softmax(facts) or divided_later.may_be_in(facts)
+    asks = has_softmax(facts) or divided_later.may_be_in(facts) or by_index.may_be_in(facts)
     shapes = measure(capture.modules, graph) if measure is not None and asks else None
+    by_index.find(facts, shapes)
     divided_later.find(facts, shapes)
     account = Account(facts, rules, uses(facts, shapes))
     nodes = list(graph.nodes)

@@ -20,6 +20,7 @@ from ..calls import argument, operands_of
 from ..facts import Facts
 from ..ops import CARRIES, CHOICES, ITSELF, MIXES, PASSED, POINTWISE, QUOTIENT, REDUCES
 from ..written.softmax import SIZES, Axes, Softmax, axes_of
+from . import by_index
 from .probe import Probe, Shapes, Verdict, by_name
 from .weights import Weights, inputs_of, softmax_of, weights_of, weights_of_any
 
@@ -60,6 +61,8 @@ def verdict(node: fx.Node, softmax: Softmax, weights: Weights, facts: Facts, sha
         return "alone"
     if softmax.late:
         return "attention"
+    if softmax.grouped:
+        return by_index.verdict(node, softmax, weights, facts, shapes)
     dims = softmax.dims
     if shapes is not None and isinstance(shapes.get(node), Tensor):
         try:

@@ -15,6 +15,7 @@ from ..facts import Facts
 from ..ops import (
     AFFINE,
     AFFINE_LAYERS,
+    BY_INDEX,
     CARRIES,
     CHOICES,
     FACTORS,
@@ -29,7 +30,7 @@ from ..ops import (
     REDUCES,
     SHIFTS,
 )
-from ..readers import SOFTMAX
+from ..readers import READERS, SOFTMAX
 from ..written.softmax import Softmax
 
 AFFINE_LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.modules.dropout._DropoutNd,
@@ -142,9 +143,19 @@ def matrix_products(products: list[fx.Node], facts: Facts) -> set[fx.Node]:
 def inputs_of(node: fx.Node, facts: Facts) -> list[fx.Node]:
     """Returns the operands of `node` whose values a derivative goes through: neither masks nor what only lends its form."""
     read = facts.signal_inputs(node)
-    return read[:1] if facts.op(node) in FORM else read
+    return [n for n in read if n is node.args[0]] if facts.op(node) in FORM else read
 
 
 def is_linear(node: fx.Node, name: str, facts: Facts) -> bool:
     """Whether a call of a sum of products may be one of a larger sum."""
-    return name in (AFFINE | REDUCES | JOINS) - AFFINE_LAYERS or facts.aliasing.is_view(node)
+    linear = name in (AFFINE | REDUCES | JOINS) - AFFINE_LAYERS or facts.aliasing.is_view(node)
+    return linear or (name in BY_INDEX and adds_up(node))
+
+
+def adds_up(node: fx.Node) -> bool:
+    """Whether a call that reduces over groups that an index says adds up, or takes means, rather than chooses."""
+    reader = READERS.get(op_of(node))
+    try:
+        return reader is None or reader(*node.args, **keywords(node)) is None
+    except TypeError:  # a signature that the reader does not know
+        return False

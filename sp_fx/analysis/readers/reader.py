@@ -33,9 +33,10 @@ class Gate:
 
 @dataclass(frozen=True)
 class Unread:
-    """A call that gates, or may, and has no rule: why."""
+    """A call that gates, or may, and has no rule: why. One that is `kept` is known to be no gate."""
 
     reason: str
+    kept: bool = False
 
 
 READERS: dict[Any, Callable[..., Gate | Unread | None]] = {}

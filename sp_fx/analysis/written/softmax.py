@@ -29,6 +29,7 @@ class Softmax:
 
     Where the exponentials of the scores are divided by their sum `later`, as in `e * mask / (e * mask).sum(-1, True)`, the last
     call is the exponential; `late` are the quotients of what these have weighed by their sum, as in `(e @ v) / e.sum(-1)`.
+    Where it is `grouped`, it is over groups that whole numbers say, and over no axes: over the edges that end at one node.
     """
 
     scores: fx.Node
@@ -37,6 +38,7 @@ class Softmax:
     late: tuple[fx.Node, ...] = ()
     sign: int = 1  # -1 of the negative
     later: bool = False
+    grouped: bool = False
     kind: str = "softmax"
 
     @property

@@ -69,6 +69,15 @@ def tempered_below(scores: Tensor, tau: Tau, dim: int | tuple[int, ...], sign: i
     return cool - (cool.amax(dim, keepdim=True) if sign > 0 else cool.amin(dim, keepdim=True))
 
 
+def tempered_groups(scores: Tensor, tau: Tau, sign: int) -> Tensor:
+    """`scores / tau` for a softmax over groups, lowered until no exponential overflows: by one number for all, as the groups are
+    known to the model alone."""
+    cool = tempered(scores, tau)
+    if not cool.numel():
+        return cool
+    return cool - (cool.amax().clamp_min(0) if sign > 0 else cool.amin().clamp_max(0))
+
+
 def mix(weights, soft_weights, value, form="weights @ values", swapped=False) -> Tensor:
     if form == "weights @ values":
         return weights @ value

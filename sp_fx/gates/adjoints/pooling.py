@@ -3,6 +3,7 @@
     max_pool                                      v -> sum over the windows w of v_w softmax(z_w / tau)     arXiv:2507.22832
     amax, adaptive_max_pool, fractional_max_pool  the same, over other windows; same principle
     amin  the same of what is negated; same principle
+    scatter_amax, scatter_amin    the same, over the groups that an index says; same principle
 
 Frozen, a cotangent goes to the maxima of its window equally, the limit as tau -> 0. `v` and the forward's output `y` are
 [..., *windows], the input `x` [..., *spatial]; a temperature of one number a sample has its other axes 1.
@@ -89,6 +90,48 @@ def amin_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) 
     return amax_adjoint(v, -x, -y, tau, dim, keepdim)
 
 
+def scatter_amax(x: Tensor, index: Tensor, base: Tensor, dim: int, include_self: bool, flat: bool) -> Tensor:
+    """The largest of each group: place i along `dim` is in group `index[i]`; `index` is like `x`, or `flat` [size of `dim`]."""
+    if flat:
+        return base.index_reduce(dim, index, x, "amax", include_self=include_self)
+    return base.scatter_reduce(dim, index, x, "amax", include_self=include_self)
+
+
+def scatter_amax_adjoint(
+    v: Tensor, x: Tensor, index: Tensor, base: Tensor, y: Tensor, tau: Tau, dim: int, include_self: bool, flat: bool
+) -> Tensor:
+    """Each group is one window. `v`, `y` and `base` have the groups along `dim`, in which one without a member keeps its `base`;
+    with `include_self` the base is a member of its group, and what it gets goes nowhere."""
+    if flat:
+        index = index.view([-1 if axis == dim % x.dim() else 1 for axis in range(x.dim())]).expand(x.shape)
+    lowest = torch.finfo(wide(x).dtype).min
+    z, y, base = (wide(t).clamp(lowest, -lowest) for t in (x, y, base))
+    z = z[tuple(slice(size) for size in index.shape)]  # an index may leave out the end of an axis
+    weight = weights(z - y.gather(dim, index), tau)
+    total = torch.zeros_like(y).scatter_add(dim, index, weight)
+    if include_self:
+        total = total + weights(base - y, tau)
+    share = weight * (v / torch.where(total > 0, total, 1)).gather(dim, index)
+    return F.pad(share, flat_margins(index.shape, x.shape)).to(x.dtype)
+
+
+def flat_margins(inner: torch.Size, outer: torch.Size) -> list[int]:
+    """What is to be put behind each axis of `inner` for the sizes of `outer`, in the order `F.pad` reads it."""
+    return flat([(0, m - n) for n, m in zip(inner, outer)])
+
+
+def scatter_amin(x: Tensor, index: Tensor, base: Tensor, dim: int, include_self: bool, flat: bool) -> Tensor:
+    if flat:
+        return base.index_reduce(dim, index, x, "amin", include_self=include_self)
+    return base.scatter_reduce(dim, index, x, "amin", include_self=include_self)
+
+
+def scatter_amin_adjoint(
+    v: Tensor, x: Tensor, index: Tensor, base: Tensor, y: Tensor, tau: Tau, dim: int, include_self: bool, flat: bool
+) -> Tensor:
+    return scatter_amax_adjoint(v, -x, index, -base, -y, tau, dim, include_self, flat)
+
+
 def adaptive_max_pool(x: Tensor, size) -> Tensor:
     pool: Any = (F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d)[len(size) - 1]
     return pool(x, size)
@@ -168,6 +211,8 @@ ROWS: dict[str, Row] = {
     "max_pool": Row(max_pool, max_pool_adjoint, 1.0, sees_output=True, homogeneous=True),
     "amax": Row(amax, amax_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
     "amin": Row(amin, amin_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"),
+    "scatter_amax": Row(scatter_amax, scatter_amax_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"),
+    "scatter_amin": Row(scatter_amin, scatter_amin_adjoint, 1.0, tensors=3, sees_output=True, homogeneous=True, rule="max_pool"),
     "adaptive_max_pool": Row(
         adaptive_max_pool, adaptive_max_pool_adjoint, 1.0, sees_output=True, homogeneous=True, rule="max_pool"
     ),

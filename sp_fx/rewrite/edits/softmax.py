@@ -10,7 +10,7 @@ from torch import fx
 
 from ...analysis.attention.weights import Weights
 from ...analysis.written.softmax import Softmax
-from ...gates.adjoints.attention import alive, is_tempered, tempered_below, tempered_softmax
+from ...gates.adjoints.attention import alive, is_tempered, tempered_below, tempered_groups, tempered_softmax
 from ...gates.adjoints.row import Temperature
 from ...gates.dual_path import dual_path, frozen
 from .again import made_with, replayed, replayed_after, temper_behind
@@ -94,6 +94,9 @@ class FreezeSoftmax(Edit):
             if not self.written:
                 options = {"tau": self.tau, "dim": self.softmax.dim, "dtype": self.dtype}
                 soft = graph.call_function(tempered_softmax, (cut,), options)
+            elif self.softmax.grouped:
+                copies = {scores: graph.call_function(tempered_groups, (cut, self.tau, self.softmax.sign))}
+                soft = replayed(to, self.node, set(self.softmax.inside), copies)
             else:
                 below = (cut, self.tau, self.softmax.dim, self.softmax.sign)
                 copies = {scores: graph.call_function(tempered_below, below)}
