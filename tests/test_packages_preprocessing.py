@@ -92,7 +92,7 @@ def test_the_manifest_says_what_becomes_of_a_picture(packages, kind):
     found = Classifier.load(path)
     assert found.preprocessing == preprocessing and found.preprocessing.cropped == shape[1:]
     said = package.read_manifest(path)
-    assert json.loads(json.dumps(said["preprocessing"])) == said["preprocessing"] and said["format"] == 4
+    assert json.loads(json.dumps(said["preprocessing"])) == said["preprocessing"] and said["format"] == 5
     assert said["input_space"] == ("grey" if kind == "grey" else "RGB") + " pixels in [-1, 1]"
     assert said["output_dtype"] == "float32" and said["target_dtype"] == "int64"
 
@@ -191,9 +191,9 @@ def test_an_ascent_of_an_earlier_format_answers(interpreted, tmp_path, format):
 
 
 def test_other_formats_are_refused(packages, tmp_path):
-    for format in (1, 5, None):
+    for format in (1, 6, None):
         to = resealed(packages["square"][2], tmp_path / "a.onnx", lambda m, format=format: m.update(format=format))
-        with pytest.raises(sp_fx.PackageError, match=rf"format {format}.* reads 2 and 3 and 4"):
+        with pytest.raises(sp_fx.PackageError, match=rf"format {format}.* reads 2 and 3 and 4 and 5"):
             sp_fx.load(to)
 
 

@@ -1,4 +1,4 @@
-"""Programs of texts and other sequences: one for every length, from token ids, with tied weights, and with a target of one's own."""
+"""Programs of texts and sequences: one for every length, from token ids, with tied weights, and with a target of one's own."""
 
 import math
 

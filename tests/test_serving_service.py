@@ -19,6 +19,7 @@ from sp_fx.packages import manifest
 from sp_fx.serving.http import application
 from sp_fx.serving.requests import Limits, Refused
 from sp_fx.serving.service import Served
+from sp_fx.serving.texts import service_of
 from sp_fx.serving.uploads import PictureError, decode
 
 pytest.importorskip("uvicorn")
@@ -27,9 +28,9 @@ httpx = pytest.importorskip("httpx")
 NAMES = list("abcde")
 
 
-def packaged(program):
+def packaged(program, names=NAMES):
     """As `load` returns it, without the file."""
-    made = manifest.describe(program, ".onnx", NAMES)
+    made = manifest.describe(program, ".onnx", names)
     return manifest.program_from(made, program.run, None)
 
 
@@ -47,7 +48,7 @@ class Running:
     def __init__(self, program, **limits):
         import uvicorn
 
-        self.served = Served(program, "small", Limits(**limits))
+        self.served = service_of(program, "small", Limits(**limits))
         app = application(self.served)
         self.server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=5))
         self.thread = threading.Thread(target=self.server.run)

@@ -105,7 +105,7 @@ def name_of_class(cls: Any) -> str:
     return name
 
 
-def whole(function: types.FunctionType) -> Callable:
+def whole(function: Any) -> Callable:
     """`function`, as a symbolic trace records it in one call."""
     own = twin(function)  # `function` itself calls this one in a trace
 

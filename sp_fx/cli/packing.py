@@ -22,7 +22,7 @@ from ..program.program import Program
 from .explaining import noise, printed_to_stderr, say_assumed, say_unused, takes_pixels
 from .parser import options_of, rules_of
 from .progress import Progress, Stages
-from .texts import text_program
+from .texts import packaged
 
 if TYPE_CHECKING:
     from ..serving.folders.batches import Batches
@@ -95,11 +95,13 @@ def compiled_text(net: TextModel, args: argparse.Namespace, stages: Stages) -> P
         raise ValueError(f"a package of a network for text has the shares of its tokens: leave --method {args.method} out")
     inputs = net.tokens(["An example of a sentence.", "And a second one, which is longer."])
     inputs = {name: torch.cat([t] * args.batch)[: args.batch].to(args.device) for name, t in inputs.items()}
+    model, target = packaged(net)
     with stages("transform it, and compare with it"):
-        explainer = transform(net.model.to(args.device), rules=rules_of(args.rules, args.temperature), example_inputs=inputs)
+        explainer = transform(model.to(args.device), rules=rules_of(args.rules, args.temperature), example_inputs=inputs)
     say_unused(args, explainer)
     with stages("make one graph of the model and its explanation"):
-        program = text_program(net, explainer, inputs, dynamic_batch=not args.fixed_batch)
+        options: dict[str, Any] = {"dynamic_batch": not args.fixed_batch, "inductor": False, "target": target}
+        program = explainer.compile("tokens", example_inputs=inputs, **options)
     program.report = replace(program.report, model=net.name)
     classes = net.labels if program.target == "class" else None
     path = saved(program, args.out, stages, {"class_names": classes})

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import models, targets
 from ..build import transform
-from ..explainer import Explainer
 from ..figures.words import Words
 from ..models.classes import class_index
-from ..models.published.texts import TextModel, logits_at, token_id
-from ..program.program import Program
+from ..models.published.texts import NextToken, TextModel, logits_at, token_id
 from ..texts.tokens import Tokens, joined
 from .explaining import printed_to_stderr
 from .parser import rules_of
@@ -114,12 +112,14 @@ def line(args: argparse.Namespace, net: TextModel, text: str, question: Question
     return f"{question.title}\n  {tokens.in_colour() if colours else tokens}"
 
 
-def text_program(net: TextModel, explainer: Explainer, inputs: dict[str, Tensor], dynamic_batch: bool) -> Program:
-    """Returns the program of a network for text that is saved as a package: the shares of the tokens in a class, in a token of
-    the vocabulary at the last position, or, of embeddings, in a direction, such as the embedding of another text."""
-    options: dict[str, Any] = {"target": "direction"} if net.answers == "embedding" else {}
-    if net.answers == "next token":
-        options = {"target": lambda out: out[:, -1]}
-    elif net.answers == "masked token":
+def packaged(net: TextModel) -> tuple[nn.Module, str]:
+    """Returns the module that a package is made of, and the kind of its target: a class, a token of the vocabulary that comes
+    next, or, of embeddings, a direction, such as the embedding of another text.
+
+    Raises:
+        ValueError: masked tokens, whose place is another in each text.
+    """
+    if net.answers == "masked token":
         raise ValueError(f"{net.name} answers with masked tokens, whose place is another in each text: no package is made of it")
-    return explainer.compile("tokens", example_inputs=inputs, dynamic_batch=dynamic_batch, inductor=False, **options)
+    model = NextToken(net.model) if net.answers == "next token" else net.model
+    return model.eval(), "direction" if net.answers == "embedding" else "class"

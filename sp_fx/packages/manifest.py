@@ -75,6 +75,7 @@ def describe(
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
         "most": signature.most,
+        "chosen": signature.chosen,
         "output_probabilities": "sigmoid" if multi_label and signature.probabilities == "softmax" else signature.probabilities,
         "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
         "target_dtype": dtype_name(signature.target_dtype),
@@ -123,6 +124,7 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         output_shape=tuple(manifest["output_shape"]),
         probabilities=manifest.get("output_probabilities", "softmax"),
         most=manifest.get("most", {}),
+        chosen=manifest.get("chosen", False),
     )
     return Program(signature, run, manifest=manifest)
 

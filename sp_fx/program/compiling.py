@@ -157,6 +157,7 @@ def signature_of(
         slots=[i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)],
         output_shape=tuple(y.shape[1:]),
         probabilities="none" if example.ends_in_sigmoid else "softmax",
+        chosen=example.choice is not primary,
     )
 
 

@@ -42,6 +42,7 @@ class Signature:
         skeleton, constants, slots: the model's output, with a numbered `Slot` in place of each leaf; the leaves that are no
             tensors; and the numbers of those that are.
         output_shape: of one sample of what is explained, as `shapes`.
+        chosen: whether a callable takes what is explained from the output; else that is its only tensor, or its `logits`.
         most: the largest number that a size which varies may be, by its name, where there is one.
         probabilities: what makes probabilities of it: "softmax", or "none" where the model ends with a sigmoid of its own; of a
             package also "sigmoid" (`models.classes.probabilities`).
@@ -69,6 +70,7 @@ class Signature:
     output_shape: Shape
     probabilities: str = "softmax"
     most: dict[str, int] = field(default_factory=dict)
+    chosen: bool = False
 
     @property
     def looped(self) -> bool:

@@ -20,6 +20,7 @@ from .batching import Closed, Full
 from .metrics import exposition
 from .requests import Limits, Parameters, Refused
 from .service import Served
+from .texts import service_of
 
 
 def application(served: Served) -> Any:
@@ -100,7 +101,7 @@ async def answer(served: Served, request: Any, verb: str, decoding: asyncio.Sema
     async with decoding:
         instances, fields = await asyncio.to_thread(served.reader.instances, content_type, body, query)
     parameters = Parameters.parse(fields)
-    targets = served.reader.targets(parameters.target, len(instances))
+    targets = served.reader.targets(parameters.target, len(instances), verb == "explain")
     try:
         futures = served.batcher.submit(list(zip(instances, targets)))
     except Full as error:
@@ -152,7 +153,7 @@ def serve(program: Program, name: str, host: str, port: int, limits: Limits) -> 
     """Print the address, and serve until SIGINT or SIGTERM: then take no more, answer what waits, and return."""
     import uvicorn
 
-    app = application(Served(program, name, limits))  # needs the extra `serve` too: what is missing comes before the address
+    app = application(service_of(program, name, limits))  # needs the extra `serve` too: what is missing comes before the address
     print(f"sp-fx: {name} at http://{host}:{port}/v1/models/{name}:explain", flush=True)
     uvicorn.run(
         app,

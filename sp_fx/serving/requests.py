@@ -134,8 +134,9 @@ class RequestReader:
         except PictureError as error:
             raise Refused(413 if error.too_large else 400, str(error)) from error
 
-    def targets(self, target: Any, count: int) -> list[int]:
-        """Returns the class number of each of `count` instances, -1 for the predicted one: `None` is [-1, -1] for two."""
+    def targets(self, target: Any, count: int, explains: bool = True) -> list[int]:
+        """Returns the class number of each of `count` instances, -1 for the predicted one: `None` is [-1, -1] for two. `explains`
+        says whether they are used."""
         targets = target if isinstance(target, list) else [target] * count
         if len(targets) != count:
             raise Refused(400, f"{len(targets)} targets for {count} instances")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ..figures.map_png import map_png
+from ..models.classes import probabilities
 from ..packages.classifier import Classifier
 from ..program.program import Program
 from .batching import Batcher
@@ -26,15 +27,23 @@ class Served:
     """
 
     def __init__(self, program: Program, name: str, limits: Limits) -> None:
-        self.classifier = Classifier(program)
         self.program, self.name, self.limits = program, name, limits
-        self.reader = RequestReader(
-            self.classifier.shape, self.classifier.preprocessing, self.classifier.classes, self.classifier.class_names, limits
-        )
+        self.class_names: list[str] | None = (program.manifest or {}).get("class_names")
+        self.reader = self.reader_of()
         size = limits.batch if program.dynamic_batch else program.batch
         self.open = 0  # requests that are read, run or answered now: a batch of as many instances need not wait for more
         self.batcher = Batcher(self.run, size, limits.wait, limits.queue, lambda: self.open)
         self.metrics = RequestMetrics()
+
+    def reader_of(self) -> RequestReader:
+        """Returns what reads the requests."""
+        self.classifier = Classifier(self.program)
+        shape, classes = self.classifier.shape, self.classifier.classes
+        return RequestReader(shape, self.classifier.preprocessing, classes, self.class_names, self.limits)
+
+    def label(self, index: int) -> str:
+        """Returns the name of a class, or its number where the package names none."""
+        return self.class_names[index] if self.class_names else str(index)
 
     def run(self, samples: Sequence[tuple[np.ndarray, int]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """Returns (logits [classes], map [channels, height, width]), float32, for each (pixels, class) pair."""
@@ -47,7 +56,7 @@ class Served:
         return {key: value for key, value in (self.program.manifest or {}).items() if key not in ("probe", "output_spec")}
 
     def reply(
-        self, answers: Sequence[tuple[np.ndarray, np.ndarray]], targets: list[int] | None, below: float | None, form: str
+        self, answers: Sequence[tuple[np.ndarray, np.ndarray]], targets: list[Any] | None, below: float | None, form: str
     ) -> bytes:
         """Returns the JSON of the (logits, map) pairs `answers`; without `targets` it has no explanations.
 
@@ -59,18 +68,22 @@ class Served:
         if targets is not None:
             content["explanations"] = explanations = []
             for (_, map), prediction, target in zip(answers, predictions, targets):
-                skip = below is not None and prediction["confidence"] >= below
-                aim = prediction["class"] if target < 0 else target
-                explanations.append(None if skip else self.explanation(map, aim, form))
+                skip = below is not None and prediction.get("confidence", -1.0) >= below
+                explanations.append(None if skip else self.explanation(map, self.aim(prediction, target), form))
         return json.dumps(content, allow_nan=False).encode()
+
+    def aim(self, prediction: dict[str, Any], target: Any) -> Any:
+        """Returns the class that is explained: the predicted one for -1."""
+        return prediction["class"] if target < 0 else target
 
     def prediction(self, logits: np.ndarray) -> dict[str, Any]:
         """Returns the JSON object of one prediction: class, label, confidence (its probability), logits."""
         if not np.isfinite(logits).all():
             raise Refused(500, "the model's output is not finite for this input")
         best = int(logits.argmax())
-        chances = self.classifier.probabilities(torch.from_numpy(logits).double()[None])[0]
-        label, confidence = self.classifier.label(best), chances[best].item()
+        by = self.program.signature.probabilities
+        chances = probabilities(torch.from_numpy(logits).double()[None], by)[0]
+        label, confidence = self.label(best), chances[best].item()
         return {"class": best, "label": label, "confidence": confidence, "logits": logits.tolist()}
 
     def explanation(self, map: np.ndarray, target: int, form: str) -> dict[str, Any]:
@@ -78,4 +91,4 @@ class Served:
         if not np.isfinite(map).all():
             raise Refused(500, "the map is not finite for this input")
         encoded = base64.b64encode(map_png(map)).decode() if form == "png" else map.tolist()
-        return {"target": target, "label": self.classifier.label(target), "format": form, "map": encoded}
+        return {"target": target, "label": self.label(target), "format": form, "map": encoded}

@@ -52,6 +52,17 @@ class TokenLogits(nn.Module):
         return self.net(input_ids=input_ids, attention_mask=attention_mask, return_dict=True).logits
 
 
+class NextToken(nn.Module):
+    """The logits of the token after a text [B, vocabulary], of a language model of `input_ids` and `attention_mask`."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.net(input_ids, attention_mask)[:, -1]
+
+
 @dataclass(frozen=True)
 class TextModel:
     """A network for text: `model` takes what `tokenizer` makes of a list of sentences, `model(**tokenizer(sentences,
