@@ -141,12 +141,39 @@ def lets_through(module: nn.Module) -> bool:
 
 
 def operands(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it."""
-    if not is_mark(node):
+    """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it, and
+    of an item of the container that a module has returned that item alone: of `out["points"]` nothing of the other outputs."""
+    if is_mark(node):
+        value = node.args[0]
+    elif is_item(node) and node.args[1] in (inside := contents(node.args[0], is_mark)):
+        value = inside[node.args[1]]
+    else:
         return node.all_input_nodes
     nodes: dict[fx.Node, None] = {}
-    fx.map_arg(node.args[0], lambda n: nodes.setdefault(n))
+    fx.map_arg(value, lambda n: nodes.setdefault(n))
     return list(nodes)
+
+
+def is_item(node: fx.Node) -> bool:
+    """Whether `node` reads an item or an attribute by a key that is no slice and no tensor."""
+    return node.target in (operator.getitem, getattr) and isinstance(node.args[1], str | int)
+
+
+def contents(value: Any, is_mark: Callable[[fx.Node], bool]) -> Mapping[Any, Any]:
+    """Returns what is in a container that passes through marks, by key, as far as the graph says: it holds containers as they
+    are, or makes them by a call of their class."""
+    while isinstance(value, fx.Node):
+        if is_mark(value):
+            value = value.args[0]
+        elif value.op == "call_function" and isinstance(value.target, type):
+            if hasattr(value.target, "_fields"):
+                return dict(enumerate(value.args))
+            return value.kwargs or (value.args[0] if value.args and isinstance(value.args[0], Mapping) else {})
+        elif is_item(value):
+            value = contents(value.args[0], is_mark).get(value.args[1])
+        else:
+            return {}
+    return (items(value) or ("", {}))[1]
 
 
 # -- marks in a trace: both tracers put the call of a `Passed` behind what the module has returned

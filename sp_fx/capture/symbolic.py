@@ -204,7 +204,11 @@ class PlaceTracer(fx.Tracer):
         self.passed[name] = None
         mark = self.create_proxy("call_module", name, (result, *inputs), options)
         mark.node.meta["entered"] = entered
-        return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
+
+        def item(container: Any, key: Any, form: str) -> Any:
+            return container[key] if form == "items" else self.create_proxy("call_function", getattr, (container, key), {})
+
+        return taken_apart(mark, result, is_proxy, item)
 
     def hooked(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a leaf with hooks returns: a call of it without them in the graph, and whatever they call round it."""
