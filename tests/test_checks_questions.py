@@ -175,8 +175,10 @@ def experts(name, function, backward):
     """An op of `torch.library`, as the products of grouped matrices are in mixtures of experts; returns a model that calls it."""
     op = torch.library.custom_op(f"sp_fx_tests::{name}", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor")(function)
     op.register_fake(lambda x, w: x.new_empty(*x.shape[:-1], w.shape[1]))
-    keep = lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-    op.register_autograd(lambda ctx, v: (backward(v, *ctx.saved_tensors), None), setup_context=keep)
+    op.register_autograd(
+        lambda ctx, v: (backward(v, *ctx.saved_tensors), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
     return fill(Net(lambda m, h: F.relu(op(h, m.layer.weight))))
 
 

@@ -141,14 +141,19 @@ def lets_through(module: nn.Module) -> bool:
 
 
 def operands(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
-    """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it, and
-    of an item of the container that a module has returned that item alone: of `out["points"]` nothing of the other outputs."""
-    if is_mark(node):
-        value = node.args[0]
-    elif is_item(node) and node.args[1] in (inside := contents(node.args[0], is_mark)):
-        value = inside[node.args[1]]
-    else:
-        return node.all_input_nodes
+    """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it."""
+    return nodes_of(node.args[0]) if is_mark(node) else node.all_input_nodes
+
+
+def sources(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Returns the same, but of an item of the container that a module has returned that item alone: of `out["points"]`, which
+    reads the mark of a module, nothing of its other outputs."""
+    if not is_mark(node) and is_item(node) and node.args[1] in (inside := contents(node.args[0], is_mark)):
+        return nodes_of(inside[node.args[1]])  # type: ignore[index]
+    return operands(node, is_mark)
+
+
+def nodes_of(value: Any) -> list[fx.Node]:
     nodes: dict[fx.Node, None] = {}
     fx.map_arg(value, lambda n: nodes.setdefault(n))
     return list(nodes)
