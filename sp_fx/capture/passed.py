@@ -257,12 +257,18 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     for node in graph.find_nodes(op="call_function", target=torch.ops.sp_fx.passed.default):
         by_number.setdefault(node.args[2], []).append(node)
     inputs = by_number.pop("", [])
+    put_together: dict[fx.Node, fx.Node] = {}  # the last of the containers that a module got, by its mark
     for number, nodes in by_number.items():
-        entry = entries[int(number)]
+        entry, entering = entries[int(number)], nodes[0].args[1]
+        behind = entering[-1].next if entering else nodes[-1].next  # what it takes is put together where it is entered
+        with graph.inserting_before(behind):
+            args, kwargs = in_graph(graph, entry.inputs, entering)
+        entered = behind.prev
         with graph.inserting_before(nodes[-1].next):
             output = in_graph(graph, entry.output, [node.args[0] for node in nodes])
-            args, kwargs = in_graph(graph, entry.inputs, nodes[0].args[1])
             mark = graph.call_module(entry.path, (output, *args), kwargs)
+        if entering and entered is not entering[-1]:
+            put_together[mark] = entered
         at = mark
 
         def item(container: fx.Node, key: Any, form: str) -> fx.Node:
@@ -285,6 +291,8 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
             mark.meta["entered"] = node.prev
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+    for mark, entered in put_together.items():
+        mark.meta["entered"] = entered
     return {entries[int(number)].path for number in by_number}
 
 

@@ -93,7 +93,8 @@ class Tells(TorchFunctionMode):
             output = func(*args, **(kwargs or {}))
         tensors = tensors_of(output)
         if not tensors:
-            return self.told(func, args, kwargs, answer) if is_path(answer) and is_unknown(output) else output
+            stays = not is_path(answer) or not is_unknown(output) or self.is_open(output)
+            return output if stays else self.told(func, args, kwargs, answer)
         for t, sizes in zip(tensors, answer if isinstance(answer, Sizes) else ()):
             if any(map(is_unknown, t.shape)):
                 self.sized(t, sizes)
@@ -115,6 +116,11 @@ class Tells(TorchFunctionMode):
         self.open.update(dict.fromkeys(symbols - self.open.keys(), close))
         if self.sizes:
             close()
+
+    def is_open(self, value: Any) -> bool:
+        """Whether numbers are made of sizes that may be any, as the shape of a tensor is that has such."""
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        return all(symbols_of(n) <= self.open.keys() for n in numbers)
 
     def closed(self, tensors: list[Tensor]) -> bool:
         """Makes the sizes of these tensors that are any those of the example; says whether there were such."""
