@@ -259,7 +259,8 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     inputs = by_number.pop("", [])
     put_together: dict[fx.Node, fx.Node] = {}  # the last of the containers that a module got, by its mark
     for number, nodes in by_number.items():
-        entry, entering = entries[int(number)], nodes[0].args[1]
+        entry = entries[int(number)]
+        entering: Any = nodes[0].args[1]
         behind = entering[-1].next if entering else nodes[-1].next  # what it takes is put together where it is entered
         with graph.inserting_before(behind):
             args, kwargs = in_graph(graph, entry.inputs, entering)
