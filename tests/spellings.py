@@ -512,7 +512,9 @@ ATTENTION = {
                lambda m, h: torch.mul(m.v(h), (lambda q: q / (1 + (-q).exp()))(m.q(h))),
                lambda m, h: (lambda q: q * (q.sigmoid() * m.v(h)))(m.q(h)),
                lambda m, h: (lambda q: q * m.v(h) * q.sigmoid())(m.q(h)),
-               lambda m, h: (lambda q: m.v(h) * q / (1 + (-q).exp()))(m.q(h))],
+               lambda m, h: (lambda q: m.v(h) * q / (1 + (-q).exp()))(m.q(h)),
+               # behind a mask that comes with the call, as of padding
+               lambda m, h: (F.silu(m.q(h)) * h.isfinite().all(-1, keepdim=True).to(h)) * m.v(h)],
     "geglu": [lambda m, h: F.gelu(m.q(h)) * m.v(h), lambda m, h: (lambda q: q * torch.special.ndtr(q) * m.v(h))(m.q(h)),
               lambda m, h: m.v(h).mul((lambda q: 0.5 * q * (1 + torch.erf(q / ROOT2)))(m.q(h))),
               lambda m, h: (lambda q: 0.5 * q * m.v(h) * (1 + torch.erf(q / ROOT2)))(m.q(h))],

@@ -1,5 +1,8 @@
 """Facts: read off a captured graph, which stays as it is; and what they are, on graphs small enough to count by hand."""
 
+import dataclasses
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,3 +78,55 @@ def test_facts_of_a_small_graph():
     assert written in where.all_input_nodes and written is not product
     assert [facts.op(n) for n in facts.gating_factors(product)] == ["view"]
     assert facts.maker(facts.gating_factors(product)[0]) == "sigmoid"
+
+
+@dataclasses.dataclass
+class Points:
+    state: torch.Tensor
+    points: torch.Tensor
+    more: tuple
+
+
+class Decoder(nn.Module):
+    """Returns a container whose points and scales do not depend on the inputs, as the reference points of a DETR do."""
+
+    def __init__(self, container):
+        super().__init__()
+        self.layer, self.query, self.container = nn.Linear(6, 6), nn.Parameter(torch.ones(6)), container
+
+    def forward(self, x):
+        return self.container(self.layer(x), self.query.sigmoid(), (self.query * 2, x.abs()))
+
+
+class Named(NamedTuple):
+    state: torch.Tensor
+    points: torch.Tensor
+    more: tuple
+
+
+CONTAINERS = {
+    "a dataclass": (Points, "state", "points", "more"),
+    "a named tuple": (Named, 0, 1, 2),
+    "a dictionary": (lambda *args: dict(zip("abc", args)), "a", "b", "c"),
+    "a tuple": (lambda *args: args, 0, 1, 2),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_an_item_of_what_a_module_returns_is_that_item_alone(name):
+    container, *keys = CONTAINERS[name]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.decoder = nn.Sequential(Decoder(container))
+
+        def forward(self, x):
+            out = self.decoder(x)
+            state, points, more = ((getattr(out, k) if name == "a dataclass" else out[k]) for k in keys)
+            return state.relu() + points.clamp(min=0.1) + more[0].tanh() + more[1].sigmoid()
+
+    for capture in captures(Net().eval(), torch.randn(2, 6)):
+        facts = Facts(capture)
+        called = {op: [n in facts.varying for n in named(facts, op)] for op in ("relu", "clamp", "tanh", "sigmoid")}
+        assert called == {"relu": [True], "clamp": [False], "tanh": [False], "sigmoid": [False, True]}, capture.tracer

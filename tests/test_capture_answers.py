@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sp_fx
-from helpers import relative
+from helpers import fill, relative
+from sp_fx.gates.dual_path import plain_derivatives
 from sp_fx.program.program import ProgramError
 
 PLAIN = sp_fx.Rules(**dict.fromkeys(sp_fx.gates.rules.KINDS))
@@ -202,3 +203,62 @@ def test_a_program_is_one_path():
         explainer.compile("pullback", example_inputs=(X, MASKS[0]), inductor=False)
     constant = sp_fx.transform(OfABuffer().eval(), tracer="export", example_inputs=X[:, 0])
     assert constant.compile("pullback", example_inputs=X[:, 0], inductor=False).error <= 1e-6
+
+
+class Experts(nn.Module):
+    """A mixture of experts as libraries write it out: a loop over the experts that have tokens, each on its own tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(4))
+
+    def forward(self, x):
+        h = self.inner(x).reshape(-1, 8)
+        top, chosen = self.gate(h).softmax(-1).topk(2, -1)
+        total, mask = torch.zeros_like(h), F.one_hot(chosen, 4).permute(2, 1, 0)
+        for (expert,) in torch.greater(mask.sum((-1, -2)), 0).nonzero():
+            place, token = torch.where(mask[expert])
+            total.index_add_(0, token, self.experts[int(expert)](h[token]) * top[token, place, None])
+        return total.view_as(x)
+
+
+def test_tokens_that_go_to_an_expert_may_be_any():
+    """The path is which experts have tokens; how many they have, each call says."""
+    model = fill(Experts()).double()
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 9, 8, generator=draw, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explainer = sp_fx.transform(model, example_inputs=x)
+    assert explainer.report().tracer == "torch.export" and any("path" in note for note in explainer.report().notes)
+    # How many tokens there are on the example is no number of samples.
+    assert {site.scale for site in explainer.report().of("rewritten")} == {"absolute"}
+    others = [torch.randn(b, n, 8, generator=draw, dtype=torch.float64) for b, n in ((2, 9), (3, 9), (1, 20), (4, 12))]
+    for z in (x, *others):
+        counts = model.gate(model.inner(z)).topk(2, -1).indices.flatten().bincount(minlength=4)
+        assert counts.all()  # the path of the example
+        assert torch.equal(explainer(z), model(z))
+        z = z.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(model(z).pow(2).sum(), z)
+        with plain_derivatives():
+            (found,) = torch.autograd.grad(explainer(z).pow(2).sum(), z)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    one = x[:1, :1]  # a token, which has two experts
+    with pytest.raises(ValueError, match=r"another path than on its example.*with an example that takes this one"):
+        explainer(one)
+
+
+def test_a_frozen_map_through_experts_is_that_of_a_loop_by_hand():
+    model = fill(Experts()).double()
+    x = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        explainer = sp_fx.transform(model, example_inputs=x, rules=sp_fx.Rules.frozen())
+    z = x.clone().requires_grad_()
+    h = model.inner(z).reshape(-1, 8)
+    top, chosen = model.gate(h).softmax(-1).topk(2, -1)
+    y = torch.stack([sum(top[i, k] * model.experts[int(e)](h[i]) for k, e in enumerate(chosen[i])) for i in range(len(h))])
+    (expected,) = torch.autograd.grad((y.view_as(x) * u).sum(), z)
+    torch.testing.assert_close(explainer.pullback(x, u), expected, rtol=1e-10, atol=1e-12)

@@ -388,3 +388,35 @@ def test_a_model_goes_the_way_that_it_goes_when_it_is_called():
     assert "the forward takes its path for torch.export, since the other fails" in " ".join(explainer.report().notes)
     assert torch.compiler.is_exporting.__code__ is code and not torch.compiler.is_exporting()
     assert torch.export.export(model, (x,)).module()(x).shape == (4, 6)  # the user's own export is told the truth
+
+
+class TakesMapping(nn.Module):
+    """Enters a module with an ordered dictionary of tensors, one of which it writes over, as detectors do with their features."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, parts, x):
+        return self.inner(parts["a"]).relu_() + parts["b"].mul_(2) + x
+
+
+class GivesMapping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.takes = nn.Linear(4, 4), TakesMapping()
+
+    def forward(self, x):
+        h = self.layer(x)
+        return self.takes(collections.OrderedDict(a=h.sigmoid(), b=h * 1), h.tanh()) * 3
+
+
+def test_a_module_that_is_given_an_ordered_dictionary():
+    model, x = fill(GivesMapping()), torch.randn(2, 4)
+    explainer = sp_fx.transform(model, tracer="export", example_inputs=x)
+    assert torch.equal(explainer(x), model(x))
+    seen = []
+    explainer.get_submodule("takes").register_forward_hook(lambda module, args, output: seen.append(args))
+    explainer(x)
+    h = model.layer(x)
+    assert list(seen[0][0]) == ["a", "b"] and torch.equal(seen[0][0]["a"], h.sigmoid()) and torch.equal(seen[0][0]["b"], h)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import sp_fx
-from helpers import Shared
+from helpers import Shared, fill
+from sp_fx.gates.dual_path import plain_derivatives
 from sp_fx.program.graphs.folding import folded
 from sp_fx.program.graphs.graph import one_graph
 
@@ -278,3 +279,56 @@ def test_names_that_are_words_of_python():
     assert torch.equal(explainer(x), model(x)) and explainer.pullback(x, 1, wrt="heads.class__.pass_").shape == (2, 3)
     assert "the model's heads.class.if is called heads.class__.if_ here" in " ".join(explainer.report().notes)
     assert list(model.heads) == ["class", "box", "class_"] and isinstance(model.heads["class"]["if"], nn.Linear)
+
+
+def wraps(forward):
+    """A decorator as libraries have them, which takes whatever comes."""
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    return wrapped
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    @wraps
+    @wraps
+    def forward(self, x, mask=None, *rest, scale=None, **more):
+        h = self.layer(x).relu()
+        for r in (mask, *rest):
+            h = h if r is None else h * r
+        return h if "more" not in more else h + more["more"].relu() * (2 if scale is None else scale)
+
+
+X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+CALLS = [
+    ((X,), {}),
+    ((X, X + 1), {}),
+    ((X, X + 1, X + 2, X + 3), {}),
+    ((X,), {"scale": 3, "more": X + 4}),
+    ((X,), {"more": X + 4, "mask": X + 1}),
+    ((X, X + 1, X + 2), {"more": X + 4, "scale": 0.5}),
+]
+
+
+@pytest.mark.parametrize("example", [None, *CALLS[:-1]])  # no mapping says what is in `*rest`
+def test_a_wrapped_forward_takes_what_it_says(example):
+    model = fill(Wrapped())
+    args, kwargs = example or CALLS[0]
+    named = example and (args if not kwargs else {**dict(zip(("x", "mask"), args)), **kwargs})
+    explainer = sp_fx.transform(model, tracer="fx", example_inputs=named)
+    assert torch.equal(explainer(*args, **kwargs), model(*args, **kwargs))
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x, *args[1:], **kwargs).sum(), x)
+    with plain_derivatives():
+        (found,) = torch.autograd.grad(explainer(x, *args[1:], **kwargs).sum(), x)
+    assert torch.equal(found, expected)
+    for other, more in CALLS:  # right, or refused
+        with contextlib.suppress(sp_fx.CaptureError, AssertionError):
+            y = explainer(*other, **more)
+            assert torch.equal(y, model(*other, **more)) or pytest.fail(f"{len(other)}, {more}")

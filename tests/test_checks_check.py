@@ -63,7 +63,7 @@ def test_all_is_well():
     assert found["forward"].note == "to the bit" and found["tau -> 0"].found < 1e-9
     told = str(found).splitlines()
     assert told[0] == "Sequential: every check holds"
-    assert told[-1].endswith("each gating op that the model runs is in the report (5 run)")
+    assert told[-1].endswith("each gating op that the model runs for its outputs is in the report (5 run)")
     assert "(none run)" in str(sp_fx.check(quiet(nn.Linear(270, 2)), X.flatten(1)))
 
 

@@ -171,6 +171,31 @@ def test_a_wrong_adjoint_of_a_surrogate_fails(monkeypatch):
     assert sp_fx.check(explainer, X)["affine identity"].verdict == "FAILED"
 
 
+def experts(name, function, backward):
+    """An op of `torch.library`, as the products of grouped matrices are in mixtures of experts; returns a model that calls it."""
+    op = torch.library.custom_op(f"sp_fx_tests::{name}", mutates_args=(), schema="(Tensor x, Tensor w) -> Tensor")(function)
+    op.register_fake(lambda x, w: x.new_empty(*x.shape[:-1], w.shape[1]))
+    op.register_autograd(
+        lambda ctx, v: (backward(v, *ctx.saved_tensors), None),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
+    return fill(Net(lambda m, h: F.relu(op(h, m.layer.weight))))
+
+
+@pytest.mark.filterwarnings("ignore:1 calls")
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_the_identity_holds_through_an_op_whose_tangent_pytorch_drops(tracer):
+    def line(model):
+        return sp_fx.check(sp_fx.transform(model, tracer=tracer, example_inputs=X, verify=False), X)["affine identity"]
+
+    right = line(experts(f"grouped_{tracer}", lambda x, w: x @ w, lambda v, x, w: v @ w.T))
+    assert right.verdict == "ok" and right.found < 1e-9
+    wrong = line(experts(f"wrong_{tracer}", lambda x, w: x @ w, lambda v, x, w: v @ w))
+    assert wrong.verdict == "FAILED" and wrong.found > 1e-2
+    bent = line(experts(f"bent_{tracer}", lambda x, w: (x @ w).tanh(), lambda v, x, w: v * (1 - (x @ w).tanh() ** 2) @ w.T))
+    assert bent.verdict == "not applicable" and "no forward-mode formula" in bent.note
+
+
 def test_what_it_is_asked_about_is_left_as_it_was():
     model = fill(Text()).train()
     explainer = sp_fx.transform(model)

@@ -170,7 +170,7 @@ class Facts:
                 return written.kind
             if isinstance(written, Softmax):
                 return "softmax"
-            inputs = self.varying_inputs(node)
+            inputs = self.signal_inputs(node)  # a mask that comes with the call, as of padding, is a constant of its factor
             name = name_of(node) if node.op in ("call_function", "call_method") else ""
             if not inputs or not (self.aliasing.is_view(node) or (name in MULTIPLES and len(inputs) == 1)):
                 return name

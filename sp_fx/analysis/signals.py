@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import fx, nn
 
-from ..capture.passed import operands
+from ..capture.passed import operands, sources
 from .calls import masks_of, name_of
 from .ops import (
     AFFINE_LAYERS,
@@ -71,7 +71,7 @@ class Signals:
 
     def _visit(self, node: fx.Node) -> None:
         name = called(node)
-        inputs = [n for n in operands(node, self.passes) if n in self.varying]
+        inputs = [n for n in sources(node, self.passes) if n in self.varying]
         if name in FORM:  # of `index.expand_as(h)`, h says the shape: the index has nothing of what h was made by
             inputs = [n for n in inputs if n is node.args[0]]
         if any(n in self._weighed for n in inputs) or has_weights_of_its_own(node, self.passes):

@@ -82,10 +82,10 @@ def followed(model: nn.Module, call: Given, free: Free) -> Exported:
             return exported
         except Exception as error:
             failed.append(error)
-    if any(map(asks_for_values, failed)):
+    for sizes in (False, True) if any(map(asks_for_values, failed)) else ():
         try:
             with unaware():
-                return Exported(model, call, free, answers_on(model, call))
+                return Exported(model, call, free, answers_on(model, call), sizes)
         except Exception as error:
             failed.append(error)
     last = failed[-1]
@@ -114,7 +114,10 @@ class Exported:
         inputs: the names and sizes of the tensors, as text: "x [*, 3]".
     """
 
-    def __init__(self, model: nn.Module, call: Given, free: Free, answers: dict[Key, list[Any]] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, call: Given, free: Free, answers: dict[Key, list[Any]] | None = None, sizes: bool = False
+    ) -> None:
+        """`answers`: what the forward is told where it asks for values; `sizes`: also where sizes depend on them."""
         clones = EvalClone()
         self.clone = clones(model)
         hooks = clones.hooks_left(model)
@@ -126,7 +129,7 @@ class Exported:
         self.call, self.notes, self.inputs = distinct(call), hooks, list[str]()
         self.arguments = self.call.by_name(self.signature)
         self.tensors = tensors = tensors_of(self.call)
-        self.answers, self.asked = answers, list[Asked]()
+        self.answers, self.fixes_sizes, self.asked = answers, sizes, list[Asked]()
         flat, skeleton = self.flattened()
         quiet = contextlib.redirect_stderr(io.StringIO())  # where torch.export prints as much of a graph as it got
         marked = calling_stand_ins(self.clone, exporting=True)
@@ -150,8 +153,8 @@ class Exported:
         if any(getattr(node.target, "__module__", "") == "torch._functorch.predispatch" for node in self.source.graph.nodes):
             raise CaptureError("torch.export leaves a part of it under vmap, as of an associative scan")
         self.placeholders = self.source.graph.find_nodes(op="placeholder")
-        sizes = [node.meta["val"].shape for node in self.placeholders]
-        self.varies = tuple(frozenset(axis for axis, n in enumerate(of) if is_open(n)) for of in sizes)
+        shapes = [node.meta["val"].shape for node in self.placeholders]
+        self.varies = tuple(frozenset(axis for axis, n in enumerate(of) if is_open(n)) for of in shapes)
         self.conditions = conditions(program)
         self.graph = fx.Graph()
         self.build(skeleton[0])
@@ -177,7 +180,7 @@ class Exported:
                     return None
                 return value
 
-            with contextlib.nullcontext() if self.answers is None else Tells(self.answers) as tells:
+            with contextlib.nullcontext() if self.answers is None else Tells(self.answers, self.fixes_sizes) as tells:
                 output = forward(module, *args, **kwargs)
             skeleton[:] = [rebuilt(output, slot)]
             self.asked = [] if tells is None else tells.asked

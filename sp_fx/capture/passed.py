@@ -142,11 +142,43 @@ def lets_through(module: nn.Module) -> bool:
 
 def operands(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
     """Returns the nodes that the value of `node` is made from: all of its inputs, but of a mark only what passes through it."""
-    if not is_mark(node):
-        return node.all_input_nodes
+    return nodes_of(node.args[0]) if is_mark(node) else node.all_input_nodes
+
+
+def sources(node: fx.Node, is_mark: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Returns the same, but of an item of the container that a module has returned that item alone: of `out["points"]`, which
+    reads the mark of a module, nothing of its other outputs."""
+    if not is_mark(node) and is_item(node) and node.args[1] in (inside := contents(node.args[0], is_mark)):
+        return nodes_of(inside[node.args[1]])  # type: ignore[index]
+    return operands(node, is_mark)
+
+
+def nodes_of(value: Any) -> list[fx.Node]:
     nodes: dict[fx.Node, None] = {}
-    fx.map_arg(node.args[0], lambda n: nodes.setdefault(n))
+    fx.map_arg(value, lambda n: nodes.setdefault(n))
     return list(nodes)
+
+
+def is_item(node: fx.Node) -> bool:
+    """Whether `node` reads an item or an attribute by a key that is no slice and no tensor."""
+    return node.target in (operator.getitem, getattr) and isinstance(node.args[1], str | int)
+
+
+def contents(value: Any, is_mark: Callable[[fx.Node], bool]) -> Mapping[Any, Any]:
+    """Returns what is in a container that passes through marks, by key, as far as the graph says: it holds containers as they
+    are, or makes them by a call of their class."""
+    while isinstance(value, fx.Node):
+        if is_mark(value):
+            value = value.args[0]
+        elif value.op == "call_function" and isinstance(value.target, type):
+            if hasattr(value.target, "_fields"):
+                return dict(enumerate(value.args))
+            return value.kwargs or (value.args[0] if value.args and isinstance(value.args[0], Mapping) else {})
+        elif is_item(value):
+            value = contents(value.args[0], is_mark).get(value.args[1])
+        else:
+            return {}
+    return (items(value) or ("", {}))[1]
 
 
 # -- marks in a trace: both tracers put the call of a `Passed` behind what the module has returned
@@ -225,12 +257,19 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
     for node in graph.find_nodes(op="call_function", target=torch.ops.sp_fx.passed.default):
         by_number.setdefault(node.args[2], []).append(node)
     inputs = by_number.pop("", [])
+    put_together: dict[fx.Node, fx.Node] = {}  # the last of the containers that a module got, by its mark
     for number, nodes in by_number.items():
         entry = entries[int(number)]
+        entering: Any = nodes[0].args[1]
+        behind = entering[-1].next if entering else nodes[-1].next  # what it takes is put together where it is entered
+        with graph.inserting_before(behind):
+            args, kwargs = in_graph(graph, entry.inputs, entering)
+        entered = behind.prev
         with graph.inserting_before(nodes[-1].next):
             output = in_graph(graph, entry.output, [node.args[0] for node in nodes])
-            args, kwargs = in_graph(graph, entry.inputs, nodes[0].args[1])
             mark = graph.call_module(entry.path, (output, *args), kwargs)
+        if entering and entered is not entering[-1]:
+            put_together[mark] = entered
         at = mark
 
         def item(container: fx.Node, key: Any, form: str) -> fx.Node:
@@ -253,6 +292,8 @@ def take_marks(graph: fx.Graph, entries: list[Entry]) -> set[str]:
             mark.meta["entered"] = node.prev
         node.replace_all_uses_with(source)
         graph.erase_node(node)
+    for mark, entered in put_together.items():
+        mark.meta["entered"] = entered
     return {entries[int(number)].path for number in by_number}
 
 

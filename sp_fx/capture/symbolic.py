@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from ..containers import rebuilt, slotted
 from ..gates.registry import registered
 from .arguments import Given, fixed_arguments
 from .capture import Capture, CaptureError, blame, frame_of_caller, said
-from .clones.clone import EvalClone, adopt_forward
+from .clones.clone import EvalClone, adopt_forward, adopt_wrapped
 from .clones.hooks import TABLES
 from .clones.untouched import Untouched
 from .kept_functions import call_by_name, calling_stand_ins, functions_kept, recorded_by
@@ -53,6 +54,7 @@ def trace(model: nn.Module, call: Given | None = None) -> Capture:
     hooks = clones.hooks_left(model)
     adopt_forward(clone)
     reference = EvalClone()(clone)
+    adopt_wrapped(clone)
     signature = inspect.signature(clone.forward)
     parameters = signature.parameters
     example = None if call is None else call.by_name(signature, defaults=True)
@@ -70,9 +72,7 @@ def trace(model: nn.Module, call: Given | None = None) -> Capture:
             patches.enter_context(RealCalls(tracer, before.tensors()))
             graph = tracer.trace(clone, concrete_args=fixed)
         clone.__dict__.update({name: t for t, name in tracer.tensor_attrs.items() if "." not in name})  # the trace's constants
-        for node, name in zip(graph.find_nodes(op="placeholder"), parameters):
-            if name in fixed:
-                node.target = name  # fx numbers the arguments that it fixes
+        named_as_in(signature, graph, fixed)
         for node in graph.find_nodes(op="call_function", target=torch._assert):
             if isinstance(node.args[1], str) and "has been specialized to have value" in node.args[1]:
                 node.args = (node.args[0], f"{node.args[1]}: transform the model with example_inputs that have it")
@@ -93,6 +93,19 @@ def trace(model: nn.Module, call: Given | None = None) -> Capture:
     modules = with_marks(clone, tracer.passed)
     notes += rename_keywords(modules, graph)
     return Capture(modules, reference, graph, "torch.fx", tuple(notes), some(regions.asked))
+
+
+def named_as_in(signature: inspect.Signature, graph: fx.Graph, fixed: Collection[str]) -> None:
+    """Give the inputs of a graph the names and the order of a signature: fx numbers the arguments that are `fixed`, and puts
+    `*args` behind those that come by keyword alone."""
+    parameters = signature.parameters
+    starred = {name: p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for name, p in parameters.items()}
+    inputs = dict(zip(sorted(parameters, key=starred.__getitem__), graph.find_nodes(op="placeholder")))
+    for name, node in inputs.items():
+        if name in fixed:
+            node.target = name
+    for name, after in itertools.pairwise(name for name in parameters if name in inputs):
+        inputs[name].append(inputs[after])
 
 
 def refusal(model: str, error: Exception) -> CaptureError:
@@ -204,7 +217,11 @@ class PlaceTracer(fx.Tracer):
         self.passed[name] = None
         mark = self.create_proxy("call_module", name, (result, *inputs), options)
         mark.node.meta["entered"] = entered
-        return taken_apart(mark, result, is_proxy, lambda m, key, form: m[key] if form == "items" else getattr(m, key))
+
+        def item(container: Any, key: Any, form: str) -> Any:
+            return container[key] if form == "items" else self.create_proxy("call_function", getattr, (container, key), {})
+
+        return taken_apart(mark, result, is_proxy, item)
 
     def hooked(self, m: nn.Module, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a leaf with hooks returns: a call of it without them in the graph, and whatever they call round it."""

@@ -66,7 +66,52 @@ class FrozenTangents(ByName):
             ends = [multihead_attention(q.primal.clone(), k.primal.clone(), t, *args[3:], **kwargs)[0]
                     for t in (v.tangent, torch.zeros_like(v.tangent))]  # fmt: skip
             return forward_ad.make_dual(y, (ends[0] - ends[1]).clone()), weights
+        if isinstance(target, torch._ops.OpOverload) and target.namespace not in OWN_FORMULAS:
+            return by_differences(target, args, kwargs)
         return super().call_function(target, args, kwargs)
+
+
+OWN_FORMULAS = ("aten", "prims")  # namespaces of ops that have a forward-mode formula, or raise where they have none
+
+
+def by_differences(op: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """Calls an op of `torch.library` on dual numbers. Such an op has no place for a forward-mode formula, and PyTorch drops the
+    tangents of its operands without a word: its differences are taken instead, which are exact of an affine map, as a product of
+    grouped matrices is.
+
+    Raises:
+        NotImplementedError: it is no affine map of the operands that have a tangent.
+    """
+    moving = False
+
+    def ends(k: int) -> Any:
+        def moved(t: Any) -> Any:
+            nonlocal moving
+            if not isinstance(t, Tensor):
+                return t
+            primal, tangent = forward_ad.unpack_dual(t)
+            moving |= tangent is not None
+            return primal.clone() if tangent is None else primal + k * tangent
+
+        return op(*rebuilt(args, moved), **rebuilt(kwargs, moved))
+
+    middle = ends(0)
+    if not moving or not any(y.is_floating_point() or y.is_complex() for y in tensors_of(middle)):
+        return middle
+    above, below = iter(tensors_of(ends(1))), iter(tensors_of(ends(-1)))
+
+    def dual(y: Any) -> Any:
+        if not isinstance(y, Tensor):
+            return y
+        up, down = next(above), next(below)
+        if not (y.is_floating_point() or y.is_complex()):
+            return y
+        bend, size = (up + down - 2 * y).norm(), up.norm() + down.norm() + y.norm()
+        if not bend <= 100 * torch.finfo(y.dtype).eps * size:
+            raise NotImplementedError(f"{op} has no forward-mode formula, and is no affine map of its operands")
+        return forward_ad.make_dual(y, (up - down) / 2)
+
+    return rebuilt(middle, dual)
 
 
 def frozen_tangent(kind: str, tensors: list, y: Tensor, t: Tensor, args: dict[str, Any]) -> Tensor | None:

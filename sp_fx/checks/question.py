@@ -124,10 +124,10 @@ class Question:
     def at_hard_limit(self) -> Question:
         """With every gate at 1e-9 of the deviation of its own pre-activation: those of a network that was not trained are
         small."""
-        run = Spreads(self.explainer, self.explainer.graph)
+        own = self.at_temperature(1e-9)  # which has no gate whose result is dropped
+        run = Spreads(own.explainer, own.explainer.graph)
         with torch.no_grad(), one_seed(self.draws):
             run.run_by_name(cloned(dict(self.arguments)))
-        own = self.at_temperature(1e-9)
         gates = own.explainer.graph.find_nodes(op="call_function", target=dual_path)
         for node, (name, spread) in zip((n for n in gates if n.args[0] != "surrogate"), run.found, strict=True):
             assert node.args[0] == name

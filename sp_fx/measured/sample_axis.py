@@ -22,6 +22,7 @@ from ..analysis.ops import POINTWISE, PRODUCT
 from ..capture.arguments import ByName
 from ..capture.capture import DATA_DEPENDENT
 from ..capture.passed import lets_through, operands
+from ..capture.tracing.answers import is_unknown
 from ..capture.tracing.draws import note_on_draws
 from ..containers import rebuilt, tensors_of
 from ..gates.calls.autocast import under
@@ -73,7 +74,7 @@ def sample_axes(
         return {}, "its inputs have no axis 0"
     draws = bool(note_on_draws(module.graph))
     axes, reason = in_its_own_thread(lambda: measured(module, arguments, lead[0], wanted), draws)
-    unknown = [node for node in wanted if node not in axes]
+    unknown = [node for node in wanted if node not in axes and not sized_by_values(node)]
     if unknown and floating:
         whole = dict(arguments) if reason else with_each_twice(arguments, lead[0].shape[:1])
         size = lead[0].shape[0] * (1 if reason else 2)
@@ -155,6 +156,13 @@ def by_influence(
             if len(places) and len(fits) == 1:
                 axes[node] = fits[0]
     return axes
+
+
+def sized_by_values(node: fx.Node) -> bool:
+    """Whether an export knows that a size of a node is one that values make, as of the tokens that go to an expert: how many of
+    them there are on one example says nothing of samples."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(map(is_unknown, value.shape))
 
 
 def candidates(shape: torch.Size, batch: int) -> list[Axis]:

@@ -51,6 +51,16 @@ def adopt_forward(clone: nn.Module) -> None:
     clone.__class__ = type(type(clone).__name__, (type(clone),), {"forward": forward, "__module__": type(clone).__module__})
 
 
+def adopt_wrapped(clone: nn.Module) -> None:
+    """Make a forward that is wrapped, as by a decorator with `functools.wraps`, one that has in its own code the arguments that
+    it says it takes: torch.fx reads those of what is inside, and gives them to the wrapper."""
+    forward = type(clone).forward
+    if hasattr(forward, "__wrapped__"):
+        clone.__dict__[REPLACED] = types.MethodType(forward, clone)
+        own = {"forward": calling(REPLACED, inspect.signature(clone.forward)), "__module__": type(clone).__module__}
+        clone.__class__ = type(type(clone).__name__, (type(clone),), own)
+
+
 def adopt_call(clone: nn.Module) -> None:
     """Make the model's own `__call__`, where its class has one or it has hooks of its own, the forward that is traced: what it
     does before and after the forward is a part of the function."""
@@ -101,11 +111,24 @@ def calling(attribute: str, signature: inspect.Signature) -> Callable:
             head, bare = [*head, "*"], True
         default = "" if p.default is p.empty else f"=defaults_[{name!r}]"
         head.append(f"{star}{name}{default}")
-        call.append(f"{name}={name}" if p.kind is p.KEYWORD_ONLY else f"{star}{name}")
-    space: dict[str, Any] = {"defaults_": {n: p.default for n, p in signature.parameters.items()}}
+        passed_on = f"{star}spread_({name})" if star else name
+        call.append(f"{name}={name}" if p.kind is p.KEYWORD_ONLY else passed_on)
+    space: dict[str, Any] = {"defaults_": {n: p.default for n, p in signature.parameters.items()}, "spread_": spread}
     exec(f"def forward({', '.join(head)}):\n    return self_.{attribute}({', '.join(call)})", space)
     space["forward"].__annotations__ = {n: p.annotation for n, p in signature.parameters.items() if p.annotation is not p.empty}
     return space["forward"]
+
+
+def spread(further: Any) -> Any:
+    """What is passed on of `*args` or `**kwargs`: where a trace has a stand-in for them, those that its example has, or none. A
+    call with others is of another form, which is compared with the model when it comes."""
+    if not isinstance(further, fx.Proxy):
+        return further
+    name = str(further.node.target)
+    example = (further.tracer.known.example or {}).get(name.lstrip("*"), ())  # type: ignore[attr-defined]
+    if name.startswith("**"):
+        return {key: further[key] for key in example}  # type: ignore[index]
+    return [further[i] for i in range(len(example))]  # type: ignore[index]
 
 
 class EvalClone:

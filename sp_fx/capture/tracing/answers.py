@@ -65,12 +65,14 @@ class Told(TorchFunctionMode):
 
 
 class Tells(TorchFunctionMode):
-    """While it lasts, an export is told what `answers` has, where it would have no answer; `asked` has each time that it was."""
+    """While it lasts, an export is told what `answers` has, where it would have no answer; `asked` has each time that it was.
+    `sizes`: that includes all sizes that depend on values, as of `x[mask]`; else they stay any, until a call needs them."""
 
-    def __init__(self, answers: dict[Key, list[Any]]) -> None:
+    def __init__(self, answers: dict[Key, list[Any]], sizes: bool) -> None:
         super().__init__()
-        self.answers, self.counts = answers, dict[Key, int]()
+        self.answers, self.sizes, self.counts = answers, sizes, dict[Key, int]()
         self.asked: list[Asked] = []
+        self.open: dict[Any, Callable[[], None]] = {}  # by the symbol of a size that is any: what makes it the example's
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         key = place(sys._getframe(1), func)
@@ -84,22 +86,50 @@ class Tells(TorchFunctionMode):
                 raise
             if is_path(answer):
                 return self.told(func, args, kwargs, answer)
-            numbers = self.answers.get((*key, "numbers"), [])[number : number + 1]
-            if not numbers:
+            if numbers := self.answers.get((*key, "numbers"), [])[number : number + 1]:
+                args, kwargs = self.with_numbers((args, kwargs or {}), numbers[0])
+            elif not self.closed(tensors_of((args, kwargs or {}))):
                 raise
-            args, kwargs = self.with_numbers((args, kwargs or {}), numbers[0])
-            return func(*args, **kwargs)
+            output = func(*args, **(kwargs or {}))
         tensors = tensors_of(output)
         if not tensors:
-            return self.told(func, args, kwargs, answer) if is_path(answer) and is_unknown(output) else output
+            stays = not is_path(answer) or not is_unknown(output) or self.is_open(output)
+            return output if stays else self.told(func, args, kwargs, answer)
         for t, sizes in zip(tensors, answer if isinstance(answer, Sizes) else ()):
-            unknown = [is_unknown(n) for n in t.shape]
-            if any(unknown):
-                for n, m in zip(t.shape, sizes):
-                    torch._check(n == m)
-                known = tuple(m if is_new else None for m, is_new in zip(sizes, unknown))
-                self.asked.append(Asked([t], "", (), known, line_of_caller()))
+            if any(map(is_unknown, t.shape)):
+                self.sized(t, sizes)
         return output
+
+    def sized(self, t: Tensor, sizes: tuple[int, ...]) -> None:
+        """Makes the sizes of a tensor that are not known those of the example: now, or once a call needs them."""
+        known = tuple(m if is_unknown(n) else None for n, m in zip(t.shape, sizes))
+        symbols = {symbol for n in t.shape for symbol in symbols_of(n)}
+        line = line_of_caller()
+
+        def close() -> None:
+            for n, m in zip(t.shape, sizes):
+                torch._check(n == m)
+            self.asked.append(Asked([t], "", (), known, line))
+            for symbol in symbols:
+                self.open.pop(symbol, None)
+
+        self.open.update(dict.fromkeys(symbols - self.open.keys(), close))
+        if self.sizes:
+            close()
+
+    def is_open(self, value: Any) -> bool:
+        """Whether numbers are made of sizes that may be any, as the shape of a tensor is that has such."""
+        numbers = value if isinstance(value, list | tuple) else (value,)
+        return all(symbols_of(n) <= self.open.keys() for n in numbers)
+
+    def closed(self, tensors: list[Tensor]) -> bool:
+        """Makes the sizes of these tensors that are any those of the example; says whether there were such."""
+        waiting = {
+            symbol: close for t in tensors for n in t.shape for symbol in symbols_of(n) if (close := self.open.get(symbol))
+        }
+        for close in dict.fromkeys(waiting.values()):
+            close()
+        return bool(waiting)
 
     def with_numbers(self, args: Any, numbers: dict[int, int]) -> Any:
         """Returns the arguments with whole numbers in place of the tensors that are one: sizes, as in `torch.zeros(n, 4)`."""
@@ -146,8 +176,14 @@ def is_unknown(value: Any) -> bool:
     """Whether torch.export has a symbol of a number, or of one in a list, that it knows no value of."""
     if isinstance(value, list | tuple):
         return any(map(is_unknown, value))
-    symbolic = isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat)
-    return symbolic and bool(torch.fx.experimental.symbolic_shapes.free_unbacked_symbols(value))
+    return bool(symbols_of(value))
+
+
+def symbols_of(value: Any) -> set[Any]:
+    """The symbols of numbers that torch.export knows no value of, in one that is made of them."""
+    if not isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat):
+        return set()
+    return set(torch.fx.experimental.symbolic_shapes.free_unbacked_symbols(value))
 
 
 @contextlib.contextmanager
