@@ -420,3 +420,23 @@ def test_a_module_that_is_given_an_ordered_dictionary():
     explainer(x)
     h = model.layer(x)
     assert list(seen[0][0]) == ["a", "b"] and torch.equal(seen[0][0]["a"], h.sigmoid()) and torch.equal(seen[0][0]["b"], h)
+
+
+class BreaksWhenExported(nn.Module):
+    """Goes another way for torch.export, which fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x):
+        if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+            x = x + torch.ones(3)
+        return self.head(torch.relu(x))
+
+
+def test_a_forward_that_fails_for_the_export_alone_says_so():
+    x = torch.randn(2, 4)
+    BreaksWhenExported().eval()(x)
+    with pytest.raises(sp_fx.CaptureError, match="asks whether it is being exported.*the part of the model that does not ask"):
+        sp_fx.transform(BreaksWhenExported().eval(), example_inputs=x, tracer="export")

@@ -90,7 +90,8 @@ def followed(model: nn.Module, call: Given, free: Free) -> Exported:
             failed.append(error)
     last = failed[-1]
     text = f"torch.export cannot capture {type(model).__name__}: {said(last)} ({blame(last)})"
-    hint = "" if isinstance(last, CaptureError) else OF_VALUES if asks_for_values(last) else OPAQUE
+    hint = OF_VALUES if asks_for_values(last) else OF_ITS_OWN if asked else OPAQUE
+    hint = "" if isinstance(last, CaptureError) else hint
     raise CaptureError(f"{text}{hint}") from last
 
 
@@ -336,6 +337,10 @@ class Exported:
 
 # What to do where `torch.export` fails.
 OPAQUE = ". A function that it cannot follow stays whole as an op of torch.library"
+OF_ITS_OWN = (
+    ". The forward asks whether it is being exported, and may go a way then that it does not go when it is called: give it "
+    "arguments by which it goes the same way, such as a mask, or transform the part of the model that does not ask"
+)
 OF_VALUES = ". Choose between two results by torch.where, or give torch.export one path: a constant in place of the value"
 
 PATH = "the graph is the path that the forward takes on its example"
