@@ -430,7 +430,7 @@ class BreaksWhenExported(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, x):
-        if torch.compiler.is_compiling() or isinstance(x, torch._subclasses.FakeTensor):
+        if torch.compiler.is_exporting() or isinstance(x, torch._subclasses.FakeTensor):
             x = x + torch.ones(3)
         return self.head(torch.relu(x))
 
