@@ -438,5 +438,5 @@ class BreaksWhenExported(nn.Module):
 def test_a_forward_that_fails_for_the_export_alone_says_so():
     x = torch.randn(2, 4)
     BreaksWhenExported().eval()(x)
-    with pytest.raises(sp_fx.CaptureError, match="asks whether it is being exported.*the part of the model that does not ask"):
+    with pytest.raises(sp_fx.CaptureError, match=r"asks whether it is being exported.*the part of the model that does not ask"):
         sp_fx.transform(BreaksWhenExported().eval(), example_inputs=x, tracer="export")

@@ -211,3 +211,49 @@ def test_machine_code_for_every_length(tmp_path):
     for batch, length in ((1, 3), (3, 5), (1, 40)):
         call = (tokens(batch, length), masks(tokens(batch, length)))
         assert relative(package(call, 1)[1], program(call, 1)[1]) <= 1e-5
+
+
+class OneMapping(Text):
+    def forward(self, batch):
+        return super().forward(batch["ids"], batch["mask"])
+
+
+def test_a_mapping_that_is_one_argument():
+    ids = tokens(2, 9)
+    example = {"mask": masks(ids), "ids": ids}
+    explainer = sp_fx.transform(OneMapping().eval(), example_inputs=example)
+    program = explainer.compile("tokens", example_inputs=example, inductor=False)
+    call = {"ids": tokens(3, 5), "mask": masks(tokens(3, 5))}
+    assert relative(program(call, 1)[1], explainer.tokens(call, 1).shares) <= 1e-5
+
+
+def test_llama_in_onnx_runtime(tmp_path):
+    """Sentences of 3 to 60 tokens by one transform, one program and one file; padding changes nothing."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(vocab_size=30, num_labels=3, pad_token_id=0, **sizes)
+    )
+
+    def call(batch, length):
+        ids = tokens(batch, length)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    explainer = sp_fx.transform(model.eval(), example_inputs=call(2, 9))
+    program = explainer.compile("tokens", example_inputs=call(2, 9), inductor=False)
+    package = sp_fx.load(program.save(tmp_path / "llama.onnx"))
+    for batch, length in ((1, 3), (3, 17), (1, 60)):
+        expected = explainer.tokens(call(batch, length), 1).shares
+        assert relative(program(call(batch, length), 1)[1], expected) <= 1e-5
+        assert relative(package(call(batch, length), 1)[1], expected) <= 1e-5
+    padded = {name: F.pad(t, (0, 5)) for name, t in call(2, 12).items()}
+    alone = package(call(2, 12), 1)[1]
+    assert relative(package(padded, 1)[1][:, :12], alone) <= 1e-6 and not package(padded, 1)[1][:, 12:].any()

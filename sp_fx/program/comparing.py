@@ -57,7 +57,7 @@ def compare(program: Program, example: Example, others: list[Given]) -> float:
         outputs = example.module(*call.args, **call.kwargs)
         aim = example_target(signature, chosen(outputs, example.choice))
         inputs = tensors_of(call)
-        got_outputs, got_maps = program(inputs[0] if signature.single else tuple(inputs), aim)
+        got_outputs, got_maps = program(inputs[0] if signature.single else example.given(call), aim)
         pairs = [*zip(slotted(got_outputs)[1], slotted(outputs)[1], strict=True)]
         pairs += zip(tensors_of(got_maps), tensors_of(eager(example, signature, call, aim)), strict=True)
         for got, want in pairs:
@@ -87,7 +87,7 @@ def eager(example: Example, signature: Signature, call: Given, aim: Tensor) -> A
         return scores.reshape(len(y), -1).sum(1)
 
     target: Any = aim if example.choice is primary else score
-    inputs: Any = call.kwargs if example.names is not None else call.args
+    inputs = example.given(call)
     if example.embedded is not None:
         options: dict[str, Any] = {"embedding": signature.arguments["embedding"], "tokenizer": None}
         return tokens(example.module, inputs, target, **options, forward_kwargs=None, batch_size=None).shares

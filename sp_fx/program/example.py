@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..analysis.calls import name_of
 from ..analysis.ops import CELLS
 from ..capture.admission import asked_of_inputs
-from ..capture.arguments import Given
+from ..capture.arguments import Given, are_named
 from ..capture.kept_functions import PACKING
 from ..capture.sizes import Axes, lengths
 from ..capture.tracing.draws import DRAWS
@@ -66,7 +67,10 @@ class Example:
         names = list(map(str, inputs)) if isinstance(inputs, Mapping) else None
         tensors = [x.detach().clone() for x in positional(inputs if names is None else tuple(inputs.values()))]
         check_inputs(tensors, method)
-        call = Given(tuple(tensors), {}) if names is None else Given((), dict(zip(names, tensors)))
+        named = None if names is None else dict(zip(names, tensors))
+        call = Given(tuple(tensors), {})
+        if named is not None:  # arguments by keyword, or one argument that is a mapping
+            call = Given((), named) if are_named(inspect.signature(module.forward), named) else Given((named,), {})
         module = module.for_call(*call.args, **call.kwargs)
         if lines := asked_of_inputs(module.graph):
             raise ProgramError(
@@ -93,6 +97,11 @@ class Example:
     def tensors(self) -> list[Tensor]:
         """The inputs, in order."""
         return tensors_of(self.call)
+
+    def given(self, call: Given) -> Any:
+        """Returns the inputs of another such call as those of this one came: a mapping, or a tuple."""
+        tensors = tensors_of(call)
+        return tuple(tensors) if self.names is None else dict(zip(self.names, tensors))
 
     @property
     def y(self) -> Tensor:
