@@ -27,15 +27,16 @@ def explained(rules=None, batch=2, length=7):
         return sp_fx.transform(Text().eval(), rules=rules or sp_fx.Rules(), example_inputs=example)
 
 
-def by_hand(model, ids, mask, target):
+def by_hand(model, ids, mask, target, length_first=False):
     """Gradient times embedding, in one number a token."""
-    words = model.words(ids).detach().requires_grad_()
+    words = model.words(ids.t() if length_first else ids).detach().requires_grad_()
     forward, model.words.forward = model.words.forward, lambda _: words
     try:
         (slope,) = torch.autograd.grad(model(ids, mask)[:, target].sum(), words)
     finally:
         model.words.forward = forward
-    return (slope * words).sum(-1).detach()
+    shares = (slope * words).sum(-1).detach()
+    return shares.t() if length_first else shares
 
 
 def test_shares_are_the_map_times_the_embedding():
@@ -124,3 +125,30 @@ def test_positions_are_no_tokens():
     explainer = sp_fx.transform(PlacesFirst().eval(), example_inputs=tokens(2, 5))
     found = explainer.tokens(tokens(2, 7), 1)
     assert found.embedding == "words" and found.shares.shape == (2, 7)
+
+
+class LengthFirst(nn.Module):
+    """Its activations are [L, B, width], as XLNet has them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(30, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, ids, mask):
+        h = F.gelu(self.inner(self.words(ids.t()))) * mask.t()[..., None]
+        return self.head(h.mean(0))
+
+
+@pytest.mark.parametrize("batch, length", [(2, 5), (4, 4), (1, 3)])
+def test_embeddings_with_the_length_first(batch, length):
+    ids, mask = tokens(batch, length), torch.ones(batch, length, dtype=torch.long)
+    explainer = sp_fx.transform(LengthFirst().eval(), rules=PLAIN, example_inputs=(ids, mask))
+    found = explainer.tokens((ids, mask), 1)
+    assert [len(row) for row in found.tokens] == [length] * batch
+    assert relative(found.shares, by_hand(LengthFirst().eval(), ids, mask, 1, length_first=True)) <= 1e-5
+    several = explainer.tokens((ids, mask), [[0, 1]] * batch)
+    assert several.shares.shape == (batch, 2, length) and relative(several.shares[:, 1], found.shares) <= 1e-5
+    program = explainer.compile("tokens", example_inputs=(ids, mask), inductor=False)
+    ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.long)
+    assert relative(program((ids, mask), 1)[1], explainer.tokens((ids, mask), 1).shares) <= 1e-5

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from ..capture.arguments import Given
-from ..capture.capture import tracing
+from ..capture.capture import asks_for_values, tracing
 from ..capture.sizes import Axes
 from ..containers import slotted
 from ..measured.runs import first_line
@@ -26,8 +26,10 @@ from .formula import Texts, formula
 from .graphs.folding import folded, passed_through
 from .graphs.graph import FixedSize, most_of, one_graph, rows_of
 from .inductor import by_sizes, compiled, packs
-from .program import Program
+from .program import Program, ProgramError
 from .signature import Run, Shape, Signature
+
+VALUES = "the forward goes by values that it computes, and a program is one path for all"
 
 METHODS: dict[str, dict[str, Any]] = {
     "pullback": {},
@@ -86,6 +88,8 @@ def build(
                 lengths = [length for length in lengths if length[0] not in reason.names]
             except Exception as reason:  # whatever a decomposition, Inductor or the comparison says of symbols
                 if not lengths:
+                    if asks_for_values(reason):
+                        raise ProgramError(f"{VALUES}: {first_line(reason)}") from reason
                     raise
                 shapes = ", ".join(str(list(x.shape)) for x in example.tensors)
                 report = noted(report, [f"its program is for the lengths of {shapes} alone: {first_line(reason)}"])
@@ -189,8 +193,7 @@ def traced(signature: Signature, example: Example) -> fx.GraphModule:
         [end] = module.graph.find_nodes(op="output")
         end.args = ((end.args[0], node),)
         mask = example.embedded.mask
-        ids = number_of(example.embedded.ids, example.tensors)
-        texts = Texts(node, ids, None if mask is None else number_of(mask, example.tensors))
+        texts = Texts(node, example.embedded.length_first, None if mask is None else number_of(mask, example.tensors))
     tensors = graph_tensors(signature, example)
     with tracing:
         return one_graph(formula(signature, call, example.choice, texts), module, tensors, signature.layouts)

@@ -18,10 +18,11 @@ Choice = Callable[[Any], Tensor]  # from a model's output to what of it is expla
 
 @dataclass(frozen=True)
 class Texts:
-    """Where in a graph its tokens are: the node of their embedding, the number of the input that has the ids, and of the mask."""
+    """Where in a graph its tokens are: the node of their embedding, whether that is [L, B, width], and the number of the input
+    that has the mask."""
 
     embedding: fx.Node
-    ids: int
+    length_first: bool
     mask: int | None
 
 
@@ -61,6 +62,8 @@ def formula(signature: Signature, call: Any, choice: Choice, texts: Texts | None
             arguments = filled(call, inputs)
             _, embedded = model(arguments)
             [back] = pull([embedded], lambda points: model(arguments, {texts.embedding: points[0]})[0])
+            if texts.length_first:
+                back, embedded = back.transpose(0, 1), embedded.transpose(0, 1)
             real = None if texts.mask is None else inputs[texts.mask] != 0
             return [*outputs, shares_of(back, embedded, real)]
         points = [inputs[i] for i in explained]

@@ -14,6 +14,7 @@ from ..analysis.ops import LOOKUPS, SHAPES, SIZES
 from ..analysis.signals import called
 from ..capture.arguments import Given
 from ..capture.passed import lets_through
+from ..capture.sizes import with_batch
 from ..containers import tensors_of
 from ..methods.captured import CapturedModule
 from ..methods.pullbacks import pullback
@@ -148,6 +149,8 @@ def tokens(
     with torch.inference_mode(False):
         embedded = embedded_in(module.for_call(*args, **kwargs), args, kwargs, embedding)
         maps = pullback(module, Request(inputs, target, forward_kwargs, embedded.name, batch_size))
+    if embedded.length_first:  # [L, B, width], or of T targets [L, T, B, width]
+        maps = maps.transpose(0, -2)
     real = torch.ones(embedded.values.shape[:2], dtype=torch.bool, device=embedded.values.device)
     if embedded.mask is not None:
         real = embedded.mask.bool()
@@ -162,12 +165,14 @@ class Embedded:
     Attributes:
         name: of the activation.
         values: [B, L, width].
+        length_first: whether they are [L, B, width] in the network, as XLNet has them.
         ids: [B, L], the argument that the embedding is looked up by; None where there is none.
         mask: [B, L], the argument that is 0 at padding; None where there is none.
     """
 
     name: str
     values: Tensor
+    length_first: bool
     ids: Tensor | None
     mask: Tensor | None
 
@@ -188,8 +193,21 @@ def embedded_in(module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str,
         values = module.split(name)[0](*args, **kwargs)
     if values.dim() != 3:
         raise InputError(f"{name} is of shape {list(values.shape)}; an embedding of tokens is [B, L, width]")
+    flipped = values.transpose(0, 1)
     ids = ids_of(module.graph, name, arguments, values)
-    return Embedded(name, values, ids, mask_of(arguments, ids))
+    length_first = ids is None or (values.shape[0] == values.shape[1] and is_length_first(module, name, args, kwargs))
+    if length_first and (other := ids_of(module.graph, name, arguments, flipped)) is not None:
+        ids, values = other, flipped
+    else:
+        length_first = False
+    return Embedded(name, values, length_first, ids, mask_of(arguments, ids))
+
+
+def is_length_first(module: CapturedModule, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the activation `name` has its samples on axis 1: of one sample alone, that has one entry."""
+    call = with_batch(Given(args, kwargs), 1)
+    with torch.no_grad():
+        return bool(module.split(name)[0](*call.args, **call.kwargs).shape[1] == 1)
 
 
 def shares_of(maps: Tensor, values: Tensor, real: Tensor | None) -> Tensor:
