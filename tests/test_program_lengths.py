@@ -257,3 +257,59 @@ def test_llama_in_onnx_runtime(tmp_path):
     padded = {name: F.pad(t, (0, 5)) for name, t in call(2, 12).items()}
     alone = package(call(2, 12), 1)[1]
     assert relative(package(padded, 1)[1][:, :12], alone) <= 1e-6 and not package(padded, 1)[1][:, 12:].any()
+
+
+class CutsItsMask(Text):
+    """Takes a mask that is longer than its ids, as models with a cache do; a shorter one it does not."""
+
+    def forward(self, ids, mask):
+        return super().forward(ids, mask[:, : ids.shape[1]])
+
+
+def test_ids_and_a_mask_that_may_be_longer_have_one_length():
+    ids = tokens(2, 9)
+    program = compiled(CutsItsMask().eval(), "tokens", (ids, masks(ids)), inductor=False)
+    assert program.shapes == [("length",), ("length",)]
+
+
+class Windowed(nn.Module):
+    """Each number and the one before: up to 40 numbers, by a table; from 12 on the path is another one."""
+
+    def __init__(self, at, multiple):
+        super().__init__()
+        torch.manual_seed(0)
+        self.at, self.multiple = at, multiple
+        self.head, self.table = nn.Linear(3, 2), nn.Parameter(torch.randn(40))
+
+    def forward(self, x):
+        if self.multiple:
+            return self.head(F.gelu(x).unflatten(-1, (-1, 4)).mean((-1, -2)))
+        places = torch.arange(x.shape[-1]).clamp(max=self.at)
+        return self.head((F.gelu(x) * self.table[: x.shape[-1]] * (places < self.at)).mean(-1))
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_lengths_up_to_the_most_that_a_table_has(size):
+    x = torch.randn(2, 3, size)
+    model = Windowed(12, multiple=False).eval()
+    explainer = sp_fx.transform(model, example_inputs=x)
+    program = explainer.compile(example_inputs=x, inductor=False)
+    assert program.shapes == [(3, "length")]
+    for length in (1, 2, 11, 12, 13, 40):
+        x = torch.randn(1, 3, length)
+        assert relative(program(x, 1)[1], explainer.pullback(x, 1)) <= 1e-5
+    with pytest.raises((ValueError, RuntimeError)):
+        program(torch.randn(1, 3, 41), 1)
+
+
+def test_multiples_are_a_length_that_is_fixed_or_right():
+    x = torch.randn(2, 3, 16)
+    explainer = sp_fx.transform(Windowed(12, multiple=True).eval(), example_inputs=x)
+    program = explainer.compile(example_inputs=x, inductor=False)
+    for length in (4, 8, 24):
+        if program.lengths:
+            x = torch.randn(1, 3, length)
+            assert relative(program(x, 1)[1], explainer.pullback(x, 1)) <= 1e-5
+    if program.lengths:
+        with pytest.raises((ValueError, RuntimeError)):
+            program(torch.randn(1, 3, 7), 1)

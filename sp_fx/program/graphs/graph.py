@@ -10,6 +10,7 @@ Ensures: a `fx.GraphModule` over the same tensors that returns a flat list.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -154,29 +155,41 @@ def without_dead_code(graph: fx.GraphModule) -> None:
 
 
 def most_of(graph: fx.GraphModule, layouts: Sequence[Layout]) -> dict[str, int]:
-    """Returns the largest number that each size may be that has a name in `layouts`, where the model says one: 512, of a table of
-    positions.
+    """Returns the largest number that each size may be that has a name in `layouts`, where the trace took one for granted: 512,
+    of a table of positions. What it took for granted is tried of 1, 2, 3 and so on.
 
     Raises:
-        FixedSize: a size is bound in another way, as to multiples of 4.
+        FixedSize: what was taken for granted does not hold up to the example's size and beyond, as of multiples of 4.
     """
+    from torch.utils._sympy.printers import PythonPrinter
+
     values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    names: dict[Any, str] = {}
-    for value, layout in zip(values, layouts):
-        names |= {size.node.expr: name for size, name in zip(value.shape, layout) if isinstance(name, str) and name != "batch"}
-    if not names:
+    symbols = {
+        n.node.expr: (name, n) for x, names in zip(values, layouts) for n, name in zip(x.shape, names) if isinstance(name, str)
+    }
+    lengths = {name for name, _ in symbols.values()} - {"batch"}
+    if not lengths:
         return {}
-    env: Any = next(size.node.shape_env for value in values for size in value.shape if isinstance(size, torch.SymInt))
+    env: Any = next(iter(symbols.values()))[1].node.shape_env
+    least = {name: env.size_hint(symbol) for symbol, (name, _) in symbols.items()}
+    most: dict[str, int] = {}
     for guard in env.guards:
-        if bound := [names[symbol] for symbol in guard.expr.free_symbols if symbol in names]:
-            alone = guard.expr.is_Relational and not guard.expr.lhs.is_Function and {guard.expr.lhs, guard.expr.rhs} & set(names)
-            if not alone or len(guard.expr.free_symbols) > 1 or guard.expr.rel_op in ("==", "!="):
-                raise FixedSize(bound)
-    ranges = {name: env.var_to_range[symbol] for symbol, name in names.items()}
-    return {name: int(of.upper) for name, of in ranges.items() if of.upper < ANY_SIZE}
+        found = {symbols[s][0] for s in guard.expr.free_symbols if s in symbols}
+        if not (own := sorted(found & lengths)):
+            continue
+        plain = guard.expr.xreplace({s: type(s)(symbols[s][0], integer=True) for s in guard.expr.free_symbols if s in symbols})
+        holds = eval(f"lambda {', '.join(sorted(found))}: {PythonPrinter().doprint(plain)}", {"math": math})  # of the trace's own
+        others = [{"batch": n} for n in (1, 2, 7)] if "batch" in found else [{}]
+        tried = [*range(1, TRIED), *(TRIED << i for i in range(12))]
+        fails = (n for n in tried if len(own) > 1 or not all(holds(**{own[0]: n}, **other) for other in others))
+        if (first := next(fails, None)) is not None:
+            most[own[0]] = min(most.get(own[0], first), first - 1)
+            if most[own[0]] <= least[own[0]]:
+                raise FixedSize(own)
+    return most
 
 
-ANY_SIZE = 1 << 31  # what no size is that somebody means
+TRIED = 2048  # sizes one by one, and then some larger ones
 
 
 def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
