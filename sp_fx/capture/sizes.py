@@ -111,10 +111,8 @@ def lengths(call: Given, works: Callable[[Given], bool]) -> list[tuple[Axes, Giv
     found: list[tuple[Axes, Given]] = []
     for all_of_size in map(frozenset, by_size.values()):
         # A length of its own leaves the others theirs: ids may be cut where their mask may be longer, but not the mask alone.
-        pairs = (
-            [(cut(frozenset({axis})), cut(all_of_size - {axis})) for axis in sorted(all_of_size)] if len(all_of_size) > 1 else []
-        )
-        alone = [own for own, rest in pairs if own and rest]
+        ones = [frozenset({axis}) for axis in sorted(all_of_size)] if len(all_of_size) > 1 else []
+        alone = [own for one in ones if (own := cut(one)) and cut(all_of_size - one)]
         together = all_of_size.difference(*(axes for own in alone for axes, _ in own))
         found += [one for own in alone for one in own] + (cut(together) if together else [])
     return found
