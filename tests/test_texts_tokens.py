@@ -152,3 +152,24 @@ def test_embeddings_with_the_length_first(batch, length):
     program = explainer.compile("tokens", example_inputs=(ids, mask), inductor=False)
     ids, mask = tokens(3, 6), torch.ones(3, 6, dtype=torch.long)
     assert relative(program((ids, mask), 1)[1], explainer.tokens((ids, mask), 1).shares) <= 1e-5
+
+
+class Scaled(nn.Embedding):
+    """A table whose rows are multiplied, as those of Gemma and of M2M100 are."""
+
+    def forward(self, ids):
+        return super().forward(ids) * self.embedding_dim**0.5
+
+
+def test_tables_that_are_multiplied():
+    class Scales(Text):
+        def __init__(self):
+            super().__init__()
+            weight, self.words = self.words.weight, Scaled(30, 8)
+            self.words.weight = weight
+
+    ids, mask = tokens(2, 7), torch.ones(2, 7, dtype=torch.long)
+    for tracer in ("auto", "export"):
+        explainer = sp_fx.transform(Scales().eval(), rules=PLAIN, example_inputs=(ids, mask), tracer=tracer)
+        found = explainer.tokens((ids, mask), 1)
+        assert found.embedding == "words" and relative(found.shares, by_hand(Scales().eval(), ids, mask, 1)) <= 1e-5

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from ..analysis.ops import LOOKUPS, SHAPES, SIZES
+from ..analysis.ops import FACTORS, LOOKUPS, QUOTIENT, SHAPES, SIZES
 from ..analysis.signals import called
 from ..capture.arguments import Given
 from ..capture.passed import lets_through
@@ -275,16 +275,20 @@ def looked_up(graph: fx.Graph) -> str:
             inputs.add(node)
     order = {node: position for position, node in enumerate(graph.nodes)}
     for name, node in sorted(activations(graph).items(), key=lambda pair: order[pair[1]]):
-        if node in inputs and is_lookup(graph, node):
+        if node in inputs and is_lookup(graph, node, inputs):
             return name
     return ""
 
 
-def is_lookup(graph: fx.Graph, node: fx.Node) -> bool:
-    """Whether a node is what a table gives for positions in it, or a mark of that."""
+def is_lookup(graph: fx.Graph, node: fx.Node, inputs: Collection[fx.Node]) -> bool:
+    """Whether a node is what a table gives for positions in it, or that times a constant, as Gemma has it, or a mark of that.
+    `inputs` are the nodes that vary."""
     if node.op != "call_module":
+        if called(node) in FACTORS | QUOTIENT:
+            varying = [n for n in node.all_input_nodes if n in inputs]
+            return len(varying) == 1 and varying[0] is node.args[0] and is_lookup(graph, varying[0], inputs)
         return called(node) in LOOKUPS - {"getitem"}
     module = graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
     if lets_through(module):
-        return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0])
+        return isinstance(node.args[0], fx.Node) and is_lookup(graph, node.args[0], inputs)
     return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
