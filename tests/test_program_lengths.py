@@ -192,7 +192,9 @@ def test_a_package_for_every_length(tmp_path):
     program = compiled(Text().eval(), "tokens", example, inductor=False)
     path = program.save(tmp_path / "text.onnx", class_names=["a", "b", "c"])
     package = sp_fx.load(path)
-    assert package.shapes == program.shapes and package.names == ["ids", "mask"] and package.signature.most == {"length": 64}
+    assert (
+        package.shapes == program.shapes and package.names == ["ids", "mask"] and package.signature.bounds == {"length": (1, 64)}
+    )
     sizes = {i.name: [d.dim_param for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input}
     assert sizes == {"ids": ["batch", "length"], "mask": ["batch", "length"], "target": ["batch"]}
     assert [o.name for o in onnx.load(path).graph.output] == ["output_0", "shares"]
@@ -313,3 +315,106 @@ def test_multiples_are_a_length_that_is_fixed_or_right():
     if program.lengths:
         with pytest.raises((ValueError, RuntimeError)):
             program(torch.randn(1, 3, 7), 1)
+
+
+class Branches(nn.Module):
+    """Another function from a length on, as `above` says."""
+
+    def __init__(self, above):
+        super().__init__()
+        torch.manual_seed(0)
+        self.above, self.head = above, nn.Linear(3, 2)
+
+    def forward(self, x):
+        h = self.head(F.gelu(x).mean(-1))
+        return h if self.above(x.shape[-1]) else 3 * h
+
+
+@pytest.mark.parametrize(
+    "above, example, bounds",
+    [
+        (lambda n: n > 1, 12, (2, None)),
+        (lambda n: n > 8, 12, (9, None)),
+        (lambda n: n >= 6, 12, (6, None)),
+        (lambda n: n <= 3000, 12, (1, 3000)),
+        (lambda n: n <= 70_000, 12, (1, 70_000)),
+        (lambda n: n != 20, 12, (1, 19)),
+    ],
+)
+def test_another_function_from_a_length_on(above, example, bounds):
+    x = torch.randn(2, 3, example)
+    explainer = sp_fx.transform(Branches(above).eval(), example_inputs=x, tracer="export")
+    program = explainer.compile(example_inputs=x, inductor=False)
+    assert program.lengths == ["length"]
+    least, most = program.signature.bounds["length"]
+    assert bounds[0] <= least <= bounds[0] + 1 and most == bounds[1]
+    for length in {least, least + 1, 12, min(most or 5000, 5000)}:
+        x = torch.randn(1, 3, length)
+        assert relative(program(x, 1)[0], Branches(above).eval()(x).detach()) <= 1e-5
+    with pytest.raises(ValueError, match="length"):
+        program(torch.randn(1, 3, bounds[0] - 1 if bounds[0] > 1 else most + 1), 1)
+
+
+def test_positions_that_a_table_lacks_are_refused():
+    class Positions(Text):
+        def forward(self, ids, mask):
+            return super().forward(ids, mask, torch.arange(ids.shape[1])[None] + 2)
+
+    ids = tokens(2, 9)
+    explainer = sp_fx.transform(Positions().eval(), example_inputs=(ids, masks(ids)))
+    program = explainer.compile("tokens", example_inputs=(ids, masks(ids)), inductor=False)
+    assert program.signature.bounds == {"length": (1, 62)}
+    longest = tokens(1, 62), masks(tokens(1, 62))
+    assert relative(program(longest, 1)[1], explainer.tokens(longest, 1).shares) <= 1e-5
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("convention", ["ones", "padding", "added"])
+def test_masks_of_every_convention(convention, padded):
+    """1 where a token is real; True where it is not, as PyTorch has it; and what is added to scores."""
+
+    class Masked(Text):
+        def forward(self, ids, padding_mask):
+            if convention == "ones":
+                return super().forward(ids, padding_mask)
+            return super().forward(ids, (~padding_mask if convention == "padding" else padding_mask == 0).long())
+
+    def mask_of(real):
+        added = torch.zeros(real.shape).masked_fill(real == 0, -1e9)
+        return {"ones": real, "padding": real == 0, "added": added}[convention]
+
+    ids = tokens(2, 9)
+    real = masks(ids) if padded else torch.ones_like(ids)
+    plain = sp_fx.Rules(**dict.fromkeys(sp_fx.gates.rules.KINDS))
+    explainer = sp_fx.transform(Masked().eval(), rules=plain, example_inputs=(ids, mask_of(real)))
+    program = explainer.compile("tokens", example_inputs=(ids, mask_of(real)), inductor=False)
+    for words, own in ((ids, real), (tokens(3, 6), masks(tokens(3, 6)))):
+        found = explainer.tokens((words, mask_of(own)), 1)
+        assert torch.equal(found.real, own.bool())
+        reference = sp_fx.transform(Text().eval(), rules=plain, example_inputs=(words, own)).tokens((words, own), 1).shares
+        assert relative(found.shares, reference) <= 1e-5 and relative(program((words, mask_of(own)), 1)[1], reference) <= 1e-5
+
+
+def test_targets_of_tokens():
+    model, ids = Tied().eval(), tokens(2, 7)
+    explainer = sp_fx.transform(model, example_inputs=ids)
+    for target in (sp_fx.targets.token(-1, 4), sp_fx.targets.token(2, 4), sp_fx.targets.token(-1)):
+        program = explainer.compile("tokens", example_inputs=ids, target=target, inductor=False)
+        other = tokens(3, 5)
+        assert relative(program(other)[1], explainer.tokens(other, target).shares) <= 1e-5
+    with pytest.raises(TypeError, match="target='direction'"):
+        explainer.compile("tokens", example_inputs=ids, target=sp_fx.targets.margin(1))
+    with pytest.raises(ValueError, match="one row for each of the 2 samples"):
+        explainer.compile("tokens", example_inputs=ids, target=lambda out: out.flatten())
+
+
+def test_dtypes_and_nested_tensors_are_named():
+    ids = tokens(2, 6)
+    program = compiled(Text().eval(), "tokens", ids, inductor=False)
+    with pytest.raises(ValueError, match="the dtypes are to be those"):
+        program(ids.int())
+    nested = torch.nested.nested_tensor([ids[0], ids[1, :3]])
+    with pytest.raises(TypeError, match="to_padded_tensor"):
+        sp_fx.transform(Text().eval(), example_inputs=ids).compile("tokens", example_inputs=nested)
+    with pytest.raises(TypeError, match="to_padded_tensor"):
+        sp_fx.transform(Text().eval(), example_inputs=ids).tokens(nested)

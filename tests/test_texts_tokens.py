@@ -173,3 +173,53 @@ def test_tables_that_are_multiplied():
         explainer = sp_fx.transform(Scales().eval(), rules=PLAIN, example_inputs=(ids, mask), tracer=tracer)
         found = explainer.tokens((ids, mask), 1)
         assert found.embedding == "words" and relative(found.shares, by_hand(Scales().eval(), ids, mask, 1)) <= 1e-5
+
+
+class Several(nn.Module):
+    """Looks up positions and types before it looks up words."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.places, self.kinds, self.words = nn.Embedding(64, 8), nn.Embedding(2, 8), nn.Embedding(30, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids, mask, kinds):
+        h = self.places((mask.cumsum(1) - 1).clamp(min=0)) + self.kinds(kinds) + self.words(ids)
+        return self.head((F.gelu(h) * mask[..., None]).mean(1))
+
+
+@pytest.mark.parametrize("tracer", ["fx", "export"])
+def test_the_words_are_what_ids_are_looked_up_in(tracer):
+    call = tokens(2, 6), torch.ones(2, 6, dtype=torch.long), torch.zeros(2, 6, dtype=torch.long)
+    found = sp_fx.transform(Several().eval(), example_inputs=call, tracer=tracer).tokens(call, 1)
+    assert found.embedding == "words" and found.tokens[0] == [str(i) for i in call[0][0].tolist()]
+
+
+@pytest.mark.parametrize(
+    "pieces, special, expected",
+    [
+        (["<s>", "a", "Ġfilm", "Ġwith", "out", ".", "</s>"], {"<s>", "</s>"}, ["<s>", "a", "film", "without.", "</s>"]),
+        (["▁a", "▁film", "s", "</s>"], {"</s>"}, ["a", "films", "</s>"]),
+        (["▁a", "<mask>", "▁b"], {"<mask>"}, ["a", "<mask>", "b"]),
+        (["ĠcafÃ©", "ĠðŁĺĢ", "Ċ", "a"], set(), ["café", "😀", "⏎a"]),
+        (["[CLS]", "sing", "##ing", "[SEP]"], {"[CLS]", "[SEP]"}, ["[CLS]", "singing", "[SEP]"]),
+    ],
+)
+def test_pieces_of_words(pieces, special, expected):
+    shares = torch.arange(1.0, len(pieces) + 1)[None]
+    found = sp_fx.texts.tokens.Tokens([pieces], shares, torch.ones(1, len(pieces), dtype=torch.bool), "words", frozenset(special))
+    words = found.words(0)
+    assert [word for word, _ in words] == expected and sum(share for _, share in words) == float(shares.sum())
+
+
+def test_tokenizers_that_make_no_words_of_ids():
+    ids = tokens(2, 6)
+    explainer = sp_fx.transform(Text().eval(), example_inputs=ids)
+    with pytest.raises(TypeError, match="convert_ids_to_tokens"):
+        explainer.tokens(ids, 1, tokenizer=lambda text: [len(t) for t in text])
+    with pytest.raises(ValueError, match="embedding='nope'"):
+        explainer.tokens(ids, 1, embedding="nope")
+    with pytest.raises(TypeError, match="batch_size"):
+        call = (ids, torch.ones_like(ids))
+        sp_fx.transform(LengthFirst().eval(), example_inputs=call).tokens(call, 1, batch_size=1)

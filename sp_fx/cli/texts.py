@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from ..models.published.texts import NextToken, TextModel, logits_at, token_id
 from ..texts.tokens import Tokens, joined
 from .explaining import printed_to_stderr
 from .parser import rules_of
+
+ENDINGS = (".png", ".svg", ".pdf", ".jpg", ".webp", ".html")  # of the files that --out may name
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,22 @@ class Question:
 
 def run_text(args: argparse.Namespace) -> int:
     printed = sys.stdout
+    check_out(args.out)
     with printed_to_stderr(args.json):
         net = text_model(args.model)
         check_options(net, args)
         explainer, found = None, []
         for text in args.texts:
             inputs = net.tokens([text])
-            with torch.no_grad():
-                output = net.model(**inputs)
+            length = inputs["input_ids"].shape[1]
+            if length == 0:
+                raise ValueError(f"the text {text!r} has no tokens: there is nothing to explain")
+            try:
+                with torch.no_grad():
+                    output = net.model(**inputs)
+            except (RuntimeError, IndexError) as error:
+                said = str(error).strip().splitlines()[:1]
+                raise ValueError(f"{net.name} does not take a text of {length} tokens: {''.join(said)}") from error
             question = asked(net, args, inputs["input_ids"], output)
             if explainer is None:
                 explainer = transform(net.model, rules=rules_of(args.rules, args.temperature), example_inputs=inputs)
@@ -64,6 +75,18 @@ def text_model(name: str) -> TextModel:
         f"{name} is a network for pictures, `sp-fx explain` is for it. Networks for text are {', '.join(models.TEXT)}, those of "
         "hf/NAME, and what a function returns as a TextModel, module:function"
     )
+
+
+def check_out(out: Path | None) -> None:
+    """Raises ValueError or OSError for a file that could not be written, before anything is done."""
+    if out is None:
+        return
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder, and --out is a file")
+    if out.suffix.lower() not in ENDINGS:
+        raise ValueError(f"--out is a file that ends on one of {', '.join(ENDINGS)}; got {out.name}")
+    if not out.parent.is_dir():
+        raise NotADirectoryError(f"there is no folder {out.parent} to write {out.name} into")
 
 
 def check_options(net: TextModel, args: argparse.Namespace) -> None:
@@ -89,18 +112,23 @@ def asked(net: TextModel, args: argparse.Namespace, ids: Tensor, output: Tensor)
     place = None
     if net.answers == "classes":
         logits, named = output, net.labels
-        chosen = int(logits.argmax()) if args.target is None else class_index(args.target, named)
+        chosen = int(logits.argmax()) if args.target is None else class_number(args.target, named)
         if not 0 <= chosen < logits.shape[1]:
             raise IndexError(f"target {chosen} is outside 0 to {logits.shape[1] - 1}, the classes of {net.name}")
         label = named[chosen] if named else f"class {chosen}"
     else:
         logits, place = logits_at(net.answers, ids, output, getattr(net.tokenizer, "mask_token_id", None))
-        chosen = int(logits.argmax()) if args.target is None else token_id(net.tokenizer, args.target)
+        chosen = int(logits.argmax()) if args.target is None else token_id(net.tokenizer, args.target, logits.shape[1])
         label = net.tokenizer.decode([chosen])
     value = float(logits.softmax(-1)[0, chosen])
     what = {"classes": "", "next token": "next token ", "masked token": "masked token "}[net.answers]
     score = (lambda out: out[:, chosen]) if place is None else targets.token(place, chosen)
     return Question(score, f"{what}{label if place is None else repr(label)} ({value:.2f})", label, value)
+
+
+def class_number(text: str, names: tuple[str, ...] | None) -> int:
+    """Returns the number of the class that a name or a number stands for; ValueError where no class is called so."""
+    return int(text) if text.isdecimal() and text not in (names or ()) else class_index(text, names)
 
 
 def line(args: argparse.Namespace, net: TextModel, text: str, question: Question, tokens: Tokens, colours: bool) -> str:

@@ -21,8 +21,8 @@ def export_graph(program: Program, graph: torch.fx.GraphModule, example: Sequenc
     if not names:
         return torch.export.export(graph, tuple(x.clone() for x in example))
     # Lengths are hints: torch 2.11 cannot prove that min(8 n, 16 n) == 8 n, and refuses a named size that asks for it.
-    most = program.signature.most
-    symbols = {n: Dim(n, min=1) if n == "batch" else Dim.DYNAMIC(min=1, max=most.get(n)) for n in names}
+    bounds = program.signature.bounds
+    symbols = {n: Dim(n, min=1) if n == "batch" else Dim.DYNAMIC(min=1, max=bounds[n][1]) for n in names}
     several = [x.clone() for x in example]
     for i, layout in enumerate(layouts):
         for axis, name in enumerate(layout):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..containers import Slot
+from ..containers import Slot, items
 from ..figures.records import rules_record
 from ..methods.ascent import Ascent
 from ..program.program import Program
@@ -71,10 +71,11 @@ def describe(
         "explained": signature.explained,
         "batch": None if signature.dynamic_batch else signature.batch,
         "output_spec": encoded_skeleton(signature.skeleton),
+        "output_spec_plain": encoded_skeleton(plainly(signature.skeleton)),
         "output_tensors": signature.slots,
         "output_constants": [c if isinstance(c, int | float | str | bool) else None for c in signature.constants],
         "output_shape": list(signature.output_shape),
-        "most": signature.most,
+        "bounds": {name: list(bounds) for name, bounds in signature.bounds.items()},
         "chosen": signature.chosen,
         "output_probabilities": "sigmoid" if multi_label and signature.probabilities == "softmax" else signature.probabilities,
         "output_dtype": signature.output_dtype and dtype_name(signature.output_dtype),
@@ -118,12 +119,12 @@ def program_from(manifest: dict[str, Any], run: Run, device: str | None) -> Prog
         device=torch.empty(0, device=device or manifest["device"]).device,
         batch=manifest["batch"] or 0,
         dynamic_batch=manifest["batch"] is None,
-        skeleton=decoded_skeleton(manifest["output_spec"]),
+        skeleton=decoded_skeleton(manifest["output_spec"], manifest.get("output_spec_plain")),
         constants=manifest["output_constants"],
         slots=manifest["output_tensors"],
         output_shape=tuple(manifest["output_shape"]),
         probabilities=manifest.get("output_probabilities", "softmax"),
-        most=manifest.get("most", {}),
+        bounds={name: (least, most) for name, (least, most) in manifest.get("bounds", {}).items()},
         chosen=manifest.get("chosen", False),
     )
     return Program(signature, run, manifest=manifest)
@@ -161,9 +162,25 @@ def encoded_skeleton(skeleton: Any) -> str:
         raise PackageError(f"outputs of this kind do not travel: {error}. {remedy}") from error
 
 
-def decoded_skeleton(spec: str) -> Any:
-    structure = pytree.treespec_loads(spec)
+def decoded_skeleton(spec: str, plain: str | None) -> Any:
+    """Returns the containers of an output; where their class is not here, as those of transformers, `plain` ones."""
+    try:
+        structure = pytree.treespec_loads(spec)
+    except NotImplementedError:
+        if plain is None:
+            raise
+        structure = pytree.treespec_loads(plain)
     return pytree.tree_unflatten([Slot(i) for i in range(structure.num_leaves)], structure)
+
+
+def plainly(skeleton: Any) -> Any:
+    """Returns an output in containers of Python's own: a dictionary for a dataclass."""
+    parts = items(skeleton)
+    if parts is None:
+        return skeleton
+    inner = {key: plainly(item) for key, item in parts[1].items()}
+    is_row = isinstance(skeleton, tuple | list)
+    return (list if isinstance(skeleton, list) else tuple)(inner.values()) if is_row else inner
 
 
 # -- digests and names --------------------------------------------------------------------------------------------------

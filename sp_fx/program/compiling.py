@@ -19,12 +19,12 @@ from ..methods.ascent import Ascent
 from ..methods.captured import CapturedModule, noted
 from ..methods.subgraphs import find
 from ..rewrite.report import Report
-from ..targets import primary
-from .comparing import compare, example_target, tolerated
+from ..targets import Direction, primary
+from .comparing import bounds_tried, compare, example_target, tolerated
 from .example import Choice, Example, chosen
 from .formula import Texts, formula
 from .graphs.folding import folded, passed_through
-from .graphs.graph import FixedSize, most_of, one_graph, rows_of
+from .graphs.graph import FixedSize, bounds_of, one_graph, rows_of
 from .inductor import by_sizes, compiled, packs
 from .program import Program, ProgramError
 from .signature import Run, Shape, Signature
@@ -54,6 +54,11 @@ def build(
     """Returns `method` of `module` as a program for inputs like `inputs`. `Explainer.compile` has the arguments and errors."""
     started = time.perf_counter()
     arguments = with_defaults(method, arguments)
+    if isinstance(target, Direction):
+        raise TypeError(
+            f"a {type(target).__name__} is a direction of its own for each output: compile with target='direction', and call the "
+            "program with it"
+        )
     if target not in ("class", "direction") and not callable(target):
         kinds = "'class', 'direction', or a callable that takes scores from the output"
         raise ValueError(f"the target of a program is {kinds}, got {target!r}")
@@ -73,11 +78,12 @@ def build(
                 named = with_names(signature, example, lengths)
                 graph = traced(named, example)
                 placeholders = graph.graph.find_nodes(op="placeholder")[: len(named.shapes)]
-                most = most_of(graph, named.layouts)
-                named = replace(named, rows=[rows_of(node, graph) for node in placeholders], most=most)
+                bounds = bounds_of(graph, named.layouts)
+                named = replace(named, rows=[rows_of(node, graph) for node in placeholders], bounds=bounds)
                 tensors = graph_tensors(named, example)
                 run = engine(graph, tensors, named, example) if inductor else graph
                 error = compare(Program(named, run), example, [other for _, _, other in lengths])
+                named = replace(named, bounds=bounds_tried(Program(named, run), example, lengths))
                 break
             except FixedSize as reason:
                 if "batch" in reason.names:
@@ -193,7 +199,8 @@ def traced(signature: Signature, example: Example) -> fx.GraphModule:
         [end] = module.graph.find_nodes(op="output")
         end.args = ((end.args[0], node),)
         mask = example.embedded.mask
-        texts = Texts(node, example.embedded.length_first, None if mask is None else number_of(mask, example.tensors))
+        number = None if mask is None else number_of(mask, example.tensors)
+        texts = Texts(node, example.embedded.length_first, number, example.real)
     tensors = graph_tensors(signature, example)
     with tracing:
         return one_graph(formula(signature, call, example.choice, texts), module, tensors, signature.layouts)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from torch import Tensor, fx, nn
 
 from ..analysis.calls import name_of
-from ..analysis.ops import CELLS
+from ..analysis.ops import CELLS, LOOKUPS
 from ..capture.admission import asked_of_inputs
 from ..capture.arguments import Given, are_named
 from ..capture.kept_functions import PACKING
-from ..capture.sizes import Axes, lengths
+from ..capture.sizes import Axes, lengths, with_lengths
 from ..capture.tracing.draws import DRAWS
 from ..containers import tensors_of
 from ..gates.modules.recurrent import recurrent
@@ -22,8 +23,10 @@ from ..measured.runs import distance
 from ..measured.sample_axis import shapes_of
 from ..measured.sigmoids import Sigmoids
 from ..methods.captured import CapturedModule, runs
+from ..methods.pullbacks import pullback
+from ..methods.requests import Request
 from ..targets import primary
-from ..texts.tokens import Embedded, embedded_in
+from ..texts.tokens import Embedded, embedded_in, real_value
 from .program import ProgramError
 from .signature import described, positional
 
@@ -44,6 +47,7 @@ class Example:
         choice: takes what is explained from the output.
         outputs: of the module.
         embedded: the embedding of the tokens, of a method of tokens.
+        real: the value that the mask of the tokens has where they are none of the padding.
         ends_in_sigmoid: whether what is explained is what a sigmoid has given.
     """
 
@@ -54,6 +58,7 @@ class Example:
     choice: Choice
     outputs: Any
     embedded: Embedded | None
+    real: float
     ends_in_sigmoid: bool
 
     @classmethod
@@ -90,8 +95,14 @@ class Example:
         embedded = embedded_in(module, call.args, call.kwargs, embedding) if method == "tokens" else None
         if embedded is not None and embedded.ids is None:
             raise ProgramError(f"no input has the ids that {embedded.name} is looked up by: name another by embedding=")
-        gave = sigmoids.gave(chosen(outputs, choice))
-        return cls(module, call, names, names is None and not isinstance(inputs, tuple), choice, outputs, embedded, gave)
+        check_scores(y := chosen(outputs, choice), tensors[0].shape[0])
+        real = 1.0
+        if embedded is not None and embedded.mask is not None:
+            request = Request(inputs, lambda out: chosen(out, choice).flatten(1).sum(1) if y.dim() > 1 else chosen(out, choice))
+            maps = pullback(module, replace(request, wrt=embedded.name))
+            real = real_value(embedded.mask, maps.transpose(0, -2) if embedded.length_first else maps)
+        single = names is None and not isinstance(inputs, tuple)
+        return cls(module, call, names, single, choice, outputs, embedded, real, sigmoids.gave(y))
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -120,6 +131,35 @@ class Example:
                 found.append((f"length{f'_{len(found) + 1}' if found else ''}", axes, other))
         return found
 
+    def most(self, axes: Axes) -> int | None:
+        """Returns the largest that a length may be by a table that the model looks up in, such as one of positions: as many as it
+        has rows, or a few less; None where the model takes more than that, or there is none."""
+        now = max(tensors_of(self.call)[i].shape[axis] for i, axis in axes)
+
+        def takes(n: int) -> bool:
+            return runs(self.module, with_lengths(self.call, axes, lambda _: n))
+
+        for rows in sorted({n for n in rows_of_tables(self.module) if now <= n <= MOST_ROWS}):
+            if not takes(rows + 1):
+                return next((n for n in range(rows, max(now, rows - OFFSET) - 1, -1) if takes(n)), now)
+        return None
+
+
+MOST_ROWS, OFFSET = 1 << 14, 3  # of tables of positions; RoBERTa's first position is 2
+
+
+def rows_of_tables(module: CapturedModule) -> set[int]:
+    """Returns how many rows each table has that the graph of a module looks up in."""
+    rows: set[int] = set()
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            leaf = module.get_submodule(str(node.target))
+            rows |= {leaf.num_embeddings} if isinstance(leaf, nn.Embedding) else set()
+        elif name_of(node) in LOOKUPS:
+            tables = [n for n in node.all_input_nodes if n.op == "get_attr"]
+            rows |= {operator.attrgetter(str(n.target))(module).shape[0] for n in tables}
+    return rows
+
 
 def chosen(outputs: Any, choice: Choice) -> Tensor:
     """Returns what `choice` takes from the output of a model.
@@ -141,6 +181,14 @@ def chosen(outputs: Any, choice: Choice) -> Tensor:
         got = f"{y.dtype} {list(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"a target takes scores from the output: a floating tensor [B] or [B, classes]; it returned {got}")
     return y
+
+
+def check_scores(y: Tensor, batch: int) -> None:
+    """Raises ValueError for what is explained that has not one row a sample."""
+    if y.shape[0] != batch:
+        raise ValueError(
+            f"what is explained has one row for each of the {batch} samples, [{batch}] or [{batch}, classes]; got {list(y.shape)}"
+        )
 
 
 def check_inputs(tensors: list[Tensor], method: str) -> None:

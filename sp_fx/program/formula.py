@@ -19,11 +19,12 @@ Choice = Callable[[Any], Tensor]  # from a model's output to what of it is expla
 @dataclass(frozen=True)
 class Texts:
     """Where in a graph its tokens are: the node of their embedding, whether that is [L, B, width], and the number of the input
-    that has the mask."""
+    that has the mask, with the value of it that is no padding."""
 
     embedding: fx.Node
     length_first: bool
     mask: int | None
+    real: float
 
 
 def formula(signature: Signature, call: Any, choice: Choice, texts: Texts | None = None) -> Callable[..., list[Tensor]]:
@@ -64,7 +65,7 @@ def formula(signature: Signature, call: Any, choice: Choice, texts: Texts | None
             [back] = pull([embedded], lambda points: model(arguments, {texts.embedding: points[0]})[0])
             if texts.length_first:
                 back, embedded = back.transpose(0, 1), embedded.transpose(0, 1)
-            real = None if texts.mask is None else inputs[texts.mask] != 0
+            real = None if texts.mask is None else inputs[texts.mask] == texts.real
             return [*outputs, shares_of(back, embedded, real)]
         points = [inputs[i] for i in explained]
         if signature.ascent is None:

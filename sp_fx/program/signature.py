@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..containers import filled, type_of
+from ..containers import filled, refuse_nested, type_of
 from ..methods.ascent import Ascent
 from ..targets import as_target, primary
 
 Run = Callable[..., Sequence[Tensor]]  # a compiled graph: from its tensors to its results
+Bounds = tuple[int, int | None]  # the least number that a length may be, and the largest where there is one
 Shape = Sequence[int | str]  # of one sample: sizes, and the names of lengths that may be any
 
 
@@ -43,7 +44,7 @@ class Signature:
             tensors; and the numbers of those that are.
         output_shape: of one sample of what is explained, as `shapes`.
         chosen: whether a callable takes what is explained from the output; else that is its only tensor, or its `logits`.
-        most: the largest number that a size which varies may be, by its name, where there is one.
+        bounds: the least number that a length may be, and the largest or None, by its name.
         probabilities: what makes probabilities of it: "softmax", or "none" where the model ends with a sigmoid of its own; of a
             package also "sigmoid" (`models.classes.probabilities`).
     """
@@ -69,7 +70,7 @@ class Signature:
     slots: list[int]
     output_shape: Shape
     probabilities: str = "softmax"
-    most: dict[str, int] = field(default_factory=dict)
+    bounds: dict[str, Bounds] = field(default_factory=dict)
     chosen: bool = False
 
     @property
@@ -123,7 +124,9 @@ class Signature:
         if layout != [(self.filled(shape, sizes), dtype, self.device) for shape, dtype in zip(self.shapes, self.dtypes)]:
             made = ", ".join(f"{dtype} {['B', *shape]}" for shape, dtype in zip(self.shapes, self.dtypes)).replace("'", "")
             remedy = "compile another for these"
-            if len(inputs) == len(self.shapes) and all(fits(x.shape, shape) for x, shape in zip(inputs, self.shapes)):
+            if [x.dtype for x in inputs] != self.dtypes:
+                remedy = "the dtypes are to be those"
+            elif len(inputs) == len(self.shapes) and all(fits(x.shape, shape) for x, shape in zip(inputs, self.shapes)):
                 remedy = "the batch axis was forgotten: pass x[None], a batch of one"
             elif len(inputs) == len(self.shapes) and all(fits(x.shape[1:], shape) for x, shape in zip(inputs, self.shapes)):
                 remedy = "sizes of one name are one number"
@@ -131,9 +134,10 @@ class Signature:
                 f"this program was made for {made} on {self.device}; got {described(inputs)} on {inputs[0].device}: {remedy}"
             )
         for name, size in sizes.items():
-            if not 1 <= size <= self.most.get(name, size):
-                most = f" to {self.most[name]}" if name in self.most else " or more"
-                raise ValueError(f"this program was made for {name} 1{most}; got {described(inputs)}")
+            least, most = self.bounds.get(name, (1, None))
+            if size < least or (most is not None and size > most):
+                to = " or more" if most is None else f" to {most}"
+                raise ValueError(f"this program was made for {name} {least}{to}; got {described(inputs)}")
         batches = {x.shape[0] for x in inputs}
         if len(batches) > 1 or 0 in batches:
             raise ValueError(f"the inputs have one batch size, of at least 1: got {described(inputs)}")
@@ -223,6 +227,7 @@ def with_predicted(y: Tensor, classes: Tensor) -> Tensor:
 def positional(inputs: Any) -> list[Tensor]:
     """Returns the inputs as a list; TypeError where they are neither a tensor nor a tuple of tensors."""
     tensors = list(inputs) if isinstance(inputs, tuple) else [inputs]
+    refuse_nested(tensors)
     for x in tensors:
         if not isinstance(x, Tensor):
             raise TypeError(f"expected a tensor, a tuple of tensors, or a mapping of them, as inputs; got {type_of(x)}")

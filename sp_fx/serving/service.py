@@ -53,7 +53,8 @@ class Served:
 
     def public_manifest(self) -> dict[str, Any]:
         """Returns the package's manifest without the entries that only a loader needs."""
-        return {key: value for key, value in (self.program.manifest or {}).items() if key not in ("probe", "output_spec")}
+        private = ("probe", "output_spec", "output_spec_plain")
+        return {key: value for key, value in (self.program.manifest or {}).items() if key not in private}
 
     def reply(
         self, answers: Sequence[tuple[np.ndarray, np.ndarray]], targets: list[Any] | None, below: float | None, form: str

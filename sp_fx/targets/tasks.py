@@ -40,10 +40,15 @@ def token(position: int | Tensor = -1, id: int | Tensor | None = None) -> Score:
         y = primary(output)
         if y.dim() != 3:
             raise ValueError(f"a token is one of an output [B, L, V], got {list(y.shape)}")
-        samples = torch.arange(len(y), device=y.device)
-        there = y[samples, torch.as_tensor(position, device=y.device).expand(len(y))]
-        which = there.argmax(-1) if id is None else torch.as_tensor(id, device=y.device).expand(len(y))
-        return there[samples, which]
+        if isinstance(position, int):
+            there = y[:, position]
+        else:
+            samples = torch.arange(y.shape[0], device=y.device)
+            there = y[samples, position.to(y.device).expand(y.shape[0])]
+        if isinstance(id, int):
+            return there[:, id]
+        which = there.argmax(-1) if id is None else id.to(y.device).expand(y.shape[0])
+        return there.gather(1, which[:, None])[:, 0]
 
     return of
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,19 @@ class TokenLogits(nn.Module):
 
 
 class NextToken(nn.Module):
-    """The logits of the token after a text [B, vocabulary], of a language model of `input_ids` and `attention_mask`."""
+    """The logits of the token after a text [B, vocabulary], of a language model of `input_ids` and `attention_mask`: those at its
+    last token, whether texts are padded in front or behind."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.net(input_ids, attention_mask)[:, -1]
+        places = torch.arange(1, attention_mask.shape[1] + 1, device=attention_mask.device)
+        reached = places * attention_mask
+        last = (reached == reached.amax(1, True)).to(attention_mask.dtype) * attention_mask
+        logits = self.net(input_ids, attention_mask)
+        return (logits * last[..., None].to(logits.dtype)).sum(1)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class TextModel:
     padding=True, return_tensors="pt"))`, less the `token_type_ids`.
 
     Attributes:
+        tokenizer: called so it returns `input_ids` and `attention_mask`; `convert_ids_to_tokens(ids)` makes words of ids. A
+            language model's has `decode(ids)` too, and `mask_token_id` where a masked token is asked for.
         answers: what it gives for each text: an "embedding" [B, width], scores of "classes" [B, classes], or logits of tokens
             [B, T, vocabulary], for the "next token" or a "masked token".
         labels: the names of the classes, where they are known.
@@ -79,6 +86,10 @@ class TextModel:
     tokenizer: Any
     answers: Answers = "embedding"
     labels: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.answers not in (kinds := get_args(Answers)):
+            raise ValueError(f"answers is one of {', '.join(map(repr, kinds))}; got {self.answers!r}")
 
     def tokens(self, sentences: list[str]) -> dict[str, Tensor]:
         """Returns the `input_ids` and `attention_mask`, both [B, T], of sentences."""
@@ -156,8 +167,9 @@ def pools_first(place: str) -> bool:
     return bool(said.get("pooling_mode_cls_token", said.get("pooling_mode") == "cls"))
 
 
-def token_id(tokenizer: Any, word: str) -> int:
-    """Returns the id of the one token that `word` is for a language model: as it stands, or after a space.
+def token_id(tokenizer: Any, word: str, count: int) -> int:
+    """Returns the id of the one token that `word` is for a language model of `count` tokens: as it stands, or after a space; or
+    the number that it is.
 
     Raises:
         ValueError: it is several tokens, whose first would be another word.
@@ -168,7 +180,10 @@ def token_id(tokenizer: Any, word: str) -> int:
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             return int(ids[0])
         found.append(" ".join(tokenizer.convert_ids_to_tokens(ids)))
-    raise ValueError(f"{word!r} is no single token of this model, but {found[-1]}: name one of these, or a number")
+    if word.isdecimal() and int(word) < count:
+        return int(word)
+    those = f"{word!r} is no single token of this model, but {found[-1]}"
+    raise ValueError(f"{those}: name one of these, or a number of 0 to {count - 1}")
 
 
 def logits_at(answers: Answers, ids: Tensor, logits: Tensor, mask_id: int | None) -> tuple[Tensor, int]:

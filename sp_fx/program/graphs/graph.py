@@ -26,6 +26,7 @@ from torch.fx.traceback import preserve_node_meta
 
 from ...capture.arguments import ByName
 from ...capture.tracing.schemas import frame_of
+from ..signature import Bounds
 from .decompositions import TABLE
 
 aten = torch.ops.aten
@@ -154,42 +155,68 @@ def without_dead_code(graph: fx.GraphModule) -> None:
     graph.graph.eliminate_dead_code(lambda node: node.is_impure(impure_random=False))
 
 
-def most_of(graph: fx.GraphModule, layouts: Sequence[Layout]) -> dict[str, int]:
-    """Returns the largest number that each size may be that has a name in `layouts`, where the trace took one for granted: 512,
-    of a table of positions. What it took for granted is tried of 1, 2, 3 and so on.
+def bounds_of(graph: fx.GraphModule, layouts: Sequence[Layout]) -> dict[str, Bounds]:
+    """Returns the least and the largest number that each length may be that has a name in `layouts`, as the trace took them for
+    granted: 1 to 512, of a table of positions. That is tried of the numbers below and above the example's, one by one.
 
     Raises:
-        FixedSize: what was taken for granted does not hold up to the example's size and beyond, as of multiples of 4.
+        FixedSize: it holds of the example's number alone, as of multiples of 4.
     """
     from torch.utils._sympy.printers import PythonPrinter
 
     values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    symbols = {
-        n.node.expr: (name, n) for x, names in zip(values, layouts) for n, name in zip(x.shape, names) if isinstance(name, str)
-    }
-    lengths = {name for name, _ in symbols.values()} - {"batch"}
-    if not lengths:
+    named = [(n, name) for x, layout in zip(values, layouts) for n, name in zip(x.shape, layout)]
+    symbols = {n.node.expr: (name, n) for n, name in named if isinstance(name, str)}
+    bounds: dict[str, Bounds] = {name: (1, None) for name, _ in symbols.values() if name != "batch"}
+    if not bounds:
         return {}
     env: Any = next(iter(symbols.values()))[1].node.shape_env
-    least = {name: env.size_hint(symbol) for symbol, (name, _) in symbols.items()}
-    most: dict[str, int] = {}
+    hints = {name: int(n.node.hint) for name, n in symbols.values()}
     for guard in env.guards:
         found = {symbols[s][0] for s in guard.expr.free_symbols if s in symbols}
-        if not (own := sorted(found & lengths)):
+        if not (own := sorted(found & bounds.keys())):
             continue
+        if len(own) > 1:
+            raise FixedSize(own)
         plain = guard.expr.xreplace({s: type(s)(symbols[s][0], integer=True) for s in guard.expr.free_symbols if s in symbols})
-        holds = eval(f"lambda {', '.join(sorted(found))}: {PythonPrinter().doprint(plain)}", {"math": math})  # of the trace's own
-        others = [{"batch": n} for n in (1, 2, 7)] if "batch" in found else [{}]
-        tried = [*range(1, TRIED), *(TRIED << i for i in range(12))]
-        fails = (n for n in tried if len(own) > 1 or not all(holds(**{own[0]: n}, **other) for other in others))
-        if (first := next(fails, None)) is not None:
-            most[own[0]] = min(most.get(own[0], first), first - 1)
-            if most[own[0]] <= least[own[0]]:
-                raise FixedSize(own)
-    return most
+        code = f"lambda {', '.join(sorted(found))}: {PythonPrinter().doprint(plain)}"
+        holds = eval(code, {"math": math, "torch": torch})  # of the trace's own
+        (name,), (least, most) = own, bounds[own[0]]
+        low, high = granted(holds, name, "batch" in found, hints[name])
+        bounds[name] = max(least, low), most if high is None else min(high, most or high)
+        if bounds[name] == (hints[name], hints[name]):
+            raise FixedSize(own)
+    return bounds
 
 
-TRIED = 2048  # sizes one by one, and then some larger ones
+def granted(holds: Callable[..., bool], name: str, with_batch: bool, now: int) -> Bounds:
+    """Returns the least and the largest number round `now` that something `holds` for of the size `name`, for any batch."""
+
+    def at(n: int) -> bool:
+        return all(holds(**{name: n}, batch=batch) for batch in (1, 2, 7)) if with_batch else holds(**{name: n})
+
+    least = interval_end(at, range(now, 0, -1)) or now
+    low = interval_end(at, range(now, now + TRIED)) or now
+    if low < now + TRIED - 1:
+        return least, low
+    high = next((now + (TRIED << k) for k in range(20) if not at(now + (TRIED << k))), 0)  # by doubling, and then between
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if at(middle) else (low, middle)
+    return least, low if high else None
+
+
+def interval_end(holds: Callable[[int], bool], numbers: Iterable[int]) -> int | None:
+    """Returns the last of the first `numbers` for which something holds; None where not for the first."""
+    last = None
+    for n in numbers:
+        if not holds(n):
+            break
+        last = n
+    return last
+
+
+TRIED = 2048  # sizes one by one
 
 
 def rows_of(node: fx.Node, graph: fx.GraphModule) -> int | None:
