@@ -294,14 +294,15 @@ class AtFirstCall:
                     return Outcome(notes)
                 return Outcome(notes, finished(made, self.tracer, self.output, self.verify))
             except CaptureError as error:
-                if self.tracer != "auto" or capture.tracer == "torch.export":
+                if self.tracer == "fx":
                     raise
                 wrong = error
+            again = capture.tracer == "torch.export"  # whose path may be another one at other sizes, as at a length of 1
             try:
                 exported = by_export(capture.reference, call, rules, self.verify)
             except CaptureError as second:
-                raise CaptureError(f"{wrong}\n{second}") from second
-            notes = [f"by torch.export, since {str(wrong).splitlines()[0]}"]
+                raise wrong if again else CaptureError(f"{wrong}\n{second}") from second
+            notes = [f"by torch.export{' again' if again else ''}, since {str(wrong).splitlines()[0]}"]
             return Outcome(notes, finished(exported, self.tracer, self.output, self.verify))
 
     def another(self, module: CapturedModule, call: Given) -> tuple[nn.Module, fx.Graph, Report, AtFirstCall]:

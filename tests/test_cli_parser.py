@@ -9,7 +9,7 @@ from command import explain
 from sp_fx.cli.commands import main
 from sp_fx.cli.parser import build_parser
 
-COMMANDS = ("explain", "compile", "batch", "serve", "demo", "report", "bench", "completion")
+COMMANDS = ("explain", "text", "compile", "batch", "serve", "demo", "report", "bench", "completion")
 
 MALFORMED = {
     "steps": (["--steps", "0"], "a whole number of at least 1"),

@@ -418,3 +418,14 @@ def test_dtypes_and_nested_tensors_are_named():
         sp_fx.transform(Text().eval(), example_inputs=ids).compile("tokens", example_inputs=nested)
     with pytest.raises(TypeError, match="to_padded_tensor"):
         sp_fx.transform(Text().eval(), example_inputs=ids).tokens(nested)
+
+
+def test_an_explainer_captures_a_path_of_other_sizes():
+    """What no export can tell apart: a length of 1 from larger ones."""
+    model = Branches(lambda n: n > 1).eval()
+    explainer = sp_fx.transform(model, example_inputs=torch.randn(2, 3, 12), tracer="export")
+    for length in (5, 1, 7):
+        x = torch.randn(2, 3, length)
+        assert relative(explainer(x), model(x).detach()) <= 1e-6
+        alone = sp_fx.transform(model, example_inputs=x, tracer="export").pullback(x, 1)
+        assert relative(explainer.pullback(x, 1), alone) <= 1e-6

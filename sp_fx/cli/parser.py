@@ -24,8 +24,8 @@ MODELS = """\
 MODEL is one of
   resnet50                       a classifier of torchvision
   timm/pvt_v2_b1                 of timm
-  hf/NAME                        an image classifier of Hugging Face's hub, or
-                                 of a folder: hf/./mine
+  hf/NAME                        a classifier of pictures or a network for text of
+                                 Hugging Face's hub, or a folder: hf/./mine
   zoo/residual_cnn               one that ships (also zoo/pyramid_transformer)
   efficientnet_lite0             one that a package carries (extra 'models')
   my_networks:resnet             what resnet() of my_networks.py returns;
@@ -39,7 +39,7 @@ Formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_pos
 
 def build_parser() -> argparse.ArgumentParser:
     """Returns the parser of `sp-fx COMMAND ...`."""
-    text = "Explain networks for pictures and texts by semantic pullbacks. More: sp-fx COMMAND --help"
+    text = "Explain networks by semantic pullbacks. More: sp-fx COMMAND --help"
     top = argparse.ArgumentParser(prog="sp-fx", description=text, epilog=MODELS, formatter_class=Wide)
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
