@@ -24,7 +24,7 @@ MODELS = """\
 MODEL is one of
   resnet50                       a classifier of torchvision
   timm/pvt_v2_b1                 of timm
-  hf/NAME                        a classifier of pictures or a network for text of
+  hf/NAME                        a classifier of pictures, or one for texts, of
                                  Hugging Face's hub, or a folder: hf/./mine
   zoo/residual_cnn               one that ships (also zoo/pyramid_transformer)
   efficientnet_lite0             one that a package carries (extra 'models')
