@@ -15,7 +15,8 @@ from torch import nn
 import sp_fx
 from helpers import NETS, fill, golden, relative
 from shipped import Block, rewritten, small
-from sp_fx.packages import package, probe
+from sp_fx.containers import slotted
+from sp_fx.packages import manifest, package, probe
 
 onnxruntime = pytest.importorskip("onnxruntime")
 onnx = pytest.importorskip("onnx")
@@ -389,3 +390,16 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(package.onnx, "write", full)
     with pytest.raises(OSError, match=r"No space left on device: '.*/a\.onnx'"):
         program.save(tmp_path / "a.onnx")
+
+
+def test_outputs_of_a_class_that_is_not_installed_come_as_a_dictionary():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    skeleton = slotted(outputs.SequenceClassifierOutput(logits=torch.zeros(2, 3), hidden_states=(torch.zeros(2),)))[0]
+    spec, plain = manifest.encoded_skeleton(skeleton), manifest.encoded_skeleton(manifest.plainly(skeleton))
+    assert type(manifest.decoded_skeleton(spec, plain)) is outputs.SequenceClassifierOutput
+    elsewhere = spec.replace("SequenceClassifierOutput", "NotInstalled")
+    found = manifest.decoded_skeleton(elsewhere, plain)
+    assert type(found) is dict and list(found) == ["logits", "hidden_states"]
+    assert [slot.index for slot in (found["logits"], *found["hidden_states"])] == [0, 1]
+    with pytest.raises(NotImplementedError):  # of a package of before, which has no other
+        manifest.decoded_skeleton(elsewhere, None)
