@@ -97,7 +97,7 @@ def bounds_tried(program: Program, example: Example, lengths: Sequence[tuple[str
                 least = 1 if runs(example.module, one) and distance_on(program, example, one) >= 0 else 2
             except Exception:  # whatever the program says of it
                 least = 2
-        known = [n for n in (most, example.most(axes)) if n is not None]
+        known = [n for n in (most, example.most(axes, program.rows)) if n is not None]
         bounds[name] = least, min(known, default=None)
     return bounds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from ..analysis.ops import CELLS, LOOKUPS
 from ..capture.admission import asked_of_inputs
 from ..capture.arguments import Given, are_named
 from ..capture.kept_functions import PACKING
-from ..capture.sizes import Axes, lengths, with_lengths
+from ..capture.sizes import Axes, lengths, with_batch, with_lengths
 from ..capture.tracing.draws import DRAWS
 from ..containers import tensors_of
 from ..gates.modules.recurrent import recurrent
@@ -131,21 +131,22 @@ class Example:
                 found.append((f"length{f'_{len(found) + 1}' if found else ''}", axes, other))
         return found
 
-    def most(self, axes: Axes) -> int | None:
+    def most(self, axes: Axes, vocabularies: Collection[int | None]) -> int | None:
         """Returns the largest that a length may be by a table that the model looks up in, such as one of positions: as many as it
-        has rows, or a few less; None where the model takes more than that, or there is none."""
+        has rows, or a few less; None where the model takes more than that, or there is none. `vocabularies` are the rows of those
+        tables that inputs are indices into, which no length has to do with."""
         now = max(tensors_of(self.call)[i].shape[axis] for i, axis in axes)
 
         def takes(n: int) -> bool:
-            return runs(self.module, with_lengths(self.call, axes, lambda _: n))
+            return runs(self.module, with_lengths(with_batch(self.call, 1), axes, lambda _: n))
 
-        for rows in sorted({n for n in rows_of_tables(self.module) if now <= n <= MOST_ROWS}):
+        for rows in sorted({n for n in rows_of_tables(self.module) if now <= n <= MOST_ROWS}.difference(vocabularies)):
             if not takes(rows + 1):
                 return next((n for n in range(rows, max(now, rows - OFFSET) - 1, -1) if takes(n)), now)
         return None
 
 
-MOST_ROWS, OFFSET = 1 << 14, 3  # of tables of positions; RoBERTa's first position is 2
+MOST_ROWS, OFFSET = 4200, 3  # of tables of positions, up to Longformer's 4098; RoBERTa's first position is 2
 
 
 def rows_of_tables(module: CapturedModule) -> set[int]:
