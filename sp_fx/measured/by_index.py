@@ -18,7 +18,7 @@ from ..analysis.ops import INDICES, PIECEWISE, POINTWISE, PRODUCT
 from ..analysis.signals import Signals
 from ..capture.passed import lets_through
 from ..capture.tracing.draws import note_on_draws
-from .sample_axis import Axis, Kept, in_its_own_thread, place
+from .sample_axis import Axis, Kept, called_with, in_its_own_thread, place
 
 DRAWS = 8  # of random indices: that two samples never meet has a chance of 2 ** -7
 WHOLE = (torch.int32, torch.int64)
@@ -106,9 +106,4 @@ def on_one(
             return (axis.numbers(value.shape, group // (axis.before * axis.after)) == sample).to(value)
         return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    try:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
-        target: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
-        return target(*args[node.op == "call_method" :], **kwargs)
-    except Exception:  # what takes other numbers than these
-        return None
+    return called_with(node, operand)

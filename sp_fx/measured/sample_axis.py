@@ -352,8 +352,13 @@ def on_numbers(batch: int, node: fx.Node, values: dict[fx.Node, Any], axes: dict
             return on_numbers(batch, n, values, axes, shift)
         return rebuilt(value, lambda leaf: torch.full(leaf.shape, math.nan) if isinstance(leaf, Tensor) else leaf)
 
+    return called_with(node, numbers)
+
+
+def called_with(node: fx.Node, operand: Callable[[fx.Node], Any]) -> Any:
+    """Returns what the call of a node gives for other operands than its own; None where it does not take them."""
     try:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), numbers)
+        args, kwargs = fx.map_arg((node.args, node.kwargs), operand)
         target: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         return target(*args[node.op == "call_method" :], **kwargs)
     except Exception:  # what takes other numbers than these

@@ -90,11 +90,10 @@ def amin_adjoint(v: Tensor, x: Tensor, y: Tensor, tau: Tau, dim, keepdim: bool) 
     return amax_adjoint(v, -x, -y, tau, dim, keepdim)
 
 
-def scatter_amax(x: Tensor, index: Tensor, base: Tensor, dim: int, include_self: bool, flat: bool) -> Tensor:
+def scatter_amax(x: Tensor, index: Tensor, base: Tensor, dim: int, include_self: bool, flat: bool, by: str = "amax") -> Tensor:
     """The largest of each group: place i along `dim` is in group `index[i]`; `index` is like `x`, or `flat` [size of `dim`]."""
-    if flat:
-        return base.index_reduce(dim, index, x, "amax", include_self=include_self)
-    return base.scatter_reduce(dim, index, x, "amax", include_self=include_self)
+    reduce = base.index_reduce if flat else base.scatter_reduce
+    return reduce(dim, index, x, by, include_self=include_self)
 
 
 def scatter_amax_adjoint(
@@ -121,9 +120,7 @@ def flat_margins(inner: torch.Size, outer: torch.Size) -> list[int]:
 
 
 def scatter_amin(x: Tensor, index: Tensor, base: Tensor, dim: int, include_self: bool, flat: bool) -> Tensor:
-    if flat:
-        return base.index_reduce(dim, index, x, "amin", include_self=include_self)
-    return base.scatter_reduce(dim, index, x, "amin", include_self=include_self)
+    return scatter_amax(x, index, base, dim, include_self, flat, "amin")
 
 
 def scatter_amin_adjoint(
