@@ -81,6 +81,7 @@ class Question:
         double = replace(self, explainer=own, args=args, kwargs=kwargs)
         try:
             with torch.no_grad():
+                ByName(own).run_by_name(cloned(dict(double.arguments)))  # itself: a call may capture another graph that runs so
                 own(*cloned(double.args), **cloned(dict(double.kwargs)))
         except RuntimeError:
             return replace(self, explainer=self.explainer.copied_apart())
